@@ -1,0 +1,8 @@
+"""The one exception that a user's mistake raises."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message is one line that names the value and what would be right.
+
+    The commands print it as ``error: …`` and exit with code 2; the Python interface raises it.
+    """
