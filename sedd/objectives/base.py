@@ -1,0 +1,130 @@
+"""What a training objective is: its own corruption, and nats for each position that it scores."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from sedd.networks.base import Attend, Network
+from sedd.parameterizations.base import Parameterization
+from sedd.schedules import NoiseSchedule
+from sedd.types import Array, Bool, Float, Int, Key, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Corrupted:
+    """A corrupted batch: what the network sees, and the weight of each position's nats."""
+
+    xt_BL: Int[Array, "B L"]
+    weight_BL: Float[Array, "B L"]
+    sigma_B: Float[Array, "B"] | None = None  # None where the objective knows no time
+    attend: Attend | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A loss whose mean over draws is (a part of) a bound on -log p(x0), in nats.
+
+    Positions that are not scored are given: they are never corrupted, and the loss is that of the
+    scored positions given the rest.
+    """
+
+    schedule: NoiseSchedule
+    parameterization: Parameterization
+
+    @property
+    def process(self):
+        return self.parameterization.process
+
+    def _require_absorbing(self, name: str) -> int:
+        if self.process.mask_id is None:
+            raise ValueError(
+                f"objective {name} needs an absorbing process; score_entropy works on any"
+            )
+        return self.process.mask_id
+
+    @abstractmethod
+    def corrupt(
+        self,
+        keys_B: Key[Array, "B"],
+        u_B: Float[Array, "B"],
+        x0_BL: Int[Array, "B L"],
+        scored_BL: Bool[Array, "B L"],
+    ) -> Corrupted:
+        """Corrupt x0 at the noise level that ``u_B``, uniform in [0, 1), stands for."""
+
+    @abstractmethod
+    def row_nats(
+        self,
+        raw_RV: Float[Array, "*r V"],
+        x0_R: Int[Array, "*r"],
+        xt_R: Int[Array, "*r"],
+        sigma_R: Float[Array, "*r"] | None,
+    ) -> Float[Array, "*r"]:
+        """Unweighted nats of single positions: a pure function of the network's raw output there."""
+
+    def nats(
+        self,
+        network: Network,
+        params: Params,
+        corrupted: Corrupted,
+        x0_BL: Int[Array, "B L"],
+        *,
+        keys_B: Key[Array, "B"] | None = None,
+    ) -> Float[Array, "B L"]:
+        """Weighted nats of every position, unreduced: their sum over L is one example's loss."""
+        sigma_B = corrupted.sigma_B
+        raw_BLV = network.raw(
+            params,
+            corrupted.xt_BL,
+            attend=corrupted.attend,
+            sigma_B=sigma_B if network.time_conditioned else None,
+            keys_B=keys_B,
+        )
+        sigma_BL = None if sigma_B is None else jnp.broadcast_to(sigma_B[:, None], x0_BL.shape)
+        nats_BL = self.row_nats(raw_BLV, x0_BL, corrupted.xt_BL, sigma_BL)
+        # Where the weight is 0 the nats may be anything, infinite included: 0·inf would be nan.
+        counts_BL = corrupted.weight_BL > 0
+        return jnp.where(counts_BL, corrupted.weight_BL * jnp.where(counts_BL, nats_BL, 0.0), 0.0)
+
+
+def draw_uniform(
+    key: Key[Array, ""], index_B: Int[Array, "B"], total: int, *, stratified: bool
+) -> Float[Array, "B"]:
+    """One draw in [0, 1) for each example of a global batch of ``total``, by its global index.
+
+    Stratified: (u + index / total) mod 1 with one shared u, so that a batch covers the interval
+    evenly while each slot is uniform by itself.
+    """
+    if not stratified:
+        return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index_B)
+    return (jax.random.uniform(key) + index_B / total) % 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingCrossEntropy(Objective):
+    """Weighted -log c(x0_i | xt) over masked positions; the weighting names the subclass."""
+
+    def __post_init__(self):
+        self._require_absorbing(type(self).__module__.rpartition(".")[2])
+
+    def row_nats(self, raw_RV, x0_R, xt_R, sigma_R):
+        logits_RN = self.parameterization.masked_logits(raw_RV)
+        picked_R = jnp.take_along_axis(logits_RN, x0_R[..., None], -1)[..., 0]
+        return jax.nn.logsumexp(logits_RN, -1) - picked_R
+
+    def _masked(self, masked_BL, x0_BL, weight_B, sigma_B=None) -> Corrupted:
+        return Corrupted(
+            xt_BL=jnp.where(masked_BL, self.process.mask_id, x0_BL),
+            weight_BL=jnp.where(masked_BL, weight_B[:, None], 0.0),
+            sigma_B=sigma_B,
+        )
+
+    def _require_time_independent(self, name: str) -> None:
+        if not self.parameterization.time_independent:
+            raise ValueError(
+                f"objective {name} has no time: it needs the parameterization conditional with "
+                "time_independent"
+            )

@@ -1,0 +1,33 @@
+"""RADD's t-denoising cross entropy, which is also MDLM's and MD4's continuous-time bound."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from sedd.objectives.base import DenoisingCrossEntropy
+from sedd.processes.base import log_expm1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TDCE(DenoisingCrossEntropy):
+    """-(rate/expm1(σ))·Σ_masked log c(x0) at t uniform in [t_min, 1]. arXiv:2406.03736, eq. 3.6.
+
+    The published code keeps a term that is constant in the parameters; this leaves it out.
+    """
+
+    t_min: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.t_min < 1:
+            raise ValueError(f"t_min must be in (0, 1), got {self.t_min}")
+
+    def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
+        t_B = self.t_min + (1 - self.t_min) * u_B
+        sigma_B = self.schedule.sigma(t_B)
+        masked_BL = scored_BL & (self.process.corrupt(keys_B, x0_BL, sigma_B) != x0_BL)
+        weight_B = self.schedule.rate(t_B) * jnp.exp(-log_expm1(sigma_B))
+        return self._masked(masked_BL, x0_BL, weight_B, sigma_B)
+
+
+make = TDCE

@@ -1,0 +1,35 @@
+"""SEDD's parameterization: the network's output is the log score itself. arXiv:2310.16834, 5.1."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from sedd.parameterizations.base import Parameterization
+from sedd.processes.base import log_expm1, put
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Parameterization):
+    """The raw output, 0 at the current token.
+
+    On an absorbing process it is shifted by -log expm1(σ) - log(V - 1), the score of a model that
+    finds all tokens equally likely, so that a fresh network starts there.
+    """
+
+    time_independent: bool = False
+
+    def __post_init__(self):
+        if self.time_independent:
+            raise ValueError("time_independent must be False: a score depends on the time")
+
+    def log_score(self, raw, x, sigma):
+        if self.process.mask_id is not None:
+            shift = log_expm1(sigma) + jnp.log(self.process.num_tokens * 1.0)
+            raw = raw - jnp.asarray(shift)[..., None]
+        return put(raw, x, jnp.zeros(x.shape))
+
+    def masked_logits(self, raw):
+        return raw[..., : self.process.num_tokens]
+
+
+make = Score

@@ -1,0 +1,71 @@
+"""The absorbing process: every token jumps to the mask at rate 1 and stays there."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from sedd.processes.base import Process, at, expm1_minus, log_expm1, put
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absorbing(Process):
+    """xt is the mask with probability 1 - exp(-σ). The mask is the last id, N. arXiv:2310.16834."""
+
+    @property
+    def mask_id(self) -> int:
+        return self.num_tokens
+
+    def transition(self, x, sigma):
+        stay = jnp.exp(-sigma)[..., None]
+        row = stay * jax.nn.one_hot(x, self.num_states)
+        masked = jnp.where(x == self.mask_id, 1.0, -jnp.expm1(-sigma))
+        return put(row, jnp.full_like(x, self.mask_id), masked)
+
+    def transition_to(self, x, sigma):
+        from_tokens = jnp.where(x == self.mask_id, -jnp.expm1(-sigma), 0.0)
+        own = jnp.where(x == self.mask_id, 1.0, jnp.exp(-sigma))
+        column = jnp.broadcast_to(from_tokens[..., None], (*x.shape, self.num_states))
+        return put(column, x, own)
+
+    def corrupt(self, keys_B, x0_BL, sigma_B):
+        moved_BL = jax.vmap(
+            # The default mode cannot tell probabilities below 1e-7 from 0.
+            lambda key, p: jax.random.bernoulli(key, p, x0_BL.shape[1:], mode="high")
+        )(keys_B, -jnp.expm1(-sigma_B))
+        return jnp.where(moved_BL, self.mask_id, x0_BL)
+
+    def sample_prior(self, keys_B, length):
+        return jnp.full((keys_B.shape[0], length), self.mask_id, jnp.int32)
+
+    def prior_kl(self, sigma):
+        """Against the prior (1 - a)·mask + a·uniform, a = exp(-σ): a·log N.
+
+        Against a pure mask it would be infinite, since a clean token survives with probability a.
+        """
+        return jnp.exp(-sigma) * jnp.log(self.num_tokens)
+
+    def can_move(self, x):
+        return x == self.mask_id
+
+    def reverse_rate(self, log_score, x):
+        mask = jnp.full_like(x, self.mask_id)
+        to_tokens = put(jnp.exp(log_score), mask, jnp.zeros(x.shape))
+        rate = put(to_tokens, mask, -to_tokens.sum(-1))
+        return jnp.where(self.can_move(x)[..., None], rate, 0.0)
+
+    def staggered_score(self, log_score, dsigma):
+        score = jnp.exp(log_score)
+        grown = score * jnp.exp(dsigma)[..., None]
+        return grown.at[..., self.mask_id].add(-jnp.expm1(dsigma) * score.sum(-1))
+
+    def score_entropy(self, log_score, x, x0, sigma):
+        # Σ_y e^s_y - r·s_x0 + r·(log r - 1), r = 1/expm1(σ), as the other tokens' e^s plus
+        # r·(e^δ - 1 - δ), δ = s_x0 - log r: r·log r alone would drown the difference at small σ.
+        log_r = -log_expm1(sigma)
+        others = put(put(log_score, x0, -jnp.inf), jnp.full_like(x0, self.mask_id), -jnp.inf)
+        entropy = jnp.exp(others).sum(-1) + jnp.exp(log_r) * expm1_minus(at(log_score, x0) - log_r)
+        return jnp.where(x == self.mask_id, entropy, 0.0)
+
+
+make = Absorbing
