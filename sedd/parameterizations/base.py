@@ -26,16 +26,19 @@ class Parameterization(ABC):
     def log_score(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"], sigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """log p_t(y) / p_t(x) for every y; 0 at y = x."""
+        """Log p_t(y) / p_t(x) for every y; 0 at y = x."""
 
-    @abstractmethod
     def masked_logits(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
-        """Unnormalised log probabilities of the clean token where x is the mask (absorbing only)."""
+        """Unnormalised log probabilities of the clean token where x is the mask (absorbing only).
+
+        A score's shift by σ is the same for all tokens: it cancels in the normalisation.
+        """
+        return raw[..., : self.process.num_tokens]
 
     def log_conditional(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"]
     ) -> Float[Array, "*b N"]:
-        """log p(x0 = y | x), normalised over the real tokens; a revealed token is certain.
+        """Log p(x0 = y | x), normalised over the real tokens; a revealed token is certain.
 
         Raises ValueError on a process without a mask, where a token may be wrong though visible.
         """

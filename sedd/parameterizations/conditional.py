@@ -30,8 +30,5 @@ class Conditional(Parameterization):
         mask_column = jnp.full((*log_score.shape[:-1], 1), NO_MASS, log_score.dtype)
         return put(jnp.concatenate([log_score, mask_column], -1), x, jnp.zeros(x.shape))
 
-    def masked_logits(self, raw):
-        return raw[..., : self.process.num_tokens]
-
 
 make = Conditional

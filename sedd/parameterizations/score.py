@@ -28,8 +28,5 @@ class Score(Parameterization):
             raw = raw - jnp.asarray(shift)[..., None]
         return put(raw, x, jnp.zeros(x.shape))
 
-    def masked_logits(self, raw):
-        return raw[..., : self.process.num_tokens]
-
 
 make = Score

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import xlogy
 
-from sedd.processes.base import Process, at, expm1_minus, log_expm1, put
+from sedd.processes.base import Process, expm1_minus, log_expm1, put
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +19,7 @@ class Uniform(Process):
 
     def transition(self, x, sigma):
         elsewhere = -jnp.expm1(-sigma) / self.num_tokens
-        row = jnp.broadcast_to(
-            jnp.asarray(elsewhere)[..., None], (*jnp.broadcast_shapes(x.shape, elsewhere.shape), self.num_tokens)
-        )
+        row = jnp.broadcast_to(elsewhere[..., None], (*x.shape, self.num_tokens))
         return put(row, x, jnp.exp(-sigma) + elsewhere)
 
     def transition_to(self, x, sigma):
@@ -43,8 +42,8 @@ class Uniform(Process):
         """KL(P_σ(x0, ·) ‖ uniform): a·log(N·a) + (1-a)·log(N·b), with b the other tokens' share."""
         n = self.num_tokens
         decay, moved = jnp.exp(-sigma), -jnp.expm1(-sigma)
-        own = decay + moved / n
-        return own * jnp.log1p((n - 1) * decay) + (1 - own) * jnp.log1p(-decay)
+        others = moved * (n - 1) / n
+        return (1 - others) * jnp.log1p((n - 1) * decay) + xlogy(others, moved)
 
     def can_move(self, x):
         return jnp.ones(x.shape, bool)
