@@ -34,13 +34,13 @@ class Denoiser:
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"]
     ) -> Float[Array, "B L V"]:
-        """Log p_t(x with y at i) / p_t(x) for every position i and state y; 0 at the current one."""
+        """log p_t(x with y at i) / p_t(x) for every position i and state y; 0 at x itself."""
         return self.parameterization.log_score(self._raw(x_BL, sigma_B), x_BL, sigma_B[:, None])
 
     def log_conditional(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"] | None = None
     ) -> Float[Array, "B L N"]:
-        """Log p(x0_i = y | x), normalised over the real tokens.
+        """log p(x0_i = y | x), normalised over the real tokens.
 
         A revealed position is 0 at its token and -1e6 elsewhere. Raises ValueError on a process
         without a mask, and without ``sigma_B`` on a time-dependent model.

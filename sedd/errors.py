@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message is one line that names the value and what would be right.
+    """A mistake of the user's; the message is one line: the value, and what would be right.
 
     The commands print it as ``error: …`` and exit with code 2; the Python interface raises it.
     """

@@ -63,7 +63,7 @@ class Objective(ABC):
         xt_R: Int[Array, "*r"],
         sigma_R: Float[Array, "*r"] | None,
     ) -> Float[Array, "*r"]:
-        """Unweighted nats of single positions: a pure function of the network's raw output there."""
+        """Unweighted nats of single positions, a pure function of the raw output there."""
 
     def nats(
         self,

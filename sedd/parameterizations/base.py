@@ -26,7 +26,7 @@ class Parameterization(ABC):
     def log_score(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"], sigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """Log p_t(y) / p_t(x) for every y; 0 at y = x."""
+        """log p_t(y) / p_t(x) for every y; 0 at y = x."""
 
     def masked_logits(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
         """Unnormalised log probabilities of the clean token where x is the mask (absorbing only).
@@ -38,7 +38,7 @@ class Parameterization(ABC):
     def log_conditional(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"]
     ) -> Float[Array, "*b N"]:
-        """Log p(x0 = y | x), normalised over the real tokens; a revealed token is certain.
+        """log p(x0 = y | x), normalised over the real tokens; a revealed token is certain.
 
         Raises ValueError on a process without a mask, where a token may be wrong though visible.
         """

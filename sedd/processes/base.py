@@ -112,7 +112,7 @@ class Process(ABC):
     def denoise(
         self, log_score: Float[Array, "*b V"], x: Int[Array, "*b"], sigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """Log probabilities of clean tokens: the last Tweedie step, all the way to σ = 0.
+        """The log probabilities of clean tokens: the last Tweedie step, all the way to σ = 0.
 
         The mask has none. Normalised; an entry that the step makes negative counts as 1e-30, so
         that a likelihood under it stays finite.
@@ -124,7 +124,7 @@ class Process(ABC):
 
 
 def log_expm1(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log(exp(σ) - 1), right from σ = 1e-8 (where exp(σ) - 1 needs expm1) to where exp overflows."""
+    """log(exp(σ) - 1), right from σ = 1e-8 to where exp(σ) overflows."""
     return sigma + jnp.log(-jnp.expm1(-sigma))
 
 

@@ -1,0 +1,149 @@
+"""Command lines: typed flags in, one clear line out when the user made a mistake."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from sedd.components import makers
+from sedd.config import COMPONENTS, Config, load_config, with_component
+from sedd.errors import UserError
+
+Command = TypeVar("Command")
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Run a command and exit: 0, or 2 with one ``error: …`` line for a user's mistake.
+
+    ``--debug`` shows the traceback instead.
+    """
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = main(arguments) or 0
+    except UserError as error:
+        if debug:
+            raise
+        code = fail(str(error))
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        code = fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Print the one line and return the exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def parse(kind: type[Command], arguments: Sequence[str], *, default=None, description="") -> Command:
+    """Typed flags from a dataclass by tyro, whose boxes become the one line of a UserError."""
+    # tyro draws its messages for a terminal's width: give it room, so that no line is broken.
+    complaint = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    wants_help = any(a in ("-h", "--help") for a in arguments)
+    try:
+        if not wants_help:
+            os.environ["COLUMNS"] = "10000"
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                args=list(arguments),
+                description=description,
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(one_line(complaint.getvalue())) from None
+    finally:
+        if not wants_help:
+            os.environ.pop("COLUMNS")
+            if columns is not None:
+                os.environ["COLUMNS"] = columns
+
+
+def one_line(boxes: str) -> str:
+    """The first complaint of tyro's boxes, and its suggestion."""
+    lines = [re.sub(r"^[│┃|]|[│┃|]$", "", line.strip()).strip() for line in boxes.splitlines()]
+    lines = [line for line in lines if line and not re.match(r"^[╭╰─┌└━]", line)]
+    if not lines:
+        return "the command line could not be read; see --help"
+    message = lines[0]
+    suggestions = []
+    for before, line in zip(lines, lines[1:], strict=False):
+        if line.startswith("--") and (suggestions or "you mean" in before):
+            suggestions.append(line.split()[0])
+        elif suggestions:
+            break
+    argument = next((line for line in lines[1:] if line.startswith("--")), "")
+    if message.startswith("Unrecognized options:"):
+        message = "unrecognized option " + message.split(":", 1)[1].split(",")[0].strip()
+    elif message.startswith("Error parsing "):
+        message = message.removeprefix("Error parsing ")
+        if argument and len(argument.split()) > 1:
+            message += f"; expected {argument}"
+    elif message.lower().startswith(("required options", "the following arguments are required")):
+        message = "missing " + message
+    if suggestions:
+        message += f"; did you mean {suggestions[0]}?"
+    return message + ("" if suggestions else "; see --help")
+
+
+def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of ``flag VALUE`` or ``flag=VALUE``, and the arguments without it."""
+    value, rest, remaining = None, [], list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument == flag:
+            if not remaining or remaining[0].startswith("--"):
+                raise UserError(f"{flag} needs a value")
+            value = remaining.pop(0)
+        elif argument.startswith(flag + "="):
+            value = argument.removeprefix(flag + "=")
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def parse_config(arguments: Sequence[str], command: type[Command], description: str) -> Command:
+    """A command whose field ``config`` is a Config: first the file and the components, then flags.
+
+    ``--config FILE`` gives the defaults, ``--process uniform`` (or any other component by name)
+    swaps a component, and every remaining flag is a field: ``--optimizer.learning-rate 1e-3``.
+    """
+    path, rest = take(arguments, "--config")
+    config = load_config(path) if path else Config()
+    for name in COMPONENTS:
+        chosen, rest = take(rest, f"--{name}")
+        if chosen is not None:
+            try:
+                config = with_component(config, name, chosen)
+            except UserError as error:
+                raise UserError(f"--{name} {chosen}: {error}") from error
+    choices = "\n".join(
+        f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
+    )
+    required: Any = {
+        f.name: f.default if f.default is not dataclasses.MISSING else tyro.MISSING
+        for f in dataclasses.fields(command)  # pyright: ignore[reportArgumentType]
+        if f.name != "config"
+    }
+    return parse(
+        command,
+        rest,
+        default=command(**required, config=config),
+        description=f"{description}\n\n--config FILE gives the defaults. Components by name:\n{choices}",
+    )

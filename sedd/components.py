@@ -1,0 +1,117 @@
+"""Components by name: ``build("samplers", "euler", steps=64, …)``.
+
+A family is a package under ``sedd``; each module of it that defines ``make`` is a component, and
+``make`` is a frozen dataclass. Its fields with a default are the component's options, which a
+configuration may set; the others are what the rest of the model gives it. A new component is one
+new file.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import Any, ClassVar, get_type_hints
+
+from sedd.errors import UserError
+
+
+@functools.cache
+def makers(family: str) -> dict[str, type]:
+    """Every component of a family, by name."""
+    package = importlib.import_module(f"sedd.{family}")
+    if hasattr(package, "MAKERS"):
+        return package.MAKERS
+    found = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        if hasattr(module, "make"):
+            found[info.name] = module.make
+    return found
+
+
+def maker(family: str, name: str) -> type:
+    """The dataclass behind a name; UserError listing what there is for an unknown one."""
+    known = makers(family)
+    if name not in known:
+        raise UserError(
+            f"{family} has no {name!r}{did_you_mean(name, known)}; it has {', '.join(sorted(known))}"
+        )
+    return known[name]
+
+
+def build(family: str, name: str, **fields: Any) -> Any:
+    """The component, checked; UserError naming an unknown name, field or value."""
+    make = maker(family, name)
+    accepted = [field.name for field in dataclasses.fields(make) if field.init]
+    for field in fields:
+        if field not in accepted:
+            raise UserError(
+                f"{family} {name!r} has no field {field!r}{did_you_mean(field, accepted)}; "
+                f"it has {', '.join(accepted)}"
+            )
+    try:
+        return make(**fields)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{family} {name!r}: {error}") from error
+
+
+def did_you_mean(word: str, known) -> str:
+    """``; did you mean 'x'?``, or nothing where no known word is close."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of one component in a configuration; made by ``options``."""
+
+    family: ClassVar[str]
+    name: ClassVar[str]
+
+    def build(self, **context: Any) -> Any:
+        """The component with these options, given what the rest of the model determines."""
+        known = {field.name for field in dataclasses.fields(maker(self.family, self.name))}
+        given = {key: value for key, value in context.items() if key in known}
+        return build(self.family, self.name, **given, **values(self))
+
+
+def values(options: Options) -> dict[str, Any]:
+    """The options as keywords."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+
+
+@functools.cache
+def options_type(family: str, name: str) -> type[Options]:
+    """The dataclass of a component's options: those fields of ``make`` that have a default."""
+    make = maker(family, name)
+    hints = get_type_hints(make)
+    fields = [
+        (field.name, hints[field.name], dataclasses.field(default=field.default))
+        for field in dataclasses.fields(make)
+        if field.init and field.default is not dataclasses.MISSING
+    ]
+    return dataclasses.make_dataclass(
+        f"{make.__name__}Options",
+        fields,
+        bases=(Options,),
+        namespace={"family": family, "name": name, "__doc__": inspect.getdoc(make)},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+def options(family: str, name: str, **given: Any) -> Options:
+    """Options for a component, as configurations write them: ``options("schedules", "cosine")``."""
+    kind = options_type(family, name)
+    accepted = [field.name for field in dataclasses.fields(kind)]
+    for field in given:
+        if field not in accepted:
+            raise UserError(
+                f"{family} {name!r} has no option {field!r}{did_you_mean(field, accepted)}; "
+                f"it has {', '.join(accepted) or 'none'}"
+            )
+    return kind(**given)

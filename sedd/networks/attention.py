@@ -1,0 +1,158 @@
+"""Attention by four backends, and the rule that picks one.
+
+``einsum``, ``xla`` and, in interpret mode, ``splash`` run in the CPU tests. The cuDNN call is not
+executed by any test that runs without a GPU, nor is the compiled splash kernel without a TPU.
+
+Suffixes: ``H`` heads, ``K`` channels of a head; the rest as in ``sedd.types``.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from sedd.networks.base import Attend
+from sedd.types import Array, Bool, Float
+
+Backend = Literal["auto", "einsum", "xla", "cudnn", "splash"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+LANES = 128  # splash tiles the sequence in multiples of the TPU's vector width
+MASKED = -1e30  # finite: a row of -inf would make the softmax NaN, and its gradient too
+
+
+def attention(
+    q_BLHK: Float[Array, "B L H K"],
+    k_BLHK: Float[Array, "B L H K"],
+    v_BLHK: Float[Array, "B L H K"],
+    attend: Attend | None = None,
+    *,
+    backend: str = "auto",
+) -> Float[Array, "B L H K"]:
+    """softmax(q·k / √K)·v over the keys that each query sees, in the inputs' type.
+
+    The softmax is in float32 whatever the inputs are. A query that sees nothing gets 0, with a
+    gradient of 0. ``backend`` is one of ``BACKENDS``; see ``choose`` for what "auto" means. A
+    backend asked for by name that cannot compute this raises ``ValueError``: only "auto" falls back.
+
+    Splash is a custom kernel, which the partitioner cannot split: under ``jit`` with sharded
+    arguments call it inside ``shard_map`` (``pmap`` needs nothing).
+    """
+    chosen = choose(backend, q_BLHK, attend)
+    if chosen == "splash":
+        return _splash(q_BLHK, k_BLHK, v_BLHK, attend)
+    mask_B1LL = None if _sees_all(attend) else attend.mask()
+    if chosen == "einsum":
+        out_BLHK = _einsum(q_BLHK, k_BLHK, v_BLHK, mask_B1LL)
+    else:
+        if mask_B1LL is not None:  # cuDNN wants the whole shape; XLA does not mind
+            batch, length = q_BLHK.shape[:2]
+            mask_B1LL = jnp.broadcast_to(mask_B1LL, (batch, 1, length, length))
+        out_BLHK = jax.nn.dot_product_attention(
+            q_BLHK, k_BLHK, v_BLHK, mask=mask_B1LL, implementation=chosen
+        )
+    if mask_B1LL is None:
+        return out_BLHK
+    # The softmax of a row without keys is uniform over keys that must not be seen.
+    sees_BL = mask_B1LL.any(axis=-1)[:, 0]
+    return jnp.where(sees_BL[:, :, None, None], out_BLHK, 0)
+
+
+def choose(backend: str, q_BLHK: Array, attend: Attend | None, *, platform: str | None = None) -> str:
+    """The backend that will run, of einsum, xla, cudnn and splash; decided while tracing.
+
+    "auto" is einsum on CPU, where it is 2-4 times faster than XLA's path; cuDNN on an NVIDIA GPU of
+    compute capability 8.0 or more, splash on TPU, and XLA wherever ``refusal`` has a reason against
+    those two. ``platform`` defaults to that of JAX's default device: to compile for another one, name
+    the backend. Raises ``ValueError`` for an unknown backend, or a named one that is refused.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "auto":
+        reason = refusal(backend, q_BLHK, attend)
+        if reason is not None:
+            raise ValueError(f"attention {backend!r} {reason}; 'auto' falls back by itself")
+        return backend
+    platform = platform or jax.default_backend()
+    if platform == "cpu":
+        return "einsum"
+    wanted = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "xla")
+    if wanted == "cudnn" and not _flash_capable(jax.devices()[0]):
+        return "xla"
+    return "xla" if refusal(wanted, q_BLHK, attend) else wanted
+
+
+def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
+    """Why ``backend`` cannot compute this attention, or ``None`` where it can.
+
+    cuDNN takes every ``Attend``, as an additive mask, which needs an even length. Splash takes
+    segments, and skips nothing for them. It does not take ranks: they are data, so that causal ones
+    are not known as such when the kernel is built, and its segments cannot express an order.
+    """
+    length, width = q_BLHK.shape[1], q_BLHK.shape[3]
+    if backend == "cudnn":
+        if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"needs bfloat16 or float16, got {q_BLHK.dtype}"
+        if width % 8 or width > 128:
+            return f"needs a head width that is a multiple of 8, at most 128, got {width}"
+        if length % 2 and not _sees_all(attend):
+            return f"needs an even length under a mask, got {length}"
+    if backend == "splash":
+        if length % LANES:
+            return f"needs a length that is a multiple of {LANES}, got {length}"
+        if attend is not None and attend.rank_q_BL is not None:
+            return "takes segments, not ranks"
+    return None
+
+
+def _sees_all(attend: Attend | None) -> bool:
+    return attend is None or (attend.rank_q_BL is None and attend.segment_BL is None)
+
+
+def _flash_capable(device: jax.Device) -> bool:
+    """Whether cuDNN's fused attention runs on ``device``: an NVIDIA GPU, Ampere or newer."""
+    if "cuda" not in device.client.platform_version.lower():
+        return False
+    return int(str(device.compute_capability).split(".")[0]) >= 8
+
+
+def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, "..."] | None):
+    logits_BHLL = jnp.einsum("bqhk,bshk->bhqs", q_BLHK, k_BLHK, preferred_element_type=jnp.float32)
+    logits_BHLL *= q_BLHK.shape[-1] ** -0.5
+    if mask_B1LL is not None:
+        logits_BHLL = jnp.where(mask_B1LL, logits_BHLL, MASKED)
+    probs_BHLL = jax.nn.softmax(logits_BHLL, axis=-1).astype(v_BLHK.dtype)
+    return jnp.einsum("bhqs,bshk->bqhk", probs_BHLL, v_BLHK)
+
+
+def _splash(
+    q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, attend: Attend | None, *, interpret: bool = False
+) -> Array:
+    """JAX's TPU kernel, one sequence at a time under ``vmap``; ``interpret`` runs it anywhere."""
+    # Imported here: only TPU runs need Pallas.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    batch, length, num_heads, width = q_BLHK.shape
+    block = next(size for size in (512, 256, LANES) if length % size == 0)
+    kernel = splash.make_splash_mha_single_device(
+        mask=splash.MultiHeadMask([splash.FullMask((length, length))] * num_heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+    # The kernel does not scale; in float32, since 1/√K need not be exact in bfloat16.
+    q_BLHK = (q_BLHK.astype(jnp.float32) * width**-0.5).astype(q_BLHK.dtype)
+    q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    if _sees_all(attend):
+        out_BHLK = jax.vmap(kernel)(q_BHLK, k_BHLK, v_BHLK)
+    else:
+        segment_BL = jnp.broadcast_to(attend.segment_BL, (batch, length)).astype(jnp.int32)
+        segments = splash.SegmentIds(q=segment_BL, kv=segment_BL)
+        out_BHLK = jax.vmap(kernel)(q_BHLK, k_BHLK, v_BHLK, segments)
+    return jnp.swapaxes(out_BHLK, 1, 2).astype(v_BLHK.dtype)

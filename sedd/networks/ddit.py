@@ -1,0 +1,287 @@
+"""The diffusion transformer of SEDD and RADD.
+
+SEDD's (arXiv:2310.16834, appendix C.2) conditions every block on the noise level by adaLN-zero (DiT,
+arXiv:2212.09748); RADD's (arXiv:2406.03736) is the same transformer without a time. Both attend in
+every direction, with rotary positions, and read tokens out through a layer that is not tied to the
+embedding.
+
+Numbers: the residual stream, the norms, the modulation and the rotary phases are float32; the
+matrix products and the attention take the compute type. That is what the published code does under
+autocast.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sedd.networks.attention import Backend, attention
+from sedd.networks.base import Attend, Network
+from sedd.types import Array, Float, Int, Key, Params
+
+NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
+SIGMA_FREQUENCIES = 128
+ROTARY_BASE = 1e4
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDiT(Network):
+    """A bidirectional transformer, with adaLN-zero on sigma when ``time_conditioned``.
+
+    The defaults are SEDD-small: 169,627,218 parameters at V = 50258; medium is ``hidden_dim`` 1024,
+    24 layers, 16 heads. RADD is ``time_conditioned=False, norm_bias=True, dropout=0.02``.
+
+    Parameters are ``{"trunk": …, "head": {"kernel", "bias"}}``, float32, kernels ``[in, out]``. Those
+    of the blocks are stacked on a leading axis of length ``num_layers``: there a bias has two axes.
+    """
+
+    hidden_dim: int = 768  # D
+    num_layers: int = 12
+    num_heads: int = 12
+    condition_dim: int = 128  # width of the embedding of sigma; unused unless time_conditioned
+    mlp_ratio: int = 4
+    dropout: float = 0.1  # on both residual branches, while training
+    norm_bias: bool = False  # whether the norms have a bias (RADD's do, initialised to ones)
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its values
+    dtype: Dtype = "float32"  # of the matrix products and of ``hidden``
+    attention: Backend = "auto"  # see sedd.networks.attention.choose
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_heads", "condition_dim", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_states < 2:
+            raise ValueError(f"num_states must be at least 2, got {self.num_states}")
+        if self.hidden_dim < 1 or self.hidden_dim % (2 * self.num_heads):
+            raise ValueError(
+                "hidden_dim must be a positive multiple of 2·num_heads (rotary positions pair the "
+                f"channels of a head), got {self.hidden_dim} with {self.num_heads} heads"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name, choices in (("dtype", get_args(Dtype)), ("attention", get_args(Backend))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention 'cudnn' needs dtype bfloat16, got {self.dtype!r}")
+        if self.attention == "cudnn" and (self.head_dim % 8 or self.head_dim > 128):
+            raise ValueError(
+                "attention 'cudnn' needs hidden_dim / num_heads to be a multiple of 8, at most 128, "
+                f"got {self.head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.hidden_dim // self.num_heads
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh float32 parameters; the raw output of a fresh network is 0 everywhere."""
+        tokens_BL = jnp.zeros((1, 1), jnp.int32)
+        sigma_B = jnp.zeros(1, jnp.float32) if self.time_conditioned else None
+        trunk = _Trunk(self).init(key, tokens_BL, tokens_BL, None, sigma_B, None)["params"]
+        head = {
+            "kernel": jnp.zeros((self.hidden_dim, self.num_states), jnp.float32),
+            "bias": jnp.zeros(self.num_states, jnp.float32),
+        }
+        return {"trunk": trunk, "head": head}
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BL: Int[Array, "B L"],
+        *,
+        positions_BL: Int[Array, "B L"] | None = None,
+        attend: Attend | None = None,
+        sigma_B: Float[Array, "B"] | None = None,
+        keys_B: Key[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Hidden states after the last norm and modulation, in the compute type.
+
+        ``positions_BL`` defaults to 0..L-1. ``sigma_B``, the total noise, is required when
+        ``time_conditioned`` and refused (``ValueError``) otherwise. ``keys_B`` turns dropout on: an
+        example's dropout depends on its own key alone, not on its place in the batch.
+        """
+        if self.time_conditioned and sigma_B is None:
+            raise ValueError("this network is conditioned on the time: sigma_B is required")
+        if not self.time_conditioned and sigma_B is not None:
+            raise ValueError("this network is not conditioned on the time: sigma_B must be None")
+        if positions_BL is None:
+            positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
+        variables = {"params": params["trunk"]}
+        return _Trunk(self).apply(variables, tokens_BL, positions_BL, attend, sigma_B, keys_B)
+
+    def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, "V"]]:
+        """The output layer's matrix and bias: ``read_out(hidden, *head)`` is ``raw``."""
+        return params["head"]["kernel"], params["head"]["bias"]
+
+
+class _Trunk(nn.Module):
+    """Everything but the output layer."""
+
+    net: DDiT
+
+    @nn.compact
+    def __call__(self, tokens_BL, positions_BL, attend, sigma_B, keys_B):
+        net = self.net
+        embed = nn.Embed(
+            net.num_states, net.hidden_dim, embedding_init=_uniform(net.hidden_dim), name="embed"
+        )
+        x_BLD = embed(tokens_BL)
+        condition_BC = None
+        if net.time_conditioned:
+            condition_BC = _SigmaMap(net.condition_dim, name="sigma_map")(sigma_B)
+        rotation_BL1K = rotary(positions_BL, net.head_dim)
+        # Inside a scan nothing can be merged with the recomputation, so that remat needs no barrier.
+        block = nn.remat(_Block, prevent_cse=False) if net.remat else _Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, *[nn.broadcast] * 4),
+            length=net.num_layers,
+        )
+        layers = jnp.arange(net.num_layers, dtype=jnp.uint32)
+        x_BLD, _ = blocks(net, name="blocks")(
+            x_BLD, layers, condition_BC, rotation_BL1K, attend, keys_B
+        )
+        shift, scale = _modulation(net, 2, condition_BC)
+        return _modulate(_norm(net, "norm")(x_BLD), shift, scale).astype(net.dtype)
+
+
+class _Block(nn.Module):
+    """Attention, then the MLP: each a branch from a norm, gated and added."""
+
+    net: DDiT
+
+    @nn.compact
+    def __call__(self, x_BLD, layer, condition_BC, rotation_BL1K, attend, keys_B):
+        net = self.net
+        batch, length, width = x_BLD.shape
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(net, 6, condition_BC)
+
+        def add(x_BLD, branch_BLD, gate_B1D, branch):
+            if keys_B is not None and net.dropout > 0:
+                branch_BLD = drop(branch_BLD, keys_B, 2 * layer + branch, net.dropout)
+            branch_BLD = branch_BLD.astype(jnp.float32)
+            return x_BLD + (branch_BLD if gate_B1D is None else gate_B1D * branch_BLD)
+
+        h_BLD = _modulate(_norm(net, "norm_attention")(x_BLD), shift_a, scale_a)
+        qkv_BLD = _dense(net, 3 * width, width, "qkv", bias=False)(h_BLD)
+        qkv_BL3HK = qkv_BLD.reshape(batch, length, 3, net.num_heads, net.head_dim)
+        q_BLHK, k_BLHK, v_BLHK = (qkv_BL3HK[:, :, i] for i in range(3))
+        q_BLHK, k_BLHK = rotate(q_BLHK, rotation_BL1K), rotate(k_BLHK, rotation_BL1K)
+        h_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, attend, backend=net.attention)
+        h_BLD = h_BLHK.reshape(batch, length, width)
+        h_BLD = _dense(net, width, width, "attention_out", bias=False)(h_BLD)
+        x_BLD = add(x_BLD, h_BLD, gate_a, 0)
+
+        h_BLD = _modulate(_norm(net, "norm_mlp")(x_BLD), shift_m, scale_m)
+        h_BLF = _dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD)
+        h_BLF = nn.gelu(h_BLF, approximate=True)
+        h_BLD = _dense(net, width, net.mlp_ratio * width, "mlp_out")(h_BLF)
+        return add(x_BLD, h_BLD, gate_m, 1), None
+
+
+class _SigmaMap(nn.Module):
+    """SiLU(MLP(sinusoids of sigma)): [B] -> [B, C], in float32."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, sigma_B):
+        features_BF = sigma_features(sigma_B)
+        for name, fan_in in (("in", 2 * SIGMA_FREQUENCIES), ("out", self.width)):
+            init = _uniform(fan_in)
+            layer = nn.Dense(self.width, kernel_init=init, bias_init=init, name=name)
+            features_BF = nn.silu(layer(features_BF))
+        return features_BF
+
+
+def sigma_features(sigma_B: Float[Array, "B"]) -> Float[Array, "B 2*F"]:
+    """cos, then sin, of σ·10⁴^(-k/128) for k = 0..127; σ is the total noise itself, not its log."""
+    k_F = jnp.arange(SIGMA_FREQUENCIES, dtype=jnp.float32)
+    phase_BF = sigma_B[:, None] * jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)[None]
+    return jnp.concatenate([jnp.cos(phase_BF), jnp.sin(phase_BF)], axis=-1)
+
+
+def rotary(
+    positions_BL: Int[Array, "B L"], head_dim: int
+) -> tuple[Float[Array, "B L 1 K/2"], Float[Array, "B L 1 K/2"]]:
+    """cos and sin of the phases of the channel pairs (k, k + K/2). arXiv:2104.09864, equation 34."""
+    k_F = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    phase_BLF = positions_BL.astype(jnp.float32)[:, :, None] * (ROTARY_BASE**-k_F)[None, None]
+    return jnp.cos(phase_BLF)[:, :, None], jnp.sin(phase_BLF)[:, :, None]
+
+
+def rotate(x_BLHK: Float[Array, "B L H K"], rotation_BL1K) -> Float[Array, "B L H K"]:
+    """Queries or keys, turned by the phases of ``rotary`` in float32 and returned in their type."""
+    cos, sin = rotation_BL1K
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLHK.dtype)
+
+
+def drop(
+    x_BLD: Float[Array, "B L D"], keys_B: Key[Array, "B"], index: Int[Array, ""], rate: float
+) -> Float[Array, "B L D"]:
+    """Inverted dropout, example by example; ``index`` tells the places in the network apart.
+
+    Each example draws from its own key, so that neither the order of the batch nor the number of
+    devices that share it changes what is dropped.
+    """
+
+    def one(key, x_LD):
+        keep_LD = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x_LD.shape)
+        return jnp.where(keep_LD, x_LD / (1 - rate), 0)
+
+    return jax.vmap(one)(keys_B, x_BLD)
+
+
+def _uniform(fan_in: int):
+    """U(±1/√fan_in): PyTorch's default for a linear layer, and the published embedding's."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def _dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = True) -> nn.Dense:
+    init = _uniform(fan_in)
+    return nn.Dense(
+        features, use_bias=bias, dtype=net.dtype, kernel_init=init, bias_init=init, name=name
+    )
+
+
+def _norm(net: DDiT, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=NORM_EPSILON,
+        use_bias=net.norm_bias,
+        bias_init=nn.initializers.ones,  # so in RADD's code
+        use_fast_variance=False,  # E[x²] - E[x]² cancels where the mean is large
+        name=name,
+    )
+
+
+def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
+    """``parts`` of [B, 1, D], all 0 in a fresh network (adaLN-zero); ``None`` without a condition."""
+    if condition_BC is None:
+        return [None] * parts
+    zeros = nn.initializers.zeros
+    layer = nn.Dense(parts * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
+    return jnp.split(layer(condition_BC)[:, None], parts, axis=-1)
+
+
+def _modulate(x_BLD: Array, shift_B1D: Array | None, scale_B1D: Array | None) -> Array:
+    return x_BLD if shift_B1D is None else x_BLD * (1 + scale_B1D) + shift_B1D
+
+
+make = DDiT
