@@ -1,11 +1,14 @@
 """From a configuration to the objects of a run."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sedd.config import Config
-from sedd.data.corpora import Corpus, Mixture, open_corpus, parse_mixture
-from sedd.data.packing import Packed, pack
+import numpy as np
+
+from sedd.config import Config, DataOptions
+from sedd.data.corpora import Mixture, open_corpus, parse_mixture
+from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.tokenizers import Tokenizer, build_tokenizer
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
@@ -65,45 +68,84 @@ class Data:
     train: list[tuple[Packed, float]]
     validation: list[tuple[Packed, float]]
 
-    @property
-    def unigram_entropy(self) -> float:
-        """Nats per token of the validation tokens' own frequencies, over all parts."""
-        import numpy as np
-
-        counts = sum(packed.token_counts for packed, _ in self.validation)
-        frequency = counts[counts > 0] / counts.sum()
-        return float(-(frequency * np.log(frequency)).sum())
-
 
 def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=None) -> Data:
     """Open, tokenise and pack; ``tokenizer`` is that of the run that is resumed, if any."""
     cache_dir = Path(config.data.cache_dir).expanduser()
     weighted = parse_mixture(config.data.corpus)
     corpora = [open_corpus(spec, cache_dir=cache_dir) for spec, _ in weighted]
+    for corpus in corpora:
+        for split in ("train", "validation"):
+            if split not in corpus.splits:
+                raise UserError(
+                    f"corpus {corpus.name!r} has no {split} split to train with: it has "
+                    f"{', '.join(corpus.splits)}"
+                )
     if tokenizer is None:
-        whole: Corpus = corpora[0] if len(corpora) == 1 else Mixture(corpora)
+        whole = corpora[0] if len(corpora) == 1 else Mixture.of(corpora)
         tokenizer = build_tokenizer(config.data.tokenizer, whole, cache_dir=cache_dir)
-
-    def packed(split: str) -> list[tuple[Packed, float]]:
-        return [
-            (
-                pack(
-                    corpus,
-                    tokenizer,
-                    split,
-                    length=config.data.length,
-                    wrap=config.data.wrap,
-                    cache_dir=cache_dir,
-                    progress=progress,
-                ),
-                weight,
-            )
+    parts = {
+        split: [
+            (_pack(corpus, split, tokenizer, config.data, cache_dir, progress), weight)
             for corpus, (_, weight) in zip(corpora, weighted, strict=True)
         ]
+        for split in ("train", "validation")
+    }
+    return Data(tokenizer=tokenizer, **parts)
 
-    for corpus in corpora:
-        if "validation" not in corpus.splits:
-            raise UserError(
-                f"corpus {corpus.name} declares no validation split, only {', '.join(corpus.splits)}"
-            )
-    return Data(tokenizer=tokenizer, train=packed("train"), validation=packed("validation"))
+
+def pack_split(
+    spec: str,
+    split: str | None,
+    tokenizer: Tokenizer,
+    data: DataOptions,
+    *,
+    cache_dir: Path,
+    progress=None,
+) -> tuple[Packed, str]:
+    """A corpus to evaluate on, cut as ``data`` says, and the split that it is."""
+    corpus = open_corpus(spec, cache_dir=cache_dir)
+    split = split or corpus.evaluation_split
+    return _pack(corpus, split, tokenizer, data, cache_dir, progress), split
+
+
+def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> Packed:
+    return pack(
+        corpus,
+        tokenizer,
+        split,
+        length=data.length,
+        wrap=data.wrap,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Sequences to evaluate: evenly spread rows of every part, in batches that can be iterated again."""
+
+    parts: Sequence[Packed]
+    max_sequences: int | None
+    batch_size: int
+
+    def __len__(self) -> int:
+        return sum(-(-len(rows) // self.batch_size) for _, rows in self._rows())
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for packed, rows in self._rows():
+            for first in range(0, len(rows), self.batch_size):
+                yield packed.rows(rows[first : first + self.batch_size])
+
+    def unigram_entropy(self) -> float:
+        """Nats per token of these very tokens' frequencies: what a model without context attains."""
+        counts = 0
+        for x0_BL, scored_BL in self:
+            ids = x0_BL[scored_BL]
+            counts = counts + np.bincount(ids, minlength=int(self.parts[0].counts.size))
+        frequencies = counts[counts > 0] / counts.sum()
+        return float(-(frequencies * np.log(frequencies)).sum())
+
+    def _rows(self):
+        each = None if self.max_sequences is None else -(-self.max_sequences // len(self.parts))
+        return [(packed, validation_rows(packed, each)) for packed in self.parts]

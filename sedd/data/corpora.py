@@ -21,7 +21,8 @@ __all__ = ["NAMES", "Corpus", "Mapped", "Mixture", "open_corpus", "parse_mixture
 
 NAMES = ("sotu", "stdlib", *BENCHMARKS, "lm1b")
 FORMS = "tfds:NAME, hf:OWNER/NAME, or the path of a file, a folder or a pattern"
-WEIGHTED = re.compile(r"(?P<spec>.*)\*\s*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf)", re.I)
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf"
+WEIGHTED = re.compile(rf"(?P<name>.*)\*\s*(?P<weight>{NUMBER})", re.IGNORECASE)
 
 
 def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
@@ -50,7 +51,7 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
     if name == spec and re.search(r"[/\\*?]|\.\w+$", name):
         raise UserError(f"no such file, folder or pattern: {name}")
     near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ""
+    hint = f", did you mean {near[0]!r}?" if near else "."
     raise UserError(f"unknown corpus {name!r}{hint} There are {', '.join(NAMES)}; {FORMS}")
 
 
@@ -60,16 +61,18 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
     A path that exists as it stands is one part, whatever characters are in it. Weights are positive
     and relative to each other.
     """
-    if Path(spec).expanduser().exists():
+    if spec and Path(spec).expanduser().exists():
         return [(spec, 1.0)]
     parts = []
-    for part in re.split(r"\+(?![\d.]+\s*(?:\+|$))", spec):
+    for part in re.split(r"(?<!\d[eE])\+", spec):
         match = WEIGHTED.fullmatch(part.strip())
-        name = match["spec"].strip() if match else part.strip()
+        name = match["name"].strip() if match else part.strip()
         weight = float(match["weight"]) if match else 1.0
         if not name:
             raise UserError(f"mixture {spec!r}: a part is empty; write NAME*WEIGHT+NAME*WEIGHT")
         if not (weight > 0 and math.isfinite(weight)):
-            raise UserError(f"mixture {spec!r}: the weight of {name} must be positive, got {weight}")
+            raise UserError(
+                f"mixture {spec!r}: the weight of {name} must be positive, got {weight}"
+            )
         parts.append((name, weight))
     return parts

@@ -13,10 +13,11 @@ from sedd.data.base import Corpus, digest, hold_out, say
 from sedd.errors import UserError
 
 # What a folder is searched for; a file that the user names may have any suffix.
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .tex .html .xml .csv .tsv .json .yaml .yml .toml .py .c .h .cc "
-    ".cpp .hpp .java .js .ts .go .rs .rb .sh .sql .jsonl .ndjson".split()
-)
+LINES = (".jsonl", ".ndjson")
+PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml")
+DATA = (".csv", ".tsv", ".json", ".yaml", ".yml", ".toml")
+CODE = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh")
+TEXT_SUFFIXES = frozenset((*LINES, *PROSE, *DATA, *CODE))
 SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -103,13 +104,14 @@ def _open_folder(spec: str, folder: Path, key: str) -> FileCorpus:
     else:
         ordered, kept = UNSPLIT, tuple(("all", path) for path in texts)
     if skipped := len(found) - len(kept):
-        say(f"{folder}: {skipped} of {len(found)} files are empty, not text or in no split: skipped")
+        say(f"{folder}: skipped {skipped} of {len(found)} files (empty, not text or in no split)")
     return FileCorpus(name=spec, splits=ordered, files=kept, key=key)
 
 
 def _suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    """The suffix in lower case; of a gzipped file, the one before ``.gz``."""
+    lower = Path(path.name.lower())
+    return Path(lower.stem).suffix if lower.suffix == ".gz" else lower.suffix
 
 
 def _stem(path: Path, folder: Path) -> str:
@@ -121,7 +123,7 @@ def read_documents(path: Path, key: str = "text") -> Iterator[str]:
 
     ``UserError`` names the file, and the line where there is one, of anything that is not text.
     """
-    if _suffix(path) in (".jsonl", ".ndjson"):
+    if _suffix(path) in LINES:
         yield from _read_lines(path, key)
     else:
         yield read_text(path)
@@ -169,9 +171,9 @@ def _read_lines(path: Path, key: str) -> Iterator[str]:
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object, got {type(record).__name__}")
         if key not in record:
+            keys = ", ".join(map(repr, record)) or "none"
             raise UserError(
-                f"{where}: no key {key!r}, only {', '.join(map(repr, record)) or 'an empty object'}; "
-                f"name the text's key as {path}:KEY"
+                f"{where}: no key {key!r}, the keys are {keys}; name the text's as {path}:KEY"
             )
         text = record[key]
         if not isinstance(text, str):

@@ -12,7 +12,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ from sedd.errors import UserError
 EOS_TEXT = "<|endoftext|>"  # how the end of a document is written where it is shown
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 # GPT-2's pattern, in the possessive form that tiktoken uses: the same pieces, found faster.
-PIECES = (
-    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-)
+PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # A piece of that pattern never holds a space after something else, so a cut there changes no id.
 CUT = re.compile(r"(?<=\S)(?=\s)")
 # The 256 bytes in the order that GPT-2 numbers them: printable ones, then the rest.
@@ -78,7 +76,9 @@ class Tokenizer(ABC):
         """
         array = np.asarray(ids, np.int64)
         if array.size and not (array.min() >= 0 and array.max() < self.num_tokens):
-            raise ValueError(f"ids must be in 0..{self.num_tokens - 1}, got {array.min()}..{array.max()}")
+            raise ValueError(
+                f"ids must be in 0..{self.num_tokens - 1}, got {array.min()}..{array.max()}"
+            )
         if not keep_eos or self.eos_id is None:
             return self._decode(array[array != self.eos_id] if self.eos_id is not None else array)
         parts = np.split(array, np.flatnonzero(array == self.eos_id) + 1)
@@ -253,7 +253,9 @@ class Pretrained(Tokenizer):
         try:
             backend: Any = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"tokenizer {name!r} is not a tokenizers JSON file ({error})") from error
+            raise UserError(
+                f"tokenizer {name!r} is not a tokenizers JSON file ({error})"
+            ) from error
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # a text that spells out a special is ordinary text
@@ -300,7 +302,7 @@ class Pretrained(Tokenizer):
 
 
 def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``to_json`` described; ``UserError`` where it is not such a description."""
+    """The tokenizer that ``to_json`` described; ``UserError`` where it describes none."""
     readers: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
         "characters": lambda d: Characters.of(d["name"], d["alphabet"], eos=d["eos"]),
         "bytes": lambda d: Bytes(),
@@ -339,7 +341,7 @@ def build_tokenizer(spec: str, corpus: Corpus | None, *, cache_dir: Path) -> Tok
                 f"tokenizer {spec!r}: expected bpe:SIZE with SIZE at least 257, 256 bytes and the "
                 f"end of a document"
             )
-        return _trained(spec, corpus, cache_dir, lambda source: _build_byte_pairs(spec, size, source))
+        return _trained(spec, corpus, cache_dir, partial(_build_byte_pairs, spec, size))
     if spec == "text8":
         return Characters.of("text8", LETTERS, eos=False)
     if spec == "bytes":
@@ -462,10 +464,10 @@ def _hub_tokenizer(name: str, cache_dir: Path) -> str:
 def write_whole(path: Path, data: bytes) -> None:
     """A file that is either all there or not there at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "wb") as file:
         file.write(data)
-    os.replace(partial, path)
+    os.replace(beside, path)
 
 
 def _code_points(text: str) -> np.ndarray:

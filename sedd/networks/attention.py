@@ -33,7 +33,7 @@ def attention(
 
     The softmax is in float32 whatever the inputs are. A query that sees nothing gets 0, with a
     gradient of 0. ``backend`` is one of ``BACKENDS``; see ``choose`` for what "auto" means. A
-    backend asked for by name that cannot compute this raises ``ValueError``: only "auto" falls back.
+    backend asked for by name that cannot compute this raises ``ValueError``: "auto" falls back.
 
     Splash is a custom kernel, which the partitioner cannot split: under ``jit`` with sharded
     arguments call it inside ``shard_map`` (``pmap`` needs nothing).
@@ -41,15 +41,16 @@ def attention(
     chosen = choose(backend, q_BLHK, attend)
     if chosen == "splash":
         return _splash(q_BLHK, k_BLHK, v_BLHK, attend)
-    mask_B1LL = None if _sees_all(attend) else attend.mask()
+    mask_B1LL = _mask(attend)
     if chosen == "einsum":
         out_BLHK = _einsum(q_BLHK, k_BLHK, v_BLHK, mask_B1LL)
     else:
         if mask_B1LL is not None:  # cuDNN wants the whole shape; XLA does not mind
             batch, length = q_BLHK.shape[:2]
             mask_B1LL = jnp.broadcast_to(mask_B1LL, (batch, 1, length, length))
+        implementation = "cudnn" if chosen == "cudnn" else "xla"
         out_BLHK = jax.nn.dot_product_attention(
-            q_BLHK, k_BLHK, v_BLHK, mask=mask_B1LL, implementation=chosen
+            q_BLHK, k_BLHK, v_BLHK, mask=mask_B1LL, implementation=implementation
         )
     if mask_B1LL is None:
         return out_BLHK
@@ -58,13 +59,16 @@ def attention(
     return jnp.where(sees_BL[:, :, None, None], out_BLHK, 0)
 
 
-def choose(backend: str, q_BLHK: Array, attend: Attend | None, *, platform: str | None = None) -> str:
+def choose(
+    backend: str, q_BLHK: Array, attend: Attend | None, *, platform: str | None = None
+) -> str:
     """The backend that will run, of einsum, xla, cudnn and splash; decided while tracing.
 
-    "auto" is einsum on CPU, where it is 2-4 times faster than XLA's path; cuDNN on an NVIDIA GPU of
-    compute capability 8.0 or more, splash on TPU, and XLA wherever ``refusal`` has a reason against
-    those two. ``platform`` defaults to that of JAX's default device: to compile for another one, name
-    the backend. Raises ``ValueError`` for an unknown backend, or a named one that is refused.
+    "auto" is einsum on CPU, where it is 2-4 times faster than XLA's path; cuDNN on an NVIDIA GPU
+    of compute capability 8.0 or more, splash on TPU, and XLA wherever ``refusal`` has a reason
+    against those two. ``platform`` defaults to that of JAX's default device: to compile for another
+    one, name the backend. Raises ``ValueError`` for an unknown backend, or a named one that is
+    refused.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -95,7 +99,7 @@ def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
             return f"needs bfloat16 or float16, got {q_BLHK.dtype}"
         if width % 8 or width > 128:
             return f"needs a head width that is a multiple of 8, at most 128, got {width}"
-        if length % 2 and not _sees_all(attend):
+        if length % 2 and attend is not None:
             return f"needs an even length under a mask, got {length}"
     if backend == "splash":
         if length % LANES:
@@ -105,11 +109,13 @@ def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
     return None
 
 
-def _sees_all(attend: Attend | None) -> bool:
-    return attend is None or (attend.rank_q_BL is None and attend.segment_BL is None)
+def _mask(attend: Attend | None) -> Bool[Array, "B 1 L L"] | None:
+    if attend is None or (attend.rank_q_BL is None and attend.segment_BL is None):
+        return None
+    return attend.mask()
 
 
-def _flash_capable(device: jax.Device) -> bool:
+def _flash_capable(device) -> bool:
     """Whether cuDNN's fused attention runs on ``device``: an NVIDIA GPU, Ampere or newer."""
     if "cuda" not in device.client.platform_version.lower():
         return False
@@ -149,10 +155,9 @@ def _splash(
     # The kernel does not scale; in float32, since 1/√K need not be exact in bfloat16.
     q_BLHK = (q_BLHK.astype(jnp.float32) * width**-0.5).astype(q_BLHK.dtype)
     q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
-    if _sees_all(attend):
-        out_BHLK = jax.vmap(kernel)(q_BHLK, k_BHLK, v_BHLK)
-    else:
+    segments = None
+    if attend is not None and attend.segment_BL is not None:
         segment_BL = jnp.broadcast_to(attend.segment_BL, (batch, length)).astype(jnp.int32)
         segments = splash.SegmentIds(q=segment_BL, kv=segment_BL)
-        out_BHLK = jax.vmap(kernel)(q_BHLK, k_BHLK, v_BHLK, segments)
-    return jnp.swapaxes(out_BHLK, 1, 2).astype(v_BLHK.dtype)
+    out_BHLK = jax.vmap(kernel)(q_BHLK, k_BHLK, v_BHLK, segments)
+    return jnp.swapaxes(out_BHLK, 1, 2).astype(v_BLHK.dtype)  # pyright: ignore

@@ -14,16 +14,20 @@ from sedd.types import Array, Bool, Float, Int, Key, Params
 class Attend:
     """Which positions see which; ``None`` in its place means that everything sees everything.
 
-    Query i sees key j when ``rank_k[j] <= rank_q[i]`` (``<`` if ``strict``) and both lie in the same
-    segment. Causal, padding, packed documents, blocks and permuted orders are all of this form; each
-    attention backend makes its own mask of it. A query that sees nothing attends to nothing: its
-    attention output is 0.
+    Query i sees key j when ``rank_k[j] <= rank_q[i]`` (``<`` if ``strict``) and both lie in the
+    same segment. Causal, padding, packed documents, blocks and permuted orders are all of this
+    form; each attention backend makes its own mask of it. A query that sees nothing attends to
+    nothing: its attention output is 0. Raises ``ValueError`` for one rank without the other.
     """
 
     rank_q_BL: Int[Array, "B L"] | None = None
     rank_k_BL: Int[Array, "B L"] | None = None
     segment_BL: Int[Array, "B L"] | None = None
     strict: bool = field(default=False, metadata={"static": True})
+
+    def __post_init__(self):
+        if (self.rank_q_BL is None) != (self.rank_k_BL is None):
+            raise ValueError("rank_q_BL and rank_k_BL describe one order: give both, or neither")
 
     def mask(self) -> Bool[Array, "B 1 L L"]:
         """The explicit mask, True where a query (second to last axis) sees a key (last axis)."""
@@ -86,7 +90,5 @@ def read_out(
 
     Losses and sampling need float32 logits even where the network computes in bfloat16.
     """
-    logits = jnp.matmul(
-        hidden, weight_DV.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
-    return logits + bias_V
+    logits = jnp.matmul(hidden, weight_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return logits + jnp.broadcast_to(bias_V, logits.shape)

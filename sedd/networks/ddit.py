@@ -1,9 +1,9 @@
 """The diffusion transformer of SEDD and RADD.
 
-SEDD's (arXiv:2310.16834, appendix C.2) conditions every block on the noise level by adaLN-zero (DiT,
+SEDD's (arXiv:2310.16834) conditions every block on the noise level by adaLN-zero (DiT,
 arXiv:2212.09748); RADD's (arXiv:2406.03736) is the same transformer without a time. Both attend in
-every direction, with rotary positions, and read tokens out through a layer that is not tied to the
-embedding.
+every direction, with rotary positions (arXiv:2104.09864), and read tokens out through a layer that
+is not tied to the embedding.
 
 Numbers: the residual stream, the norms, the modulation and the rotary phases are float32; the
 matrix products and the attention take the compute type. That is what the published code does under
@@ -35,8 +35,9 @@ class DDiT(Network):
     The defaults are SEDD-small: 169,627,218 parameters at V = 50258; medium is ``hidden_dim`` 1024,
     24 layers, 16 heads. RADD is ``time_conditioned=False, norm_bias=True, dropout=0.02``.
 
-    Parameters are ``{"trunk": …, "head": {"kernel", "bias"}}``, float32, kernels ``[in, out]``. Those
-    of the blocks are stacked on a leading axis of length ``num_layers``: there a bias has two axes.
+    Parameters are ``{"trunk": …, "head": {"kernel", "bias"}}``, float32, kernels ``[in, out]``.
+    Those of the blocks are stacked on a leading axis of length ``num_layers``: there a bias has two
+    axes. A field out of range raises ``ValueError``.
     """
 
     hidden_dim: int = 768  # D
@@ -72,8 +73,8 @@ class DDiT(Network):
             raise ValueError(f"attention 'cudnn' needs dtype bfloat16, got {self.dtype!r}")
         if self.attention == "cudnn" and (self.head_dim % 8 or self.head_dim > 128):
             raise ValueError(
-                "attention 'cudnn' needs hidden_dim / num_heads to be a multiple of 8, at most 128, "
-                f"got {self.head_dim}"
+                "attention 'cudnn' needs hidden_dim / num_heads to be a multiple of 8 and at most "
+                f"128, got {self.head_dim}"
             )
 
     @property
@@ -114,8 +115,8 @@ class DDiT(Network):
             raise ValueError("this network is not conditioned on the time: sigma_B must be None")
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
-        variables = {"params": params["trunk"]}
-        return _Trunk(self).apply(variables, tokens_BL, positions_BL, attend, sigma_B, keys_B)
+        trunk = _Trunk(self).bind({"params": params["trunk"]})
+        return trunk(tokens_BL, positions_BL, attend, sigma_B, keys_B)
 
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, "V"]]:
         """The output layer's matrix and bias: ``read_out(hidden, *head)`` is ``raw``."""
@@ -138,13 +139,13 @@ class _Trunk(nn.Module):
         if net.time_conditioned:
             condition_BC = _SigmaMap(net.condition_dim, name="sigma_map")(sigma_B)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
-        # Inside a scan nothing can be merged with the recomputation, so that remat needs no barrier.
+        # Inside a scan nothing can be merged with the recomputation: remat needs no barrier.
         block = nn.remat(_Block, prevent_cse=False) if net.remat else _Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 4),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=net.num_layers,
         )
         layers = jnp.arange(net.num_layers, dtype=jnp.uint32)
@@ -214,7 +215,7 @@ def sigma_features(sigma_B: Float[Array, "B"]) -> Float[Array, "B 2*F"]:
 def rotary(
     positions_BL: Int[Array, "B L"], head_dim: int
 ) -> tuple[Float[Array, "B L 1 K/2"], Float[Array, "B L 1 K/2"]]:
-    """cos and sin of the phases of the channel pairs (k, k + K/2). arXiv:2104.09864, equation 34."""
+    """cos and sin of the phases of the channel pairs (k, k + K/2), in float32."""
     k_F = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     phase_BLF = positions_BL.astype(jnp.float32)[:, :, None] * (ROTARY_BASE**-k_F)[None, None]
     return jnp.cos(phase_BLF)[:, :, None], jnp.sin(phase_BLF)[:, :, None]
@@ -272,7 +273,7 @@ def _norm(net: DDiT, name: str) -> nn.LayerNorm:
 
 
 def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
-    """``parts`` of [B, 1, D], all 0 in a fresh network (adaLN-zero); ``None`` without a condition."""
+    """``parts`` of [B, 1, D], 0 in a fresh network (adaLN-zero); ``None`` without a condition."""
     if condition_BC is None:
         return [None] * parts
     zeros = nn.initializers.zeros
@@ -281,7 +282,9 @@ def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
 
 
 def _modulate(x_BLD: Array, shift_B1D: Array | None, scale_B1D: Array | None) -> Array:
-    return x_BLD if shift_B1D is None else x_BLD * (1 + scale_B1D) + shift_B1D
+    if shift_B1D is None or scale_B1D is None:
+        return x_BLD
+    return x_BLD * (1 + scale_B1D) + shift_B1D
 
 
 make = DDiT

@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+STEPS ?=
+export NPROC ?= 16
+
+.PHONY: install quickstart test lint lock clean
+
+install: $(VENV)/.installed
+
+# --no-deps: the lock is complete, and of the embedded corpus only the files are used.
+$(VENV)/.installed: requirements/cpu.txt requirements/embedded.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14) and \
+	  f"Python 3.11, 3.12 or 3.13 is needed, {sys.version.split()[0]} was found: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	  -r requirements/cpu.txt -r requirements/embedded.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+quickstart: install
+	$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--training.steps $(STEPS))
+	@echo
+	$(BIN)/python sample.py --checkpoint $(RUN) --num 3 --steps 128 --trace $(RUN)/trace.html
+	@echo
+	$(BIN)/python sample.py --checkpoint $(RUN) --infill 'Fellow citizens of the Senate and {mask:32} the state of the Union is{mask:24}.'
+	@echo
+	@ls -1d $(RUN)/checkpoints $(RUN)/curves.png $(RUN)/metrics.jsonl $(RUN)/trace.html
+
+test: install lint
+	$(BIN)/python -m pytest --cov=sedd --cov-report=term:skip-covered
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Pins every dependency with its hashes, for every supported Python, without naming a host.
+lock: install
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-annotate --extra dev pyproject.toml -o requirements/cpu.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	  --no-annotate --no-deps requirements/embedded.in -o requirements/embedded.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

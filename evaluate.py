@@ -1,0 +1,123 @@
+"""Bound the perplexity of a trained model on a corpus or a file, with its standard errors."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import sedd
+from sedd.build import HeldOut, pack_split
+from sedd.cli import parse, run
+from sedd.config import default_cache_dir
+from sedd.evaluation.bound import BoundResult, evaluate_bound
+from sedd.files import write_whole
+from sedd.model import text_counter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateCommand:
+    """The flags of ``evaluate.py``."""
+
+    checkpoint: Path
+    """A run's directory."""
+    data: str
+    """corpus:NAME, tfds:NAME, hf:NAME, or a file or folder of text."""
+    split: str | None = None
+    """All of a file, the validation split of a corpus by default."""
+    draws: int = 64
+    """Noise levels a sequence; a multiple of 4."""
+    max_sequences: int | None = None
+    """Evenly spread over the split; all of them by default."""
+    batch_size: int = 32
+    seed: int = 0
+    json: Path | None = None
+    """Write every figure here."""
+    cache_dir: Path = Path(default_cache_dir())
+
+    def __post_init__(self):
+        if self.draws < 4 or self.draws % 4:
+            raise ValueError(f"draws must be a positive multiple of 4, got {self.draws}")
+        for name in ("batch_size", "max_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate, print the table, write the JSON."""
+    command = parse(EvaluateCommand, arguments, description=__doc__ or "")
+    model = sedd.load(command.checkpoint)
+    if model.tokenizer is None:
+        raise sedd.UserError(f"{command.checkpoint}: it has no tokenizer to read {command.data} with")
+    packed, split = pack_split(
+        command.data,
+        command.split,
+        model.tokenizer,
+        model.config.data,
+        cache_dir=command.cache_dir.expanduser(),
+    )
+    batches = HeldOut(
+        parts=[packed], max_sequences=command.max_sequences, batch_size=command.batch_size
+    )
+    result = evaluate_bound(
+        model.denoiser,
+        model.schedule,
+        jax.random.key(command.seed),
+        track(batches, "evaluating", console=Console(stderr=True), transient=True),
+        draws=command.draws,
+        count_text=text_counter(model.tokenizer),
+    )
+    show(result, batches.unigram_entropy())
+    if command.json is not None:
+        about = {
+            "checkpoint": str(command.checkpoint),
+            "data": command.data,
+            "split": split,
+            "length": model.length,
+            "wrap": model.config.data.wrap,
+            "tokenizer": model.tokenizer.name,
+            "seed": command.seed,
+        }
+        write_whole(command.json, json.dumps(about | result.to_json(), indent=2).encode())
+
+
+def show(result: BoundResult, unigram_entropy: float) -> None:
+    """Print the figures as a table."""
+    table = Table(title="Upper bound on the negative log likelihood", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("± standard error", justify="right")
+    table.add_row(
+        "nats per token", f"{result.nats_per_token:.4f}", f"{result.standard_error:.4f} (sequences)"
+    )
+    table.add_row("", "", f"{result.standard_error_draws:.4f} (draws)")
+    table.add_row(
+        "perplexity ≤",
+        f"{result.perplexity:.3f}",
+        f"{result.perplexity * result.standard_error:.3f}",
+    )
+    for name, value in (
+        ("bits per character ≤", result.bits_per_character),
+        ("bits per byte ≤", result.bits_per_byte),
+    ):
+        if value is not None:
+            error = value * result.standard_error / result.nats_per_token
+            table.add_row(name, f"{value:.4f}", f"{error:.4f}")
+    table.add_section()
+    for name in ("prior", "diffusion", "reconstruction"):
+        table.add_row(f"  {name}", f"{getattr(result, name):.4f}", "")
+    table.add_section()
+    table.add_row("unigram entropy of the data", f"{unigram_entropy:.4f}", "")
+    table.add_row("sequences · tokens", f"{result.num_sequences:,} · {result.num_tokens:,}", "")
+    table.add_row("draws · estimator", f"{result.draws} · {result.estimator}", "")
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    run(main)

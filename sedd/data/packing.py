@@ -1,0 +1,341 @@
+"""Tokenised text on disk, and the rows of one length that are read from it.
+
+A corpus is tokenised once: the file does not depend on the length of the rows nor on whether
+documents are joined, since both only say where rows begin.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sedd.data.base import Corpus, digest, say
+from sedd.data.tokenizers import Tokenizer
+from sedd.errors import UserError
+
+FORMAT = 1  # change it whenever what the files mean changes: older ones are then not found
+TASK_CHARACTERS = 1 << 18  # what a thread tokenises at a time
+
+Progress = Callable[[int, int], None]  # documents and tokens so far
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """Rows of ``length`` tokens, read from a memory map.
+
+    The counts are of the tokens that rows score: with joined documents, all but the remainder after
+    the last row; otherwise, the documents without their ends. ``text_characters`` and
+    ``text_bytes`` are the size of the text that those tokens spell, so that nats per token times
+    ``num_tokens_total / text_characters`` are nats per character. Where a tokenizer does not say
+    what its tokens spell, they are the whole text's, in proportion.
+    """
+
+    name: str  # the corpus and the split
+    num_rows: int
+    length: int
+    num_tokens_total: int
+    text_characters: int
+    text_bytes: int
+    counts: np.ndarray  # [N], of scored tokens
+    pad_id: int
+    tokens: np.ndarray  # every document followed by its end, where the tokenizer has one
+    spans: tuple[np.ndarray, np.ndarray] | None  # first token and size of each row, if not equal
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens ``x0_BL`` (int32), and ``scored_BL``: False on the padding after a document."""
+        indices = np.asarray(indices)
+        if indices.size and not (indices.min() >= 0 and indices.max() < self.num_rows):
+            raise IndexError(
+                f"rows are 0..{self.num_rows - 1}, got {indices.min()}..{indices.max()}"
+            )
+        if self.spans is None:
+            tokens_SL = self.tokens[: self.num_rows * self.length].reshape(-1, self.length)
+            x0_BL = tokens_SL[indices].astype(np.int32)
+            return x0_BL, np.ones(x0_BL.shape, bool)
+        offsets_L = np.arange(self.length)
+        first, size = self.spans
+        scored_BL = offsets_L < size[indices][:, None]
+        positions_BL = np.where(scored_BL, first[indices][:, None] + offsets_L, 0)
+        x0_BL = self.tokens[positions_BL].astype(np.int32)
+        return np.where(scored_BL, x0_BL, np.int32(self.pad_id)), scored_BL
+
+    def unigram_entropy(self) -> float:
+        """Entropy of the scored tokens' frequencies, in nats per token.
+
+        It is what the best model that looks at no context attains on these rows.
+        """
+        frequencies = self.counts[self.counts > 0] / self.counts.sum()
+        return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def pack(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    split: str,
+    *,
+    length: int,
+    wrap: bool,
+    cache_dir: Path,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    max_documents: int | None = None,
+) -> Packed:
+    """Rows of ``length`` tokens of a split, tokenised in ``workers`` threads the first time.
+
+    With ``wrap`` documents are joined, each followed by the end of a document where the tokenizer
+    has one, and cut into rows; the remainder is dropped. Without, a document begins a row, fills as
+    many as it needs, and the last is filled up with ``tokenizer.pad_id``, unscored.
+
+    The tokens are kept in ``cache_dir/packed``, under a hash of everything that they come from.
+    They appear there whole or not at all; processes that need the same ones build them once.
+    ``progress(documents, tokens)`` is called as they are made. ``UserError`` where there is no text
+    or none long enough.
+    """
+    if length < 1:
+        raise UserError(f"length must be at least 1, got {length}")
+    if max_documents is not None and max_documents < 1:
+        raise UserError(f"max_documents must be at least 1, got {max_documents}")
+    made_from = [FORMAT, corpus.fingerprint(), split, tokenizer.fingerprint(), max_documents]
+    folder = cache_dir / "packed" / digest(made_from)
+    meta = _read_meta(folder)
+    if meta is None:
+        with _only_builder(folder):
+            meta = _read_meta(folder)
+            if meta is None:
+                if folder.exists():
+                    say(f"the packed tokens of {corpus.name} ({split}) are damaged: built again")
+                documents = islice(corpus.documents(split), max_documents)
+                _build(folder, documents, tokenizer, workers or _cores(), progress)
+                meta = _read_meta(folder)
+    if meta is None:
+        raise UserError(f"{folder} cannot be read back; is the disk full?")
+    return _open(folder, meta, f"{corpus.name} ({split})", tokenizer, length, wrap)
+
+
+def validation_rows(packed: Packed, max_rows: int | None) -> np.ndarray:
+    """At most ``max_rows`` row numbers, evenly spread, ascending, the same every time."""
+    num = packed.num_rows if max_rows is None else min(max_rows, packed.num_rows)
+    if num < 1:
+        raise UserError(f"the number of rows to validate on must be at least 1, got {max_rows}")
+    return np.arange(num) * packed.num_rows // num
+
+
+def _open(
+    folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer, length: int, wrap: bool
+) -> Packed:
+    total = meta["num_tokens"]
+    ends = np.load(folder / "ends.npy", mmap_mode="r")
+    if not total:
+        raise UserError(f"{name} holds no text")
+    tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(total,))
+    counts = np.array(meta["counts"], np.int64)
+    if wrap:
+        num_rows, spans = total // length, None
+        remainder = np.asarray(tokens[num_rows * length :], np.int64)
+        counts = counts - np.bincount(remainder, minlength=len(counts))
+    else:
+        spans = _spans(ends, length, 0 if tokenizer.eos_id is None else 1)
+        num_rows = len(spans[0])
+        if tokenizer.eos_id is not None:
+            counts[tokenizer.eos_id] -= len(ends)
+    if not num_rows:
+        raise UserError(
+            f"length {length} is longer than the data: {name} has {total:,} tokens, "
+            f"{len(ends):,} ends of documents included"
+            if wrap
+            else f"{name} holds no text"
+        )
+    characters, size = _text_size(meta, counts, tokenizer)
+    return Packed(
+        name=name,
+        num_rows=num_rows,
+        length=length,
+        num_tokens_total=int(counts.sum()),
+        text_characters=characters,
+        text_bytes=size,
+        counts=counts,
+        pad_id=tokenizer.pad_id,
+        tokens=tokens,
+        spans=spans,
+    )
+
+
+def _spans(ends: np.ndarray, length: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """First token and size of each row where no row holds two documents."""
+    ends = np.asarray(ends)
+    begins = np.concatenate([[0], ends[:-1]])
+    sizes = ends - begins - eos
+    rows_of = -(-sizes // length)
+    document = np.repeat(np.arange(len(ends)), rows_of)
+    rank = np.arange(len(document)) - np.repeat(np.cumsum(rows_of) - rows_of, rows_of)
+    done = rank * length
+    size = np.minimum(sizes[document] - done, length)
+    return begins[document] + done, size.astype(np.int32)
+
+
+def _text_size(meta: dict[str, Any], counts: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+    try:
+        table = tokenizer.token_bytes()
+    except UserError:  # a lossy tokenizer, whose tokens have no bytes
+        text = sum(meta["counts"]) - (meta["num_documents"] if tokenizer.eos_id is not None else 0)
+        scored = counts.sum() / max(text, 1)
+        return round(meta["text_characters"] * scored), round(meta["text_bytes"] * scored)
+    size = np.array([len(token or b"") for token in table], np.int64)
+    # A character of UTF-8 has one byte that is not 0b10xxxxxx: counting those is additive.
+    begun = np.array([sum(b & 0xC0 != 0x80 for b in token or b"") for token in table], np.int64)
+    return int(counts @ begun), int(counts @ size)
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """What is known of complete, undamaged tokens; None where there are none."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in meta["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return meta if sizes == meta["files"] else None
+
+
+@contextlib.contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Waits until no other process builds ``folder``; the kernel releases what a dead one held.
+
+    On a file system without locks several may build at once, and the first to finish is kept.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            yield
+            return
+        for leftover in folder.parent.glob(f".{folder.name}.*"):  # of builds that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+def _build(
+    folder: Path,
+    documents: Iterator[str],
+    tokenizer: Tokenizer,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    """Writes the files beside their place and moves them there when they are complete."""
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        dtype = np.dtype(np.uint16 if tokenizer.num_tokens <= 1 << 16 else np.uint32)
+        with (partial / "tokens.bin").open("wb") as file:
+            meta, ends = _write_tokens(file, documents, tokenizer, workers, dtype, progress)
+        np.save(partial / "ends.npy", ends)
+        meta["files"] = {n: (partial / n).stat().st_size for n in ("tokens.bin", "ends.npy")}
+        (partial / "meta.json").write_text(json.dumps(meta), "utf-8")
+        _move(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:  # there is one already: another process's, or a damaged one
+        if _read_meta(folder) is None:
+            damaged = folder.with_name(f".{folder.name}.damaged-{time.time_ns()}")
+            folder.rename(damaged)
+            partial.rename(folder)
+            shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _write_tokens(
+    file: IO[bytes],
+    documents: Iterator[str],
+    tokenizer: Tokenizer,
+    workers: int,
+    dtype: np.dtype,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], np.ndarray]:
+    counts = np.zeros(tokenizer.num_tokens, np.int64)
+    ends: list[int] = []
+    total = characters = size = 0
+    end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
+    for parts, ids in _tokenised(documents, tokenizer, workers):
+        for (text, last), part in zip(parts, ids, strict=True):
+            characters += len(text)
+            size += len(text) if text.isascii() else len(text.encode())
+            whole = np.concatenate([part.astype(dtype), end]) if last else part.astype(dtype)
+            file.write(whole.tobytes())
+            counts += np.bincount(whole, minlength=len(counts))
+            total += len(whole)
+            if last:
+                ends.append(total)
+        if progress is not None:
+            progress(len(ends), total)
+    meta = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.fingerprint(),
+        "dtype": dtype.name,
+        "num_tokens": total,
+        "num_documents": len(ends),
+        "text_characters": characters,
+        "text_bytes": size,
+        "counts": counts.tolist(),
+    }
+    return meta, np.array(ends, np.int64)
+
+
+Part = tuple[str, bool]  # text, and whether a document ends with it
+
+
+def _tokenised(
+    documents: Iterator[str], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
+    """Parts of documents with their ids, in order.
+
+    In threads: every tokenizer here leaves Python's lock while it works. A few tasks are in flight
+    for each thread, so that a corpus larger than memory passes through.
+    """
+    waiting: deque[tuple[list[Part], Future[list[np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(workers, "tokenise") as pool:
+        try:
+            for parts in _tasks(documents, tokenizer):
+                texts = [text for text, _ in parts]
+                waiting.append((parts, pool.submit(tokenizer.encode_batch, texts)))
+                if len(waiting) > 2 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _tasks(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[Part]]:
+    task: list[Part] = []
+    held = 0
+    for text in documents:
+        parts = tokenizer.split(text, TASK_CHARACTERS) or [""]
+        for number, part in enumerate(parts, start=1):
+            task.append((part, number == len(parts)))
+            held += len(part) + 16  # many short documents are a task too
+            if held >= TASK_CHARACTERS:
+                yield task
+                task, held = [], 0
+    if task:
+        yield task
+
+
+def _cores() -> int:
+    return min(os.cpu_count() or 1, 16)

@@ -1,0 +1,151 @@
+"""What a user asks of ``sample.py``: one request a line of a JSONL file, or the flags."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sedd.components import did_you_mean
+from sedd.constraints.clamp import Clamp, from_infill, from_prompt
+from sedd.data.tokenizers import Tokenizer
+from sedd.errors import UserError
+from sedd.model import Model, sample
+from sedd.samplers.base import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to draw. ``length`` counts the prompt; ``infill`` excludes prompt and suffix."""
+
+    id: str | int
+    prompt: str = ""
+    suffix: str = ""
+    infill: str | None = None
+    length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, kinds in (
+            ("id", (str, int)),
+            ("prompt", str),
+            ("suffix", str),
+            ("infill", (str, type(None))),
+            ("length", (int, type(None))),
+            ("seed", int),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise UserError(f"{name} must not be {json.dumps(value)}")
+        if self.length is not None and self.length < 1:
+            raise UserError(f"length must be at least 1, got {self.length}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
+        if self.infill is not None and (self.prompt or self.suffix):
+            raise UserError("infill already holds its context: give no prompt or suffix beside it")
+
+    def clamp(self, tokenizer: Tokenizer, default_length: int) -> Clamp:
+        """What is given and what is free, in tokens; UserError when it does not fit."""
+        if self.infill is not None:
+            return from_infill(tokenizer, self.infill, self.length)
+        length = self.length or default_length
+        return from_prompt(tokenizer, length, prompt=self.prompt, suffix=self.suffix)
+
+
+def read_requests(
+    path: Path, tokenizer: Tokenizer, default_length: int
+) -> Iterator[tuple[int, Request, Clamp] | UserError]:
+    """Each line's request with its line number, or the error that names the line.
+
+    A bad line does not stop the others. UserError when the file itself cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"--requests {path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--requests {path}: not UTF-8 text") from None
+    if not any(line.strip() for line in lines):
+        raise UserError(f"--requests {path}: the file is empty")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            request = _parse(line, number)
+            yield number, request, request.clamp(tokenizer, default_length)
+        except UserError as error:
+            yield UserError(f"{path}, line {number}: {error}")
+
+
+def _parse(line: str, number: int) -> Request:
+    try:
+        data: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"a request must be an object, got {line.strip()[:40]}")
+    known = [field.name for field in fields(Request)]
+    for key in data:
+        if key not in known:
+            raise UserError(
+                f"unknown field {key!r}{did_you_mean(key, known)}; it has {', '.join(known)}"
+            )
+    return Request(**{"id": number, **data})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One request's sample."""
+
+    request: Request
+    clamp: Clamp
+    tokens: np.ndarray  # [L]
+    text: str
+    calls: int
+    frames: np.ndarray | None  # [T, L], the state before the first and after every event
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of the output file."""
+        return {
+            "id": self.request.id,
+            "text": self.text,
+            "tokens": self.tokens.tolist(),
+            "calls": self.calls,
+            "seed": self.request.seed,
+        }
+
+
+def answer(
+    model: Model,
+    asked: Sequence[tuple[Request, Clamp]],
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    trace: bool = False,
+) -> Iterator[list[Answer]]:
+    """The answers, batch by batch, in the order asked. A request's noise is that of its seed."""
+    batch_size = min(batch_size, len(asked))
+    for first in range(0, len(asked), batch_size):
+        batch = asked[first : first + batch_size]
+        padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # compiles nothing new
+        result = sample(
+            model,
+            jax.vmap(jax.random.key)(np.array([r.seed for r, _ in padded], np.uint32)),
+            sampler=sampler,
+            clamp=[clamp for _, clamp in padded],
+            trace=trace,
+        )
+        yield [
+            Answer(
+                request=request,
+                clamp=clamp,
+                tokens=result.tokens[row, : clamp.length],
+                text=result.text[row],
+                calls=int(result.calls[row]),
+                frames=None if result.trace is None else result.trace[:, row, : clamp.length],
+            )
+            for row, (request, clamp) in enumerate(batch)
+        ]

@@ -1,0 +1,209 @@
+"""The denoising trace: one self-contained HTML page that plays how sampled sequences came about.
+
+The page holds each row's first frame and then only what changes from one frame to the next, so a
+sequence of 1024 tokens over 1024 steps stays small. It fetches nothing and opens from a file.
+"""
+
+import html
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PLACEHOLDER = re.compile(r"\[\[(title|description|final|data)\]\]")
+# Tab and newline are the only control characters that HTML text may hold; a lone surrogate (a token
+# text may hold one) has no UTF-8.
+_NOT_HTML_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceRow:
+    """One sequence's way from the start to the result.
+
+    Attributes:
+        title: names the sequence on the page, e.g. "request 3 · seed 17".
+        frames_TL: token ids [T+1, L]; frame 0 is the start (all mask, or noise on a uniform
+            process), the last is the result.
+        fixed_L: bool [L]: the clamped positions (prompt, suffix, infill context); they must hold
+            one token throughout.
+
+    Raises:
+        ValueError: a shape or dtype is wrong, an id is negative, or a clamped position changes.
+    """
+
+    title: str
+    frames_TL: np.ndarray
+    fixed_L: np.ndarray
+
+    def __post_init__(self) -> None:
+        where = f"trace row {self.title!r}"
+        if self.frames_TL.ndim != 2 or 0 in self.frames_TL.shape:
+            raise ValueError(
+                f"{where}: frames_TL must be [T+1, L] with at least one frame and one position, "
+                f"got shape {self.frames_TL.shape}"
+            )
+        if not np.issubdtype(self.frames_TL.dtype, np.integer):
+            raise ValueError(f"{where}: frames_TL must hold integers, got {self.frames_TL.dtype}")
+        if self.frames_TL.min() < 0:
+            raise ValueError(f"{where}: token ids must be >= 0, got {self.frames_TL.min()}")
+        length = self.frames_TL.shape[1]
+        if self.fixed_L.shape != (length,) or self.fixed_L.dtype != np.bool_:
+            raise ValueError(
+                f"{where}: fixed_L must be bool of shape ({length},), "
+                f"got {self.fixed_L.dtype} of shape {self.fixed_L.shape}"
+            )
+        moved = np.argwhere((self.frames_TL != self.frames_TL[0]) & self.fixed_L)
+        if len(moved):
+            frame, position = moved[0]
+            raise ValueError(f"{where}: fixed position {position} changes at frame {frame}")
+
+
+def write_trace(
+    path: Path,
+    rows: Sequence[TraceRow],
+    *,
+    token_text: Callable[[int], str],
+    mask_id: int | None,
+    eos_id: int | None,
+    description: Mapping[str, str],
+    times_T1: Sequence[float] | None,
+) -> None:
+    """Write the page that plays the rows; ``path`` is replaced whole or not at all.
+
+    Args:
+        path: the HTML file; its directory must exist.
+        rows: at least one; without ``times_T1`` they may differ in their numbers of frames.
+        token_text: one token's text; a piece of a character may be a replacement character. It is
+            called once for each id that occurs, never for ``mask_id`` or ``eos_id``.
+        mask_id: the mask token, drawn as a block; None on a uniform process.
+        eos_id: the end-of-sequence token, drawn as a mark; None where there is none.
+        description: names and values shown above the text, e.g. ``{"sampler": "tweedie"}``.
+        times_T1: the diffusion time of each frame, in [0, 1]; None hides it.
+
+    Raises:
+        ValueError: there is no row, or the times do not fit the frames.
+    """
+    path = Path(path)
+    _check(rows, times_T1)
+    data = _encode(rows, token_text, mask_id, eos_id, times_T1)
+    values = {
+        "title": _text(rows[0].title if len(rows) == 1 else "Denoising trace"),
+        "description": "".join(
+            f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>"
+            for name, value in description.items()
+        ),
+        "final": "".join(_final_text(row, data) for row in data["rows"]),
+        "data": _script_json(data),
+    }
+    template = resources.files("sedd").joinpath("trace.html").read_text(encoding="utf-8")
+    # One pass: a placeholder inside a value is not looked at again.
+    page = _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check(rows: Sequence[TraceRow], times_T1: Sequence[float] | None) -> None:
+    if not rows:
+        raise ValueError("a trace needs at least one row, got none")
+    if times_T1 is None:
+        return
+    for row in rows:
+        if len(row.frames_TL) != len(times_T1):
+            raise ValueError(
+                f"times_T1 must give a time for each frame: trace row {row.title!r} has "
+                f"{len(row.frames_TL)} frames, got {len(times_T1)} times"
+            )
+    for frame, time in enumerate(times_T1):
+        if not 0 <= time <= 1:  # also refuses nan
+            raise ValueError(f"times_T1 must lie in [0, 1], got {time} at frame {frame}")
+
+
+def _encode(
+    rows: Sequence[TraceRow],
+    token_text: Callable[[int], str],
+    mask_id: int | None,
+    eos_id: int | None,
+    times_T1: Sequence[float] | None,
+) -> dict[str, Any]:
+    """The page's data. Tokens are numbered by how often they are written, the most frequent first.
+
+    A frame's changes are one flat list [gap, token, gap, token, …]: a gap leads from the last
+    changed position (at first from 0) to the next.
+    """
+    written = [_changes(row.frames_TL) for row in rows]
+    ids, counts = np.unique(
+        np.concatenate([np.append(row.frames_TL[0], w[2]) for row, w in zip(rows, written)]),  # noqa: B905
+        return_counts=True,
+    )
+    by_count = np.argsort(-counts, kind="stable")
+    number = np.empty(len(ids), np.int64)
+    number[by_count] = np.arange(len(ids))
+
+    def numbered(tokens: np.ndarray) -> np.ndarray:
+        return number[np.searchsorted(ids, tokens)]
+
+    vocabulary = [int(i) for i in ids[by_count]]
+    special = {mask_id: "[mask]", eos_id: "[eos]"}
+    encoded = []
+    for row, (frame_K, position_K, token_K) in zip(rows, written, strict=True):
+        steps = len(row.frames_TL) - 1
+        first_T = np.searchsorted(frame_K, np.arange(steps + 1))
+        gap_K = np.diff(position_K, prepend=0)
+        starts = first_T[:-1][first_T[:-1] < first_T[1:]]
+        gap_K[starts] = position_K[starts]
+        pairs_K2 = np.stack([gap_K, numbered(token_K)], axis=1)
+        encoded.append(
+            {
+                "title": row.title,
+                "fixed": np.flatnonzero(row.fixed_L).tolist(),
+                "start": numbered(row.frames_TL[0]).tolist(),
+                "changes": [
+                    pairs_K2[first_T[t] : first_T[t + 1]].ravel().tolist() for t in range(steps)
+                ],
+            }
+        )
+    return {
+        "ids": vocabulary,
+        "texts": [special[i] if i in special else token_text(i) for i in vocabulary],
+        "mask": vocabulary.index(mask_id) if mask_id in vocabulary else None,
+        "eos": vocabulary.index(eos_id) if eos_id in vocabulary else None,
+        "times": None if times_T1 is None else [round(float(t), 6) for t in times_T1],
+        "rows": encoded,
+    }
+
+
+def _changes(frames_TL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(step, position, new token) of every change, in order of step and then position."""
+    frame_K, position_K = np.nonzero(frames_TL[1:] != frames_TL[:-1])
+    return frame_K, position_K, frames_TL[frame_K + 1, position_K]
+
+
+def _final_text(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """What a browser without scripts shows of one row: its last frame."""
+    tokens = list(row["start"])
+    for flat in row["changes"]:
+        for position, token in zip(np.cumsum(flat[::2]), flat[1::2], strict=True):
+            tokens[position] = token
+    final = "".join(data["texts"][token] for token in tokens)
+    return f'<h2>{_text(row["title"])}</h2><div class="plain">{_text(final)}</div>'
+
+
+def _text(value: str) -> str:
+    return html.escape(_NOT_HTML_TEXT.sub("\ufffd", value))
+
+
+def _script_json(value: Any) -> str:
+    """JSON that can stand inside a script element: ASCII, and no character that HTML reads."""
+    encoded = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

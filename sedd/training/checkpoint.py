@@ -1,0 +1,399 @@
+"""Checkpoints that are written in the background, checked when read, and complete or not there.
+
+A checkpoint is a directory ``<step>`` with three trees of plain, unsharded arrays (``params``,
+``ema_params``, ``training``), so that it loads on any number of devices, and a JSON description:
+name, type, shape and checksum of every array, where the data stream stands, and the sums of the log
+window that was open.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from sedd.errors import UserError
+from sedd.training.state import TrainState, from_host, to_host
+from sedd.types import Params
+
+# Orbax logs the traceback of a failed write once for each of its threads; the failure is raised too.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+TREES = ("params", "ema_params", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint that was read and found whole; the state's arrays are numpy's."""
+
+    state: TrainState
+    step: int
+    data: dict  # the loader's state
+    pending: dict  # the loop's
+
+
+class BadCheckpoint(Exception):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Making one touches nothing; the first save makes the directory.
+
+    The newest ``keep`` stay, and the one with the lowest metric.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 3):
+        if keep < 1:
+            raise UserError(f"keep must be at least 1, got {keep}")
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self._writer: ocp.training.Checkpointer | None = None
+        self._saving: ocp.AsyncResponse[bool] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps that have a directory, ascending; what is in it may be bad."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(
+            int(path.name)
+            for path in self.directory.iterdir()
+            if re.fullmatch("0|[1-9][0-9]*", path.name) and path.is_dir()
+        )
+
+    def path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def save(
+        self, state: TrainState, *, data: dict, pending: dict, metric: float | None = None
+    ) -> None:
+        """Start writing; ``data`` and ``pending`` must be JSON, ``metric`` is better when lower.
+
+        The arrays are copied before this returns. Waits for the save before it. Raises UserError
+        when that one, or this one, could not be written: what was complete before stays.
+        """
+        self.wait()
+        trees = _trees(to_host(state))
+        arrays = _flatten(trees)
+        description = {
+            "data": data,
+            "pending": pending,
+            "metric": metric,
+            "arrays": {
+                name: [*_kind(array), checksum]
+                for (name, array), checksum in zip(
+                    arrays.items(), _checksums(arrays.values()), strict=True
+                )
+            },
+        }
+        try:
+            self._saving = self._open().save_checkpointables_async(
+                int(state.step),
+                trees,
+                force=True,
+                metrics=None if metric is None else {"metric": metric},
+                custom_metadata={"sedd": description, "crc32": _json_checksum(description)},
+            )
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def check(self) -> None:
+        """Raises UserError if a save has failed meanwhile; does not wait."""
+        if self._writer is not None and not self._writer.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises UserError if it could not be written."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            try:
+                saving.result()
+            except Exception as error:
+                raise self._failure(error) from error
+
+    def restore_latest(self, abstract_state: TrainState) -> Restored | None:
+        """The newest whole checkpoint; None where there is none.
+
+        A bad one is named on standard error and set aside as ``<step>.bad``, so that it neither
+        counts as the newest nor is overwritten. Raises UserError where a checkpoint belongs to
+        another configuration, and where all are bad.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                description = self._describe(step)
+                self._require_same(step, description, _trees(abstract_state))
+                arrays = self._read(step, description, TREES)
+            except BadCheckpoint as bad:
+                self._set_aside(step, bad)
+                continue
+            return Restored(
+                state=_state_like(abstract_state, arrays),
+                step=step,
+                data=description["data"],
+                pending=description["pending"],
+            )
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self.directory} is whole; bad ones end in .bad: start anew in "
+                "another directory"
+            )
+        return None
+
+    def restore_params(
+        self, step: int | None = None, *, ema: bool = True, abstract_params: Params | None = None
+    ) -> Params:
+        """Parameters as nested dictionaries of numpy arrays; the averaged ones by default.
+
+        Without ``step``, of the newest whole checkpoint; bad ones are named on standard error.
+        Raises UserError where there is none, where the one asked for is bad, and where
+        ``abstract_params`` is given and differs.
+        """
+        tree = "ema_params" if ema else "params"
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no checkpoint in {self.directory}")
+        if step is not None and step not in steps:
+            raise UserError(
+                f"no checkpoint of step {step} in {self.directory}; there are {steps}"
+            )
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                description = self._describe(candidate)
+                if abstract_params is not None:
+                    self._require_same(candidate, description, {tree: abstract_params})
+                arrays = self._read(candidate, description, (tree,))
+            except BadCheckpoint as bad:
+                if step is not None:
+                    raise UserError(f"checkpoint {self.path(step)} is bad: {bad}") from bad
+                _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
+                continue
+            return _nest(arrays)[tree]
+        raise UserError(f"no checkpoint in {self.directory} is whole")
+
+    def latest_good(self) -> int | None:
+        """The newest step whose arrays are all as they were written; reads them."""
+        for step in reversed(self.steps()):
+            try:
+                self._read(step, self._describe(step), TREES)
+            except BadCheckpoint:
+                continue
+            return step
+        return None
+
+    def best(self) -> int | None:
+        """The step with the lowest metric, among the checkpoints that have one."""
+        metrics = {}
+        for step in self.steps():
+            try:
+                metric = self._describe(step)["metric"]
+            except BadCheckpoint:
+                continue
+            if metric is not None:
+                metrics[step] = metric
+        return min(metrics, key=metrics.__getitem__, default=None)
+
+    def close(self) -> None:
+        """Wait, and release the threads that write."""
+        self.wait()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self) -> ocp.training.Checkpointer:
+        if self._writer is None:
+            policies = ocp.training.preservation_policies
+            best = policies.BestN(
+                n=1,
+                get_metric_fn=lambda metrics: metrics["metric"],
+                reverse=True,  # the last of the order is kept
+                keep_checkpoints_without_metrics=False,
+            )
+            self._writer = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(self.keep), best]
+                ),
+                cleanup_tmp_directories=True,
+            )
+        return self._writer
+
+    def _failure(self, error: Exception) -> Exception:
+        """What to raise for a failed save: a UserError when the system refused to write."""
+        code = error.errno if isinstance(error, OSError) else None
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
+            code = int(found[1])
+        if code is None:
+            return error
+        if self._writer is not None:
+            self._writer = None  # it would raise the same error for ever
+        last = self._last_described()
+        kept = f"the last complete checkpoint is {last}" if last else "no checkpoint is complete"
+        reason = os.strerror(code)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason += ", make room and start again"
+        return UserError(f"cannot write a checkpoint to {self.directory}: {reason}; {kept}")
+
+    def _last_described(self) -> Path | None:
+        for step in reversed(self.steps()):
+            try:
+                self._describe(step)
+            except BadCheckpoint:
+                continue
+            return self.path(step)
+        return None
+
+    def _describe(self, step: int) -> dict:
+        try:
+            metadata = ocp.checkpointables_metadata(self.path(step)).custom_metadata
+            description, checksum = metadata["sedd"], metadata["crc32"]
+        except Exception as error:  # a damaged file can fail in any way; the reason is passed on
+            raise BadCheckpoint(f"its description is unreadable ({_first_line(error)})") from error
+        if _json_checksum(description) != checksum:
+            raise BadCheckpoint("its description has changed since it was written")
+        return description
+
+    def _read(self, step: int, description: dict, trees: tuple[str, ...]) -> dict[str, np.ndarray]:
+        try:
+            arrays = _flatten(
+                {tree: ocp.load(self.path(step), checkpointable_name=tree) for tree in trees}
+            )
+        except Exception as error:  # as above
+            raise BadCheckpoint(f"its arrays are unreadable ({_first_line(error)})") from error
+        written = {
+            name: checksum
+            for name, (_, _, checksum) in description["arrays"].items()
+            if name.split("/")[0] in trees
+        }
+        if missing := written.keys() - arrays.keys():
+            raise BadCheckpoint(f"it lacks {min(missing)}")
+        arrays = {name: np.asarray(arrays[name]) for name in written}
+        for name, checksum in zip(arrays, _checksums(arrays.values()), strict=True):
+            if checksum != written[name]:
+                raise BadCheckpoint(f"{name} has changed since it was written")
+        return arrays
+
+    def _require_same(self, step: int, description: dict, abstract_trees: dict) -> None:
+        here = {name: _kind(array) for name, array in _flatten(abstract_trees).items()}
+        there = {
+            name: (dtype, shape)
+            for name, (dtype, shape, _) in description["arrays"].items()
+            if name.split("/")[0] in abstract_trees
+        }
+        for name in [*here, *there]:
+            if here.get(name) != there.get(name):
+                raise UserError(
+                    f"checkpoint {self.path(step)} is of another configuration: {name} is "
+                    f"{_show(there.get(name))} there and {_show(here.get(name))} here"
+                )
+
+    def _set_aside(self, step: int, bad: BadCheckpoint) -> None:
+        if jax.process_count() > 1:  # nobody moves what another process is still reading
+            multihost_utils.sync_global_devices(f"set checkpoint {step} aside")
+        if jax.process_index() == 0:
+            aside = self.path(step).with_suffix(".bad")
+            number = 2
+            while aside.exists():
+                aside = self.path(step).with_suffix(f".bad{number}")
+                number += 1
+            self.path(step).rename(aside)
+            _say(f"checkpoint {self.path(step)} is bad: {bad}; set aside as {aside.name}")
+
+
+def find_checkpoints(path: str | Path) -> Checkpoints:
+    """Those of a run's directory, or of its ``checkpoints`` directory itself, to read from.
+
+    Raises UserError where there are none.
+    """
+    path = Path(path)
+    for directory in (path / "checkpoints", path):
+        checkpoints = Checkpoints(directory)
+        if checkpoints.steps():
+            return checkpoints
+    raise UserError(f"no checkpoint in {path}")
+
+
+def init_params_from(path: str | Path, abstract_params: Params) -> Params:
+    """The averaged parameters of another run, to start from. Raises UserError if they do not fit."""
+    return find_checkpoints(path).restore_params(abstract_params=abstract_params)
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The trees of a checkpoint, as nested dictionaries; works on abstract states too."""
+    if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+        state = replace(state, key=jax.eval_shape(jax.random.key_data, state.key))
+    training = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+    trees = {"params": state.params, "ema_params": state.ema_params, "training": training}
+    return _nest(_flatten(trees))
+
+
+def _state_like(abstract_state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
+    def fill(tree, prefix):
+        paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        return treedef.unflatten([arrays[f"{prefix}/{_name(path)}"] for path, _ in paths])
+
+    state = TrainState(
+        step=arrays["training/step"],
+        params=fill(abstract_state.params, "params"),
+        opt_state=fill(abstract_state.opt_state, "training/opt_state"),
+        ema_params=fill(abstract_state.ema_params, "ema_params"),
+        key=arrays["training/key"],
+    )
+    return from_host(state)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _nest(arrays: dict[str, Any]) -> dict[str, Any]:
+    tree = {}
+    for name, array in arrays.items():
+        *above, last = name.split("/")
+        branch = tree
+        for part in above:
+            branch = branch.setdefault(part, {})
+        branch[last] = array
+    return tree
+
+
+def _kind(array) -> tuple[str, list[int]]:
+    return str(array.dtype), list(array.shape)
+
+
+def _show(kind: tuple[str, list[int]] | None) -> str:
+    return "absent" if kind is None else f"{kind[0]}{list(kind[1])}"
+
+
+def _checksums(arrays) -> list[int]:
+    """In threads: zlib releases the interpreter's lock, and a large state takes seconds in one."""
+    with ThreadPoolExecutor() as pool:
+        return list(
+            pool.map(lambda x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)), arrays)
+        )
+
+
+def _json_checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _say(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

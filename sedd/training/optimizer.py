@@ -1,0 +1,78 @@
+"""The optimizer: global-norm clipping, Adam with decoupled weight decay, and its schedule."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Defaults are SEDD's. Raises ValueError on a value that is out of range."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 3e-4  # the peak
+    warmup_steps: int = 2500  # the rate rises linearly over so many steps
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # what follows the warm-up
+    final_fraction: float = 0.1  # of the peak, where a falling schedule ends
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled, on every parameter
+    clip_norm: float | None = 1.0  # of the gradient of the batch's mean; None leaves it as it is
+    ema_decay: float = 0.9999  # of the averaged parameters that are validated and sampled
+
+    def __post_init__(self):
+        for field, choices in (
+            ("name", ("adamw", "sgd")),
+            ("schedule", ("constant", "cosine", "linear")),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}"
+                )
+        for field, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("ema_decay", 0, 1)):
+            if not low <= getattr(self, field) < high:
+                raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+        for field in ("warmup_steps", "weight_decay"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+        for field in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"{field} must be positive, got {value}")
+
+
+def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
+    """The learning rate of update n = 0, 1, …, steps - 1: a linear warm-up, then the schedule."""
+
+    def learning_rate(n):
+        n = jnp.asarray(n, jnp.float32)
+        warmup = jnp.minimum((n + 1) / max(options.warmup_steps, 1), 1)
+        left = 1 - jnp.clip(
+            (n - options.warmup_steps) / max(steps - options.warmup_steps, 1), 0, 1
+        )
+        if options.schedule == "constant":
+            left = jnp.ones_like(left)
+        elif options.schedule == "cosine":
+            left = (1 - jnp.cos(jnp.pi * left)) / 2
+        floor = options.final_fraction
+        return options.learning_rate * warmup * (floor + (1 - floor) * left)
+
+    return learning_rate
+
+
+def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
+    """Clip, precondition, decay, scale; ``steps`` is the length of the run."""
+    adam = optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps)
+    return optax.chain(
+        optax.identity()
+        if options.clip_norm is None
+        else optax.clip_by_global_norm(options.clip_norm),
+        adam if options.name == "adamw" else optax.identity(),
+        optax.add_decayed_weights(options.weight_decay),
+        optax.scale_by_learning_rate(make_schedule(options, steps)),
+    )

@@ -1,0 +1,300 @@
+"""A world small enough to enumerate: 3 tokens, 4 positions, and a random joint p(x0).
+
+Everything here is float64 numpy from the formulas, independent of sedd, except the networks, which
+wrap exact (or random) tables so that the library can be run on them under jit.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+from scipy.linalg import expm
+
+from sedd.denoiser import Denoiser
+from sedd.networks.base import Network
+from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.score import Score
+from sedd.processes.absorbing import Absorbing
+from sedd.processes.uniform import Uniform
+
+N, L = 3, 4
+PROCESSES = {"absorbing": Absorbing, "uniform": Uniform}
+
+
+def keys(seed, count):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def f32(array):
+    return jnp.asarray(np.asarray(array), jnp.float32)
+
+
+def i32(array):
+    return jnp.asarray(np.asarray(array), jnp.int32)
+
+
+# ---------------------------------------------------------------- states, rates, tests of a law
+
+
+def all_states(num_states, length=L):
+    """[V^L, L]: every sequence, in the order of `state_index`."""
+    return np.array(list(itertools.product(range(num_states), repeat=length)))
+
+
+def state_index(x_BL, num_states):
+    """The row of each sequence in `all_states`."""
+    x_BL = np.asarray(x_BL)
+    return x_BL @ num_states ** np.arange(x_BL.shape[-1])[::-1]
+
+
+def num_states(kind, num_tokens=N):
+    return num_tokens + (kind == "absorbing")
+
+
+def rate_matrix(kind, num_tokens=N):
+    """Q[a, b] = rate a → b: rate 1 to the mask, or to a uniformly drawn token."""
+    size = num_states(kind, num_tokens)
+    target = np.full(size, 1 / num_tokens) if kind == "uniform" else np.eye(size)[-1]
+    return np.outer(np.ones(size), target) - np.eye(size)
+
+
+def transition_matrix(kind, sigma, num_tokens=N):
+    """P_σ[a, b] = Pr(b | a)."""
+    return expm(float(sigma) * rate_matrix(kind, num_tokens))
+
+
+def chi_square_p(counts, law):
+    """p-value of the counts under the law; cells that expect fewer than 5 are merged into one."""
+    counts, law = np.asarray(counts, float), np.asarray(law, float)
+    law = law / law.sum()
+    expected = law * counts.sum()
+    if (counts[law == 0] > 0).any():
+        return 0.0
+    counts, expected = counts[law > 0], expected[law > 0]
+    order = np.argsort(expected)
+    counts, expected = counts[order], expected[order]
+    merged = max(int((expected < 5).sum()), int((np.cumsum(expected) < 5).sum()) + 1)
+    counts = np.append(counts[merged:], counts[:merged].sum())
+    expected = np.append(expected[merged:], expected[:merged].sum())
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(stats.chi2.sf(statistic, len(counts) - 1))
+
+
+def total_variation(law_a, law_b):
+    return 0.5 * np.abs(np.asarray(law_a) - np.asarray(law_b)).sum()
+
+
+# ---------------------------------------------------------------- the exact model
+
+
+@dataclass
+class Oracle:
+    """A joint over N^L, seen through a process. `spread` is the s.d. of log p(x0)."""
+
+    kind: str
+    seed: int = 0
+    spread: float = 1.5
+
+    def __post_init__(self):
+        rng = np.random.default_rng(self.seed)
+        weights = np.exp(self.spread * rng.standard_normal([N] * L))
+        self.joint = weights / weights.sum()  # [N, N, N, N]
+        self.V = num_states(self.kind)
+        self.mask_id = N if self.kind == "absorbing" else None
+        self.states = all_states(self.V)
+        self.process = PROCESSES[self.kind](num_tokens=N)
+
+    def clean_law(self):
+        """[V^L]: the joint, as a law on all states."""
+        law = np.zeros([self.V] * L)
+        law[(slice(0, N),) * L] = self.joint
+        return law.ravel()
+
+    def marginal(self, sigma):
+        """[V^L]: p_t."""
+        law = self.clean_law().reshape([self.V] * L)
+        kernel = transition_matrix(self.kind, sigma)
+        for axis in range(L):
+            law = np.moveaxis(np.tensordot(law, kernel, (axis, 0)), -1, axis)
+        return law.ravel()
+
+    def log_score(self, sigma):
+        """[V^L, L, V]: log p_t(x with y at i) / p_t(x)."""
+        p = self.marginal(sigma)
+        return np.log(p[neighbours(self.states, self.V)]) - np.log(p)[:, None, None]
+
+    def conditional(self):
+        """[V^L, L, N]: p(x0_i = y | the revealed tokens of x); absorbing only."""
+        out = np.zeros((len(self.states), L, N))
+        for row, x in enumerate(self.states):
+            joint = self.joint[tuple(slice(None) if t == N else slice(t, t + 1) for t in x)]
+            for i in range(L):
+                p = joint.sum(tuple(j for j in range(L) if j != i))
+                if x[i] == N:
+                    out[row, i] = p / p.sum()
+                else:
+                    out[row, i, x[i]] = 1.0
+        return out
+
+    def score_denoiser(self):
+        """Score parameterization over a network that computes p_t for whatever sigma it is given."""
+        network = ExactScoreNetwork(num_states=self.V, time_conditioned=True)
+        return Denoiser(
+            params={"joint": f32(self.joint)},
+            network=network,
+            parameterization=Score(process=self.process),
+        )
+
+    def conditional_denoiser(self):
+        """Conditional parameterization over a table of the exact conditionals."""
+        table = np.log(np.maximum(self.conditional(), 1e-30))
+        return table_denoiser(np.concatenate([table, np.zeros((*table.shape[:2], 1))], -1), N)
+
+
+def neighbours(states, size):
+    """[V^L, L, V]: the index of each sequence with y put at position i."""
+    stride = size ** np.arange(states.shape[1])[::-1]
+    index = state_index(states, size)
+    base = index[:, None] - states * stride
+    return base[..., None] + np.arange(size) * stride[:, None]
+
+
+# ---------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Direct(Network):
+    """A network whose hidden states are its outputs."""
+
+    def init(self, key):
+        raise NotImplementedError("these tables are given, not initialised")
+
+    def head(self, params):
+        return jnp.eye(self.num_states), jnp.zeros(self.num_states)
+
+    def _index(self, tokens_BL):
+        stride = self.num_states ** jnp.arange(tokens_BL.shape[1])[::-1]
+        return (tokens_BL * stride[None]).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableNetwork(_Direct):
+    """Raw output looked up by the whole sequence; `slope`·sin(log σ) is added where it sees time."""
+
+    def hidden(
+        self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
+    ):
+        if (sigma_B is not None) != self.time_conditioned:
+            raise ValueError("sigma_B goes with time_conditioned")
+        index_B = self._index(tokens_BL)
+        raw_BLV = params["table"][index_B]
+        if self.time_conditioned:
+            raw_BLV = raw_BLV + params["slope"][index_B] * jnp.sin(jnp.log(sigma_B))[:, None, None]
+        return raw_BLV
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantNetwork(_Direct):
+    """The same raw output [B, L, V] whatever it is given: for comparing with stored outputs."""
+
+    def hidden(
+        self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
+    ):
+        return params
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactScoreNetwork(_Direct):
+    """The exact log score of params["joint"], shifted so that `Score` gives it back."""
+
+    def hidden(
+        self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
+    ):
+        joint, size = params["joint"], self.num_states
+        length, num_tokens = joint.ndim, joint.shape[0]
+        absorbing = size > num_tokens
+        clean = jnp.pad(joint, [(0, size - num_tokens)] * length)
+        target = jnp.eye(size)[-1] if absorbing else jnp.full(size, 1 / num_tokens)
+
+        def log_marginal(sigma):
+            p = clean
+            for axis in range(length):
+                shape = [1] * length
+                shape[axis] = size
+                moved = p.sum(axis, keepdims=True) * target.reshape(shape)
+                p = jnp.exp(-sigma) * p - jnp.expm1(-sigma) * moved
+            return jnp.log(p.ravel())
+
+        log_p_BS = jax.vmap(log_marginal)(sigma_B)
+        stride = size ** jnp.arange(length)[::-1]
+        own_B = self._index(tokens_BL)
+        base_BL = own_B[:, None] - tokens_BL * stride[None]
+        index_BLV = (
+            base_BL[..., None]
+            + jnp.arange(size)[None, None, :] * stride[None, :, None]
+        )
+        rows = jnp.take_along_axis(log_p_BS, index_BLV.reshape(len(own_B), -1), 1)
+        log_score = rows.reshape(index_BLV.shape) - jnp.take_along_axis(
+            log_p_BS, own_B[:, None], 1
+        )[..., None]
+        if absorbing:
+            log_score += (jnp.log(jnp.expm1(sigma_B)) + math.log(num_tokens))[:, None, None]
+        return log_score
+
+
+def table_denoiser(table, num_tokens, *, kind="absorbing", slope=None):
+    """A denoiser of fixed tables [V^L, L, V]: conditional without `slope`, score with it."""
+    process = PROCESSES[kind](num_tokens=num_tokens)
+    params = {"table": f32(table)}
+    if slope is not None:
+        params["slope"] = f32(slope)
+    timed = slope is not None
+    network = TableNetwork(num_states=table.shape[-1], time_conditioned=timed)
+    parameterization = (Score if timed else Conditional)(process=process)
+    return Denoiser(params=params, network=network, parameterization=parameterization)
+
+
+def random_table(kind="absorbing", seed=0, scale=1.0):
+    size = num_states(kind)
+    return scale * np.random.default_rng(seed).standard_normal((size**L, L, size))
+
+
+# ---------------------------------------------------------------- laws of samplers, by enumeration
+
+
+def clip_normalise(probs):
+    probs = np.maximum(probs, 0)
+    return probs / probs.sum(-1, keepdims=True)
+
+
+def product_kernel(probs, states):
+    """[V^L, V^L]: every position moves by itself; probs [V^L, L, V] are rows that sum to 1."""
+    kernel = np.ones((len(states), len(states)))
+    for i in range(states.shape[1]):
+        kernel *= probs[:, i, states[:, i]]
+    return kernel
+
+
+def euler_probs(score, states, kind, dsigma):
+    """δ(y = x) + Δσ·Q(y, x)·e^s_y, the diagonal so that rows sum to 1; unclipped."""
+    column = rate_matrix(kind)[:, states]  # [V, S, L]: Q(y, x)
+    probs = dsigma * np.moveaxis(column, 0, -1) * score
+    own = np.eye(score.shape[-1], dtype=bool)[states]
+    probs[own] = 0
+    probs[own] = 1 - probs.sum(-1).ravel()
+    return probs
+
+
+def tweedie_probs(score, states, kind, dsigma):
+    """[(P_Δσ⁻¹)ᵀ e^s]_y · P_Δσ(y, x); unclipped, unnormalised."""
+    size = score.shape[-1]
+    decay = np.exp(-dsigma)  # (P_Δσ⁻¹)ᵀ = exp(-Δσ Qᵀ), with Q = 1·targetᵀ - 1 a projection's
+    inverse = np.eye(size) / decay + (1 - 1 / decay) * (rate_matrix(kind) + np.eye(size))
+    column = np.moveaxis(transition_matrix(kind, dsigma)[:, states], 0, -1)
+    return np.einsum("ba,slb->sla", inverse.T, score) * column if False else (
+        np.einsum("ba,slb->sla", inverse, score) * column
+    )
