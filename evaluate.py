@@ -4,9 +4,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,6 +26,8 @@ class EvaluateCommand:
 
     checkpoint: Path
     """A run's directory."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: of a step, or the best by validation; the newest by default."""
     data: str
     """corpus:NAME, tfds:NAME, hf:NAME, or a file or folder of text."""
     split: str | None = None
@@ -52,9 +54,11 @@ class EvaluateCommand:
 def main(arguments: Sequence[str]) -> None:
     """Evaluate, print the table, write the JSON."""
     command = parse(EvaluateCommand, arguments, description=__doc__ or "")
-    model = sedd.load(command.checkpoint)
+    model = sedd.load(command.checkpoint, step=command.step)
     if model.tokenizer is None:
-        raise sedd.UserError(f"{command.checkpoint}: it has no tokenizer to read {command.data} with")
+        raise sedd.UserError(
+            f"{command.checkpoint}: it has no tokenizer to read {command.data} with"
+        )
     packed, split = pack_split(
         command.data,
         command.split,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +26,8 @@ class SampleCommand:
 
     checkpoint: Path
     """A run's directory."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: of a step, or the best by validation; the newest by default."""
     sampler: Annotated[Options, tyro.conf.arg(name="")]
     num: int = 1
     """How many sequences; the i-th has seed + i."""
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         description=f"{__doc__}\n\n--sampler NAME picks one of euler, tweedie; these are the flags "
         f"of {kind.name}. {kind.__doc__}",
     )
-    model = sedd.load(command.checkpoint)
+    model = sedd.load(command.checkpoint, step=command.step)
     sampler = command.sampler.build(schedule=model.schedule)
     asked, refused = requested(command, model)
     for error in refused:
@@ -114,14 +116,20 @@ def requested(
 
 def show(console: Console, one: Answer, tokenizer) -> None:
     """Print a sample: what was given dim, what was drawn plain."""
-    console.rule(f"{one.request.id} · seed {one.request.seed} · {one.calls} network calls", style="dim")
+    console.rule(
+        f"{one.request.id} · seed {one.request.seed} · {one.calls} network calls", style="dim"
+    )
     text = Text()
     start = 0
     for end in range(1, one.clamp.length + 1):
         if end == one.clamp.length or one.clamp.fixed_L[end] != one.clamp.fixed_L[start]:
             text.append(
                 tokenizer.decode(one.tokens[start:end]),
-                style="dim" if one.clamp.fixed_L[start] else "bold" if one.clamp.fixed_L.any() else "",
+                style="dim"
+                if one.clamp.fixed_L[start]
+                else "bold"
+                if one.clamp.fixed_L.any()
+                else "",
             )
             start = end
     console.print(text)

@@ -31,6 +31,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         if debug:
             raise
         code = fail(str(error))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:
         if debug:
             raise
@@ -48,7 +51,9 @@ def fail(message: str, code: int = 2) -> int:
     return code
 
 
-def parse(kind: type[Command], arguments: Sequence[str], *, default=None, description="") -> Command:
+def parse(
+    kind: type[Command], arguments: Sequence[str], *, default=None, description=""
+) -> Command:
     """Typed flags from a dataclass by tyro, whose boxes become the one line of a UserError."""
     # tyro draws its messages for a terminal's width: give it room, so that no line is broken.
     complaint = io.StringIO()
@@ -95,8 +100,10 @@ def one_line(boxes: str) -> str:
         message = message.removeprefix("Error parsing ")
         if argument and len(argument.split()) > 1:
             message += f"; expected {argument}"
-    elif message.lower().startswith(("required options", "the following arguments are required")):
-        message = "missing " + message
+    elif message.startswith("Missing from"):
+        required = [line for line in lines[1:] if line.startswith("--")]
+        message = f"missing {', '.join(required)}"
+    message = re.sub(r"^config\.\w+: ", "", message)
     if suggestions:
         message += f"; did you mean {suggestions[0]}?"
     return message + ("" if suggestions else "; see --help")

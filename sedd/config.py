@@ -10,6 +10,7 @@ from typing import Any
 
 from sedd.components import Options, did_you_mean, options, options_type, values
 from sedd.errors import UserError
+from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 
 COMPONENTS = {
@@ -30,6 +31,7 @@ RESUMABLE = (
     "training.sample_every",
     "training.checkpoint_every",
     "training.keep",
+    "training.wandb",
     "evaluation",
     "sampler",
 )
@@ -73,21 +75,33 @@ class TrainingOptions:
     stratified: bool = True
     """Spread the noise levels of a batch evenly, or draw each by itself."""
     log_every: int = 100
-    eval_every: int = 10_000
-    """Steps between validation bounds; 0 for none before the end."""
-    sample_every: int = 10_000
-    """Steps between samples; 0 for none before the end."""
-    checkpoint_every: int = 5_000
+    eval_every: int | None = 10_000
+    """Steps between validation bounds; one ends the run in any case."""
+    sample_every: int | None = 10_000
+    checkpoint_every: int | None = 5_000
     keep: int = 3
     """How many of the newest checkpoints to keep beside the best one."""
+    wandb: str | None = None
+    """A project of Weights & Biases to log to as well (extra wandb)."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
+        for name in ("steps", "batch_size", "accumulate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name} must not be negative, got {getattr(self, name)}")
+        try:
+            _ = self.cadence
+        except ValueError as error:
+            raise ValueError(f"training.{error}") from error
+
+    @property
+    def cadence(self) -> Cadence:
+        """What happens every how many steps."""
+        return Cadence(
+            log_every=self.log_every,
+            eval_every=self.eval_every,
+            sample_every=self.sample_every,
+            checkpoint_every=self.checkpoint_every,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +116,7 @@ class EvaluationOptions:
 
     def __post_init__(self):
         if self.draws < 4 or self.draws % 4:
-            raise ValueError(
-                f"evaluation.draws must be a positive multiple of 4, got {self.draws}"
-            )
+            raise ValueError(f"evaluation.draws must be a positive multiple of 4, got {self.draws}")
         for name in ("max_sequences", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
@@ -176,13 +188,14 @@ def load_config(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(
-            f"--config {path}: no such file{did_you_mean(path.name, near)}"
-        )
+        raise UserError(f"--config {path}: no such file{did_you_mean(path.name, near)}")
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise UserError(f"--config {path}: it defines no get_config()")
-    config = get_config()
+    try:
+        config = get_config()
+    except ValueError as error:
+        raise UserError(f"--config {path}: {error}") from error
     if not isinstance(config, Config):
         raise UserError(
             f"--config {path}: get_config() must return a Config, got {type(config).__name__}"

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from sedd.errors import UserError
 from sedd.evaluation.bound import BoundResult, evaluate_bound
 from sedd.networks.base import Attend
 from sedd.samplers.base import Sampler
-from sedd.training.checkpoint import Checkpoints
+from sedd.training.checkpoint import find_checkpoints
 from sedd.types import Array, Float, Int, Key
 
 
@@ -73,10 +74,11 @@ _log_score = jax.jit(Denoiser.log_score)
 _log_conditional = jax.jit(Denoiser.log_conditional)
 
 
-def load(path: str | Path) -> Model:
-    """The model of a run's directory: its best checkpoint's averaged (EMA) parameters.
+def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Model:
+    """The model of a run's directory, with a checkpoint's averaged (EMA) parameters.
 
-    UserError when there is none, or it is damaged.
+    The newest whole checkpoint by default, ``"best"`` by validation, or that of a step. UserError
+    when there is none, it is damaged, or it is of another configuration than the directory's.
     """
     path = Path(path)
     if not path.is_dir():
@@ -84,10 +86,13 @@ def load(path: str | Path) -> Model:
     config = read_config(path)
     if config is None:
         raise UserError(f"checkpoint {path}: not a run's directory (it has no config.json)")
-    tokenizer = tokenizer_from_json(_read_json(path / "tokenizer.json"))
+    tokenizer = read_tokenizer(path)
     parts = build_parts(config, tokenizer.num_tokens)
     expected = jax.eval_shape(parts.network.init, jax.random.key(0))
-    params = Checkpoints(path / "checkpoints").restore_params(expected)
+    checkpoints = find_checkpoints(path)
+    if step == "best":
+        step = checkpoints.best()
+    params = checkpoints.restore_params(step, abstract_params=expected)
     return Model(
         denoiser=parts.denoiser(params),
         parts=parts,
@@ -101,6 +106,11 @@ def read_config(workdir: Path) -> Config | None:
     """The configuration that a run was started with, or None where there is no run."""
     path = workdir / "config.json"
     return Config.from_json(_read_json(path)) if path.exists() else None
+
+
+def read_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokenizer that a run was trained with."""
+    return tokenizer_from_json(_read_json(workdir / "tokenizer.json"))
 
 
 def _read_json(path: Path):
@@ -163,7 +173,12 @@ def sample(
         segment_BL[row, : c.length] = 1
     attend = None if min(lengths) == longest else Attend(segment_BL=jnp.asarray(segment_BL))
     samples = _run_sampler(
-        sampler, model.parts.denoiser(model.denoiser.params, attend), keys_B, jnp.asarray(tokens_BL), jnp.asarray(fixed_BL), trace=trace
+        sampler,
+        model.parts.denoiser(model.denoiser.params, attend),
+        keys_B,
+        jnp.asarray(tokens_BL),
+        jnp.asarray(fixed_BL),
+        trace=trace,
     )
     tokens = np.asarray(samples.tokens_BL)
     text = None

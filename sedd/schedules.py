@@ -116,7 +116,7 @@ class Cosine(_Clamped):
         return jnp.sin(math.pi / 2 * t)
 
     def _moved_rate(self, t):
-        return math.pi / 2 * jnp.cos(math.pi / 2 * t)
+        return math.pi / 2 * jnp.sin(math.pi / 2 * (1 - t))  # cos(π/2·t) is negative at t = 1
 
     def _t_of_moved(self, moved):
         return jnp.arcsin(moved) * 2 / math.pi

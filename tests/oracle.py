@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
-from scipy.linalg import expm
 
 from sedd.denoiser import Denoiser
 from sedd.networks.base import Network
@@ -63,8 +62,9 @@ def rate_matrix(kind, num_tokens=N):
 
 
 def transition_matrix(kind, sigma, num_tokens=N):
-    """P_σ[a, b] = Pr(b | a)."""
-    return expm(float(sigma) * rate_matrix(kind, num_tokens))
+    """P_σ[a, b] = Pr(b | a) = exp(σQ), where Q + 1 is a projection: see the test against expm."""
+    identity = np.eye(num_states(kind, num_tokens))
+    return identity - np.expm1(-sigma) * rate_matrix(kind, num_tokens)
 
 
 def chi_square_p(counts, law):
@@ -273,9 +273,9 @@ def clip_normalise(probs):
 
 def product_kernel(probs, states):
     """[V^L, V^L]: every position moves by itself; probs [V^L, L, V] are rows that sum to 1."""
-    kernel = np.ones((len(states), len(states)))
+    kernel = np.ones((len(states), 1))
     for i in range(states.shape[1]):
-        kernel *= probs[:, i, states[:, i]]
+        kernel = (kernel[:, :, None] * probs[:, i, None, :]).reshape(len(states), -1)
     return kernel
 
 
@@ -291,10 +291,52 @@ def euler_probs(score, states, kind, dsigma):
 
 def tweedie_probs(score, states, kind, dsigma):
     """[(P_Δσ⁻¹)ᵀ e^s]_y · P_Δσ(y, x); unclipped, unnormalised."""
-    size = score.shape[-1]
-    decay = np.exp(-dsigma)  # (P_Δσ⁻¹)ᵀ = exp(-Δσ Qᵀ), with Q = 1·targetᵀ - 1 a projection's
-    inverse = np.eye(size) / decay + (1 - 1 / decay) * (rate_matrix(kind) + np.eye(size))
+    inverse = transition_matrix(kind, -dsigma)
     column = np.moveaxis(transition_matrix(kind, dsigma)[:, states], 0, -1)
-    return np.einsum("ba,slb->sla", inverse.T, score) * column if False else (
-        np.einsum("ba,slb->sla", inverse, score) * column
-    )
+    return np.einsum("ba,slb->sla", inverse, score) * column
+
+
+def tau_leaping_law(oracle, schedule, steps, rule, *, fixed=None, t_min=1e-5):
+    """[V^L]: the exact law of `steps` leaps and the denoising step on the exact score.
+
+    `schedule` is a pair of float64 functions (sigma, rate), `rule` is "euler" or "tweedie", `fixed`
+    holds a token for each clamped position and -1 elsewhere.
+    """
+    kind, states = oracle.kind, oracle.states
+    fixed = np.full(L, -1) if fixed is None else np.asarray(fixed)
+    sigma, rate = schedule
+
+    def held(probs):
+        probs = probs.copy()
+        for i in np.flatnonzero(fixed >= 0):
+            probs[:, i] = np.eye(oracle.V)[states[:, i]]
+        return probs
+
+    prior = rate_matrix(kind)[0] + np.eye(oracle.V)[0]
+    law = product_kernel(held(np.broadcast_to(prior, (len(states), L, oracle.V))), states)
+    start = state_index(np.where(fixed >= 0, fixed, 0), oracle.V)
+    law = law[start]
+    times = np.linspace(1, t_min, steps + 1)
+    for t, s in itertools.pairwise(times):
+        score = np.exp(oracle.log_score(sigma(t)))
+        if rule == "euler":
+            probs = euler_probs(score, states, kind, (t - s) * rate(t))
+        else:
+            probs = tweedie_probs(score, states, kind, sigma(t) - sigma(s))
+        law = law @ product_kernel(held(clip_normalise(probs)), states)
+    probs = tweedie_probs(np.exp(oracle.log_score(sigma(t_min))), states, kind, sigma(t_min))
+    if oracle.mask_id is not None:
+        probs[..., oracle.mask_id] = 0
+    return law @ product_kernel(held(clip_normalise(probs)), states)
+
+
+SCHEDULES = {  # (sigma, rate) in float64
+    "log_linear": (
+        lambda t: -np.log1p(-(1 - 1e-3) * t),
+        lambda t: (1 - 1e-3) / (1 - (1 - 1e-3) * t),
+    ),
+    "geometric": (
+        lambda t: 1e-4 * (20 / 1e-4) ** t,
+        lambda t: 1e-4 * (20 / 1e-4) ** t * np.log(20 / 1e-4),
+    ),
+}

@@ -37,7 +37,9 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
     clamp = free(length)
     before, after = tokenizer.encode_batch([prompt, suffix])
     if len(before) + len(after) > length:
-        what = "prompt and suffix are" if suffix and prompt else "prompt is" if prompt else "suffix is"
+        what = (
+            "prompt and suffix are" if suffix and prompt else "prompt is" if prompt else "suffix is"
+        )
         raise UserError(
             f"the {what} {len(before) + len(after)} tokens, longer than the length of {length}; "
             "the length includes them"

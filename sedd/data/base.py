@@ -1,5 +1,7 @@
 """What the rest of the library knows of a corpus, and what several of its sources share."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import sys
@@ -7,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from sedd.errors import UserError
@@ -123,6 +126,23 @@ def digest(value: Any) -> str:
     """Hash of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def exclusive(name: Path) -> Iterator[bool]:
+    """Waits until no other process makes what ``name`` stands for; the lock is ``name.lock``.
+
+    The kernel releases what a killed process held. False on a file system without locks: several
+    processes may then be here at once.
+    """
+    name.parent.mkdir(parents=True, exist_ok=True)
+    with (name.parent / f"{name.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
 
 
 def say(message: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sedd.data.base import Corpus, digest
+from sedd.data.base import Corpus, digest, exclusive
 from sedd.errors import UserError
 
 WHOLE = {"train": "train", "validation": "validation", "test": "test"}
@@ -86,9 +86,10 @@ class CatalogueCorpus(Corpus):
         except UserError:
             raise
         except ImportError as error:
+            missing = error.name or str(error)
+            package = "'sedd[tf]'" if missing.startswith("tensorflow") else missing
             raise UserError(
-                f"corpus {name!r} needs a package that is not installed "
-                f"({error.name or error}): pip install 'sedd[tf]'"
+                f"corpus {name!r} needs {missing}, which is not installed: pip install {package}"
             ) from error
         # TFDS reports unknown names, configurations, and failures of a data set's own code each
         # with a class of its own.
@@ -183,7 +184,7 @@ def _prepare(builder: Any, downloads: Path) -> None:
     import tensorflow_datasets as tfds
 
     config = tfds.download.DownloadConfig(try_download_gcs=False)
-    with _quiet():
+    with exclusive(downloads / builder.name), _quiet():
         builder.download_and_prepare(download_dir=downloads / "tfds", download_config=config)
 
 

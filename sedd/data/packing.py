@@ -4,8 +4,6 @@ A corpus is tokenised once: the file does not depend on the length of the rows n
 documents are joined, since both only say where rows begin.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sedd.data.base import Corpus, digest, say
+from sedd.data.base import Corpus, digest, exclusive, say
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 
@@ -111,14 +109,19 @@ def pack(
     folder = cache_dir / "packed" / digest(made_from)
     meta = _read_meta(folder)
     if meta is None:
-        with _only_builder(folder):
-            meta = _read_meta(folder)
-            if meta is None:
-                if folder.exists():
-                    say(f"the packed tokens of {corpus.name} ({split}) are damaged: built again")
-                documents = islice(corpus.documents(split), max_documents)
-                _build(folder, documents, tokenizer, workers or _cores(), progress)
+        try:
+            with exclusive(folder) as alone:
                 meta = _read_meta(folder)
+                if meta is None:
+                    if alone:
+                        _remove_remains(folder)
+                    if folder.exists():
+                        say(f"the packed tokens of {corpus.name} ({split}) are damaged: made again")
+                    documents = islice(corpus.documents(split), max_documents)
+                    _build(folder, documents, tokenizer, workers or _cores(), progress)
+                    meta = _read_meta(folder)
+        except OSError as error:
+            raise UserError(f"cannot write the packed tokens {folder}: {error.strerror}") from error
     if meta is None:
         raise UserError(f"{folder} cannot be read back; is the disk full?")
     return _open(folder, meta, f"{corpus.name} ({split})", tokenizer, length, wrap)
@@ -208,22 +211,10 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     return meta if sizes == meta["files"] else None
 
 
-@contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    """Waits until no other process builds ``folder``; the kernel releases what a dead one held.
-
-    On a file system without locks several may build at once, and the first to finish is kept.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            yield
-            return
-        for leftover in folder.parent.glob(f".{folder.name}.*"):  # of builds that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
+def _remove_remains(folder: Path) -> None:
+    """Removes what builds that were killed left beside ``folder``."""
+    for remains in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def _build(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.data.base import Corpus, digest
+from sedd.data.base import Corpus, digest, exclusive
 from sedd.errors import UserError
 
 EOS_TEXT = "<|endoftext|>"  # how the end of a document is written where it is shown
@@ -371,11 +371,11 @@ def _trained(
     version = metadata.version("tokenizers") if spec.startswith("bpe") else ""
     key = digest(["tokenizer", 1, spec, corpus.fingerprint(), version])
     path = cache_dir / "tokenizers" / f"{key}.json"
-    if path.exists():
-        return tokenizer_from_json(json.loads(path.read_text("utf-8")))
-    tokenizer = build(corpus)
-    write_whole(path, json.dumps(tokenizer.to_json()).encode())
-    return tokenizer
+    if not path.exists():
+        with exclusive(path):
+            if not path.exists():
+                _write_whole(path, json.dumps(build(corpus).to_json()).encode())
+    return tokenizer_from_json(json.loads(path.read_text("utf-8")))
 
 
 def _build_characters(corpus: Corpus) -> Tokenizer:
@@ -421,7 +421,7 @@ def _gpt2_vocabulary(cache_dir: Path) -> list[bytes]:
         merges = _download(GPT2_MERGES)
         if hashlib.sha256(merges).hexdigest() != GPT2_SHA256:
             raise UserError(f"{GPT2_MERGES} is not GPT-2's list of merges: its SHA-256 differs")
-        write_whole(cache_dir / "tokenizers" / "gpt2.bpe", merges)
+        _write_whole(cache_dir / "tokenizers" / "gpt2.bpe", merges)
     lines = merges.decode().split("\n")[1:-1]  # the first line is the version
     return [bytes([byte]) for byte in BYTE_ORDER] + [_unwritten(x.replace(" ", "")) for x in lines]
 
@@ -461,7 +461,7 @@ def _hub_tokenizer(name: str, cache_dir: Path) -> str:
     return Path(path).read_text("utf-8")
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def _write_whole(path: Path, data: bytes) -> None:
     """A file that is either all there or not there at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -10,7 +10,7 @@ matrix products and the attention take the compute type. That is what the publis
 autocast.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import flax.linen as nn
@@ -84,14 +84,19 @@ class DDiT(Network):
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters; the raw output of a fresh network is 0 everywhere."""
+        return jax.jit(self._init)(key)  # compiled, the forward pass that Flax makes falls away
+
+    def _init(self, key):
         tokens_BL = jnp.zeros((1, 1), jnp.int32)
         sigma_B = jnp.zeros(1, jnp.float32) if self.time_conditioned else None
-        trunk = _Trunk(self).init(key, tokens_BL, tokens_BL, None, sigma_B, None)["params"]
+        # Parameters do not depend on the attention, but a kernel may refuse a length of 1.
+        trunk = _Trunk(replace(self, attention="einsum"))
+        params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None)["params"]
         head = {
             "kernel": jnp.zeros((self.hidden_dim, self.num_states), jnp.float32),
             "bias": jnp.zeros(self.num_states, jnp.float32),
         }
-        return {"trunk": trunk, "head": head}
+        return {"trunk": params, "head": head}
 
     def hidden(
         self,

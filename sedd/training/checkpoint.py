@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -27,7 +28,7 @@ from sedd.errors import UserError
 from sedd.training.state import TrainState, from_host, to_host
 from sedd.types import Params
 
-# Orbax logs the traceback of a failed write once for each of its threads; the failure is raised too.
+# Orbax logs a failed write's traceback once a thread, and raises the failure besides.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 TREES = ("params", "ema_params", "training")
@@ -43,7 +44,7 @@ class Restored:
     pending: dict  # the loop's
 
 
-class BadCheckpoint(Exception):
+class BadCheckpointError(Exception):
     """A checkpoint that cannot be read, or is not what was written."""
 
 
@@ -134,7 +135,7 @@ class Checkpoints:
                 description = self._describe(step)
                 self._require_same(step, description, _trees(abstract_state))
                 arrays = self._read(step, description, TREES)
-            except BadCheckpoint as bad:
+            except BadCheckpointError as bad:
                 self._set_aside(step, bad)
                 continue
             return Restored(
@@ -164,16 +165,14 @@ class Checkpoints:
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}")
         if step is not None and step not in steps:
-            raise UserError(
-                f"no checkpoint of step {step} in {self.directory}; there are {steps}"
-            )
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {steps}")
         for candidate in reversed(steps) if step is None else [step]:
             try:
                 description = self._describe(candidate)
                 if abstract_params is not None:
                     self._require_same(candidate, description, {tree: abstract_params})
                 arrays = self._read(candidate, description, (tree,))
-            except BadCheckpoint as bad:
+            except BadCheckpointError as bad:
                 if step is not None:
                     raise UserError(f"checkpoint {self.path(step)} is bad: {bad}") from bad
                 _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
@@ -186,7 +185,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 self._read(step, self._describe(step), TREES)
-            except BadCheckpoint:
+            except BadCheckpointError:
                 continue
             return step
         return None
@@ -197,7 +196,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 metric = self._describe(step)["metric"]
-            except BadCheckpoint:
+            except BadCheckpointError:
                 continue
             if metric is not None:
                 metrics[step] = metric
@@ -219,11 +218,10 @@ class Checkpoints:
                 reverse=True,  # the last of the order is kept
                 keep_checkpoints_without_metrics=False,
             )
+            kept = policies.AnyPreservationPolicy([policies.LatestN(self.keep), best])
             self._writer = ocp.training.Checkpointer(
-                self.directory,
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(self.keep), best]
-                ),
+                str(self.directory),
+                preservation_policy=kept,  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,
             )
         return self._writer
@@ -248,39 +246,41 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 self._describe(step)
-            except BadCheckpoint:
+            except BadCheckpointError:
                 continue
             return self.path(step)
         return None
 
     def _describe(self, step: int) -> dict:
         try:
-            metadata = ocp.checkpointables_metadata(self.path(step)).custom_metadata
+            metadata: Any = ocp.checkpointables_metadata(str(self.path(step))).custom_metadata
             description, checksum = metadata["sedd"], metadata["crc32"]
         except Exception as error:  # a damaged file can fail in any way; the reason is passed on
-            raise BadCheckpoint(f"its description is unreadable ({_first_line(error)})") from error
+            raise BadCheckpointError(
+                f"its description is unreadable ({_first_line(error)})"
+            ) from error
         if _json_checksum(description) != checksum:
-            raise BadCheckpoint("its description has changed since it was written")
+            raise BadCheckpointError("its description has changed since it was written")
         return description
 
     def _read(self, step: int, description: dict, trees: tuple[str, ...]) -> dict[str, np.ndarray]:
         try:
             arrays = _flatten(
-                {tree: ocp.load(self.path(step), checkpointable_name=tree) for tree in trees}
+                {tree: ocp.load(str(self.path(step)), checkpointable_name=tree) for tree in trees}
             )
         except Exception as error:  # as above
-            raise BadCheckpoint(f"its arrays are unreadable ({_first_line(error)})") from error
+            raise BadCheckpointError(f"its arrays are unreadable ({_first_line(error)})") from error
         written = {
             name: checksum
             for name, (_, _, checksum) in description["arrays"].items()
             if name.split("/")[0] in trees
         }
         if missing := written.keys() - arrays.keys():
-            raise BadCheckpoint(f"it lacks {min(missing)}")
+            raise BadCheckpointError(f"it lacks {min(missing)}")
         arrays = {name: np.asarray(arrays[name]) for name in written}
         for name, checksum in zip(arrays, _checksums(arrays.values()), strict=True):
             if checksum != written[name]:
-                raise BadCheckpoint(f"{name} has changed since it was written")
+                raise BadCheckpointError(f"{name} has changed since it was written")
         return arrays
 
     def _require_same(self, step: int, description: dict, abstract_trees: dict) -> None:
@@ -290,14 +290,14 @@ class Checkpoints:
             for name, (dtype, shape, _) in description["arrays"].items()
             if name.split("/")[0] in abstract_trees
         }
-        for name in [*here, *there]:
+        for name in sorted({**here, **there}, key=lambda name: TREES.index(name.split("/")[0])):
             if here.get(name) != there.get(name):
                 raise UserError(
                     f"checkpoint {self.path(step)} is of another configuration: {name} is "
                     f"{_show(there.get(name))} there and {_show(here.get(name))} here"
                 )
 
-    def _set_aside(self, step: int, bad: BadCheckpoint) -> None:
+    def _set_aside(self, step: int, bad: BadCheckpointError) -> None:
         if jax.process_count() > 1:  # nobody moves what another process is still reading
             multihost_utils.sync_global_devices(f"set checkpoint {step} aside")
         if jax.process_index() == 0:
@@ -324,13 +324,13 @@ def find_checkpoints(path: str | Path) -> Checkpoints:
 
 
 def init_params_from(path: str | Path, abstract_params: Params) -> Params:
-    """The averaged parameters of another run, to start from. Raises UserError if they do not fit."""
+    """The averaged parameters of another run, to start from. Raises UserError if they differ."""
     return find_checkpoints(path).restore_params(abstract_params=abstract_params)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """The trees of a checkpoint, as nested dictionaries; works on abstract states too."""
-    if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         state = replace(state, key=jax.eval_shape(jax.random.key_data, state.key))
     training = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
     trees = {"params": state.params, "ema_params": state.ema_params, "training": training}
@@ -342,7 +342,8 @@ def _state_like(abstract_state: TrainState, arrays: dict[str, np.ndarray]) -> Tr
         paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
         return treedef.unflatten([arrays[f"{prefix}/{_name(path)}"] for path, _ in paths])
 
-    state = TrainState(
+    state = replace(
+        abstract_state,
         step=arrays["training/step"],
         params=fill(abstract_state.params, "params"),
         opt_state=fill(abstract_state.opt_state, "training/opt_state"),
@@ -383,7 +384,10 @@ def _checksums(arrays) -> list[int]:
     """In threads: zlib releases the interpreter's lock, and a large state takes seconds in one."""
     with ThreadPoolExecutor() as pool:
         return list(
-            pool.map(lambda x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)), arrays)
+            pool.map(
+                lambda x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data),
+                arrays,
+            )
         )
 
 

@@ -52,9 +52,7 @@ def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
     def learning_rate(n):
         n = jnp.asarray(n, jnp.float32)
         warmup = jnp.minimum((n + 1) / max(options.warmup_steps, 1), 1)
-        left = 1 - jnp.clip(
-            (n - options.warmup_steps) / max(steps - options.warmup_steps, 1), 0, 1
-        )
+        left = 1 - jnp.clip((n - options.warmup_steps) / max(steps - options.warmup_steps, 1), 0, 1)
         if options.schedule == "constant":
             left = jnp.ones_like(left)
         elif options.schedule == "cosine":

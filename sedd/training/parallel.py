@@ -1,9 +1,12 @@
 """One step on many devices: data parallel, a replica of the state on each."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -35,9 +38,9 @@ class DataParallel:
         *,
         batch_size: int,
         accumulate: int = 1,
-        devices: list[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
-        devices = jax.devices() if devices is None else devices
+        devices = jax.devices() if devices is None else list(devices)
         check_batch_size(batch_size, len(devices), accumulate)
         local = [d for d in devices if d.process_index == jax.process_index()]
         self.num_devices = len(devices)
@@ -55,10 +58,11 @@ class DataParallel:
 
     def replicate(self, state: TrainState) -> TrainState:
         """A copy on every local device, which the steps may then donate."""
-        return jax.device_put(state, self._replicated, may_alias=False)
+        # device_put may take an array as the first replica, and a step would donate the caller's.
+        return jax.device_put(jax.tree.map(jnp.copy, state), self._replicated)
 
     def shard(self, batch: dict) -> dict[str, np.ndarray]:
-        """This process's rows [B_local, …] as [local devices, A, b, …].
+        """Rows [B_local, …] of this process as [local devices, A, b, …].
 
         Rows keep their ``index`` in the global batch, on which all randomness rests.
         """

@@ -15,7 +15,7 @@ from sedd.types import Array, Float, Int, Key, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """A pytree. ``step`` counts the updates made; ``key`` never changes, steps are folded into it."""
+    """A pytree. ``step`` counts updates; ``key`` never changes, steps are folded into it."""
 
     step: Int[Array, ""]
     params: Params
@@ -42,7 +42,7 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(params),  # pyright: ignore[reportArgumentType]
         # Buffers of their own: the step donates its state, and no buffer can be donated twice.
         ema_params=jax.tree.map(jnp.copy, params),
         key=key,
@@ -70,7 +70,7 @@ def one_replica(tree: Any) -> Any:
 
 def to_host(state: TrainState) -> TrainState:
     """A copy in numpy of one replica, the key as its uint32 data."""
-    if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         state = replace(state, key=jax.random.key_data(state.key))
     # A plain np.asarray would be a view of device memory on CPU, which the next step reuses.
     return jax.tree.map(

@@ -153,9 +153,7 @@ def test_a_download_is_made_once_and_its_copy_kept(tmp_path, monkeypatch, direct
     assert capsys.readouterr().out == ""
 
 
-def test_a_failed_download_names_the_address_and_where_a_copy_may_go(
-    tmp_path, monkeypatch, direct
-):
+def test_a_failed_download_names_the_address_and_where_a_copy_may_go(tmp_path, monkeypatch, direct):
     with serving(tmp_path) as address:
         url = address + "/text8.zip"
         monkeypatch.setattr(builders.Text8, "url", url)
@@ -235,7 +233,10 @@ class FakeBuilder:
     def __init__(self, rows, cache_dir):
         self.rows = rows
         self.cache_dir = cache_dir
-        string, integer = types.SimpleNamespace(dtype="string"), types.SimpleNamespace(dtype="int64")
+        string, integer = (
+            types.SimpleNamespace(dtype="string"),
+            types.SimpleNamespace(dtype="int64"),
+        )
         self.info = types.SimpleNamespace(
             features={"text": string, "id": integer},
             splits={s: types.SimpleNamespace(num_examples=len(r)) for s, r in rows.items()},

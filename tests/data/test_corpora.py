@@ -85,7 +85,7 @@ def test_what_is_held_out_and_the_rest_are_everything(texts):
     assert list(hold_out(iter(texts), "all")) == texts
     if len(texts) >= 20:
         assert held == texts[19::20]
-        assert [*train, *held] and sorted([*train, *held]) == sorted(texts)
+        assert sorted([*train, *held]) == sorted(texts)
     else:
         rejoined, rest = [], list(held)
         for text, kept in zip(texts, train, strict=True):
@@ -110,7 +110,11 @@ def test_one_file_validates_on_its_last_twentieth(tmp_path):
         ("empty.txt", b"", "empty.txt is empty"),
         ("empty.jsonl", b"\n\n", "empty.jsonl is empty"),
         ("binary.txt", b"ab\0c", "binary.txt is not text: byte 2 is NUL"),
-        ("latin.txt", "ok\ncaf\xe9\n".encode("latin-1"), "latin.txt, line 2: not UTF-8 (byte 0xe9)"),
+        (
+            "latin.txt",
+            "ok\ncaf\xe9\n".encode("latin-1"),
+            "latin.txt, line 2: not UTF-8 (byte 0xe9)",
+        ),
         ("bad.jsonl", b'{"text": "a"}\n{oops\n', "bad.jsonl, line 2: not a line of JSON"),
         ("list.jsonl", b"[1]\n", "list.jsonl, line 1: expected an object, got list"),
         ("key.jsonl", b'{"body": "a"}\n', "key.jsonl, line 1: no key 'text', the keys are 'body'"),

@@ -1,0 +1,347 @@
+"""The training loop: steps, and between them logging, validation, samples and checkpoints."""
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sedd.errors import UserError
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.metrics import Metrics, ProgressReport, plot_curves
+from sedd.training.parallel import DataParallel
+from sedd.training.state import TrainState, one_replica, to_host
+from sedd.types import Params
+
+IN_FLIGHT = 8  # steps that the host runs ahead of the devices
+
+
+class TrainingDiverged(UserError):  # noqa: N818
+    """A loss, a gradient norm or a parameter is not finite; nothing of it has been saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """Every how many steps; None is never. Validation, samples and a checkpoint also end a run.
+
+    Raises ValueError on a number below 1.
+    """
+
+    log_every: int = 100
+    eval_every: int | None = 1000
+    sample_every: int | None = None
+    checkpoint_every: int | None = 1000
+
+    def __post_init__(self):
+        for name in ("log_every", "eval_every", "sample_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended; ``state`` is replicated over the devices."""
+
+    state: TrainState
+    step: int
+    stopped: bool  # by a signal, before the last step; starting again goes on
+    validation: dict[str, Any] | None  # of the last step, if it was validated
+
+
+def train(
+    *,
+    workdir: str | Path,
+    state: TrainState,
+    parallel: DataParallel,
+    batches: Any,
+    checkpoints: Checkpoints,
+    steps: int,
+    cadence: Cadence,
+    pending: dict | None = None,
+    learning_rate: Callable[[int], Any] | None = None,
+    validate: Callable[[Params], dict[str, Any]] | None = None,
+    sample: Callable[[Params], list[str]] | None = None,
+    unigram_entropy: float | None = None,
+    wandb: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Run updates ``state.step + 1 … steps``.
+
+    ``state`` and ``pending`` are a checkpoint's when resuming, and ``batches`` must be at its step.
+    ``learning_rate`` is the schedule, to be logged. ``validate`` and ``sample`` get the averaged
+    parameters on one device; ``validate`` returns at least ``nats_per_token``, and is logged under
+    ``validation_…``. In ``workdir``: ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
+    ``curves.png``.
+
+    SIGTERM and SIGINT end the run after the step under way, with a checkpoint of it; so does the
+    preemption of one of several processes. A second signal acts as usual. Raises TrainingDiverged,
+    and UserError where something cannot be written.
+    """
+    step = int(state.step)
+    pending = pending or {}
+    with ExitStack() as closes:
+        metrics = report = None
+        if jax.process_index() == 0:
+            report = closes.enter_context(closing(ProgressReport(start=step, steps=steps)))
+            keep_last = pending.get("held") is None
+            metrics = closes.enter_context(
+                closing(Metrics(workdir, step=step, keep_last=keep_last, wandb=wandb))
+            )
+        run = _Run(
+            metrics=metrics,
+            report=report,
+            parallel=parallel,
+            batches=batches,
+            checkpoints=checkpoints,
+            steps=steps,
+            cadence=cadence,
+            learning_rate=learning_rate,
+            validate=validate,
+            sample=sample,
+            window=_Window(**pending.get("window", {})),
+            held=pending.get("held"),
+        )
+        try:
+            with stop_requests() as stop:
+                state, step = run.go(parallel.replicate(state), step, stop)
+            checkpoints.wait()
+        except BaseException:
+            # What is being written is still to be completed, and one error is enough.
+            with suppress(Exception):
+                checkpoints.wait()
+            raise
+    if jax.process_index() == 0:
+        plot_curves(workdir, unigram_entropy=unigram_entropy)
+    return TrainResult(
+        state=state, step=step, stopped=step < steps, validation=run.validations.get(step)
+    )
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields ``stop(step) -> bool``: whether SIGTERM or SIGINT has come.
+
+    The second signal finds the handlers that were there before. With several processes the signal
+    is the coordinator's to see, so that all stop after the same step. Outside the main thread,
+    where no handler can be set, it is never true.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    requested = threading.Event()
+    before = {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(number, frame):
+        requested.set()
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, request)
+    try:
+        yield lambda step: requested.is_set()
+    finally:
+        restore()
+
+
+@dataclass(kw_only=True)
+class _Run:
+    metrics: Metrics | None
+    report: ProgressReport | None
+    parallel: DataParallel
+    batches: Any
+    checkpoints: Checkpoints
+    steps: int
+    cadence: Cadence
+    learning_rate: Callable[[int], Any] | None
+    validate: Callable[[Params], dict[str, Any]] | None
+    sample: Callable[[Params], list[str]] | None
+    window: "_Window"
+    held: dict | None  # the record of a step that is still to be validated
+
+    def __post_init__(self):
+        self.in_flight: deque = deque()
+        self.clock = _Clock()
+        self.validations: dict[int, dict] = {}
+
+    def go(self, state: TrainState, step: int, stop: Callable[[int], bool]):
+        """Steps until the last one or a stop; returns the state and its step."""
+        if self.held is not None:  # the run was stopped before it could validate this step
+            self.evaluate(state, step)
+        while step < self.steps:
+            step += 1
+            batch = next(self.batches)
+            if batch["step"] != step - 1:
+                raise ValueError(f"the loader gave batch {batch['step']} for batch {step - 1}")
+            state, metrics = self.parallel(state, batch)
+            self.in_flight.append((step, metrics))
+            if len(self.in_flight) >= IN_FLIGHT:
+                self.collect()
+            stopping = stop(step) and step < self.steps
+            if self.validates(step) or self.samples(step):
+                self.collect_all()
+                if not stopping:
+                    self.evaluate(state, step)
+            if stopping or self.due(self.cadence.checkpoint_every, step):
+                self.collect_all()
+                with self.clock.paused():
+                    self.save(state, step)
+            if stopping:
+                if self.report is not None:
+                    self.report.say(f"stopped after step {step}; start again to go on")
+                break
+        return state, step
+
+    def due(self, every: int | None, step: int) -> bool:
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def validates(self, step: int) -> bool:
+        return self.validate is not None and self.due(self.cadence.eval_every, step)
+
+    def samples(self, step: int) -> bool:
+        return self.sample is not None and self.due(self.cadence.sample_every, step)
+
+    def collect_all(self) -> None:
+        while self.in_flight:
+            self.collect()
+
+    def collect(self) -> None:
+        """Look at the oldest step's metrics, which waits for them, and log where it is due."""
+        step, metrics = self.in_flight.popleft()
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                raise self.diverged(step, name, value)
+        tokens = int(metrics["tokens"])
+        self.window.add(loss, grad_norm, tokens)
+        self.clock.tick(tokens)
+        if self.report is not None:
+            self.report.advance(step)
+        record = None
+        if self.due(self.cadence.log_every, step):
+            record = self.window.close()
+            if self.learning_rate is not None:
+                record["learning_rate"] = float(self.learning_rate(step - 1))
+            record |= self.clock.speeds()
+        if self.validates(step) or self.samples(step):
+            self.held = record or {}
+        elif record is not None:
+            self.write(step, record)
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Validate and sample with the averaged parameters, and write the held record with it."""
+        record, self.held = dict(self.held or {}), None
+        with self.clock.paused():
+            params = one_replica(state.ema_params)
+            if self.validate is not None and self.validates(step):
+                self.validations[step] = self.validate(params)
+                record |= {f"validation_{k}": v for k, v in self.validations[step].items()}
+            if self.sample is not None and self.samples(step):
+                texts = self.sample(params)
+                if self.metrics is not None:
+                    self.metrics.write_samples(step, texts)
+        self.write(step, record)
+
+    def write(self, step: int, record: dict) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, record)
+        if self.report is not None:
+            self.report.report(step, record)
+        self.checkpoints.check()
+
+    def save(self, state: TrainState, step: int) -> None:
+        host = to_host(state)
+        for path, array in jax.tree_util.tree_flatten_with_path(host)[0]:
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise self.diverged(step, name, float(array[~np.isfinite(array)].flat[0]))
+        self.checkpoints.save(
+            host,
+            data=self.batches.state(),
+            pending={"window": self.window.sums(), "held": self.held},
+            metric=self.validations.get(step, {}).get("nats_per_token"),
+        )
+
+    def diverged(self, step: int, name: str, value: float) -> TrainingDiverged:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_good()
+        place = "no checkpoint was written before"
+        if good is not None:
+            place = f"the last good checkpoint is {self.checkpoints.path(good)}"
+        return TrainingDiverged(f"training diverged at step {step}: {name} is {value}; {place}")
+
+
+@dataclass
+class _Window:
+    """Sums since the last log; a checkpoint carries them, so that a resume changes no mean."""
+
+    steps: int = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    tokens: int = 0
+
+    def add(self, loss: float, grad_norm: float, tokens: int) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.grad_norm += grad_norm
+        self.tokens += tokens
+
+    def sums(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def close(self) -> dict[str, Any]:
+        """The window's means, and an empty one."""
+        record = {
+            "loss": self.loss / self.steps,
+            "grad_norm": self.grad_norm / self.steps,
+            "tokens": self.tokens,
+        }
+        self.__init__()
+        return record
+
+
+class _Clock:
+    """Speed between two logs; the first step, which compiles, and pauses do not count."""
+
+    def __init__(self):
+        self.since: float | None = None
+        self.steps = self.tokens = 0
+
+    def tick(self, tokens: int) -> None:
+        if self.since is None:
+            self.since = time.perf_counter()
+        else:
+            self.steps += 1
+            self.tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.since is not None:
+            self.since += time.perf_counter() - start
+
+    def speeds(self) -> dict[str, float]:
+        if self.since is None or self.steps == 0:
+            return {}
+        now = time.perf_counter()
+        seconds = now - self.since
+        speeds = {
+            "tokens_per_second": self.tokens / seconds,
+            "steps_per_second": self.steps / seconds,
+        }
+        self.since, self.steps, self.tokens = now, 0, 0
+        return speeds

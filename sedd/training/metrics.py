@@ -1,0 +1,288 @@
+"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard, the terminal, and a picture."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+
+from sedd.errors import UserError
+
+
+class Metrics:
+    """Records of a run in ``workdir``, one a logged step, steps ascending.
+
+    Made at ``step``, it drops what an earlier start recorded after it (and at it, unless
+    ``keep_last``), so that no step appears twice. ``wandb`` holds the arguments of ``wandb.init``;
+    None leaves it alone. Raises UserError where a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        step: int = 0,
+        keep_last: bool = True,
+        wandb: dict[str, Any] | None = None,
+    ):
+        self.path = Path(workdir) / "metrics.jsonl"
+        self._wandb = None if wandb is None else _start_wandb(wandb)
+        with _Writable(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_after(self.path, step if keep_last else step - 1)
+            self._file = self.path.open("a")
+            logs = self.path.parent / "tensorboard"
+            logs.mkdir(exist_ok=True)
+            # Not SummaryWriter: its thread dies on a full disk, and the next record waits for ever.
+            self._events = EventsWriter(str(logs / "events"))
+            start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
+            self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """One record; what is not finite is written as null."""
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        with _Writable(self.path):
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
+            self._file.flush()
+            for name, value in numbers.items():
+                self._event(step, summary.scalar(_tag(name), value))
+            self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log({_tag(name): value for name, value in numbers.items()}, step=step)
+
+    def write_samples(self, step: int, texts: list[str]) -> None:
+        """Texts, to ``samples/<step>.txt`` and TensorBoard."""
+        path = self.path.parent / "samples" / f"{step:08d}.txt"
+        with _Writable(path):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n\n".join(f"--- {n}\n{text}" for n, text in enumerate(texts)) + "\n")
+            for n, text in enumerate(texts):
+                self._event(step, summary.text(f"sample/{n}", text))
+            self._events.flush()
+
+    def close(self) -> None:
+        with _Writable(self.path):
+            self._file.close()
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _event(self, step: int, value) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=value))
+
+
+class ProgressReport:
+    """A bar on a terminal, a line a record otherwise. ``stream`` is standard output by default."""
+
+    def __init__(self, *, start: int, steps: int, stream: TextIO | None = None):
+        self.steps = steps
+        self._stream = sys.stdout if stream is None else stream
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                console=Console(file=self._stream),
+            )
+            self._task = self._bar.add_task("", total=steps, completed=start, status="compiling")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """The bar moves with every step; lines do not."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, record: dict[str, Any]) -> None:
+        """A record, with the time left at its speed."""
+        parts = []
+        if (loss := record.get("loss")) is not None:
+            parts.append(f"loss {loss:.4f}")
+        if (nats := record.get("validation_nats_per_token")) is not None:
+            parts.append(f"validation {nats:.4f} nats/token")
+        if (speed := record.get("tokens_per_second")) is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
+        if (speed := record.get("steps_per_second")) is not None:
+            parts.append(f"{_duration((self.steps - step) / speed)} left")
+        status = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        else:
+            width = len(str(self.steps))
+            print(f"step {step:>{width}}/{self.steps}  {status}", file=self._stream, flush=True)
+
+    def say(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run; a line that was cut off is left out."""
+    return _records(Path(workdir) / "metrics.jsonl")
+
+
+def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) -> Path | None:
+    """Draw ``curves.png``: training loss, validation bound ± 1 standard error, in nats per token.
+
+    ``unigram_entropy`` (nats per token) is what a model that knows only frequencies would score.
+    Returns the picture's path; None where nothing has been recorded. Raises UserError where it
+    cannot be written.
+    """
+    # pyplot would choose a backend by the user's display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    records = read_metrics(workdir)
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    bound = [
+        (r["step"], r["validation_nats_per_token"], r.get("validation_standard_error") or 0.0)
+        for r in records
+        if r.get("validation_nats_per_token") is not None
+    ]
+    if not train and not bound:
+        return None
+
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    blue, orange, grey = "#2f6fb0", "#d1602b", "#555555"
+    heights = []
+    if train:
+        steps, losses = np.array(train, float).T
+        smooth = _smoothed(losses)
+        axes.plot(steps, losses, color=blue, alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth, color=blue, linewidth=2, label="training loss (smoothed)")
+        heights += [*np.percentile(losses, [0, 99]), *smooth]
+    if bound:
+        steps, nats, errors = np.array(bound, float).T
+        axes.errorbar(
+            steps,
+            nats,
+            yerr=errors,
+            color=orange,
+            marker="o",
+            markersize=4.5,
+            linewidth=1.5,
+            capsize=3,
+            label="validation bound (EMA), ± 1 standard error",
+        )
+        heights += [*(nats - errors), *(nats + errors)]
+        axes.annotate(
+            f"{nats[-1]:.3f}",
+            (steps[-1], nats[-1]),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=orange,
+            va="center",
+        )
+    if unigram_entropy is not None:
+        axes.axhline(
+            unigram_entropy,
+            color=grey,
+            linestyle="--",
+            linewidth=1.2,
+            label=f"unigram entropy, {unigram_entropy:.3f}",
+        )
+        heights.append(unigram_entropy)
+    # One wild early loss must not flatten the rest.
+    low, high = min(heights), max(heights)
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.06)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.set_title(f"Training of {Path(workdir).absolute().name}", loc="left")
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    path = Path(workdir) / "curves.png"
+    with _Writable(path):
+        figure.savefig(path)
+    return path
+
+
+def _smoothed(losses: np.ndarray) -> np.ndarray:
+    """Means over a centred window of about a twentieth of the curve, narrower at its ends."""
+    half = max(1, len(losses) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    centre = np.arange(len(losses))
+    reach = np.minimum(half, np.minimum(centre, len(losses) - 1 - centre))
+    return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a run that was killed
+                continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    records = _records(path)
+    if records:
+        temporary = path.with_suffix(".tmp")
+        kept = [json.dumps(r) + "\n" for r in records if r["step"] <= step]
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+
+
+class _Writable:
+    """Turns the system's refusal to write into a UserError that names the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def _start_wandb(options: dict[str, Any]):
+    try:
+        import wandb  # pyright: ignore
+    except ImportError as error:
+        raise UserError("wandb is not installed: pip install 'sedd[wandb]'") from error
+    return wandb.init(**options)
+
+
+def _tag(name: str) -> str:
+    return name.replace("validation_", "validation/", 1) if "/" not in name else name
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,193 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd.networks import attention as module
+from sedd.networks.attention import attention, choose
+from sedd.networks.base import Attend
+
+B, L, H, K = 3, 12, 2, 8
+ORDER = np.tile(np.arange(L, dtype=np.int32), (B, 1))
+SHUFFLED = np.random.default_rng(0).permuted(ORDER, axis=1)
+SEGMENT = np.sort(np.random.default_rng(1).integers(0, 3, (B, L)).astype(np.int32), axis=1)
+FORMS = {
+    "everything": None,
+    "nothing stated": Attend(),
+    "causal": Attend(rank_q_BL=ORDER, rank_k_BL=ORDER),
+    "strictly before": Attend(rank_q_BL=SHUFFLED, rank_k_BL=SHUFFLED, strict=True),
+    "packed": Attend(segment_BL=SEGMENT),
+    "packed causal": Attend(rank_q_BL=ORDER, rank_k_BL=ORDER, segment_BL=SEGMENT),
+}
+
+
+def draw_qkv(length=L, width=K, dtype=jnp.float32, heads=H):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(key, (B, length, heads, width), dtype) for key in keys)
+
+
+def sees(attend, b, i, j):
+    """The definition in ``Attend``, one pair at a time."""
+    if attend is None:
+        return True
+    if attend.segment_BL is not None and attend.segment_BL[b, i] != attend.segment_BL[b, j]:
+        return False
+    if attend.rank_q_BL is None:
+        return True
+    rank_q, rank_k = attend.rank_q_BL[b, i], attend.rank_k_BL[b, j]
+    return rank_k < rank_q if attend.strict else rank_k <= rank_q
+
+
+def by_definition(q, k, v, attend):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, i, h in np.ndindex(*q.shape[:3]):
+        keys = [j for j in range(q.shape[1]) if sees(attend, b, i, j)]
+        if keys:
+            weight = np.exp(k[b, keys, h] @ q[b, i, h] / np.sqrt(q.shape[-1]))
+            out[b, i, h] = weight @ v[b, keys, h] / weight.sum()
+    return out
+
+
+@pytest.mark.parametrize("backend", ["auto", "einsum", "xla"])
+@pytest.mark.parametrize("form", FORMS)
+def test_is_the_softmax_over_what_is_seen(form, backend):
+    q, k, v = draw_qkv()
+    out = attention(q, k, v, FORMS[form], backend=backend)
+    np.testing.assert_allclose(out, by_definition(q, k, v, FORMS[form]), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_backends_have_the_same_gradients(form):
+    def loss(qkv, backend):
+        return (attention(*qkv, FORMS[form], backend=backend) ** 2).sum()
+
+    for a, b in zip(*(jax.grad(loss)(draw_qkv(), name) for name in ("einsum", "xla")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["einsum", "xla"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_query_that_sees_nothing_gets_zero_and_a_zero_gradient(backend, dtype):
+    first = np.argmin(SHUFFLED, axis=1)
+    qkv = draw_qkv(dtype=dtype)
+
+    def out(qkv):
+        return attention(*qkv, FORMS["strictly before"], backend=backend)
+
+    empty = out(qkv)[np.arange(B), first]
+    np.testing.assert_array_equal(empty.astype(jnp.float32), 0)
+    grads = jax.grad(lambda qkv: (out(qkv).astype(jnp.float32) ** 2).sum())(qkv)
+    assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
+    of_empty = jax.grad(lambda qkv: out(qkv)[np.arange(B), first].astype(jnp.float32).sum())(qkv)
+    assert not any(bool(grad.any()) for grad in of_empty)
+
+
+@pytest.mark.parametrize("backend", ["einsum", "xla"])
+def test_nothing_leaks_from_the_future(backend):
+    def out(k, v):
+        return attention(draw_qkv()[0], k, v, FORMS["causal"], backend=backend)[0, :, 0, 0]
+
+    for jacobian in jax.jacobian(out, (0, 1))(*draw_qkv()[1:]):
+        influence = np.abs(jacobian[:, 0]).sum((-1, -2))  # [query, key]
+        np.testing.assert_array_equal(np.triu(influence, 1), 0)
+        assert (np.tril(influence)[1:] > 0).sum() == L * (L + 1) // 2 - 1
+
+
+@pytest.mark.parametrize("backend", ["einsum", "xla"])
+def test_the_softmax_is_in_float32(backend):
+    """512 equal keys and one slightly better: bfloat16 weights would sum to 2 or more."""
+    zeros = jnp.zeros((1, 512, 1, 8), jnp.bfloat16)
+    out = attention(zeros, zeros, zeros + 1, backend=backend)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=1e-2)
+    q, k, v = draw_qkv()
+    exact = by_definition(4 * q, k, v, None)
+    low = attention(*(x.astype(jnp.bfloat16) for x in (4 * q, k, v)), backend=backend)
+    np.testing.assert_allclose(low.astype(jnp.float32), exact, atol=0.1)
+
+
+@pytest.mark.parametrize("form", ["everything", "packed"])
+def test_splash_interpreted_equals_einsum(form):
+    """The kernel itself, on the CPU: its scale, its segments and its gradients."""
+    qkv = draw_qkv(length=256, width=64)
+    attend = None if form == "everything" else Attend(segment_BL=np.repeat(SEGMENT, 22, 1)[:, :256])
+
+    def loss(qkv, splash):
+        run = module._splash if splash else attention
+        options = {"interpret": True} if splash else {"backend": "einsum"}
+        return (run(*qkv, attend, **options) ** 2).sum()
+
+    (ours, our_grads), (theirs, their_grads) = (
+        jax.value_and_grad(loss)(qkv, splash) for splash in (True, False)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for a, b in zip(our_grads, their_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+LOW = {"dtype": jnp.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "form", "expected"),
+    [
+        ("cpu", LOW, "everything", "einsum"),
+        ("gpu", LOW, "everything", "cudnn"),
+        ("gpu", LOW, "strictly before", "cudnn"),
+        ("gpu", LOW | {"length": 13}, "everything", "cudnn"),
+        ("gpu", LOW | {"length": 13}, "packed", "xla"),
+        ("gpu", LOW | {"width": 12}, "everything", "xla"),
+        ("gpu", LOW | {"width": 256}, "everything", "xla"),
+        ("gpu", {}, "everything", "xla"),
+        ("tpu", {"length": 256}, "everything", "splash"),
+        ("tpu", {"length": 384}, "packed", "splash"),
+        ("tpu", {"length": 200}, "everything", "xla"),
+        ("tpu", {"length": 256}, "causal", "xla"),
+        ("something else", LOW, "everything", "xla"),
+    ],
+)
+def test_auto_picks(platform, shape, form, expected, monkeypatch):
+    monkeypatch.setattr(module, "_flash_capable", lambda device: True)
+    assert choose("auto", draw_qkv(**shape)[0], FORMS[form], platform=platform) == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "capable"),
+    [
+        ("PJRT C API\ncuda 12090", "8.0", True),
+        ("cuda 12090", "10.3", True),
+        ("cuda 12090", "7.5", False),
+        ("rocm 60100", "gfx90a", False),
+    ],
+)
+def test_cudnn_needs_an_ampere_gpu(version, capability, capable, monkeypatch):
+    device = SimpleNamespace(
+        client=SimpleNamespace(platform_version=version), compute_capability=capability
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    chosen = choose("auto", draw_qkv(**LOW)[0], None, platform="gpu")
+    assert chosen == ("cudnn" if capable else "xla")
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "form", "words"),
+    [
+        ("flash", {}, "everything", "auto, einsum, xla, cudnn, splash, got 'flash'"),
+        ("cudnn", {}, "everything", "bfloat16 or float16, got float32"),
+        ("cudnn", LOW | {"width": 12}, "everything", "multiple of 8, at most 128, got 12"),
+        ("cudnn", LOW | {"length": 13}, "packed", "even length under a mask, got 13"),
+        ("splash", {"length": 100}, "everything", "multiple of 128, got 100"),
+        ("splash", {"length": 128}, "causal", "segments, not ranks"),
+    ],
+)
+def test_a_named_backend_never_becomes_another(backend, shape, form, words):
+    with pytest.raises(ValueError, match=words):
+        attention(*draw_qkv(**shape), FORMS[form], backend=backend)
+
+
+def test_one_rank_without_the_other_is_refused():
+    with pytest.raises(ValueError, match="give both, or neither"):
+        Attend(rank_q_BL=ORDER)

@@ -1,0 +1,383 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd.networks.base import Attend, read_out
+from sedd.networks.ddit import DDiT, _Block, drop, make, rotary, rotate, sigma_features
+
+B, L, V = 4, 10, 13
+SEDD = DDiT(
+    num_states=V,
+    time_conditioned=True,
+    hidden_dim=24,
+    num_layers=3,
+    num_heads=3,
+    condition_dim=8,
+    dropout=0.4,
+)
+RADD = dataclasses.replace(SEDD, time_conditioned=False, norm_bias=True)
+BOTH = pytest.mark.parametrize("net", [SEDD, RADD], ids=["sedd", "radd"])
+
+TOKENS = jax.random.randint(jax.random.key(1), (B, L), 0, V, jnp.int32)
+SIGMA = jnp.array([0.01, 0.3, 1.0, 6.0])
+KEYS = jax.random.split(jax.random.key(2), B)
+
+
+@functools.cache
+def random_params(net):
+    """Parameters with nothing at its initial zero."""
+    rng = np.random.default_rng(0)
+    params = net.init(jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(net, params, tokens_BL, **kwargs):
+    return net.hidden(params, tokens_BL, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def raw(net, params, tokens_BL, **kwargs):
+    return net.raw(params, tokens_BL, **kwargs)
+
+
+def inputs(net, rows=slice(None), **kwargs):
+    return ({"sigma_B": SIGMA[rows]} if net.time_conditioned else {}) | kwargs
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"time_conditioned": True}, 169_627_218),
+        (
+            {"time_conditioned": True, "hidden_dim": 1024, "num_layers": 24, "num_heads": 16},
+            424_477_010,
+        ),
+        ({"time_conditioned": False, "norm_bias": True}, 162_265_682),
+        (
+            {
+                "time_conditioned": False,
+                "norm_bias": True,
+                "hidden_dim": 1024,
+                "num_layers": 24,
+                "num_heads": 16,
+            },
+            405_191_762,
+        ),
+    ],
+    ids=["sedd-small", "sedd-medium", "radd-small", "radd-medium"],
+)
+def test_parameter_counts_are_the_published_ones(options, count):
+    shapes = jax.eval_shape(make(num_states=50258, **options).init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+
+
+@BOTH
+def test_a_fresh_network_returns_zero(net):
+    params = net.init(jax.random.key(0))
+    np.testing.assert_array_equal(raw(net, params, TOKENS, **inputs(net)), 0)
+    assert hidden(net, params, TOKENS, **inputs(net)).std() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_initial_distributions(dtype):
+    """U(±1/√fan_in): the largest of n draws is within 1 - 20/n of the bound but for e^-20."""
+    net = dataclasses.replace(SEDD, hidden_dim=48, dtype=dtype)
+    params = net.init(jax.random.key(0))
+    trunk, blocks = params["trunk"], params["trunk"]["blocks"]
+    drawn = [
+        (trunk["embed"]["embedding"], 48),
+        (trunk["sigma_map"]["in"]["kernel"], 256),
+        (trunk["sigma_map"]["out"]["kernel"], 8),
+        (blocks["qkv"]["kernel"], 48),
+        (blocks["attention_out"]["kernel"], 48),
+        (blocks["mlp_in"]["kernel"], 48),
+        (blocks["mlp_in"]["bias"], 48),
+        (blocks["mlp_out"]["kernel"], 192),
+        (blocks["mlp_out"]["bias"], 192),
+    ]
+    for values, fan_in in drawn:
+        largest = float(jnp.abs(values).max()) * fan_in**0.5
+        assert max(0, 1 - 20 / values.size) < largest <= 1
+    for modulation in (blocks["modulation"], trunk["modulation"]):
+        assert not any(bool(x.any()) for x in jax.tree.leaves(modulation))
+    assert not np.array_equal(blocks["qkv"]["kernel"][0], blocks["qkv"]["kernel"][1])
+    radd = dataclasses.replace(RADD, dtype=dtype).init(jax.random.key(0))["trunk"]
+    for norm in (radd["norm"], radd["blocks"]["norm_attention"], radd["blocks"]["norm_mlp"]):
+        np.testing.assert_array_equal(norm["scale"], 1)
+        np.testing.assert_array_equal(norm["bias"], 1)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+@BOTH
+def test_raw_is_the_head_on_hidden(net):
+    params = random_params(net)
+    raw_BLV = raw(net, params, TOKENS, **inputs(net))
+    hidden_BLD = hidden(net, params, TOKENS, **inputs(net))
+    weight_DV, bias_V = net.head(params)
+    exact = np.asarray(hidden_BLD, np.float64) @ np.asarray(weight_DV, np.float64) + bias_V[None]
+    np.testing.assert_allclose(raw_BLV, exact, atol=1e-5)
+    picked = read_out(hidden_BLD[1, 2:4], weight_DV, bias_V)
+    np.testing.assert_allclose(picked, raw_BLV[1, 2:4], atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_the_scan_is_the_loop_over_layers(net, num_layers):
+    net = dataclasses.replace(net, num_layers=num_layers)
+    trunk = random_params(net)["trunk"]
+    hidden_BLD = hidden(net, {"trunk": trunk}, TOKENS, **inputs(net, keys_B=KEYS))
+
+    x_BLD = trunk["embed"]["embedding"][TOKENS]
+    condition_BC = None
+    if net.time_conditioned:
+        condition_BC = sigma_features(SIGMA)
+        for name in ("in", "out"):
+            layer = trunk["sigma_map"][name]
+            condition_BC = jax.nn.silu(condition_BC @ layer["kernel"] + layer["bias"][None])
+    rotation = rotary(jnp.arange(L)[None], net.head_dim)
+    for i in range(num_layers):
+        block = {"params": jax.tree.map(lambda x, i=i: x[i], trunk["blocks"])}
+        x_BLD, _ = _Block(net).apply(block, x_BLD, i, condition_BC, rotation, None, KEYS)
+    x_BLD = (x_BLD - x_BLD.mean(-1, keepdims=True)) / jnp.sqrt(x_BLD.var(-1, keepdims=True) + 1e-5)
+    x_BLD = x_BLD * trunk["norm"]["scale"][None, None]
+    if net.norm_bias:
+        x_BLD = x_BLD + trunk["norm"]["bias"][None, None]
+    if net.time_conditioned:
+        layer = trunk["modulation"]
+        modulation = (condition_BC @ layer["kernel"] + layer["bias"][None])[:, None]
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        x_BLD = x_BLD * (1 + scale) + shift
+    np.testing.assert_allclose(hidden_BLD, x_BLD, atol=2e-5)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(num_layers):
+        net = dataclasses.replace(RADD, num_layers=num_layers)
+        shapes = jax.eval_shape(net.init, jax.random.key(0))
+        grad = jax.grad(lambda params: raw(net, params, TOKENS).sum())
+        return str(jax.make_jaxpr(grad)(shapes)).count("\n")
+
+    assert size(2) == size(30)
+
+
+@BOTH
+def test_remat_has_the_same_gradients(net):
+    params = random_params(net)
+
+    def grads(net):
+        def loss(params):
+            raw_BLV = raw(net, params, TOKENS, **inputs(net, keys_B=KEYS))
+            return jax.nn.logsumexp(raw_BLV, axis=-1).sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    recomputed = grads(dataclasses.replace(net, remat=True))
+    for a, b in zip(*map(jax.tree.leaves, (grads(net), recomputed)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_keeps_the_mean():
+    """512·96·5 Bernoulli draws: 4σ of their mean, each of variance rate / (1 - rate)."""
+    rate = 0.3
+    keys = jax.random.split(jax.random.key(3), 512)
+    dropped = drop(jnp.ones((512, 96, 5)), keys, jnp.uint32(7), rate)
+    error = 4 * np.sqrt(rate / (1 - rate) / dropped.size)
+    assert abs(float(dropped.mean()) - 1) < error
+    np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=1e-6)
+    other = drop(jnp.ones((512, 96, 5)), keys, jnp.uint32(8), rate)
+    agree = float(((dropped > 0) == (other > 0)).mean())
+    chance = rate**2 + (1 - rate) ** 2
+    assert abs(agree - chance) < 4 * np.sqrt(chance * (1 - chance) / dropped.size)
+
+
+@BOTH
+def test_dropout_depends_on_the_key_of_the_example_alone(net):
+    params = random_params(net)
+
+    def outputs(rows, keys=KEYS):
+        return hidden(net, params, TOKENS[rows], **inputs(net, rows, keys_B=keys[rows]))
+
+    whole = outputs(np.arange(B))
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_allclose(outputs(order), whole[order], atol=1e-5)
+    parts = [outputs(np.arange(0, 1)), outputs(np.arange(1, B))]
+    np.testing.assert_allclose(jnp.concatenate(parts), whole, atol=1e-5)
+    assert float(jnp.abs(outputs(np.arange(B), KEYS[::-1]) - whole).max()) > 0.1
+    assert float(jnp.abs(hidden(net, params, TOKENS, **inputs(net)) - whole).max()) > 0.1
+
+
+def test_no_dropout_without_keys_or_rate():
+    params = random_params(RADD)
+    none = dataclasses.replace(RADD, dropout=0.0)
+    np.testing.assert_array_equal(
+        hidden(none, params, TOKENS, keys_B=KEYS), hidden(RADD, params, TOKENS)
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("attention", ["einsum", "xla"])
+def test_bfloat16_computes_what_float32_does(net, attention):
+    low = dataclasses.replace(net, dtype="bfloat16", attention=attention)
+    params = random_params(net)
+    hidden_BLD = hidden(low, params, TOKENS, **inputs(net))
+    assert hidden_BLD.dtype == jnp.bfloat16
+    raw_BLV = raw(low, params, TOKENS, **inputs(net))
+    assert raw_BLV.dtype == jnp.float32
+    exact = raw(net, params, TOKENS, **inputs(net))
+    assert float(jnp.abs(raw_BLV - exact).mean()) < 0.02 * float(exact.std())
+    grads = jax.grad(lambda params: (raw(low, params, TOKENS, **inputs(net)) ** 2).mean())(params)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(grads))
+
+
+def test_sigma_is_required_or_refused():
+    with pytest.raises(ValueError, match="sigma_B is required"):
+        hidden(SEDD, SEDD.init(jax.random.key(0)), TOKENS)
+    with pytest.raises(ValueError, match="sigma_B must be None"):
+        hidden(RADD, RADD.init(jax.random.key(0)), TOKENS, sigma_B=SIGMA)
+
+
+def test_sigma_features_by_the_formula():
+    k = np.arange(128)
+    phase = np.asarray(SIGMA, np.float64)[:, None] * np.exp(-np.log(1e4) * k / 128)
+    expected = np.concatenate([np.cos(phase), np.sin(phase)], axis=-1)
+    np.testing.assert_allclose(sigma_features(SIGMA), expected, atol=1e-6)
+
+
+def test_each_example_is_conditioned_on_its_own_sigma():
+    params = random_params(SEDD)
+    whole = raw(SEDD, params, TOKENS, sigma_B=SIGMA)
+    changed = raw(SEDD, params, TOKENS, sigma_B=SIGMA.at[1].add(1.0))
+    np.testing.assert_array_equal(np.abs(whole - changed).max((1, 2)) > 1e-3, np.arange(B) == 1)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    """Phases up to 1e3 in float32 are 6e-5 off; a product of 8 unit terms stays below 1e-3."""
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, L, 1, 8))
+
+    def products(positions):
+        rotation = rotary(positions[None], 8)
+        return jnp.einsum("bqhk,bshk->qs", rotate(q, rotation), rotate(k, rotation))
+
+    positions = jnp.arange(L)
+    np.testing.assert_allclose(products(positions + 1000), products(positions), atol=1e-3)
+    assert float(jnp.abs(products(2 * positions) - products(positions)).max()) > 0.1
+    turned = rotate(q, rotary(positions[None], 8))
+    np.testing.assert_allclose(
+        jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(q, axis=-1), atol=1e-5
+    )
+    np.testing.assert_array_equal(turned[:, 0], q[:, 0])
+
+
+def test_rotary_turns_half_split_pairs():
+    """Channels k and k + K/2 are the plane that turns by position·10⁴^(-2k/K)."""
+    rotation = rotary(jnp.array([[3]]), 8)
+    for k in range(4):
+        turned = rotate(jnp.zeros((1, 1, 1, 8)).at[..., k].set(1), rotation)[0, 0, 0]
+        angle = 3 * 1e4 ** (-2 * k / 8)
+        expected = np.zeros(8)
+        expected[[k, k + 4]] = np.cos(angle), np.sin(angle)
+        np.testing.assert_allclose(turned, expected, atol=1e-6)
+
+
+@BOTH
+def test_the_network_sees_positions_only_through_their_differences(net):
+    params = random_params(net)
+    positions = jnp.tile(jnp.arange(L)[None], (B, 1))
+    default = raw(net, params, TOKENS, **inputs(net))
+    shifted = raw(net, params, TOKENS, **inputs(net, positions_BL=positions + 50))
+    np.testing.assert_allclose(shifted, default, atol=1e-3)
+    stretched = raw(net, params, TOKENS, **inputs(net, positions_BL=2 * positions))
+    assert float(jnp.abs(stretched - default).max()) > 0.05
+
+
+@BOTH
+def test_permuting_tokens_with_their_positions_permutes_the_output(net):
+    params = random_params(net)
+    order = np.random.default_rng(0).permutation(L)
+    positions = jnp.tile(jnp.arange(L)[None], (B, 1))
+    default = raw(net, params, TOKENS, **inputs(net))
+    moved = raw(net, params, TOKENS[:, order], **inputs(net, positions_BL=positions[:, order]))
+    np.testing.assert_allclose(moved, default[:, order], atol=1e-4)
+    unplaced = raw(net, params, TOKENS, **inputs(net, positions_BL=0 * positions))
+    moved = raw(net, params, TOKENS[:, order], **inputs(net, positions_BL=0 * positions))
+    np.testing.assert_allclose(moved, unplaced[:, order], atol=1e-4)
+
+
+def test_causal_hidden_states_ignore_the_future():
+    params = random_params(RADD)
+    rank_BL = jnp.tile(jnp.arange(L)[None], (B, 1))
+    attend = Attend(rank_q_BL=rank_BL, rank_k_BL=rank_BL)
+    changed = TOKENS.at[:, 6].set((TOKENS[:, 6] + 1) % V)
+    before, after = (hidden(RADD, params, x, attend=attend) for x in (TOKENS, changed))
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert (np.abs(before - after).max(-1)[:, 6:] > 0).all()
+
+
+@BOTH
+def test_padding_in_its_own_segment_changes_nothing(net):
+    params = random_params(net)
+    padded = jnp.concatenate([TOKENS, jnp.full((B, 3), V - 1)], axis=1)
+    segment_BL = jnp.tile(jnp.array([0] * L + [1] * 3)[None], (B, 1))
+    attended = raw(net, params, padded, **inputs(net, attend=Attend(segment_BL=segment_BL)))
+    alone = raw(net, params, TOKENS, **inputs(net))
+    np.testing.assert_allclose(attended[:, :L], alone, atol=1e-5)
+    leaking = raw(net, params, padded, **inputs(net))
+    assert float(jnp.abs(leaking[:, :L] - alone).max()) > 1e-2
+
+
+def test_packed_documents_are_as_if_alone():
+    params = random_params(RADD)
+    packed = TOKENS.reshape(1, B * L)
+    segment_BL = jnp.repeat(jnp.arange(B), L)[None]
+    positions_BL = jnp.tile(jnp.arange(L), B)[None]
+    together = raw(
+        RADD, params, packed, positions_BL=positions_BL, attend=Attend(segment_BL=segment_BL)
+    )
+    np.testing.assert_allclose(together.reshape(B, L, V), raw(RADD, params, TOKENS), atol=1e-5)
+
+
+def test_an_empty_row_has_finite_gradients():
+    params = random_params(RADD)
+    rank_BL = jnp.tile(jnp.arange(L)[None], (B, 1))
+    attend = Attend(rank_q_BL=rank_BL, rank_k_BL=rank_BL, strict=True)
+    grads = jax.grad(lambda p: (raw(RADD, p, TOKENS, attend=attend) ** 2).mean())(params)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_states", 1, "num_states must be at least 2, got 1"),
+        ("hidden_dim", 25, "hidden_dim .* got 25 with 3 heads"),
+        ("hidden_dim", 27, "hidden_dim .* got 27 with 3 heads"),
+        ("num_layers", 0, "num_layers must be at least 1, got 0"),
+        ("num_heads", 0, "num_heads must be at least 1, got 0"),
+        ("condition_dim", -1, "condition_dim must be at least 1, got -1"),
+        ("mlp_ratio", 0, "mlp_ratio must be at least 1, got 0"),
+        ("dropout", 1.0, r"dropout must be in \[0, 1\), got 1.0"),
+        ("dtype", "float16", "dtype must be one of float32, bfloat16, got 'float16'"),
+        ("attention", "flash", "attention must be one of auto, .*, got 'flash'"),
+        ("attention", "cudnn", "attention 'cudnn' needs dtype bfloat16, got 'float32'"),
+    ],
+)
+def test_fields_are_checked(field, value, words):
+    with pytest.raises(ValueError, match=words) as error:
+        dataclasses.replace(SEDD, **{field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_cudnn_head_width_is_checked():
+    options = {"dtype": "bfloat16", "attention": "cudnn"}
+    with pytest.raises(ValueError, match="multiple of 8 and at most 128, got 4"):
+        dataclasses.replace(SEDD, hidden_dim=12, **options)
+    assert dataclasses.replace(SEDD, **options).head_dim == 8
+
+
+def test_a_kernel_by_name_does_not_get_in_the_way_of_init():
+    net = dataclasses.replace(SEDD, attention="splash")
+    assert jax.tree.structure(net.init(jax.random.key(0)))

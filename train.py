@@ -1,0 +1,220 @@
+"""Train a discrete diffusion language model; run again, it goes on where it stopped."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+os.environ.setdefault("NPROC", "16")  # before jax: see sedd.training.parallel.prepare_cpu
+
+import jax
+
+import sedd
+from sedd.build import Data, HeldOut, Parts, build_data, build_parts
+from sedd.cli import parse_config, run
+from sedd.config import Config, differences
+from sedd.data.loader import Batches
+from sedd.data.tokenizers import Tokenizer
+from sedd.errors import UserError
+from sedd.evaluation.bound import evaluate_bound
+from sedd.files import write_whole
+from sedd.model import read_config, read_tokenizer, text_counter
+from sedd.training.checkpoint import Checkpoints, Restored, init_params_from
+from sedd.training.loop import train
+from sedd.training.metrics import read_metrics
+from sedd.training.optimizer import make_optimizer, make_schedule
+from sedd.training.parallel import DataParallel, check_batch_size
+from sedd.training.state import TrainState, init_state
+from sedd.training.step import make_step
+
+SAMPLES = 4  # texts drawn each time during training
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """The flags of ``train.py``, those of the configuration among them."""
+
+    workdir: Path
+    """Everything is written here; a run that is there already is resumed."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    init_from: Path | None = None
+    """Start from the weights of another run's newest checkpoint."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Build what the configuration says, train it, and say where everything is."""
+    command = parse_config(arguments, TrainCommand, __doc__ or "")
+    config, workdir = command.config, command.workdir
+    build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
+    check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
+    tokenizer = check_same_run(workdir, config) if checkpoints.steps() else None
+
+    with console.status("reading the corpus") as status:
+        data = build_data(
+            config,
+            tokenizer=tokenizer,
+            progress=lambda documents, tokens: status.update(
+                f"tokenising: {documents:,} documents, {tokens:,} tokens"
+            ),
+        )
+    parts = build_parts(config, data.tokenizer.num_tokens)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    new_state = jax.eval_shape(lambda: init_state(parts.network, optimizer, config.seed))
+    restored = checkpoints.restore_latest(new_state)
+    state = restored.state if restored else fresh_state(command, parts, optimizer)
+    save_description(workdir, config, data.tokenizer)
+    introduce(command, data, state, restored)
+
+    held_out = HeldOut(
+        parts=[packed for packed, _ in data.validation],
+        max_sequences=config.evaluation.max_sequences,
+        batch_size=config.evaluation.batch_size,
+    )
+    entropy = held_out.unigram_entropy()
+    parallel = DataParallel(
+        make_step(
+            network=parts.network,
+            objective=parts.objective,
+            optimizer=optimizer,
+            ema_decay=config.optimizer.ema_decay,
+            batch_size=config.training.batch_size,
+            stratified=config.training.stratified,
+        ),
+        batch_size=config.training.batch_size,
+        accumulate=config.training.accumulate,
+    )
+    result = train(
+        workdir=workdir,
+        state=state,
+        parallel=parallel,
+        batches=Batches(
+            data.train,
+            batch_size=config.training.batch_size,
+            seed=config.seed,
+            start_step=int(state.step),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        checkpoints=checkpoints,
+        steps=config.training.steps,
+        cadence=config.training.cadence,
+        pending=restored.pending if restored else None,
+        learning_rate=make_schedule(config.optimizer, config.training.steps),
+        validate=validator(config, parts, data.tokenizer, held_out),
+        sample=text_sampler(config, parts, data.tokenizer),
+        unigram_entropy=entropy,
+        wandb={"project": config.training.wandb} if config.training.wandb else None,
+    )
+    if not result.stopped:
+        conclude(workdir, entropy)
+
+
+def check_same_run(workdir: Path, config: Config) -> Tokenizer:
+    """The tokenizer of the run that is there; UserError when it is not this configuration's."""
+    saved = read_config(workdir)
+    if saved is None:
+        raise UserError(f"--workdir {workdir}: it holds checkpoints but no config.json")
+    if found := differences(saved, config):
+        raise UserError(
+            f"--workdir {workdir}: it holds a run of another configuration: {'; '.join(found)}. "
+            "Choose another directory, or the same values"
+        )
+    return read_tokenizer(workdir)
+
+
+def fresh_state(command: TrainCommand, parts: Parts, optimizer) -> TrainState:
+    """The state before the first step, from random weights or another run's."""
+    params = None
+    if command.init_from is not None:
+        expected = jax.eval_shape(parts.network.init, jax.random.key(0))
+        params = init_params_from(command.init_from, expected)
+    return init_state(parts.network, optimizer, command.config.seed, params=params)
+
+
+def save_description(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """What ``sedd.load`` needs beside the checkpoints."""
+    if jax.process_index() == 0:
+        for name, content in (("config", config.to_json()), ("tokenizer", tokenizer.to_json())):
+            text = json.dumps(content, indent=2 if name == "config" else None)
+            write_whole(workdir / f"{name}.json", text.encode())
+
+
+def introduce(
+    command: TrainCommand, data: Data, state: TrainState, restored: Restored | None
+) -> None:
+    """Say what is about to happen."""
+    config = command.config
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    rows = sum(packed.num_rows for packed, _ in data.train)
+    console.print(
+        f"{parameters:,} parameters · {data.tokenizer.num_tokens:,} tokens in the vocabulary · "
+        f"{rows:,} sequences of {config.data.length} · {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} · batch {config.training.batch_size}"
+    )
+    if restored:
+        console.print(
+            f"resuming {command.workdir} at step {restored.step:,} of {config.training.steps:,}"
+        )
+        if command.init_from is not None:
+            console.print("--init-from was used when this run began; it changes nothing now")
+
+
+def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: HeldOut):
+    """From averaged parameters to the validation bound."""
+    count_text = text_counter(tokenizer)
+
+    def validate(params) -> dict[str, Any]:
+        result = evaluate_bound(
+            parts.denoiser(params),
+            parts.schedule,
+            jax.random.key(config.seed),
+            held_out,
+            draws=config.evaluation.draws,
+            count_text=count_text,
+        )
+        wanted = ("nats_per_token", "standard_error", "standard_error_draws", "perplexity")
+        figures = {name: getattr(result, name) for name in wanted}
+        return figures | {k: v for k, v in result.to_json().items() if k.startswith("bits") and v}
+
+    return validate
+
+
+def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
+    """From averaged parameters to a few texts."""
+
+    def sample(params) -> list[str]:
+        model = sedd.Model(
+            denoiser=parts.denoiser(params),
+            parts=parts,
+            config=config,
+            tokenizer=tokenizer,
+            source="training",
+        )
+        key = jax.random.key(config.seed)
+        return sedd.sample(model, key, num=SAMPLES, sampler=parts.sampler).text or []
+
+    return sample
+
+
+def conclude(workdir: Path, entropy: float) -> None:
+    """The last validation beside what a model without context would reach, and the files."""
+    last = [r for r in read_metrics(workdir) if "validation_nats_per_token" in r][-1]
+    bound, error = last["validation_nats_per_token"], last["validation_standard_error"]
+    console.print(
+        f"\nvalidation bound  {bound:.4f} ± {error:.4f} nats per token (standard error), "
+        f"perplexity ≤ {last['validation_perplexity']:.3f}\n"
+        f"unigram entropy   {entropy:.4f} nats per token of the same tokens; the bound plus three "
+        f"standard errors is {(bound + 3 * error) / entropy:.3f} of it\n"
+        f"written to {workdir}: checkpoints/, curves.png, metrics.jsonl, samples/, tensorboard/"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
