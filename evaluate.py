@@ -56,9 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     command = parse(EvaluateCommand, arguments, description=__doc__ or "")
     model = sedd.load(command.checkpoint, step=command.step)
     if model.tokenizer is None:
-        raise sedd.UserError(
-            f"{command.checkpoint}: it has no tokenizer to read {command.data} with"
-        )
+        raise sedd.UserError(f"{command.checkpoint}: no tokenizer to read {command.data} with")
     packed, split = pack_split(
         command.data,
         command.split,

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         write_whole(command.output, lines.encode())
         console.print(f"wrote {len(answers)} samples to {command.output}")
     if command.trace is not None and answers:
-        write_page(command, model, answers)
+        write_page(command.trace, command, model, answers)
         console.print(f"wrote {command.trace}")
     return 2 if refused else 0
 
@@ -116,30 +116,29 @@ def requested(
 
 def show(console: Console, one: Answer, tokenizer) -> None:
     """Print a sample: what was given dim, what was drawn plain."""
-    console.rule(
-        f"{one.request.id} · seed {one.request.seed} · {one.calls} network calls", style="dim"
-    )
+    about = f"{one.request.id} · seed {one.request.seed} · {one.calls} network calls"
+    console.rule(about, style="dim")
+    drawn = "bold" if one.clamp.fixed_L.any() else ""
     text = Text()
     start = 0
     for end in range(1, one.clamp.length + 1):
         if end == one.clamp.length or one.clamp.fixed_L[end] != one.clamp.fixed_L[start]:
             text.append(
                 tokenizer.decode(one.tokens[start:end]),
-                style="dim"
-                if one.clamp.fixed_L[start]
-                else "bold"
-                if one.clamp.fixed_L.any()
-                else "",
+                style="dim" if one.clamp.fixed_L[start] else drawn,
             )
             start = end
     console.print(text)
 
 
-def write_page(command: SampleCommand, model: sedd.Model, answers: Sequence[Answer]) -> None:
+def write_page(
+    path: Path, command: SampleCommand, model: sedd.Model, answers: Sequence[Answer]
+) -> None:
     """The trace page of every answer."""
     tokenizer = model.tokenizer
+    assert tokenizer is not None  # there would be no requests
     write_trace(
-        command.trace,
+        path,
         [
             TraceRow(
                 title=f"{a.request.id} · seed {a.request.seed}",
@@ -147,6 +146,7 @@ def write_page(command: SampleCommand, model: sedd.Model, answers: Sequence[Answ
                 fixed_L=a.clamp.fixed_L,
             )
             for a in answers
+            if a.frames is not None
         ],
         token_text=lambda i: tokenizer.decode([i], keep_eos=True),
         mask_id=model.process.mask_id,

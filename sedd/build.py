@@ -123,7 +123,7 @@ def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> P
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Sequences to evaluate: evenly spread rows of every part, in batches that can be iterated again."""
+    """Sequences to evaluate: evenly spread rows of every part, in batches, as often as asked."""
 
     parts: Sequence[Packed]
     max_sequences: int | None
@@ -138,11 +138,11 @@ class HeldOut:
                 yield packed.rows(rows[first : first + self.batch_size])
 
     def unigram_entropy(self) -> float:
-        """Nats per token of these very tokens' frequencies: what a model without context attains."""
-        counts = 0
+        """Nats per token of these tokens' own frequencies: what no context at all attains."""
+        counts = np.zeros(self.parts[0].counts.size, np.int64)
         for x0_BL, scored_BL in self:
             ids = x0_BL[scored_BL]
-            counts = counts + np.bincount(ids, minlength=int(self.parts[0].counts.size))
+            counts += np.bincount(ids, minlength=counts.size)
         frequencies = counts[counts > 0] / counts.sum()
         return float(-(frequencies * np.log(frequencies)).sum())
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import re
 import sys
@@ -88,7 +89,7 @@ def one_line(boxes: str) -> str:
         return "the command line could not be read; see --help"
     message = lines[0]
     suggestions = []
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in itertools.pairwise(lines):
         if line.startswith("--") and (suggestions or "you mean" in before):
             suggestions.append(line.split()[0])
         elif suggestions:
@@ -125,7 +126,7 @@ def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def parse_config(arguments: Sequence[str], command: type[Command], description: str) -> Command:
+def parse_config(arguments: Sequence[str], command: type[Any], description: str) -> Any:
     """A command whose field ``config`` is a Config: first the file and the components, then flags.
 
     ``--config FILE`` gives the defaults, ``--process uniform`` (or any other component by name)
@@ -145,12 +146,12 @@ def parse_config(arguments: Sequence[str], command: type[Command], description: 
     )
     required: Any = {
         f.name: f.default if f.default is not dataclasses.MISSING else tyro.MISSING
-        for f in dataclasses.fields(command)  # pyright: ignore[reportArgumentType]
+        for f in dataclasses.fields(command)
         if f.name != "config"
     }
     return parse(
         command,
         rest,
         default=command(**required, config=config),
-        description=f"{description}\n\n--config FILE gives the defaults. Components by name:\n{choices}",
+        description=f"{description}\n\n--config FILE gives the defaults. Components:\n{choices}",
     )

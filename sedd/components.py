@@ -36,7 +36,8 @@ def maker(family: str, name: str) -> type:
     known = makers(family)
     if name not in known:
         raise UserError(
-            f"{family} has no {name!r}{did_you_mean(name, known)}; it has {', '.join(sorted(known))}"
+            f"{family} has no {name!r}{did_you_mean(name, known)}; "
+            f"it has {', '.join(sorted(known))}"
         )
     return known[name]
 

@@ -57,8 +57,8 @@ class Request:
 
 def read_requests(
     path: Path, tokenizer: Tokenizer, default_length: int
-) -> Iterator[tuple[int, Request, Clamp] | UserError]:
-    """Each line's request with its line number, or the error that names the line.
+) -> Iterator[tuple[Request, Clamp] | UserError]:
+    """Each line's request, or the error that names the line.
 
     A bad line does not stop the others. UserError when the file itself cannot be read.
     """
@@ -75,7 +75,7 @@ def read_requests(
             continue
         try:
             request = _parse(line, number)
-            yield number, request, request.clamp(tokenizer, default_length)
+            yield request, request.clamp(tokenizer, default_length)
         except UserError as error:
             yield UserError(f"{path}, line {number}: {error}")
 
@@ -143,7 +143,7 @@ def answer(
                 request=request,
                 clamp=clamp,
                 tokens=result.tokens[row, : clamp.length],
-                text=result.text[row],
+                text=result.text[row] if result.text else "",
                 calls=int(result.calls[row]),
                 frames=None if result.trace is None else result.trace[:, row, : clamp.length],
             )

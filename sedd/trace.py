@@ -142,9 +142,9 @@ def _encode(
     changed position (at first from 0) to the next.
     """
     written = [_changes(row.frames_TL) for row in rows]
+    starts = [row.frames_TL[0] for row in rows]
     ids, counts = np.unique(
-        np.concatenate([np.append(row.frames_TL[0], w[2]) for row, w in zip(rows, written)]),  # noqa: B905
-        return_counts=True,
+        np.concatenate([*starts, *(token_K for _, _, token_K in written)]), return_counts=True
     )
     by_count = np.argsort(-counts, kind="stable")
     number = np.empty(len(ids), np.int64)
@@ -160,8 +160,8 @@ def _encode(
         steps = len(row.frames_TL) - 1
         first_T = np.searchsorted(frame_K, np.arange(steps + 1))
         gap_K = np.diff(position_K, prepend=0)
-        starts = first_T[:-1][first_T[:-1] < first_T[1:]]
-        gap_K[starts] = position_K[starts]
+        leading = first_T[:-1][first_T[:-1] < first_T[1:]]
+        gap_K[leading] = position_K[leading]
         pairs_K2 = np.stack([gap_K, numbered(token_K)], axis=1)
         encoded.append(
             {

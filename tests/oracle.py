@@ -80,6 +80,8 @@ def chi_square_p(counts, law):
     merged = max(int((expected < 5).sum()), int((np.cumsum(expected) < 5).sum()) + 1)
     counts = np.append(counts[merged:], counts[:merged].sum())
     expected = np.append(expected[merged:], expected[:merged].sum())
+    if len(counts) == 1:
+        return 1.0  # a certain outcome
     statistic = ((counts - expected) ** 2 / expected).sum()
     return float(stats.chi2.sf(statistic, len(counts) - 1))
 
@@ -115,10 +117,10 @@ class Oracle:
         return law.ravel()
 
     def marginal(self, sigma):
-        """[V^L]: p_t."""
+        """[V^L]: p_t; `sigma` may be one a position."""
         law = self.clean_law().reshape([self.V] * L)
-        kernel = transition_matrix(self.kind, sigma)
-        for axis in range(L):
+        for axis, own_sigma in enumerate(np.broadcast_to(sigma, L)):
+            kernel = transition_matrix(self.kind, own_sigma)
             law = np.moveaxis(np.tensordot(law, kernel, (axis, 0)), -1, axis)
         return law.ravel()
 

@@ -37,13 +37,12 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
     clamp = free(length)
     before, after = tokenizer.encode_batch([prompt, suffix])
     if len(before) + len(after) > length:
-        what = (
-            "prompt and suffix are" if suffix and prompt else "prompt is" if prompt else "suffix is"
+        given = " and ".join(
+            f"{what} ({len(ids)} tokens)"
+            for what, ids in (("prompt", before), ("suffix", after))
+            if len(ids)
         )
-        raise UserError(
-            f"the {what} {len(before) + len(after)} tokens, longer than the length of {length}; "
-            "the length includes them"
-        )
+        raise UserError(f"{given}: longer than the length of {length}, which includes them")
     clamp.tokens_L[: len(before)], clamp.fixed_L[: len(before)] = before, True
     if len(after):
         clamp.tokens_L[-len(after) :], clamp.fixed_L[-len(after) :] = after, True
@@ -51,7 +50,7 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
 
 
 def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> Clamp:
-    """Text with gaps, ``{mask:12}`` for twelve tokens; positions after it up to ``length`` are free.
+    """Text with gaps, ``{mask:12}`` for twelve tokens; what follows it up to ``length`` is free.
 
     ``length`` defaults to the text's own. UserError on a gap that cannot be read and on a text that
     is longer than ``length``.
@@ -74,7 +73,7 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
         raise UserError("the infill text has no gap; write {mask:12} for one of twelve tokens")
     if length is not None and len(tokens) > length:
         raise UserError(
-            f"the infill text with its gaps is {len(tokens)} tokens, longer than the length of {length}"
+            f"infill text with its gaps ({len(tokens)} tokens): longer than the length of {length}"
         )
     clamp = free(len(tokens) if length is None else length)
     clamp.tokens_L[: len(tokens)], clamp.fixed_L[: len(tokens)] = tokens, fixed

@@ -153,7 +153,7 @@ class Schedule:
         for place in range(cycle):
             # A part is within its share at ``place + 1`` if given < its share of place + 1.
             due = [k for k, c in enumerate(whole) if given[k] * cycle < c * (place + 1)]
-            part = min(due, key=lambda k: (Fraction(given[k] + 1, whole[k]), k))
+            part = min(due, key=lambda k: (given[k] + 1) / whole[k])
             part_of[place], before[place] = part, given[part]
             given[part] += 1
         return cls(part_of, before, counts)
@@ -167,13 +167,15 @@ class Schedule:
 
 def _proportions(weights: Sequence[float]) -> np.ndarray:
     """Whole numbers in proportion to the weights; every part gets at least one."""
-    shares = [Fraction(weight).limit_denominator(10**6) for weight in weights]
-    shares = [share or Fraction(weight) for share, weight in zip(shares, weights, strict=True)]
-    total = sum(shares, Fraction(0))
-    shares = [share / total for share in shares]
-    cycle = lcm(*(share.denominator for share in shares))
-    if cycle <= CYCLE:
-        return np.array([int(share * cycle) for share in shares], np.int64)
+    exact = [Fraction(weight) for weight in weights]
+    total = sum(exact, Fraction(0))
+    shares = [weight / total for weight in exact]
+    # A decimal such as 0.7 is a binary fraction with a huge denominator: take what it stands for.
+    near = [share.limit_denominator(CYCLE) for share in shares]
+    cycle = lcm(*(share.denominator for share in near))
+    faithful = all(abs(a - b) < Fraction(1, 10**12) for a, b in zip(near, shares, strict=True))
+    if faithful and all(near) and sum(near) == 1 and cycle <= CYCLE:
+        return np.array([int(share * cycle) for share in near], np.int64)
     counts = [max(1, int(share * CYCLE)) for share in shares]
     by_loss = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k] * CYCLE)
     for k in by_loss[: max(0, CYCLE - sum(counts))]:

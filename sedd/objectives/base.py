@@ -38,13 +38,6 @@ class Objective(ABC):
     def process(self):
         return self.parameterization.process
 
-    def _require_absorbing(self, name: str) -> int:
-        if self.process.mask_id is None:
-            raise ValueError(
-                f"objective {name} needs an absorbing process; score_entropy works on any"
-            )
-        return self.process.mask_id
-
     @abstractmethod
     def corrupt(
         self,
@@ -63,7 +56,10 @@ class Objective(ABC):
         xt_R: Int[Array, "*r"],
         sigma_R: Float[Array, "*r"] | None,
     ) -> Float[Array, "*r"]:
-        """Unweighted nats of single positions, a pure function of the raw output there."""
+        """Unweighted nats of single positions, a pure function of the raw output there.
+
+        ``sigma_R`` is what ``corrupt`` returned: None only where that knows no time.
+        """
 
     def nats(
         self,
@@ -108,7 +104,8 @@ class DenoisingCrossEntropy(Objective):
     """Weighted -log c(x0_i | xt) over masked positions; the weighting names the subclass."""
 
     def __post_init__(self):
-        self._require_absorbing(type(self).__module__.rpartition(".")[2])
+        if self.process.mask_id is None:
+            raise ValueError("it needs an absorbing process; score_entropy works on any")
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R):
         logits_RN = self.parameterization.masked_logits(raw_RV)
@@ -117,14 +114,11 @@ class DenoisingCrossEntropy(Objective):
 
     def _masked(self, masked_BL, x0_BL, weight_B, sigma_B=None) -> Corrupted:
         return Corrupted(
-            xt_BL=jnp.where(masked_BL, self.process.mask_id, x0_BL),
+            xt_BL=jnp.where(masked_BL, self.process.num_tokens, x0_BL),  # the mask's id
             weight_BL=jnp.where(masked_BL, weight_B[:, None], 0.0),
             sigma_B=sigma_B,
         )
 
-    def _require_time_independent(self, name: str) -> None:
+    def _require_time_independent(self) -> None:
         if not self.parameterization.time_independent:
-            raise ValueError(
-                f"objective {name} has no time: it needs the parameterization conditional with "
-                "time_independent"
-            )
+            raise ValueError("it has no time: it needs a time-independent conditional network")

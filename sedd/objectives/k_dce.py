@@ -18,7 +18,7 @@ class KDCE(DenoisingCrossEntropy):
 
     def __post_init__(self):
         super().__post_init__()
-        self._require_time_independent("k_dce")
+        self._require_time_independent()
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         total_B = scored_BL.sum(-1)

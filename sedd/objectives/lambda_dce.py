@@ -16,7 +16,7 @@ class LambdaDCE(DenoisingCrossEntropy):
 
     def __post_init__(self):
         super().__post_init__()
-        self._require_time_independent("lambda_dce")
+        self._require_time_independent()
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         lambda_B = 1 - u_B  # in (0, 1]: a weight of 1/0 cannot happen

@@ -30,6 +30,7 @@ class ScoreEntropy(Objective):
         return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, sigma_B=sigma_B)
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R):
+        assert sigma_R is not None  # corrupt always gives it
         log_score_RV = self.parameterization.log_score(raw_RV, xt_R, sigma_R)
         return self.process.score_entropy(log_score_RV, xt_R, x0_R, sigma_R)
 

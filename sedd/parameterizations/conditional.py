@@ -21,7 +21,7 @@ class Conditional(Parameterization):
     def __post_init__(self):
         if self.process.mask_id is None:
             raise ValueError(
-                "parameterization conditional needs an absorbing process; score works on any"
+                "it needs an absorbing process; score works on any"
             )
 
     def log_score(self, raw, x, sigma):

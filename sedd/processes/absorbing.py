@@ -57,7 +57,12 @@ class Absorbing(Process):
     def staggered_score(self, log_score, dsigma):
         score = jnp.exp(log_score)
         grown = score * jnp.exp(dsigma)[..., None]
-        return grown.at[..., self.mask_id].add(-jnp.expm1(dsigma) * score.sum(-1))
+        # The mask's entry is e^Δσ·e^s_mask + (1 - e^Δσ)·Σ_y e^s_y; of the mask itself that leaves
+        # e^s_mask, which float32 would lose between two terms of e^Δσ.
+        to_tokens = score[..., : self.mask_id].sum(-1)
+        return grown.at[..., self.mask_id].set(
+            score[..., self.mask_id] - jnp.expm1(dsigma) * to_tokens
+        )
 
     def score_entropy(self, log_score, x, x0, sigma):
         # Σ_y e^s_y - r·s_x0 + r·(log r - 1), r = 1/expm1(σ), as the other tokens' e^s plus

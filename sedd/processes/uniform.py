@@ -53,9 +53,11 @@ class Uniform(Process):
         return put(away, x, -away.sum(-1))
 
     def staggered_score(self, log_score, dsigma):
-        score = jnp.exp(log_score)
-        spread = jnp.expm1(dsigma) / self.num_tokens * score.sum(-1)
-        return score * jnp.exp(dsigma)[..., None] - spread[..., None]
+        # e^Δσ·e^s - (e^Δσ - 1)·mean(e^s), in terms of e^s - 1: late scores are so close to 1 that
+        # e^Δσ times their rounding would be all that is left.
+        excess = jnp.expm1(log_score)
+        grown = jnp.expm1(dsigma)[..., None] * (excess - excess.mean(-1, keepdims=True))
+        return 1 + excess + grown
 
     def score_entropy(self, log_score, x, x0, sigma):
         # Σ_y r_y·(e^δ_y - 1 - δ_y) / N over y ≠ x, δ = s - log r, r the true ratios: the published

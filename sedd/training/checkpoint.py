@@ -31,6 +31,22 @@ from sedd.types import Params
 # Orbax logs a failed write's traceback once a thread, and raises the failure besides.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
+
+def _drop_late_reports(report: Any = sys.unraisablehook) -> None:
+    """Hide what is left of a failed read or write: the first error closes orbax's event loop.
+
+    The arrays that were under way report to it all the same, and each would print a traceback.
+    """
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_drop_late_reports()
+
 TREES = ("params", "ema_params", "training")
 
 

@@ -43,7 +43,8 @@ class Metrics:
             logs = self.path.parent / "tensorboard"
             logs.mkdir(exist_ok=True)
             # Not SummaryWriter: its thread dies on a full disk, and the next record waits for ever.
-            self._events = EventsWriter(str(logs / "events"))
+            # The default name tells seconds apart; two starts within one would share a file.
+            self._events = EventsWriter(str(logs / "events"), f".{time.time_ns()}")
             start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
             self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
@@ -171,7 +172,7 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
         steps, losses = np.array(train, float).T
         smooth = _smoothed(losses)
         axes.plot(steps, losses, color=blue, alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth, color=blue, linewidth=2, label="training loss (smoothed)")
+        axes.plot(steps, smooth, color=blue, linewidth=2, label="training loss, smoothed")
         heights += [*np.percentile(losses, [0, 99]), *smooth]
     if bound:
         steps, nats, errors = np.array(bound, float).T
@@ -208,8 +209,8 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
     low, high = min(heights), max(heights)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.06)
+    last = max(records[-1]["step"], 1)
+    axes.set_xlim(0, last * (1.09 if bound else 1.02))  # room for the last bound's number
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel("step")
@@ -218,7 +219,7 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     path = Path(workdir) / "curves.png"
     with _Writable(path):
         figure.savefig(path)
@@ -226,12 +227,16 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
 
 
 def _smoothed(losses: np.ndarray) -> np.ndarray:
-    """Means over a centred window of about a twentieth of the curve, narrower at its ends."""
+    """Means over a window of about a twentieth of the curve.
+
+    It is centred, and narrower at the steep start; at the end it reaches back only.
+    """
     half = max(1, len(losses) // 40)
     sums = np.concatenate([[0.0], np.cumsum(losses)])
     centre = np.arange(len(losses))
-    reach = np.minimum(half, np.minimum(centre, len(losses) - 1 - centre))
-    return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
+    first = centre - np.minimum(half, centre)
+    last = np.minimum(centre + np.minimum(half, centre), len(losses) - 1)
+    return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

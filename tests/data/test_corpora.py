@@ -6,7 +6,7 @@ import os
 from importlib import metadata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedd.data.base import hold_out
@@ -78,6 +78,7 @@ def test_a_pattern_reads_what_matches(tmp_path):
     assert read(tmp_path / "*.log", "all", tmp_path) == ["a.log", "b.log"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1), max_size=45))
 def test_what_is_held_out_and_the_rest_are_everything(texts):
     train = list(hold_out(iter(texts), "train"))

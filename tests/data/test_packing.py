@@ -363,6 +363,7 @@ def test_meta_says_what_was_made(tmp_path):
     assert sum(meta["counts"]) == meta["num_tokens"] == len(stream(TEXTS, Bytes()))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 250))
 def test_validation_rows_are_spread_evenly(num_rows, max_rows):
     rows = packing.Packed(

@@ -119,7 +119,7 @@ def test_raw_is_the_head_on_hidden(net):
     raw_BLV = raw(net, params, TOKENS, **inputs(net))
     hidden_BLD = hidden(net, params, TOKENS, **inputs(net))
     weight_DV, bias_V = net.head(params)
-    exact = np.asarray(hidden_BLD, np.float64) @ np.asarray(weight_DV, np.float64) + bias_V[None]
+    exact = np.asarray(hidden_BLD, np.float64) @ np.asarray(weight_DV) + np.asarray(bias_V)
     np.testing.assert_allclose(raw_BLV, exact, atol=1e-5)
     picked = read_out(hidden_BLD[1, 2:4], weight_DV, bias_V)
     np.testing.assert_allclose(picked, raw_BLV[1, 2:4], atol=1e-5)
@@ -140,9 +140,10 @@ def test_the_scan_is_the_loop_over_layers(net, num_layers):
             layer = trunk["sigma_map"][name]
             condition_BC = jax.nn.silu(condition_BC @ layer["kernel"] + layer["bias"][None])
     rotation = rotary(jnp.arange(L)[None], net.head_dim)
+    apply = jax.jit(_Block(net).apply)
     for i in range(num_layers):
         block = {"params": jax.tree.map(lambda x, i=i: x[i], trunk["blocks"])}
-        x_BLD, _ = _Block(net).apply(block, x_BLD, i, condition_BC, rotation, None, KEYS)
+        x_BLD, _ = apply(block, x_BLD, i, condition_BC, rotation, None, KEYS)
     x_BLD = (x_BLD - x_BLD.mean(-1, keepdims=True)) / jnp.sqrt(x_BLD.var(-1, keepdims=True) + 1e-5)
     x_BLD = x_BLD * trunk["norm"]["scale"][None, None]
     if net.norm_bias:
@@ -230,7 +231,8 @@ def test_bfloat16_computes_what_float32_does(net, attention):
     assert raw_BLV.dtype == jnp.float32
     exact = raw(net, params, TOKENS, **inputs(net))
     assert float(jnp.abs(raw_BLV - exact).mean()) < 0.02 * float(exact.std())
-    grads = jax.grad(lambda params: (raw(low, params, TOKENS, **inputs(net)) ** 2).mean())(params)
+    loss = jax.jit(lambda params: (raw(low, params, TOKENS, **inputs(net)) ** 2).mean())
+    grads = jax.grad(loss)(params)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(grads))
 
 

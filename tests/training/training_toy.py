@@ -132,10 +132,11 @@ def run(
     batches=None,
     keep=3,
     of_steps=None,
+    network=None,
     **kwargs,
 ):
     """Train in ``workdir``, from its checkpoint if it holds one."""
-    state, parallel = setup(options, steps=of_steps or steps, devices=devices)
+    state, parallel = setup(options, steps=of_steps or steps, devices=devices, network=network)
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep)
     abstract = jax.eval_shape(lambda: state)
     restored = checkpoints.restore_latest(abstract)
@@ -188,7 +189,8 @@ if __name__ == "__main__":
 
     try:
         print("ready", flush=True)
-        run(workdir, int(steps), batches=Limited(), validate=fake_validation)
+        network = Toy(width=64)  # arrays larger than the logs
+        run(workdir, int(steps), batches=Limited(), validate=fake_validation, network=network)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
