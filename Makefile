@@ -38,6 +38,7 @@ lint: install
 
 # Pins every dependency with its hashes, for every supported Python, without naming a host.
 lock: install
+	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	  --no-annotate --extra dev pyproject.toml -o requirements/cpu.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \

@@ -157,7 +157,7 @@ def write_page(
             "network calls": str(max(a.calls for a in answers)),
             "checkpoint": str(command.checkpoint),
         },
-        times_T1=None,
+        times_T1=None if answers[0].times is None else answers[0].times.tolist(),
     )
 
 

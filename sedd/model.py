@@ -130,6 +130,7 @@ class SampleResult:
     calls: np.ndarray  # [B]
     text: list[str] | None
     trace: np.ndarray | None  # [T, B, L]
+    times: np.ndarray | None  # [T], diffusion times of the trace's frames
 
 
 @partial(jax.jit, static_argnames=("sampler", "trace"))
@@ -189,6 +190,7 @@ def sample(
         calls=np.asarray(samples.calls_B),
         text=text,
         trace=None if samples.trace_TBL is None else np.asarray(samples.trace_TBL),
+        times=None if samples.times_T is None else np.asarray(samples.times_T),
     )
 
 

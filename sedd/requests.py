@@ -105,7 +105,8 @@ class Answer:
     tokens: np.ndarray  # [L]
     text: str
     calls: int
-    frames: np.ndarray | None  # [T, L], the state before the first and after every event
+    frames: np.ndarray | None  # [T, L], the state at first and after every event
+    times: np.ndarray | None  # [T], their diffusion times
 
     def to_json(self) -> dict[str, Any]:
         """The line of the output file."""
@@ -146,6 +147,7 @@ def answer(
                 text=result.text[row] if result.text else "",
                 calls=int(result.calls[row]),
                 frames=None if result.trace is None else result.trace[:, row, : clamp.length],
+                times=result.times,
             )
             for row, (request, clamp) in enumerate(batch)
         ]

@@ -14,7 +14,8 @@ from sedd.trace import TraceRow, write_trace
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
-    "<!--",
+    "</script x",  # ends a script element as well
+    "<!--<script ",
     "<img src=https://example.invalid/x onerror=alert(1)>",
     "\" ' ` \\",
     "\u2028\u2029",
@@ -180,6 +181,8 @@ def test_hostile_text_stays_text(tmp_path):
         np.testing.assert_array_equal(_replay(data, data["rows"][0]), frames_TL)
         shown = re.sub("[\x00\x07\x1b\x7f\x85\u2028\u2029\ud83d]", "\ufffd", text)
         assert page.text.get("dt", "") == page.text.get("dd", "") == shown
+        # Browsers end a script at "</script x" too, which Python's parser reads over.
+        assert not re.search("[<>&]", source.split(' id="trace-data">')[1].split("</script>\n")[0])
         # Nothing that a browser, an editor or a terminal would act on is left in the file.
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", source)
 

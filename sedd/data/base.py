@@ -91,6 +91,34 @@ class Mapped(Corpus):
         return digest(["mapped", self.label, self.source.fingerprint()])
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(Corpus):
+    """A corpus that declares no validation split, with one held out of its training split."""
+
+    source: Corpus
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> Corpus:
+        """``corpus`` itself where it has a validation split, or nothing to hold out of."""
+        if "validation" in corpus.splits or "train" not in corpus.splits:
+            return corpus
+        return cls(name=corpus.name, splits=(*corpus.splits, "validation"), source=corpus)
+
+    @property
+    def evaluation_split(self) -> str:
+        """The source's, unless that is what it trains on."""
+        declared = self.source.evaluation_split
+        return "validation" if declared == "train" else declared
+
+    def _documents(self, split: str) -> Iterator[str]:
+        if split in ("train", "validation"):
+            return hold_out(self.source.documents("train"), split)
+        return self.source.documents(split)
+
+    def fingerprint(self) -> str:
+        return digest(["held out", HELD_OUT_EVERY, self.source.fingerprint()])
+
+
 def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
     """The part ``split`` (train, validation or all) of documents that come without splits.
 

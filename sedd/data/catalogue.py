@@ -111,11 +111,25 @@ class CatalogueCorpus(Corpus):
         return digest(["tfds", self.builder.info.full_name, self.key])
 
 
-def open_lm1b(name: str, cache_dir: Path) -> CatalogueCorpus:
-    """The One Billion Word Benchmark, whose builder in the catalogue needs TensorFlow."""
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(f"corpus {name!r} needs TensorFlow to be built: pip install 'sedd[tf]'")
-    return CatalogueCorpus.of(name, "lm1b:text", cache_dir)
+@dataclass(frozen=True, kw_only=True)
+class BillionWords(CatalogueCorpus):
+    """The One Billion Word Benchmark: its held-out set is both the validation and the test split.
+
+    Published models train on all of its training set and report on that one.
+    """
+
+    splits: tuple[str, ...] = ("train", "validation", "test")
+
+    @classmethod
+    def of(cls, name: str, spec: str, cache_dir: Path) -> "BillionWords":
+        """The corpus of ``lm1b:text``, whose builder in the catalogue needs TensorFlow."""
+        if importlib.util.find_spec("tensorflow") is None:
+            raise UserError(f"corpus {name!r} needs TensorFlow to be built: pip install 'sedd[tf]'")
+        entry = CatalogueCorpus.of(name, spec, cache_dir)
+        return cls(name=name, builder=entry.builder, key=entry.key)
+
+    def _documents(self, split: str) -> Iterator[str]:
+        return super()._documents("train" if split == "train" else "test")
 
 
 @dataclass(frozen=True, kw_only=True)

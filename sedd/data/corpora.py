@@ -5,13 +5,13 @@ import math
 import re
 from pathlib import Path
 
-from sedd.data.base import Corpus, Mapped, Mixture
+from sedd.data.base import Corpus, HeldOut, Mapped, Mixture
 from sedd.data.catalogue import (
     BENCHMARKS,
     BenchmarkCorpus,
+    BillionWords,
     CatalogueCorpus,
     HubCorpus,
-    open_lm1b,
 )
 from sedd.data.embedded import Addresses, StandardLibrary
 from sedd.data.files import open_files
@@ -30,24 +30,25 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
 
     ``tfds:NAME[/config][:text_key]`` is of the TensorFlow Datasets catalogue,
     ``hf:OWNER/NAME[/config][:text_key]`` of the Hugging Face hub; both are prepared here. Anything
-    else is a path (``open_files``). ``UserError`` where there is nothing of that name.
+    else is a path (``open_files``). Where one of these declares a train split and no validation,
+    that is held out of it (``hold_out``). ``UserError`` where there is nothing of that name.
     """
     kind, colon, rest = spec.partition(":")
     if colon and kind == "tfds":
-        return CatalogueCorpus.of(spec, rest, cache_dir)
+        return HeldOut.of(CatalogueCorpus.of(spec, rest, cache_dir))
     if colon and kind == "hf":
-        return HubCorpus.of(spec, rest, cache_dir)
+        return HeldOut.of(HubCorpus.of(spec, rest, cache_dir))
     name = rest if colon and kind == "corpus" else spec
     if name == "sotu":
         return Addresses(name=spec)
     if name == "stdlib":
         return StandardLibrary(name=spec)
     if name == "lm1b":
-        return open_lm1b(spec, cache_dir)
+        return BillionWords.of(spec, "lm1b:text", cache_dir)
     if name in BENCHMARKS:
         return BenchmarkCorpus.of(name, cache_dir)
     if name == spec and name and (corpus := open_files(spec)) is not None:
-        return corpus
+        return HeldOut.of(corpus)
     if name == spec and re.search(r"[/\\*?]|\.\w+$", name):
         raise UserError(f"no such file, folder or pattern: {name}")
     near = difflib.get_close_matches(name, NAMES, n=1)

@@ -4,9 +4,7 @@ import base64
 import difflib
 import hashlib
 import json
-import os
 import re
-import tempfile
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -21,6 +19,7 @@ import numpy as np
 
 from sedd.data.base import Corpus, digest, exclusive
 from sedd.errors import UserError
+from sedd.files import write_whole
 
 EOS_TEXT = "<|endoftext|>"  # how the end of a document is written where it is shown
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -374,7 +373,7 @@ def _trained(
     if not path.exists():
         with exclusive(path):
             if not path.exists():
-                _write_whole(path, json.dumps(build(corpus).to_json()).encode())
+                write_whole(path, json.dumps(build(corpus).to_json()).encode())
     return tokenizer_from_json(json.loads(path.read_text("utf-8")))
 
 
@@ -421,7 +420,7 @@ def _gpt2_vocabulary(cache_dir: Path) -> list[bytes]:
         merges = _download(GPT2_MERGES)
         if hashlib.sha256(merges).hexdigest() != GPT2_SHA256:
             raise UserError(f"{GPT2_MERGES} is not GPT-2's list of merges: its SHA-256 differs")
-        _write_whole(cache_dir / "tokenizers" / "gpt2.bpe", merges)
+        write_whole(cache_dir / "tokenizers" / "gpt2.bpe", merges)
     lines = merges.decode().split("\n")[1:-1]  # the first line is the version
     return [bytes([byte]) for byte in BYTE_ORDER] + [_unwritten(x.replace(" ", "")) for x in lines]
 
@@ -459,15 +458,6 @@ def _hub_tokenizer(name: str, cache_dir: Path) -> str:
             f"give the path of a copy instead"
         ) from error
     return Path(path).read_text("utf-8")
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A file that is either all there or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(beside, path)
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -49,10 +49,9 @@ def attention(
             batch, length = q_BLHK.shape[:2]
             mask_B1LL = jnp.broadcast_to(mask_B1LL, (batch, 1, length, length))
         implementation = "cudnn" if chosen == "cudnn" else "xla"
-        with jax.numpy_dtype_promotion("standard"):  # JAX's own code relies on it
-            out_BLHK = jax.nn.dot_product_attention(
-                q_BLHK, k_BLHK, v_BLHK, mask=mask_B1LL, implementation=implementation
-            )
+        out_BLHK = jax.nn.dot_product_attention(
+            q_BLHK, k_BLHK, v_BLHK, mask=mask_B1LL, implementation=implementation
+        )
     if mask_B1LL is None:
         return out_BLHK
     # The softmax of a row without keys is uniform over keys that must not be seen.

@@ -158,7 +158,7 @@ class _Trunk(nn.Module):
             x_BLD, layers, condition_BC, rotation_BL1K, attend, keys_B
         )
         shift, scale = _modulation(net, 2, condition_BC)
-        return _modulate(_norm(net, "norm")(x_BLD), shift, scale).astype(net.dtype)
+        return _Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype)
 
 
 class _Block(nn.Module):
@@ -178,7 +178,7 @@ class _Block(nn.Module):
             branch_BLD = branch_BLD.astype(jnp.float32)
             return x_BLD + (branch_BLD if gate_B1D is None else gate_B1D * branch_BLD)
 
-        h_BLD = _modulate(_norm(net, "norm_attention")(x_BLD), shift_a, scale_a)
+        h_BLD = _Norm(net.norm_bias, name="norm_attention")(x_BLD, shift_a, scale_a)
         qkv_BLD = _dense(net, 3 * width, width, "qkv", bias=False)(h_BLD)
         qkv_BL3HK = qkv_BLD.reshape(batch, length, 3, net.num_heads, net.head_dim)
         q_BLHK, k_BLHK, v_BLHK = (qkv_BL3HK[:, :, i] for i in range(3))
@@ -188,11 +188,44 @@ class _Block(nn.Module):
         h_BLD = _dense(net, width, width, "attention_out", bias=False)(h_BLD)
         x_BLD = add(x_BLD, h_BLD, gate_a, 0)
 
-        h_BLD = _modulate(_norm(net, "norm_mlp")(x_BLD), shift_m, scale_m)
+        h_BLD = _Norm(net.norm_bias, name="norm_mlp")(x_BLD, shift_m, scale_m)
         h_BLF = _dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD)
-        h_BLF = nn.gelu(h_BLF, approximate=True)
-        h_BLD = _dense(net, width, net.mlp_ratio * width, "mlp_out")(h_BLF)
+        h_BLD = _dense(net, width, net.mlp_ratio * width, "mlp_out")(gelu(h_BLF))
         return add(x_BLD, h_BLD, gate_m, 1), None
+
+
+class _Norm(nn.Module):
+    """Layer normalisation in float32 and, with a condition, its modulation."""
+
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x_BLD, shift_B1D, scale_B1D):
+        width = x_BLD.shape[-1:]
+        weight_D = self.param("scale", nn.initializers.ones, width)
+        bias_D = None
+        if self.use_bias:
+            bias_D = self.param("bias", nn.initializers.ones, width)  # ones: so in RADD's code
+        return normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D)
+
+
+@jax.checkpoint
+def normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D):
+    """The norm of ``_Norm``; the backward pass keeps ``x`` alone and computes the rest again."""
+    x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
+    variance_BL1 = jnp.square(x_BLD).mean(axis=-1, keepdims=True)
+    x_BLD = x_BLD * jax.lax.rsqrt(variance_BL1 + NORM_EPSILON) * weight_D[None, None]
+    if bias_D is not None:
+        x_BLD = x_BLD + bias_D[None, None]
+    if shift_B1D is not None:
+        x_BLD = x_BLD * (1 + scale_B1D) + shift_B1D
+    return x_BLD
+
+
+@jax.checkpoint
+def gelu(x: Array) -> Array:
+    """GELU in the tanh form. In a scan each value kept is memory: keep one, not the five of JAX."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 class _SigmaMap(nn.Module):
@@ -267,16 +300,6 @@ def _dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = Tru
     )
 
 
-def _norm(net: DDiT, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=NORM_EPSILON,
-        use_bias=net.norm_bias,
-        bias_init=nn.initializers.ones,  # so in RADD's code
-        use_fast_variance=False,  # E[x²] - E[x]² cancels where the mean is large
-        name=name,
-    )
-
-
 def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
     """``parts`` of [B, 1, D], 0 in a fresh network (adaLN-zero); ``None`` without a condition."""
     if condition_BC is None:
@@ -284,12 +307,6 @@ def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
     zeros = nn.initializers.zeros
     layer = nn.Dense(parts * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
     return jnp.split(layer(condition_BC)[:, None], parts, axis=-1)
-
-
-def _modulate(x_BLD: Array, shift_B1D: Array | None, scale_B1D: Array | None) -> Array:
-    if shift_B1D is None or scale_B1D is None:
-        return x_BLD
-    return x_BLD * (1 + scale_B1D) + shift_B1D
 
 
 make = DDiT

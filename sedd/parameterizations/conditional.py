@@ -20,9 +20,7 @@ class Conditional(Parameterization):
 
     def __post_init__(self):
         if self.process.mask_id is None:
-            raise ValueError(
-                "it needs an absorbing process; score works on any"
-            )
+            raise ValueError("it needs an absorbing process; score works on any")
 
     def log_score(self, raw, x, sigma):
         log_probs = jax.nn.log_softmax(self.masked_logits(raw), -1)

@@ -1,7 +1,7 @@
 """What a sampler is, and the loop that the τ-leaping ones share."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ class Samples:
 
     tokens_BL: Int[Array, "B L"]
     calls_B: Int[Array, "B"]  # network calls that each sequence needed
-    trace_TBL: Int[Array, "T B L"] | None  # the state before the first and after every event
+    trace_TBL: Int[Array, "T B L"] | None = None  # the state at first and after every event
+    times_T: Float[Array, "T"] | None = None  # diffusion times of the trace's frames, 1 to 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,14 @@ class TauLeaping(Sampler):
         log_probs_BLV = process.denoise(denoiser.log_score(x_BL, sigma_B), x_BL, sigma_B[:, None])
         clean_BL = jax.vmap(categorical)(last_keys_B, log_probs_BLV)
         clean_BL = jnp.where(fixed_BL | ~process.can_move(x_BL), x_BL, clean_BL)
-        if trace_TBL is not None:
-            trace_TBL = jnp.concatenate([start_BL[None], trace_TBL, clean_BL[None]])
-        calls_B = jnp.full(batch, self.steps + 1)
-        return Samples(tokens_BL=clean_BL, calls_B=calls_B, trace_TBL=trace_TBL)
+        samples = Samples(tokens_BL=clean_BL, calls_B=jnp.full(batch, self.steps + 1))
+        if not trace:
+            return samples
+        return replace(
+            samples,
+            trace_TBL=jnp.concatenate([start_BL[None], trace_TBL, clean_BL[None]]),
+            times_T=jnp.append(times, 0.0),
+        )
 
 
 def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Array, "*b"]:

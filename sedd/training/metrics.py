@@ -185,7 +185,7 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
             markersize=4.5,
             linewidth=1.5,
             capsize=3,
-            label="validation bound (EMA), ± 1 standard error",
+            label="validation bound ± 1 standard error",
         )
         heights += [*(nats - errors), *(nats + errors)]
         axes.annotate(
@@ -211,7 +211,7 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
     axes.set_ylim(low - margin, high + margin)
     last = max(records[-1]["step"], 1)
     axes.set_xlim(0, last * (1.09 if bound else 1.02))  # room for the last bound's number
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token")
@@ -219,7 +219,7 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
     path = Path(workdir) / "curves.png"
     with _Writable(path):
         figure.savefig(path)

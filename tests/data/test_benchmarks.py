@@ -200,9 +200,10 @@ class TinyCatalogueEntry(tfds.core.GeneratorBasedBuilder):
 
 def test_a_catalogue_entry_declares_its_splits_and_its_text(tmp_path):
     corpus = open_corpus("tfds:tiny_catalogue_entry:body", cache_dir=tmp_path)
-    assert corpus.splits == ("train", "test")
+    assert corpus.splits == ("train", "test", "validation")
     assert corpus.evaluation_split == "test"
     assert sorted(corpus.documents("train")) == ["é0", "é1", "é2"]
+    assert list(corpus.documents("test")) == ["é0"]
     titles = open_corpus("tfds:tiny_catalogue_entry:title", cache_dir=tmp_path)
     assert titles.fingerprint() != corpus.fingerprint()
 
@@ -225,6 +226,15 @@ def test_lm1b_says_that_it_needs_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"lm1b.*pip install 'sedd\[tf\]'"):
         open_corpus("lm1b", cache_dir=tmp_path)
+
+
+def test_lm1b_validates_on_its_test_set(tmp_path, monkeypatch):
+    """With a small entry in the place of the catalogue's, which needs TensorFlow and a download."""
+    monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: "found")
+    builder = tfds.builder("tiny_catalogue_entry", data_dir=tmp_path, file_format="array_record")
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: {"lm1b": builder}[name])
+    corpus = catalogue.BillionWords.of("lm1b", "lm1b:body", tmp_path)
+    assert [len(texts) for texts in everything(corpus).values()] == [3, 1, 1]
 
 
 class FakeBuilder:

@@ -58,6 +58,20 @@ def test_a_folder_is_read_at_every_depth_in_order(tmp_path, capsys):
     assert "skipped 2 of 5 files" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("with_test", [False, True])
+def test_validation_is_held_out_where_there_is_none(tmp_path, with_test):
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    for n in range(40):
+        (folder / "train" / f"{n:02}.txt").write_text(str(n))
+    if with_test:
+        (folder / "test.txt").write_text("test")
+    corpus = open_corpus(str(folder), cache_dir=tmp_path)
+    assert list(corpus.documents("validation")) == ["19", "39"]
+    assert len(list(corpus.documents("train"))) == 38
+    assert corpus.evaluation_split == ("test" if with_test else "all")
+
+
 @pytest.mark.parametrize("as_folders", [False, True])
 def test_a_folder_may_name_its_splits(tmp_path, as_folders):
     folder = tmp_path / "data"
@@ -233,7 +247,7 @@ def test_a_mixture_chains_the_splits_that_its_parts_share(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     parts = [open_corpus(str(tmp_path / n), cache_dir=tmp_path) for n in ("data", "a.txt")]
     mixture = Mixture.of(parts)
-    assert mixture.splits == ("train",)
+    assert mixture.splits == ("train", "validation")
     assert list(mixture.documents("train")) == ["train", "a"]
     assert mixture.fingerprint() != Mixture.of(parts[:1]).fingerprint()
 

@@ -5,7 +5,9 @@ As a script it trains, for the tests that need a process of their own:
 """
 
 import json
+import resource
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,9 +183,9 @@ if __name__ == "__main__":
 
     class Limited(ToyBatches):
         def __next__(self):
-            if limit and self.next_step == 30:  # after the first checkpoint
-                import resource
-
+            if limit and self.next_step == 30:
+                while not (Path(workdir) / "checkpoints" / "25").exists():
+                    time.sleep(0.05)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit[0]), int(limit[0])))
             return super().__next__()
 

@@ -1,0 +1,101 @@
+"""Reading raw outputs: normalised, certain where revealed, consistent between score and conditional."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import f32, i32
+
+from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.score import Score
+from sedd.processes.absorbing import Absorbing
+from sedd.processes.uniform import Uniform
+
+N, MASK = 5, 5
+ABSORBING, UNIFORM = Absorbing(num_tokens=N), Uniform(num_tokens=N)
+X = i32([[0, MASK, 4, MASK], [MASK, MASK, 1, 2]])
+SIGMA = f32([0.3, 1e-4])[:, None]
+RAW = 5 * jax.random.normal(jax.random.key(0), (2, 4, N + 1))
+
+each = pytest.mark.parametrize("make", [Score, Conditional])
+
+
+@each
+def test_conditional_is_normalised_and_revealed_tokens_are_certain(make):
+    log_probs = np.asarray(make(process=ABSORBING).log_conditional(RAW, X))
+    assert log_probs.shape == (2, 4, N)
+    # Summing N exponentials in float32
+    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, rtol=1e-5)
+    for b, i in np.argwhere(np.asarray(X) != MASK):
+        expected = np.full(N, -1e6)
+        expected[X[b, i]] = 0
+        np.testing.assert_array_equal(log_probs[b, i], expected)
+    masked = np.asarray(X) == MASK
+    np.testing.assert_allclose(
+        log_probs[masked], jax.nn.log_softmax(RAW[..., :N], -1)[masked], rtol=1e-5
+    )
+
+
+@each
+def test_the_conditional_is_the_normalised_score(make):
+    """e^s over the real tokens, normalised: the shift by σ drops out (arXiv:2406.03736, thm 1)."""
+    parameterization = make(process=ABSORBING)
+    log_score = parameterization.log_score(RAW, X, SIGMA)[..., :N]
+    by_score = jax.nn.log_softmax(log_score, -1)
+    masked = np.asarray(X) == MASK
+    by_raw = parameterization.log_conditional(RAW, X)
+    np.testing.assert_allclose(by_score[masked], by_raw[masked], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "x", "raw"),
+    [
+        (Score(process=ABSORBING), X, RAW),
+        (Conditional(process=ABSORBING), X, RAW),
+        (Score(process=UNIFORM), X % N, RAW[..., :N]),
+    ],
+)
+def test_log_score_is_zero_at_the_current_token(parameterization, x, raw):
+    log_score = parameterization.log_score(raw, x, SIGMA)
+    assert log_score.shape == raw.shape
+    np.testing.assert_array_equal(jnp.take_along_axis(log_score, x[..., None], -1), 0)
+
+
+def test_score_on_an_absorbing_process_starts_from_equally_likely_tokens():
+    sigma = np.array([1e-8, 1e-3, 1.0, 20.0])
+    x = i32(np.full((4, 1), MASK))
+    got = Score(process=ABSORBING).log_score(jnp.zeros((4, 1, N + 1)), x, f32(sigma)[:, None])
+    exact = -np.log(np.expm1(sigma)) - np.log(N)
+    np.testing.assert_allclose(got[:, 0, :N], np.repeat(exact[:, None], N, 1), rtol=1e-6)
+
+
+def test_score_on_a_uniform_process_is_the_raw_output():
+    x = X % N
+    got = np.asarray(Score(process=UNIFORM).log_score(RAW[..., :N], x, SIGMA))
+    away = ~np.eye(N, dtype=bool)[np.asarray(x)]
+    np.testing.assert_array_equal(got[away], np.asarray(RAW[..., :N])[away])
+
+
+def test_conditional_score_is_log_c_minus_log_expm1():
+    got = Conditional(process=ABSORBING).log_score(RAW, X, SIGMA)
+    raw = np.asarray(RAW, np.float64)[..., :N]
+    log_c = raw - np.log(np.exp(raw).sum(-1, keepdims=True))
+    exact = log_c - np.log(np.expm1(np.asarray(SIGMA, np.float64)))[..., None]
+    masked = np.asarray(X) == MASK
+    np.testing.assert_allclose(np.asarray(got)[..., :N][masked], exact[masked], rtol=1e-5)
+
+
+def test_the_mask_column_of_the_raw_output_is_not_read():
+    changed = RAW.at[..., MASK].add(100)
+    for make in (Score, Conditional):
+        p = make(process=ABSORBING)
+        np.testing.assert_array_equal(p.log_conditional(RAW, X), p.log_conditional(changed, X))
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="absorbing"):
+        Conditional(process=UNIFORM)
+    with pytest.raises(ValueError, match="time_independent"):
+        Score(process=ABSORBING, time_independent=True)
+    with pytest.raises(ValueError, match="absorbing"):
+        Score(process=UNIFORM).log_conditional(RAW[..., :N], X % N)
