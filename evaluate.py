@@ -16,7 +16,7 @@ from sedd.build import HeldOut, pack_split
 from sedd.cli import parse, run
 from sedd.config import default_cache_dir
 from sedd.evaluation.bound import BoundResult, evaluate_bound
-from sedd.files import write_whole
+from sedd.files import check_writable, write_whole
 from sedd.model import text_counter
 
 
@@ -38,6 +38,7 @@ class EvaluateCommand:
     """Evenly spread over the split; all of them by default."""
     batch_size: int = 32
     seed: int = 0
+    """Of the noise: the same seed, the same figures."""
     json: Path | None = None
     """Write every figure here."""
     cache_dir: Path = Path(default_cache_dir())
@@ -49,11 +50,15 @@ class EvaluateCommand:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluate, print the table, write the JSON."""
     command = parse(EvaluateCommand, arguments, description=__doc__ or "")
+    if command.json is not None:
+        check_writable(command.json, f"--json {command.json}")
     model = sedd.load(command.checkpoint, step=command.step)
     if model.tokenizer is None:
         raise sedd.UserError(f"{command.checkpoint}: no tokenizer to read {command.data} with")

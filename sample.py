@@ -15,9 +15,11 @@ from sedd.cli import fail, parse, run, take
 from sedd.components import Options, options_type
 from sedd.constraints.clamp import Clamp
 from sedd.errors import UserError
-from sedd.files import write_whole
+from sedd.files import check_writable, write_whole
 from sedd.requests import Answer, Request, answer, read_requests
 from sedd.trace import TraceRow, write_trace
+
+REFUSALS = 20  # lines that are named; a file that holds no requests at all has thousands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,12 +65,17 @@ def main(arguments: Sequence[str]) -> int:
         description=f"{__doc__}\n\n--sampler NAME picks one of euler, tweedie; these are the flags "
         f"of {kind.name}. {kind.__doc__}",
     )
+    for flag, path in (("--output", command.output), ("--trace", command.trace)):
+        if path is not None:
+            check_writable(path, f"{flag} {path}")
     model = sedd.load(command.checkpoint, step=command.step)
     sampler = command.sampler.build(schedule=model.schedule)
     asked, refused = requested(command, model)
-    for error in refused:
+    for error in refused[:REFUSALS]:
         fail(str(error))
-    console = Console(highlight=False, soft_wrap=True)
+    if len(refused) > REFUSALS:
+        fail(f"{command.requests}: {len(refused) - REFUSALS} more lines are like these")
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     answers: list[Answer] = []
     if asked:
         for batch in answer(
@@ -82,7 +89,11 @@ def main(arguments: Sequence[str]) -> int:
         write_whole(command.output, lines.encode())
         console.print(f"wrote {len(answers)} samples to {command.output}")
     if command.trace is not None and answers:
-        write_page(command.trace, command, model, answers)
+        try:
+            command.trace.parent.mkdir(parents=True, exist_ok=True)
+            write_page(command.trace, command, model, answers)
+        except OSError as error:
+            raise UserError(f"cannot write {command.trace}: {error.strerror}") from error
         console.print(f"wrote {command.trace}")
     return 2 if refused else 0
 

@@ -22,7 +22,7 @@ from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
-from sedd.files import write_whole
+from sedd.files import check_writable, write_whole
 from sedd.model import read_config, read_tokenizer, text_counter
 from sedd.training.checkpoint import Checkpoints, Restored, init_params_from
 from sedd.training.loop import train
@@ -33,7 +33,7 @@ from sedd.training.state import TrainState, init_state
 from sedd.training.step import make_step
 
 SAMPLES = 4  # texts drawn each time during training
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,13 @@ def main(arguments: Sequence[str]) -> None:
     config, workdir = command.config, command.workdir
     build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
+    check_writable(workdir / "config.json", f"--workdir {workdir}")
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
-    tokenizer = check_same_run(workdir, config) if checkpoints.steps() else None
+    tokenizer = None
+    if checkpoints.steps():
+        tokenizer = check_same_run(workdir, config)
+    elif command.init_from is not None:
+        tokenizer = check_same_tokenizer(command.init_from, config)
 
     with console.status("reading the corpus") as status:
         data = build_data(
@@ -129,6 +134,19 @@ def check_same_run(workdir: Path, config: Config) -> Tokenizer:
     return read_tokenizer(workdir)
 
 
+def check_same_tokenizer(init_from: Path, config: Config) -> Tokenizer:
+    """The tokenizer of the run to start from: without it the weights mean nothing."""
+    there = read_config(init_from)
+    if there is None:
+        raise UserError(f"--init-from {init_from}: not a run's directory (it has no config.json)")
+    if there.data.tokenizer != config.data.tokenizer:
+        raise UserError(
+            f"--init-from {init_from}: its tokenizer is {there.data.tokenizer}, and "
+            f"--data.tokenizer is {config.data.tokenizer}; weights go with their tokenizer"
+        )
+    return read_tokenizer(init_from)
+
+
 def fresh_state(command: TrainCommand, parts: Parts, optimizer) -> TrainState:
     """The state before the first step, from random weights or another run's."""
     params = None
@@ -159,9 +177,13 @@ def introduce(
         f"{jax.devices()[0].device_kind} · batch {config.training.batch_size}"
     )
     if restored:
-        console.print(
-            f"resuming {command.workdir} at step {restored.step:,} of {config.training.steps:,}"
-        )
+        steps = f"step {restored.step:,} of {config.training.steps:,}"
+        if restored.step < config.training.steps:
+            console.print(f"resuming {command.workdir} at {steps}")
+        else:
+            console.print(
+                f"{command.workdir} is complete at {steps}; a larger --training.steps goes on"
+            )
         if command.init_from is not None:
             console.print("--init-from was used when this run began; it changes nothing now")
 
@@ -205,7 +227,11 @@ def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
 
 def conclude(workdir: Path, entropy: float) -> None:
     """The last validation beside what a model without context would reach, and the files."""
-    last = [r for r in read_metrics(workdir) if "validation_nats_per_token" in r][-1]
+    validated = [r for r in read_metrics(workdir) if r.get("validation_nats_per_token") is not None]
+    if not validated:
+        console.print(f"\n{workdir} has no validation in its metrics.jsonl any more")
+        return
+    last = validated[-1]
     bound, error = last["validation_nats_per_token"], last["validation_standard_error"]
     console.print(
         f"\nvalidation bound  {bound:.4f} ± {error:.4f} nats per token (standard error), "

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
 import tyro
 
 from sedd.components import makers
@@ -40,10 +40,22 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         code = fail(f"{where}{error.strerror or error}")
+    except jax.errors.JaxRuntimeError as error:
+        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        code = fail(
+            f"the device's memory is full ({first_line(error)}): use a smaller batch or length; "
+            "while training, --training.accumulate splits a batch"
+        )
     except KeyboardInterrupt:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows."""
+    return str(error).partition("\n")[0][:200]
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -74,6 +86,8 @@ def parse(
         if not stop.code:
             raise
         raise UserError(one_line(complaint.getvalue())) from None
+    except ValueError as error:  # of a dataclass around the others, which tyro does not catch
+        raise UserError(str(error)) from error
     finally:
         if not wants_help:
             os.environ.pop("COLUMNS")
@@ -88,26 +102,36 @@ def one_line(boxes: str) -> str:
     if not lines:
         return "the command line could not be read; see --help"
     message = lines[0]
-    suggestions = []
-    for before, line in itertools.pairwise(lines):
-        if line.startswith("--") and (suggestions or "you mean" in before):
-            suggestions.append(line.split()[0])
-        elif suggestions:
-            break
+    perhaps = next((i for i, line in enumerate(lines) if "you mean" in line), len(lines))
+    suggestions = [line.split()[0] for line in lines[perhaps:] if line.startswith("--")]
     argument = next((line for line in lines[1:] if line.startswith("--")), "")
     if message.startswith("Unrecognized options:"):
-        message = "unrecognized option " + message.split(":", 1)[1].split(",")[0].strip()
+        unknown = message.split(":", 1)[1].split(",")[0].strip()
+        message = f"unrecognized option {unknown}"
+        leaves = [s for s in suggestions if s.rpartition(".")[2] == unknown.removeprefix("--")]
+        suggestions = leaves or suggestions[:1]
+        if unknown.lower() in ("true", "false"):
+            message += "; a switch is written --name or --no-name"
     elif message.startswith("Error parsing "):
-        message = message.removeprefix("Error parsing ")
+        message = message.removeprefix("Error parsing ").rstrip(".")
+        message = message.replace("invalid literal for int() with base 10:", "not a whole number:")
+        message = message.replace("could not convert string to float:", "not a number:")
         if argument and len(argument.split()) > 1:
             message += f"; expected {argument}"
     elif message.startswith("Missing from"):
-        required = [line for line in lines[1:] if line.startswith("--")]
+        unknown = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else None
+        required = [line for line in lines[1:unknown] if line.startswith("--")]
         message = f"missing {', '.join(required)}"
-    message = re.sub(r"^config\.\w+: ", "", message)
+        if unknown is not None:
+            message += f"; unrecognized option {lines[unknown + 1]}"
+    message = re.sub(r"^config\.(\w+): (?:\1\.)?", r"\1.", message)
+    message = re.sub(
+        r"^Missing value for argument '(.*?)'.*", r"\1 needs a value (\1=VALUE)", message
+    )
+    message = re.sub(r"^(?:config|\w+Command): ", "", message)
     if suggestions:
-        message += f"; did you mean {suggestions[0]}?"
-    return message + ("" if suggestions else "; see --help")
+        return f"{message}; did you mean {' or '.join(suggestions)}?"
+    return f"{message.rstrip('.')}; see --help"
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
@@ -133,7 +157,7 @@ def parse_config(arguments: Sequence[str], command: type[Any], description: str)
     swaps a component, and every remaining flag is a field: ``--optimizer.learning-rate 1e-3``.
     """
     path, rest = take(arguments, "--config")
-    config = load_config(path) if path else Config()
+    config = Config() if path is None else load_config(path)
     for name in COMPONENTS:
         chosen, rest = take(rest, f"--{name}")
         if chosen is not None:

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import runpy
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from sedd.components import Options, did_you_mean, options, options_type, values
 from sedd.errors import UserError
@@ -141,6 +143,10 @@ class Config:
     sampler: Options = options("samplers", "tweedie")
     """How the samples shown during training are drawn."""
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; a component is its options and its ``name``."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -169,18 +175,39 @@ def _typed(kind: type, data: Any, path: str) -> Any:
         if key not in fields:
             raise UserError(f"configuration: unknown field {here}{did_you_mean(key, fields)}")
         if not path and key in COMPONENTS:
-            if not isinstance(value, dict) or "name" not in value:
+            if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                 raise UserError(f"configuration: {here} must be an object with a name")
             rest = {k: v for k, v in value.items() if k != "name"}
             given[key] = options(COMPONENTS[key], value["name"], **rest)
+            for f in dataclasses.fields(given[key]):
+                _check_type(getattr(given[key], f.name), f.type, f"{here}.{f.name}")
         elif dataclasses.is_dataclass(fields[key].type):
             given[key] = _typed(fields[key].type, value, here)  # pyright: ignore[reportArgumentType]
         else:
+            _check_type(value, fields[key].type, here)
             given[key] = value
     try:
         return kind(**given)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"configuration: {error}") from error
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    if not _fits(value, hint):
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+        if get_origin(hint) is Literal:
+            wanted = f"one of {', '.join(get_args(hint))}"
+        raise UserError(f"configuration: {where} must be {wanted}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def load_config(path: str | Path) -> Config:
@@ -189,13 +216,17 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"--config {path}: no such file{did_you_mean(path.name, near)}")
-    get_config = runpy.run_path(str(path)).get("get_config")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if get_config is not None else None
+    except Exception as error:  # the user's code may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"--config {path}{where}: {kind}{error}") from error
     if get_config is None:
         raise UserError(f"--config {path}: it defines no get_config()")
-    try:
-        config = get_config()
-    except ValueError as error:
-        raise UserError(f"--config {path}: {error}") from error
     if not isinstance(config, Config):
         raise UserError(
             f"--config {path}: get_config() must return a Config, got {type(config).__name__}"
@@ -204,11 +235,15 @@ def load_config(path: str | Path) -> Config:
 
 
 def with_component(config: Config, field_name: str, name: str) -> Config:
-    """The configuration with another component; options that both share keep their values."""
-    family = COMPONENTS[field_name]
-    kind = options_type(family, name)
+    """The configuration with another component.
+
+    Options that both have keep their values, but for defaults: each component has its own.
+    """
+    kind = options_type(COMPONENTS[field_name], name)
+    before = getattr(config, field_name)
+    defaults = values(type(before)())
     shared = {f.name for f in dataclasses.fields(kind)}
-    kept = {k: v for k, v in values(getattr(config, field_name)).items() if k in shared}
+    kept = {k: v for k, v in values(before).items() if k in shared and v != defaults[k]}
     return dataclasses.replace(config, **{field_name: kind(**kept)})
 
 

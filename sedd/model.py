@@ -1,11 +1,11 @@
 """A trained model, and what is done with it: load, sample, evaluate."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,14 +85,18 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
         raise UserError(f"checkpoint {path}: no such directory")
     config = read_config(path)
     if config is None:
-        raise UserError(f"checkpoint {path}: not a run's directory (it has no config.json)")
+        above = [p for p in path.absolute().parents[:2] if (p / "config.json").exists()]
+        hint = f"; did you mean {above[0]}?" if above else ""
+        raise UserError(f"checkpoint {path}: not a run's directory (it has no config.json){hint}")
     tokenizer = read_tokenizer(path)
     parts = build_parts(config, tokenizer.num_tokens)
     expected = jax.eval_shape(parts.network.init, jax.random.key(0))
     checkpoints = find_checkpoints(path)
     if step == "best":
         step = checkpoints.best()
-    params = checkpoints.restore_params(step, abstract_params=expected)
+        if step is None:
+            raise UserError(f"checkpoint {path}: none was validated, so there is no best one")
+    params = jax.device_put(checkpoints.restore_params(step, abstract_params=expected))
     return Model(
         denoiser=parts.denoiser(params),
         parts=parts,
@@ -105,21 +109,27 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
 def read_config(workdir: Path) -> Config | None:
     """The configuration that a run was started with, or None where there is no run."""
     path = workdir / "config.json"
-    return Config.from_json(_read_json(path)) if path.exists() else None
+    return _read_json(path, Config.from_json) if path.exists() else None
 
 
 def read_tokenizer(workdir: Path) -> Tokenizer:
     """The tokenizer that a run was trained with."""
-    return tokenizer_from_json(_read_json(workdir / "tokenizer.json"))
+    return _read_json(workdir / "tokenizer.json", tokenizer_from_json)
 
 
-def _read_json(path: Path):
+def _read_json(path: Path, reader: Callable[[Any], Any]) -> Any:
     try:
-        return json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the run's directory is incomplete") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must hold an object, got {type(data).__name__}")
+    try:
+        return reader(data)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +165,23 @@ def sample(
     one for all or one a sequence; sequences of different lengths share a batch, padded and masked.
     ``options`` are the sampler's, such as ``steps=128``. UserError on an unknown sampler or option.
     """
-    clamps = [clamp or free(length or model.length)] if not isinstance(clamp, Sequence) else clamp
+    if num < 1:
+        raise UserError(f"num must be at least 1, got {num}")
+    if clamp is None:
+        clamp = free(model.length if length is None else length)
+    elif length is not None:
+        raise UserError("a clamp has a length of its own: give no length beside it")
+    clamps = list(clamp) if isinstance(clamp, Sequence) else [clamp]
     keys_B = key if key.ndim else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num))
     num = len(keys_B)
     if len(clamps) == 1:
-        clamps = list(clamps) * num
+        clamps = clamps * num
     if len(clamps) != num:
-        raise ValueError(f"{len(clamps)} clamps for {num} sequences")
+        raise UserError(f"{len(clamps)} clamps for {num} sequences")
     if isinstance(sampler, str):
         sampler = build("samplers", sampler, schedule=model.schedule, **options)
+    elif options:
+        raise UserError(f"the sampler is built already: it takes no {', '.join(options)}")
     lengths = [c.length for c in clamps]
     longest = max(lengths)
     tokens_BL = np.zeros((num, longest), np.int32)

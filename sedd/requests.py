@@ -1,6 +1,7 @@
 """What a user asks of ``sample.py``: one request a line of a JSONL file, or the flags."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from sedd.components import did_you_mean
-from sedd.constraints.clamp import Clamp, from_infill, from_prompt
+from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_prompt
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.model import Model, sample
@@ -29,19 +30,21 @@ class Request:
     seed: int = 0
 
     def __post_init__(self):
-        for name, kinds in (
-            ("id", (str, int)),
-            ("prompt", str),
-            ("suffix", str),
-            ("infill", (str, type(None))),
-            ("length", (int, type(None))),
-            ("seed", int),
+        for name, kinds, wanted in (
+            ("id", (str, int), "a string or a whole number"),
+            ("prompt", str, "a string"),
+            ("suffix", str, "a string"),
+            ("infill", (str, type(None)), "a string"),
+            ("length", (int, type(None)), "a whole number"),
+            ("seed", int, "a whole number"),
         ):
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise UserError(f"{name} must not be {json.dumps(value)}")
-        if self.length is not None and self.length < 1:
-            raise UserError(f"length must be at least 1, got {self.length}")
+                raise UserError(f"{name} must be {wanted}, got {json.dumps(value)}")
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise UserError(f"{name} is not text: it has no UTF-8")
+        if self.length is not None and not 1 <= self.length <= MAX_LENGTH:
+            raise UserError(f"length must be in 1..{MAX_LENGTH}, got {self.length}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.infill is not None and (self.prompt or self.suffix):
@@ -51,7 +54,7 @@ class Request:
         """What is given and what is free, in tokens; UserError when it does not fit."""
         if self.infill is not None:
             return from_infill(tokenizer, self.infill, self.length)
-        length = self.length or default_length
+        length = default_length if self.length is None else self.length
         return from_prompt(tokenizer, length, prompt=self.prompt, suffix=self.suffix)
 
 
@@ -63,9 +66,10 @@ def read_requests(
     A bad line does not stop the others. UserError when the file itself cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"--requests {path}: no such file") from None
+        # A JSON string may hold the other ends of lines that str.splitlines knows.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"--requests {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--requests {path}: not UTF-8 text") from None
     if not any(line.strip() for line in lines):
@@ -83,7 +87,7 @@ def read_requests(
 def _parse(line: str, number: int) -> Request:
     try:
         data: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"a request must be an object, got {line.strip()[:40]}")

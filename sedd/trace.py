@@ -6,7 +6,6 @@ sequence of 1024 tokens over 1024 steps stays small. It fetches nothing and open
 
 import html
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sedd.files import write_whole
 
 _PLACEHOLDER = re.compile(r"\[\[(title|description|final|data)\]\]")
 # Tab and newline are the only control characters that HTML text may hold; a lone surrogate (a token
@@ -105,12 +106,7 @@ def write_trace(
     # One pass: a placeholder inside a value is not looked at again.
     page = _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, page.encode())
 
 
 def _check(rows: Sequence[TraceRow], times_T1: Sequence[float] | None) -> None:

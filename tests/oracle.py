@@ -143,7 +143,7 @@ class Oracle:
         return out
 
     def score_denoiser(self):
-        """Score parameterization over a network that computes p_t for whatever sigma it is given."""
+        """Score parameterization over a network that computes p_t at the sigma it is given."""
         network = ExactScoreNetwork(num_states=self.V, time_conditioned=True)
         return Denoiser(
             params={"joint": f32(self.joint)},
@@ -185,7 +185,7 @@ class _Direct(Network):
 
 @dataclass(frozen=True, kw_only=True)
 class TableNetwork(_Direct):
-    """Raw output looked up by the whole sequence; `slope`·sin(log σ) is added where it sees time."""
+    """Raw output looked up by the sequence; `slope`·sin(log σ) is added where it sees time."""
 
     def hidden(
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
@@ -235,14 +235,12 @@ class ExactScoreNetwork(_Direct):
         stride = size ** jnp.arange(length)[::-1]
         own_B = self._index(tokens_BL)
         base_BL = own_B[:, None] - tokens_BL * stride[None]
-        index_BLV = (
-            base_BL[..., None]
-            + jnp.arange(size)[None, None, :] * stride[None, :, None]
-        )
+        index_BLV = base_BL[..., None] + jnp.arange(size)[None, None, :] * stride[None, :, None]
         rows = jnp.take_along_axis(log_p_BS, index_BLV.reshape(len(own_B), -1), 1)
-        log_score = rows.reshape(index_BLV.shape) - jnp.take_along_axis(
-            log_p_BS, own_B[:, None], 1
-        )[..., None]
+        log_score = (
+            rows.reshape(index_BLV.shape)
+            - jnp.take_along_axis(log_p_BS, own_B[:, None], 1)[..., None]
+        )
         if absorbing:
             log_score += (jnp.log(jnp.expm1(sigma_B)) + math.log(num_tokens))[:, None, None]
         return log_score

@@ -93,7 +93,9 @@ def test_any_shape(name):
 
 
 @pytest.mark.parametrize("kind", ["absorb", "uniform"])
-@pytest.mark.parametrize(("name", "schedule"), [("loglinear", LogLinear()), ("geometric", Geometric())])
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("loglinear", LogLinear()), ("geometric", Geometric())]
+)
 def test_golden(kind, name, schedule):
     golden = {k: GOLDEN[f"{kind}/{name}/{k}"] for k in ("t", "sigma", "dsigma")}
     # Both sides are float32: (1 - ε)t near 1 leaves 6e-8/0.08 of relative error.

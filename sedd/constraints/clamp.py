@@ -9,6 +9,8 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 
 _GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
+_BROKEN_GAP = re.compile(r"\{\s*mask(?![a-z])[^{}]*\}?", re.IGNORECASE)
+MAX_LENGTH = 2**20  # far above any model's; more than that is a mistake that would fill the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,9 @@ class Clamp:
 
 
 def free(length: int) -> Clamp:
-    """Nothing given."""
+    """Nothing given. UserError on a length out of range."""
+    if not 1 <= length <= MAX_LENGTH:
+        raise UserError(f"length must be in 1..{MAX_LENGTH}, got {length}")
     return Clamp(tokens_L=np.zeros(length, np.int32), fixed_L=np.zeros(length, bool))
 
 
@@ -35,7 +39,7 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
     UserError when they do not fit.
     """
     clamp = free(length)
-    before, after = tokenizer.encode_batch([prompt, suffix])
+    before, after = _encode(tokenizer, prompt, "prompt"), _encode(tokenizer, suffix, "suffix")
     if len(before) + len(after) > length:
         given = " and ".join(
             f"{what} ({len(ids)} tokens)"
@@ -60,9 +64,10 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
     for gap in _GAP.finditer(text):
         _append_text(tokenizer, text[end : gap.start()], tokens, fixed)
         size = gap.group(1)
-        if size is not None and not re.fullmatch(r"[1-9][0-9]*", size.strip()):
+        if size is not None and not re.fullmatch("[1-9][0-9]{0,5}", size.strip()):
             raise UserError(
-                f"infill gap {gap.group()!r}: the size must be a whole number of tokens, at least 1"
+                f"infill gap {gap.group()!r}: the size must be a whole number of tokens, "
+                "from 1 to 999999"
             )
         size = 1 if size is None else int(size)
         tokens += [0] * size
@@ -81,11 +86,20 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
 
 
 def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list[bool]) -> None:
-    broken = re.search(r"\{mask[^{}]*\}?", text)
+    broken = _BROKEN_GAP.search(text)
     if broken:
         raise UserError(
             f"infill gap {broken.group()!r} cannot be read; write {{mask:12}} for twelve tokens"
         )
-    ids = tokenizer.encode_batch([text])[0] if text else []
+    ids = _encode(tokenizer, text, "infill text")
     tokens += [int(i) for i in ids]
     fixed += [True] * len(ids)
+
+
+def _encode(tokenizer: Tokenizer, text: str, what: str) -> np.ndarray:
+    if not text:
+        return np.zeros(0, np.int32)
+    try:
+        return tokenizer.encode_batch([text])[0]
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error

@@ -127,8 +127,15 @@ def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, 
     logits_BHLL *= q_BLHK.shape[-1] ** -0.5
     if mask_B1LL is not None:
         logits_BHLL = jnp.where(mask_B1LL, logits_BHLL, MASKED)
-    probs_BHLL = jax.nn.softmax(logits_BHLL, axis=-1).astype(v_BLHK.dtype)
-    return jnp.einsum("bhqs,bshk->bqhk", probs_BHLL, v_BLHK)
+    # Normalised after the product with v: one array of this size to keep and none to divide.
+    largest_BHL1 = jax.lax.stop_gradient(logits_BHLL.max(axis=-1, keepdims=True))
+    weight_BHLL = jnp.exp(logits_BHLL - largest_BHL1)
+    total_BLH1 = jnp.swapaxes(weight_BHLL.sum(axis=-1, keepdims=True), 1, 2)
+    weight_BHLL = weight_BHLL.astype(v_BLHK.dtype)
+    sum_BLHK = jnp.einsum(
+        "bhqs,bshk->bqhk", weight_BHLL, v_BLHK, preferred_element_type=jnp.float32
+    )
+    return (sum_BLHK / total_BLH1).astype(v_BLHK.dtype)
 
 
 def _splash(

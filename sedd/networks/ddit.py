@@ -10,6 +10,7 @@ matrix products and the attention take the compute type. That is what the publis
 autocast.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -209,7 +210,7 @@ class _Norm(nn.Module):
         return normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D)
 
 
-@jax.checkpoint
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D):
     """The norm of ``_Norm``; the backward pass keeps ``x`` alone and computes the rest again."""
     x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
@@ -222,7 +223,7 @@ def normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D):
     return x_BLD
 
 
-@jax.checkpoint
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def gelu(x: Array) -> Array:
     """GELU in the tanh form. In a scan each value kept is memory: keep one, not the five of JAX."""
     return jax.nn.gelu(x, approximate=True)

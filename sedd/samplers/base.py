@@ -102,7 +102,7 @@ class TauLeaping(Sampler):
         clean_BL = jax.vmap(categorical)(last_keys_B, log_probs_BLV)
         clean_BL = jnp.where(fixed_BL | ~process.can_move(x_BL), x_BL, clean_BL)
         samples = Samples(tokens_BL=clean_BL, calls_B=jnp.full(batch, self.steps + 1))
-        if not trace:
+        if trace_TBL is None:
             return samples
         return replace(
             samples,

@@ -24,23 +24,32 @@ BOTH = pytest.mark.parametrize("net", [SEDD, RADD], ids=["sedd", "radd"])
 
 TOKENS = jax.random.randint(jax.random.key(1), (B, L), 0, V, jnp.int32)
 SIGMA = jnp.array([0.01, 0.3, 1.0, 6.0])
+POSITIONS = jnp.tile(jnp.arange(L)[None], (B, 1))
 KEYS = jax.random.split(jax.random.key(2), B)
+
+# These tests compile much and run little.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def fresh_params(net):
+    return net.init(jax.random.key(0))
 
 
 @functools.cache
 def random_params(net):
     """Parameters with nothing at its initial zero."""
     rng = np.random.default_rng(0)
-    params = net.init(jax.random.key(0))
-    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), params)
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), shapes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def hidden(net, params, tokens_BL, **kwargs):
     return net.hidden(params, tokens_BL, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def raw(net, params, tokens_BL, **kwargs):
     return net.raw(params, tokens_BL, **kwargs)
 
@@ -78,39 +87,36 @@ def test_parameter_counts_are_the_published_ones(options, count):
 
 @BOTH
 def test_a_fresh_network_returns_zero(net):
-    params = net.init(jax.random.key(0))
+    params = fresh_params(net)
     np.testing.assert_array_equal(raw(net, params, TOKENS, **inputs(net)), 0)
     assert hidden(net, params, TOKENS, **inputs(net)).std() > 0.1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_initial_distributions(dtype):
+def test_initial_distributions():
     """U(±1/√fan_in): the largest of n draws is within 1 - 20/n of the bound but for e^-20."""
-    net = dataclasses.replace(SEDD, hidden_dim=48, dtype=dtype)
-    params = net.init(jax.random.key(0))
-    trunk, blocks = params["trunk"], params["trunk"]["blocks"]
+    trunk, blocks = fresh_params(SEDD)["trunk"], fresh_params(SEDD)["trunk"]["blocks"]
     drawn = [
-        (trunk["embed"]["embedding"], 48),
+        (trunk["embed"]["embedding"], 24),
         (trunk["sigma_map"]["in"]["kernel"], 256),
         (trunk["sigma_map"]["out"]["kernel"], 8),
-        (blocks["qkv"]["kernel"], 48),
-        (blocks["attention_out"]["kernel"], 48),
-        (blocks["mlp_in"]["kernel"], 48),
-        (blocks["mlp_in"]["bias"], 48),
-        (blocks["mlp_out"]["kernel"], 192),
-        (blocks["mlp_out"]["bias"], 192),
+        (blocks["qkv"]["kernel"], 24),
+        (blocks["attention_out"]["kernel"], 24),
+        (blocks["mlp_in"]["kernel"], 24),
+        (blocks["mlp_in"]["bias"], 24),
+        (blocks["mlp_out"]["kernel"], 96),
+        (blocks["mlp_out"]["bias"], 96),
     ]
     for values, fan_in in drawn:
         largest = float(jnp.abs(values).max()) * fan_in**0.5
-        assert max(0, 1 - 20 / values.size) < largest <= 1
+        assert 1 - 20 / values.size < largest <= 1
+        assert abs(float(values.mean())) * fan_in**0.5 < 4 * (3 * values.size) ** -0.5  # 4σ
     for modulation in (blocks["modulation"], trunk["modulation"]):
         assert not any(bool(x.any()) for x in jax.tree.leaves(modulation))
     assert not np.array_equal(blocks["qkv"]["kernel"][0], blocks["qkv"]["kernel"][1])
-    radd = dataclasses.replace(RADD, dtype=dtype).init(jax.random.key(0))["trunk"]
+    radd = fresh_params(RADD)["trunk"]
     for norm in (radd["norm"], radd["blocks"]["norm_attention"], radd["blocks"]["norm_mlp"]):
         np.testing.assert_array_equal(norm["scale"], 1)
         np.testing.assert_array_equal(norm["bias"], 1)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
 
 
 @BOTH
@@ -125,8 +131,7 @@ def test_raw_is_the_head_on_hidden(net):
     np.testing.assert_allclose(picked, raw_BLV[1, 2:4], atol=1e-5)
 
 
-@BOTH
-@pytest.mark.parametrize("num_layers", [1, 4])
+@pytest.mark.parametrize(("net", "num_layers"), [(SEDD, 1), (SEDD, 4), (RADD, 3)])
 def test_the_scan_is_the_loop_over_layers(net, num_layers):
     net = dataclasses.replace(net, num_layers=num_layers)
     trunk = random_params(net)["trunk"]
@@ -140,7 +145,7 @@ def test_the_scan_is_the_loop_over_layers(net, num_layers):
             layer = trunk["sigma_map"][name]
             condition_BC = jax.nn.silu(condition_BC @ layer["kernel"] + layer["bias"][None])
     rotation = rotary(jnp.arange(L)[None], net.head_dim)
-    apply = jax.jit(_Block(net).apply)
+    apply = jax.jit(_Block(net).apply, compiler_options=QUICK)
     for i in range(num_layers):
         block = {"params": jax.tree.map(lambda x, i=i: x[i], trunk["blocks"])}
         x_BLD, _ = apply(block, x_BLD, i, condition_BC, rotation, None, KEYS)
@@ -160,25 +165,22 @@ def test_the_program_does_not_grow_with_depth():
     def size(num_layers):
         net = dataclasses.replace(RADD, num_layers=num_layers)
         shapes = jax.eval_shape(net.init, jax.random.key(0))
-        grad = jax.grad(lambda params: raw(net, params, TOKENS).sum())
-        return str(jax.make_jaxpr(grad)(shapes)).count("\n")
+        grad = jax.grad(lambda params: net.raw(params, TOKENS).sum())
+        return str(jax.make_jaxpr(grad)(shapes)).count(" = ")
 
-    assert size(2) == size(30)
+    assert size(12) == size(30)
 
 
-@BOTH
-def test_remat_has_the_same_gradients(net):
-    params = random_params(net)
-
+def test_remat_has_the_same_gradients():
     def grads(net):
         def loss(params):
-            raw_BLV = raw(net, params, TOKENS, **inputs(net, keys_B=KEYS))
+            raw_BLV = net.raw(params, TOKENS, sigma_B=SIGMA, keys_B=KEYS)
             return jax.nn.logsumexp(raw_BLV, axis=-1).sum()
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(random_params(SEDD))
 
-    recomputed = grads(dataclasses.replace(net, remat=True))
-    for a, b in zip(*map(jax.tree.leaves, (grads(net), recomputed)), strict=True):
+    recomputed = grads(dataclasses.replace(SEDD, remat=True))
+    for a, b in zip(*map(jax.tree.leaves, (grads(SEDD), recomputed)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -205,9 +207,9 @@ def test_dropout_depends_on_the_key_of_the_example_alone(net):
 
     whole = outputs(np.arange(B))
     order = np.array([2, 0, 3, 1])
-    np.testing.assert_allclose(outputs(order), whole[order], atol=1e-5)
-    parts = [outputs(np.arange(0, 1)), outputs(np.arange(1, B))]
-    np.testing.assert_allclose(jnp.concatenate(parts), whole, atol=1e-5)
+    np.testing.assert_allclose(outputs(order), whole[order], atol=1e-4)
+    halves = [outputs(np.arange(2)), outputs(np.arange(2, B))]
+    np.testing.assert_allclose(jnp.concatenate(halves), whole, atol=1e-4)
     assert float(jnp.abs(outputs(np.arange(B), KEYS[::-1]) - whole).max()) > 0.1
     assert float(jnp.abs(hidden(net, params, TOKENS, **inputs(net)) - whole).max()) > 0.1
 
@@ -221,26 +223,40 @@ def test_no_dropout_without_keys_or_rate():
 
 
 @BOTH
-@pytest.mark.parametrize("attention", ["einsum", "xla"])
-def test_bfloat16_computes_what_float32_does(net, attention):
-    low = dataclasses.replace(net, dtype="bfloat16", attention=attention)
-    params = random_params(net)
-    hidden_BLD = hidden(low, params, TOKENS, **inputs(net))
+@jax.numpy_dtype_promotion("standard")  # the XLA path of jax.nn relies on it
+def test_bfloat16_computes_what_float32_does(net):
+    exact = raw(net, random_params(net), TOKENS, **inputs(net))
+    for attention in ("einsum", "xla"):
+        low = dataclasses.replace(net, dtype="bfloat16", attention=attention)
+        raw_BLV = raw(low, random_params(net), TOKENS, **inputs(net))
+        assert raw_BLV.dtype == jnp.float32
+        assert float(jnp.abs(raw_BLV - exact).mean()) < 0.02 * float(exact.std())
+
+
+def test_bfloat16_keeps_parameters_and_gradients_in_float32():
+    low = dataclasses.replace(RADD, dtype="bfloat16")
+    params = random_params(low)
+    shapes = jax.eval_shape(low.init, jax.random.key(0))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(shapes))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss_and_grads(params):
+        hidden_BLD = low.hidden(params, TOKENS)
+        return (read_out(hidden_BLD, *low.head(params)) ** 2).mean(), hidden_BLD
+
+    (loss, hidden_BLD), grads = loss_and_grads(params)
     assert hidden_BLD.dtype == jnp.bfloat16
-    raw_BLV = raw(low, params, TOKENS, **inputs(net))
-    assert raw_BLV.dtype == jnp.float32
-    exact = raw(net, params, TOKENS, **inputs(net))
-    assert float(jnp.abs(raw_BLV - exact).mean()) < 0.02 * float(exact.std())
-    loss = jax.jit(lambda params: (raw(low, params, TOKENS, **inputs(net)) ** 2).mean())
-    grads = jax.grad(loss)(params)
+    assert loss.dtype == jnp.float32
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(grads))
+    assert all(bool(jnp.isfinite(x).all()) and bool(x.any()) for x in jax.tree.leaves(grads))
 
 
 def test_sigma_is_required_or_refused():
     with pytest.raises(ValueError, match="sigma_B is required"):
-        hidden(SEDD, SEDD.init(jax.random.key(0)), TOKENS)
+        SEDD.hidden(random_params(SEDD), TOKENS)
     with pytest.raises(ValueError, match="sigma_B must be None"):
-        hidden(RADD, RADD.init(jax.random.key(0)), TOKENS, sigma_B=SIGMA)
+        RADD.hidden(random_params(RADD), TOKENS, sigma_B=SIGMA)
 
 
 def test_sigma_features_by_the_formula():
@@ -288,32 +304,34 @@ def test_rotary_turns_half_split_pairs():
 
 @BOTH
 def test_the_network_sees_positions_only_through_their_differences(net):
-    params = random_params(net)
-    positions = jnp.tile(jnp.arange(L)[None], (B, 1))
-    default = raw(net, params, TOKENS, **inputs(net))
-    shifted = raw(net, params, TOKENS, **inputs(net, positions_BL=positions + 50))
-    np.testing.assert_allclose(shifted, default, atol=1e-3)
-    stretched = raw(net, params, TOKENS, **inputs(net, positions_BL=2 * positions))
-    assert float(jnp.abs(stretched - default).max()) > 0.05
+    def at(positions_BL):
+        return raw(net, random_params(net), TOKENS, **inputs(net, positions_BL=positions_BL))
+
+    default = raw(net, random_params(net), TOKENS, **inputs(net))
+    np.testing.assert_allclose(at(POSITIONS), default, atol=1e-4)
+    np.testing.assert_allclose(at(POSITIONS + 50), default, atol=1e-3)
+    assert float(jnp.abs(at(2 * POSITIONS) - default).max()) > 0.05
 
 
 @BOTH
 def test_permuting_tokens_with_their_positions_permutes_the_output(net):
-    params = random_params(net)
     order = np.random.default_rng(0).permutation(L)
-    positions = jnp.tile(jnp.arange(L)[None], (B, 1))
-    default = raw(net, params, TOKENS, **inputs(net))
-    moved = raw(net, params, TOKENS[:, order], **inputs(net, positions_BL=positions[:, order]))
-    np.testing.assert_allclose(moved, default[:, order], atol=1e-4)
-    unplaced = raw(net, params, TOKENS, **inputs(net, positions_BL=0 * positions))
-    moved = raw(net, params, TOKENS[:, order], **inputs(net, positions_BL=0 * positions))
-    np.testing.assert_allclose(moved, unplaced[:, order], atol=1e-4)
+
+    def at(tokens_BL, positions_BL):
+        return raw(net, random_params(net), tokens_BL, **inputs(net, positions_BL=positions_BL))
+
+    for positions in (POSITIONS, 0 * POSITIONS):
+        moved = at(TOKENS[:, order], positions[:, order])
+        np.testing.assert_allclose(moved, at(TOKENS, positions)[:, order], atol=1e-4)
+    assert (
+        float(jnp.abs(at(TOKENS[:, order], POSITIONS) - at(TOKENS, POSITIONS)[:, order]).max())
+        > 1e-2
+    )
 
 
 def test_causal_hidden_states_ignore_the_future():
     params = random_params(RADD)
-    rank_BL = jnp.tile(jnp.arange(L)[None], (B, 1))
-    attend = Attend(rank_q_BL=rank_BL, rank_k_BL=rank_BL)
+    attend = Attend(rank_q_BL=POSITIONS, rank_k_BL=POSITIONS)
     changed = TOKENS.at[:, 6].set((TOKENS[:, 6] + 1) % V)
     before, after = (hidden(RADD, params, x, attend=attend) for x in (TOKENS, changed))
     np.testing.assert_array_equal(before[:, :6], after[:, :6])
@@ -345,9 +363,9 @@ def test_packed_documents_are_as_if_alone():
 
 def test_an_empty_row_has_finite_gradients():
     params = random_params(RADD)
-    rank_BL = jnp.tile(jnp.arange(L)[None], (B, 1))
-    attend = Attend(rank_q_BL=rank_BL, rank_k_BL=rank_BL, strict=True)
-    grads = jax.grad(lambda p: (raw(RADD, p, TOKENS, attend=attend) ** 2).mean())(params)
+    attend = Attend(rank_q_BL=POSITIONS, rank_k_BL=POSITIONS, strict=True)
+    loss = jax.grad(lambda p: (RADD.raw(p, TOKENS, attend=attend) ** 2).mean())
+    grads = jax.jit(loss, compiler_options=QUICK)(params)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(grads))
 
 
@@ -382,4 +400,6 @@ def test_cudnn_head_width_is_checked():
 
 def test_a_kernel_by_name_does_not_get_in_the_way_of_init():
     net = dataclasses.replace(SEDD, attention="splash")
-    assert jax.tree.structure(net.init(jax.random.key(0)))
+    assert jax.eval_shape(net.init, jax.random.key(0)) == jax.eval_shape(
+        SEDD.init, jax.random.key(0)
+    )

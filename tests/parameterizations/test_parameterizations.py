@@ -1,4 +1,4 @@
-"""Reading raw outputs: normalised, certain where revealed, consistent between score and conditional."""
+"""Reading raw outputs: normalised, certain where revealed, score and conditional consistent."""
 
 import jax
 import jax.numpy as jnp

@@ -192,7 +192,9 @@ def test_denoise_is_the_posterior_of_clean_tokens(kind):
         for y in range(3):
             posterior[:, i, y] = weight[clean[:, i] == y].sum(0) / weight.sum(0)
     got = np.exp(
-        np.asarray(world.process.denoise(f32(world.log_score(sigma)), i32(world.states), f32(sigma)))
+        np.asarray(
+            world.process.denoise(f32(world.log_score(sigma)), i32(world.states), f32(sigma))
+        )
     )
     # p(x0_i | xt) is the Tweedie step of that position exactly, all the way to σ = 0.
     np.testing.assert_allclose(got[..., :3], posterior, atol=2e-5)

@@ -1,0 +1,226 @@
+"""Command lines: flags into values, mistakes into one line, and exit codes."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import pytest
+import tyro
+from tiny_run import ROOT
+
+from sedd.cli import parse, parse_config, run, take
+from sedd.components import options
+from sedd.config import Config
+from sedd.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command."""
+
+    where: Path
+    count: int = 1
+    rate: float = 1.0
+    kind: Literal["one", "two"] = "one"
+    quick: bool = False
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A command with a configuration."""
+
+    workdir: Path
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "rest"),
+    [
+        (["--x", "1", "--y"], "1", ["--y"]),
+        (["--y", "--x=1"], "1", ["--y"]),
+        (["--x", "1", "--x", "2"], "2", []),
+        (["--xy", "1", "--x.y", "2"], None, ["--xy", "1", "--x.y", "2"]),
+        (["--x="], "", []),
+    ],
+)
+def test_take(arguments, value, rest):
+    assert take(arguments, "--x") == (value, rest)
+
+
+@pytest.mark.parametrize("arguments", [["--x"], ["--x", "--y"]])
+def test_take_without_a_value(arguments):
+    with pytest.raises(UserError, match="--x needs a value"):
+        take(arguments, "--x")
+
+
+def test_parse():
+    expected = Command(where=Path("a b"), count=3, kind="two", quick=True)
+    arguments = ["--where", "a b", "--count=3", "--kind", "two", "--quick"]
+    assert parse(Command, arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "missing --where PATH; see --help"),
+        ("--were x", "missing --where PATH; unrecognized option --were; see --help"),
+        ("--where x --cuont 3", "unrecognized option --cuont; did you mean --count?"),
+        ("--where x --zzz 3", "unrecognized option --zzz; see --help"),
+        ("--where x y", "unrecognized option y; see --help"),
+        (
+            "--where x --quick true",
+            "unrecognized option true; a switch is written --name or --no-name; see --help",
+        ),
+        ("--where x --count", "--count needs a value (--count=VALUE); see --help"),
+        (
+            "--where x --count 1e3",
+            "--count: not a whole number: '1e3'; expected --count INT; see --help",
+        ),
+        (
+            "--where x --rate fast",
+            "--rate: not a number: 'fast'; expected --rate FLOAT; see --help",
+        ),
+        (
+            "--where x --kind three",
+            "invalid choice 'three' for argument '--kind'. Expected one of ('one', 'two'); "
+            "see --help",
+        ),
+        ("--where x --count 0", "count must be at least 1, got 0; see --help"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, capsys):
+    with pytest.raises(UserError) as caught:
+        parse(Command, arguments.split())
+    assert str(caught.value) == message
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_goes_to_standard_output(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Command, ["--help"])
+    assert stop.value.code == 0
+    assert "--count INT" in capsys.readouterr().out
+
+
+def config_of(*arguments) -> Config:
+    return parse_config(["--workdir", "x", *arguments], Training, "").config
+
+
+def test_flags_override_the_file():
+    config = config_of(
+        "--config", str(ROOT / "configs/quickstart.py"), "--optimizer.learning-rate", "1e-4"
+    )
+    assert (config.optimizer.learning_rate, config.optimizer.beta2) == (1e-4, 0.99)
+    assert config.network.num_layers == 4
+
+
+def test_underscores_and_none():
+    config = config_of("--training.batch_size", "8", "--training.eval-every", "None")
+    assert (config.training.batch_size, config.training.eval_every) == (8, None)
+
+
+def test_components_by_name_and_their_own_flags():
+    config = config_of(
+        *"--process uniform --parameterization score --objective=score_entropy".split(),
+        *"--schedule geometric --schedule.sigma-max 10 --sampler euler --sampler.steps 9".split(),
+    )
+    assert config.process == options("processes", "uniform")
+    assert config.schedule == options("schedules", "geometric", sigma_max=10.0)
+    assert config.sampler == options("samplers", "euler", steps=9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--process unifrom", "--process unifrom: .*did you mean 'uniform'.*absorbing, uniform"),
+        ("--process", "--process needs a value"),
+        ("--schedule cosine --schedule.sigma-max 3", "unrecognized option --schedule.sigma-max"),
+        ("--steps 3", "did you mean .*--training.steps"),
+        ("--optimizer.learning-rate -1", "^optimizer.learning_rate must be positive, got -1.0"),
+        ("--data.length 0", "^data.length must be at least 1, got 0"),
+        ("--seed -1", "^seed must be in"),
+        ("--config=", "--config .*no such file"),
+    ],
+)
+def test_a_mistake_in_the_configuration(arguments, message):
+    with pytest.raises(UserError, match=message):
+        config_of(*arguments.split())
+
+
+def outcome(main, capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    return stop.value.code, *capsys.readouterr()
+
+
+def raising(error):
+    def main(arguments):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: x: No such file\n"),
+        (OSError("strange"), 2, "error: strange\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(error, code, line, capsys, monkeypatch):
+    assert outcome(raising(error), capsys, monkeypatch) == (code, "", line)
+
+
+def test_a_full_device_is_one_line(capsys, monkeypatch):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmuch more")
+    code, _, line = outcome(raising(error), capsys, monkeypatch)
+    assert code == 2
+    assert line.startswith("error: the device's memory is full (RESOURCE_EXHAUSTED: Out of memory.)")
+
+
+def test_success_and_a_returned_code(capsys, monkeypatch):
+    assert outcome(lambda arguments: None, capsys, monkeypatch)[0] == 0
+    assert outcome(lambda arguments: 2, capsys, monkeypatch)[0] == 2
+
+
+def test_debug_shows_the_error_and_is_no_argument(monkeypatch):
+    seen = []
+
+    def main(arguments):
+        seen.extend(arguments)
+        raise UserError("mistake")
+
+    monkeypatch.setattr(sys, "argv", ["command", "--debug", "--x"])
+    with pytest.raises(UserError, match="mistake"):
+        run(main)
+    assert seen == ["--x"]
+
+
+def test_a_bug_is_not_dressed_up(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ZeroDivisionError):
+        run(lambda arguments: 1 // 0)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = "from sedd.cli import run\nrun(lambda a: [print('x' * 99) for _ in range(9999)] and 0)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

@@ -1,0 +1,167 @@
+"""The configuration: through JSON and back, what it refuses, and how two of them differ."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny_run import ROOT
+
+from sedd.components import options
+from sedd.config import (
+    RESUMABLE,
+    Config,
+    DataOptions,
+    EvaluationOptions,
+    TrainingOptions,
+    default_cache_dir,
+    differences,
+    load_config,
+    with_component,
+)
+from sedd.errors import UserError
+
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_json_round_trip(path):
+    config = load_config(path)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "the file must be an object"),
+        ({"trainign": {}}, "unknown field trainign; did you mean 'training'"),
+        ({"training": {"stpes": 3}}, "unknown field training.stpes; did you mean 'steps'"),
+        ({"training": 3}, "training must be an object, got 3"),
+        ({"training": {"steps": "3"}}, "training.steps must be int, got '3'"),
+        ({"training": {"steps": True}}, "training.steps must be int, got True"),
+        ({"training": {"steps": 2.5}}, "training.steps must be int, got 2.5"),
+        ({"training": {"eval_every": "x"}}, r"training.eval_every must be int \| None, got 'x'"),
+        ({"training": {"steps": 0}}, "training.steps must be at least 1, got 0"),
+        ({"data": {"wrap": "no"}}, "data.wrap must be bool, got 'no'"),
+        ({"optimizer": {"name": "adam"}}, "optimizer.name must be one of adamw, sgd, got 'adam'"),
+        ({"process": "uniform"}, "process must be an object with a name"),
+        ({"process": {"name": 3}}, "process must be an object with a name"),
+        ({"process": {"name": "unifrom"}}, "'unifrom'; did you mean 'uniform'"),
+        ({"network": {"name": "ddit", "layers": 3}}, "no option 'layers'"),
+        ({"network": {"name": "ddit", "num_layers": "3"}}, "network.num_layers must be int"),
+        ({"network": {"name": "ddit", "dtype": "f4"}}, "dtype must be one of float32, bfloat16"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+    ],
+)
+def test_json_that_does_not_fit(data, message):
+    with pytest.raises(UserError, match=message):
+        Config.from_json(data)
+
+
+def test_a_whole_number_is_a_float():
+    assert Config.from_json({"optimizer": {"learning_rate": 1}}).optimizer.learning_rate == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataOptions(length=0),
+        lambda: TrainingOptions(steps=0),
+        lambda: TrainingOptions(batch_size=0),
+        lambda: TrainingOptions(accumulate=0),
+        lambda: TrainingOptions(keep=0),
+        lambda: TrainingOptions(log_every=0),
+        lambda: TrainingOptions(eval_every=-5),
+        lambda: EvaluationOptions(draws=6),
+        lambda: EvaluationOptions(draws=0),
+        lambda: EvaluationOptions(max_sequences=0),
+        lambda: Config(seed=2**32),
+    ],
+)
+def test_values_out_of_range(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_no_validation_is_none():
+    assert TrainingOptions(eval_every=None).cadence.eval_every is None
+
+
+def changed(config: Config, path: str, value) -> Config:
+    section, _, name = path.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    part = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: part})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 1),
+        ("data.corpus", "stdlib"),
+        ("data.length", 64),
+        ("data.wrap", False),
+        ("network.dropout", 0.5),
+        ("optimizer.learning_rate", 1.0),
+        ("training.batch_size", 4),
+        ("training.stratified", False),
+    ],
+)
+def test_differences_name_what_departs(path, value):
+    before = Config()
+    found = differences(before, changed(before, path, value))
+    assert len(found) == 1
+    assert found[0].startswith(f"{path} is ")
+    assert found[0].endswith(f"and {json.dumps(value)} here")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("aim", "x"),
+        ("data.cache_dir", "x"),
+        ("training.steps", 7),
+        ("training.log_every", 7),
+        ("training.eval_every", None),
+        ("training.sample_every", 7),
+        ("training.checkpoint_every", 7),
+        ("training.keep", 7),
+        ("training.wandb", "x"),
+        ("evaluation.draws", 8),
+        ("sampler.steps", 7),
+        ("sampler", options("samplers", "euler")),
+    ],
+)
+def test_what_may_change_is_no_difference(path, value):
+    assert any(path == allowed or path.startswith(f"{allowed}.") for allowed in RESUMABLE)
+    assert differences(Config(), changed(Config(), path, value)) == []
+
+
+def test_another_component_is_a_difference():
+    found = differences(Config(), with_component(Config(), "process", "uniform"))
+    assert found == ['process.name is "absorbing" there and "uniform" here']
+
+
+def test_with_component_keeps_shared_options_that_were_chosen():
+    config = Config(sampler=options("samplers", "tweedie", steps=7))
+    assert with_component(config, "sampler", "euler").sampler == options(
+        "samplers", "euler", steps=7
+    )
+    config = Config(schedule=options("schedules", "polynomial", clamp=1e-3, power=3.0))
+    assert with_component(config, "schedule", "cosine").schedule == options(
+        "schedules", "cosine", clamp=1e-3
+    )
+
+
+def test_with_component_takes_the_new_defaults_for_what_was_not_chosen():
+    # Both have time_independent, each with the only default that works for most of its objectives.
+    scored = with_component(Config(), "parameterization", "score")
+    assert with_component(scored, "parameterization", "conditional") == Config()
+
+
+def test_the_cache_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("SEDD_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == "/somewhere/sedd"
+    monkeypatch.setenv("SEDD_CACHE", "/elsewhere")
+    assert DataOptions().cache_dir == "/elsewhere"

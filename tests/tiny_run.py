@@ -1,0 +1,111 @@
+"""A run's directory without a training run, and the commands called in this process."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import random
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sedd.build import build_parts
+from sedd.cli import run
+from sedd.components import options
+from sedd.config import Config, DataOptions
+from sedd.data.tokenizers import Characters
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.optimizer import make_optimizer
+from sedd.training.state import init_state
+
+ROOT = Path(__file__).parents[1]
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz.{}:"
+TOKENIZER = Characters.of("characters", ALPHABET, eos=True)
+NETWORK = options(
+    "networks", "ddit", hidden_dim=16, num_layers=1, num_heads=2, condition_dim=8, dropout=0.0
+)
+TINY = (
+    "--network.hidden-dim 16 --network.num-layers 1 --network.num-heads 2 "
+    "--network.condition-dim 8 --network.dropout 0.0 --data.length 16 --training.batch-size 8"
+).split()
+
+if str(ROOT) not in sys.path:  # where the commands are
+    sys.path.insert(0, str(ROOT))
+
+
+def text(words: int = 2000, seed: int = 0) -> str:
+    """Lines of words without much sense."""
+    draw = random.Random(seed)
+    known = "the cat sat on a mat and saw my dog run far away from here".split()
+    lines = (" ".join(draw.choice(known) for _ in range(10)) for _ in range(words // 10))
+    return ".\n".join(lines) + ".\n"
+
+
+def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> Config:
+    """The smallest model: absorbing "radd" or "sedd", or "uniform" SEDD."""
+    score = kind != "radd"
+    return Config(
+        data=DataOptions(corpus=corpus, length=length),
+        process=options("processes", "uniform" if kind == "uniform" else "absorbing"),
+        parameterization=options("parameterizations", "score" if score else "conditional"),
+        objective=options("objectives", "score_entropy" if score else "lambda_dce"),
+        network=NETWORK,
+        sampler=options("samplers", "tweedie", steps=4),
+    )
+
+
+def make_run(directory: Path, config: Config, *, steps=(4,), metric: float | None = 1.0) -> Path:
+    """What ``train.py`` leaves, with random weights."""
+    parts = build_parts(config, TOKENIZER.num_tokens)
+    params = jax.jit(parts.network.init)(jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(params)
+    noise = np.random.default_rng(0)
+    leaves = [leaf + 0.3 * noise.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    state = init_state(parts.network, optimizer, 0, params=treedef.unflatten(leaves))
+    checkpoints = Checkpoints(directory / "checkpoints")
+    for step in steps:
+        state = dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
+        checkpoints.save(state, data={}, pending={}, metric=metric)
+    checkpoints.close()
+    (directory / "config.json").write_text(json.dumps(config.to_json()))
+    (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER.to_json()))
+    return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The ``error: …`` lines; whatever is not a line of the project's own fails here."""
+        lines = self.err.splitlines()
+        assert all(line.startswith(("error: ", "warning: ", "note: ")) for line in lines), self.err
+        return [line for line in lines if line.startswith("error: ")]
+
+
+def call(name: str, *arguments: object) -> Outcome:
+    """``python NAME.py ARGUMENTS`` in this process."""
+    command = importlib.import_module(name)
+    out, err = io.StringIO(), io.StringIO()
+    argv = [f"{name}.py", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run(command.main)
+        except SystemExit as stop:
+            return Outcome(int(stop.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError("a command ends by exiting")
