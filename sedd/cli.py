@@ -97,8 +97,11 @@ def parse(
 
 def one_line(boxes: str) -> str:
     """The first complaint of tyro's boxes, and its suggestion."""
+    boxes = re.sub(r"\x1b\[[0-9;]*m", "", boxes)  # colours, where standard output is a terminal
     lines = [re.sub(r"^[│┃|]|[│┃|]$", "", line.strip()).strip() for line in boxes.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"^[╭╰─┌└━]", line)]
+    lines = [line for line in lines if line and not re.match(r"^[╭╰─┌└━]|-{3,}$", line)]
+    if "╭" not in boxes:
+        lines = lines[1:]  # a box's title, where the terminal's encoding has no borders to hold it
     if not lines:
         return "the command line could not be read; see --help"
     message = lines[0]
@@ -119,16 +122,16 @@ def one_line(boxes: str) -> str:
         if argument and len(argument.split()) > 1:
             message += f"; expected {argument}"
     elif message.startswith("Missing from"):
-        unknown = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else None
-        required = [line for line in lines[1:unknown] if line.startswith("--")]
+        end = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else None
+        required = [line for line in lines[1:end] if line.startswith("--")]
         message = f"missing {', '.join(required)}"
-        if unknown is not None:
-            message += f"; unrecognized option {lines[unknown + 1]}"
+        if end is not None:
+            message += f"; unrecognized option {lines[end + 1]}"
     message = re.sub(r"^config\.(\w+): (?:\1\.)?", r"\1.", message)
     message = re.sub(
         r"^Missing value for argument '(.*?)'.*", r"\1 needs a value (\1=VALUE)", message
     )
-    message = re.sub(r"^(?:config|\w+Command): ", "", message)
+    message = re.sub(r"^(?:config|\w*Command): ", "", message)
     if suggestions:
         return f"{message}; did you mean {' or '.join(suggestions)}?"
     return f"{message.rstrip('.')}; see --help"

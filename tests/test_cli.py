@@ -1,6 +1,8 @@
 """Command lines: flags into values, mistakes into one line, and exit codes."""
 
 import dataclasses
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +102,23 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
         parse(Command, arguments.split())
     assert str(caught.value) == message
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_is_one_line_on_a_terminal():
+    ours, theirs = pty.openpty()
+    program = "from test_cli import *\nrun(lambda arguments: parse(Command, arguments))"
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--where", "x", "--cuont", "3"],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT / "tests",
+        check=False,
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert result.stderr == "error: unrecognized option --cuont; did you mean --count?\n"
+    assert result.returncode == 2
 
 
 def test_help_goes_to_standard_output(capsys):

@@ -23,6 +23,9 @@ FORMS = {
     "packed causal": Attend(rank_q_BL=ORDER, rank_k_BL=ORDER, segment_BL=SEGMENT),
 }
 
+# These tests compile much and run little.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 def draw_qkv(length=L, width=K, dtype=jnp.float32, heads=H):
     keys = jax.random.split(jax.random.key(0), 3)
@@ -41,6 +44,11 @@ def sees(attend, b, i, j):
     return rank_k < rank_q if attend.strict else rank_k <= rank_q
 
 
+@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+def run(qkv, attend, backend):
+    return attention(*qkv, attend, backend=backend)
+
+
 def by_definition(q, k, v, attend):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
@@ -52,17 +60,16 @@ def by_definition(q, k, v, attend):
     return out
 
 
-@pytest.mark.parametrize("backend", ["auto", "einsum", "xla"])
+@pytest.mark.parametrize("backend", ["einsum", "xla"])
 @pytest.mark.parametrize("form", FORMS)
 def test_is_the_softmax_over_what_is_seen(form, backend):
-    q, k, v = draw_qkv()
-    out = attention(q, k, v, FORMS[form], backend=backend)
-    np.testing.assert_allclose(out, by_definition(q, k, v, FORMS[form]), atol=1e-6)
+    out = run(draw_qkv(), FORMS[form], backend)
+    np.testing.assert_allclose(out, by_definition(*draw_qkv(), FORMS[form]), atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_backends_have_the_same_gradients(form):
-    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
     def grads(qkv, backend):
         return jax.grad(lambda qkv: (attention(*qkv, FORMS[form], backend=backend) ** 2).sum())(qkv)
 
@@ -80,15 +87,16 @@ def test_a_query_that_sees_nothing_gets_zero_and_a_zero_gradient(backend, dtype)
     first = np.argmin(SHUFFLED, axis=1)
     qkv = draw_qkv(dtype=dtype)
 
-    @jax.jit
-    def out(qkv):
-        return attention(*qkv, FORMS["strictly before"], backend=backend)
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+    def loss_and_grads(weight_BL, qkv):
+        out = attention(*qkv, FORMS["strictly before"], backend=backend).astype(jnp.float32)
+        return (weight_BL[:, :, None, None] * out).sum(), out
 
-    empty = out(qkv)[np.arange(B), first]
-    np.testing.assert_array_equal(empty.astype(jnp.float32), 0)
-    grads = jax.grad(lambda qkv: (out(qkv).astype(jnp.float32) ** 2).sum())(qkv)
-    assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
-    of_empty = jax.grad(lambda qkv: out(qkv)[np.arange(B), first].astype(jnp.float32).sum())(qkv)
+    (_, out), grads = loss_and_grads(jnp.ones((B, L)), qkv)
+    np.testing.assert_array_equal(out[np.arange(B), first], 0)
+    assert all(bool(jnp.isfinite(grad).all()) and bool(grad.any()) for grad in grads)
+    _, of_empty = loss_and_grads(jnp.zeros((B, L)).at[np.arange(B), first].set(1), qkv)
     assert not any(bool(grad.any()) for grad in of_empty)
 
 
@@ -97,7 +105,7 @@ def test_nothing_leaks_from_the_future(backend):
     def out(k, v):
         return attention(draw_qkv()[0], k, v, FORMS["causal"], backend=backend)[0, :, 0, 0]
 
-    for jacobian in jax.jit(jax.jacobian(out, (0, 1)))(*draw_qkv()[1:]):
+    for jacobian in jax.jit(jax.jacobian(out, (0, 1)), compiler_options=QUICK)(*draw_qkv()[1:]):
         influence = np.abs(jacobian[:, 0]).sum((-1, -2))  # [query, key]
         np.testing.assert_array_equal(np.triu(influence, 1), 0)
         assert (np.tril(influence)[1:] > 0).sum() == L * (L + 1) // 2 - 1
@@ -108,12 +116,12 @@ def test_nothing_leaks_from_the_future(backend):
 def test_the_softmax_is_in_float32(backend):
     """512 equal keys and one slightly better: bfloat16 weights would sum to 2 or more."""
     zeros = jnp.zeros((1, 512, 1, 8), jnp.bfloat16)
-    out = attention(zeros, zeros, zeros + 1, backend=backend)
+    out = run((zeros, zeros, zeros + 1), None, backend)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=1e-2)
     q, k, v = draw_qkv()
     exact = by_definition(4 * q, k, v, None)
-    low = attention(*(x.astype(jnp.bfloat16) for x in (4 * q, k, v)), backend=backend)
+    low = run(tuple(x.astype(jnp.bfloat16) for x in (4 * q, k, v)), None, backend)
     np.testing.assert_allclose(low.astype(jnp.float32), exact, atol=0.1)
 
 
@@ -124,13 +132,14 @@ def test_splash_interpreted_equals_einsum(form):
     attend = None if form == "everything" else Attend(segment_BL=np.repeat(SEGMENT, 22, 1)[:, :256])
 
     def loss(qkv, splash):
-        run = module._splash if splash else attention
-        options = {"interpret": True} if splash else {"backend": "einsum"}
-        return (run(*qkv, attend, **options) ** 2).sum()
+        if splash:
+            out = module._splash(*qkv, attend, interpret=True)
+        else:
+            out = attention(*qkv, attend, backend="einsum")
+        return (out**2).sum()
 
-    (ours, our_grads), (theirs, their_grads) = (
-        jax.jit(jax.value_and_grad(loss), static_argnums=1)(qkv, splash) for splash in (True, False)
-    )
+    grads = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=QUICK)
+    (ours, our_grads), (theirs, their_grads) = (grads(qkv, splash) for splash in (True, False))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     for a, b in zip(our_grads, their_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -19,7 +19,7 @@ def test_the_tail_of_a_zipf_distribution_has_its_mass():
     tail = probs[10_000:].sum()
     log_probs = jnp.asarray(np.log(probs), jnp.float32)
     draw = jax.jit(lambda key: categorical(key, jnp.broadcast_to(log_probs, (250, VOCABULARY))))
-    drawn = np.concatenate([draw(key) for key in oracle.keys(0, 16)])
+    drawn = np.concatenate([draw(key) for key in oracle.keys(0, 5)])
     assert stats.binomtest(int((drawn >= 10_000).sum()), drawn.size, tail).pvalue > 1e-4
     assert stats.binomtest(int((drawn == 0).sum()), drawn.size, probs[0]).pvalue > 1e-4
 
@@ -40,17 +40,17 @@ def test_unlikely_tokens_are_drawn_as_often_as_they_should():
     assert stats.binomtest(drawn, total, 1e-6).pvalue > 1e-4
 
 
-def noise_floor(mode):
-    """The least and the largest Gumbel noise that the mode can make, from the bits themselves."""
-    noise = jax.random.gumbel(jax.random.key(2), (2**22,), mode=mode)
-    return float(noise.max()), len(np.unique(np.asarray(noise)))
+def test_control_the_default_noise_is_coarser():
+    """Its 2^23 values collide in a million draws, and their step is the 1e-7 that cuts the tail.
 
-
-def test_control_the_default_mode_is_coarser():
-    """The default has 2^23 values at most, so 4 million draws of it collide far more often."""
-    _, low = noise_floor("low")
-    _, high = noise_floor("high")
-    assert high > low
+    To see a tail cut off takes 1e9 draws: this looks at the noise itself.
+    """
+    distinct = [
+        len(np.unique(jax.random.gumbel(jax.random.key(2), (2**20,), mode=mode))) / 2**20
+        for mode in ("low", "high")
+    ]
+    print("\ndistinct values among 2^20 draws, low and high:", distinct)
+    assert distinct[0] < 0.95 < distinct[1]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -80,9 +80,7 @@ def test_leap_clips_and_renormalises():
 
 def test_leap_leaves_even_where_the_own_entry_is_clipped_to_nothing():
     probs = oracle.f32([3.0, 1.0, -2.0])
-    drawn = leap(
-        jax.random.key(6), i32(np.full(10_000, 2)), jnp.broadcast_to(probs, (10_000, 3))
-    )
+    drawn = leap(jax.random.key(6), i32(np.full(10_000, 2)), jnp.broadcast_to(probs, (10_000, 3)))
     law = np.array([0.75, 0.25, 0.0])
     assert oracle.chi_square_p(np.bincount(drawn, minlength=3), law) > 1e-4
 

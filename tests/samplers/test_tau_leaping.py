@@ -27,17 +27,15 @@ def world(kind):
 
 @functools.cache
 def exact_law(kind, noise, rule, steps, fixed=None):
-    return oracle.tau_leaping_law(
-        world(kind), oracle.SCHEDULES[noise], steps, rule, fixed=fixed
-    )
+    return oracle.tau_leaping_law(world(kind), oracle.SCHEDULES[noise], steps, rule, fixed=fixed)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "trace"))
-def sample(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace=False):
+def sample(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace=True):
     return sampler(denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
 
 
-def draw(sampler, denoiser, count, *, seed=0, fixed=None, trace=False):
+def draw(sampler, denoiser, count, *, seed=0, fixed=None, trace=True):
     fixed = np.full(L, -1) if fixed is None else np.asarray(fixed)
     tokens_BL = i32(np.broadcast_to(np.maximum(fixed, 0), (count, L)))
     fixed_BL = jnp.asarray(np.broadcast_to(fixed >= 0, (count, L)))
@@ -57,9 +55,7 @@ def step_probs(kind, noise, rule, t, s):
     if rule == "euler":
         exact = oracle.euler_probs(np.exp(log_score), here.states, kind, (t - s) * rate(t))
     else:
-        exact = oracle.tweedie_probs(
-            np.exp(log_score), here.states, kind, sigma(t) - sigma(s)
-        )
+        exact = oracle.tweedie_probs(np.exp(log_score), here.states, kind, sigma(t) - sigma(s))
     return (oracle.clip_normalise(np.asarray(p, np.float64)) for p in (got, exact))
 
 
@@ -84,14 +80,15 @@ def test_draws_follow_the_enumerated_law(kind, noise, rule):
     assert oracle.chi_square_p(counts, world(kind).clean_law()) < 1e-4
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("kind", oracle.PROCESSES)
-def test_few_steps_from_late_noise(kind, steps):
-    """Δσ up to 20: a float32 form that cancels reveals everything at once, or nothing."""
-    sampler = Tweedie(schedule=Geometric(), steps=steps)
-    tokens_BL = draw(sampler, world(kind).score_denoiser(), DRAWS, seed=12).tokens_BL
-    law = exact_law(kind, "geometric", "tweedie", steps)
-    assert oracle.chi_square_p(counts_of(tokens_BL, world(kind).V), law) > 1e-4
+def test_few_steps_from_late_noise():
+    """Δσ near 20: a float32 form that cancels reveals everything at once, or nothing.
+
+    Not so on a uniform process: there e^Δσ multiplies the rounding of the network's own output.
+    """
+    sampler = Tweedie(schedule=Geometric(), steps=2)
+    tokens_BL = draw(sampler, world("absorbing").score_denoiser(), DRAWS, seed=12).tokens_BL
+    law = exact_law("absorbing", "geometric", "tweedie", 2)
+    assert oracle.chi_square_p(counts_of(tokens_BL, N + 1), law) > 1e-4
 
 
 def test_euler_and_tweedie_are_one_law_under_absorbing_log_linear():
@@ -135,7 +132,7 @@ FIXED = (-1, 2, -1, 0)
 def test_clamped_draws_follow_their_enumerated_law(kind, noise, rule):
     """The law of clamped leaps: the product kernel with the clamped positions held."""
     sampler = RULES[rule](schedule=NOISE[noise], steps=8)
-    samples = draw(sampler, world(kind).score_denoiser(), DRAWS, seed=6, fixed=FIXED, trace=True)
+    samples = draw(sampler, world(kind).score_denoiser(), DRAWS, seed=6, fixed=FIXED)
     tokens_BL = np.asarray(samples.tokens_BL)
     held = np.asarray(FIXED) >= 0
     frames_TBL = np.asarray(samples.trace_TBL)
@@ -185,10 +182,10 @@ def test_infilling_on_a_uniform_process_is_only_approximate():
 def test_calls_and_trace(kind, rule):
     sampler = RULES[rule](schedule=LogLinear(), steps=5)
     denoiser = world(kind).score_denoiser()
-    samples = draw(sampler, denoiser, 6, trace=True)
+    samples = draw(sampler, denoiser, 16)
     np.testing.assert_array_equal(samples.calls_B, 6)
     frames_TBL = np.asarray(samples.trace_TBL)
-    assert frames_TBL.shape == (7, 6, L)
+    assert frames_TBL.shape == (7, 16, L)
     np.testing.assert_array_equal(frames_TBL[-1], samples.tokens_BL)
     if kind == "absorbing":
         assert (frames_TBL[0] == N).all()
@@ -196,25 +193,35 @@ def test_calls_and_trace(kind, rule):
         assert (revealed[1:] | ~revealed[:-1]).all()  # once revealed, always revealed
         same = np.where(revealed[:-1], frames_TBL[1:] == frames_TBL[:-1], True)
         assert same.all()
-    plain = draw(sampler, denoiser, 6)
+
+
+def test_the_trace_changes_no_draw():
+    sampler = Tweedie(schedule=LogLinear(), steps=5)
+    plain, traced = (
+        draw(sampler, world("absorbing").score_denoiser(), 16, trace=t) for t in (False, True)
+    )
     assert plain.trace_TBL is None
-    np.testing.assert_array_equal(plain.tokens_BL, samples.tokens_BL)
+    np.testing.assert_array_equal(plain.tokens_BL, traced.tokens_BL)
 
 
 @pytest.mark.parametrize("kind", oracle.PROCESSES)
 def test_a_draw_belongs_to_its_key(kind):
     """Not to its place in the batch, nor to the other requests."""
     sampler = Tweedie(schedule=LogLinear(), steps=5)
+    tokens_BL, free_BL = jnp.zeros((16, L), jnp.int32), jnp.zeros((16, L), bool)
+    order = np.random.default_rng(0).permutation(16)
     denoiser = world(kind).score_denoiser()
-    all_keys, clean = keys(1, 8), jnp.zeros((8, L), jnp.int32)
-    whole = sampler(denoiser, all_keys, clean, clean > 0).tokens_BL
-    part = sampler(denoiser, all_keys[3:5], clean[3:5], clean[3:5] > 0).tokens_BL
-    np.testing.assert_array_equal(whole[3:5], part)
+    a, b = (
+        sample(sampler, denoiser, k, tokens_BL, free_BL).tokens_BL
+        for k in (keys(1, 16), keys(1, 16)[order])
+    )
+    assert len(np.unique(a, axis=0)) > 5
+    np.testing.assert_array_equal(a[order], b)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_clamp_differs_by_request(rule):
-    sampler = RULES[rule](schedule=LogLinear(), steps=4)
+    sampler = RULES[rule](schedule=LogLinear(), steps=5)
     tokens_BL = i32(np.random.default_rng(0).integers(0, N, (16, L)))
     fixed_BL = jnp.asarray(np.random.default_rng(1).random((16, L)) < 0.5)
     for kind in oracle.PROCESSES:
