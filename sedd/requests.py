@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.model import Model, sample
 from sedd.samplers.base import Sampler
+
+FIELD_TYPES = {  # of a line's fields
+    "id": ((str, int), "a string or a whole number"),
+    "prompt": (str, "a string"),
+    "suffix": (str, "a string"),
+    "infill": ((str, type(None)), "a string"),
+    "length": ((int, type(None)), "a whole number"),
+    "seed": (int, "a whole number"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +39,7 @@ class Request:
     seed: int = 0
 
     def __post_init__(self):
-        for name, kinds, wanted in (
-            ("id", (str, int), "a string or a whole number"),
-            ("prompt", str, "a string"),
-            ("suffix", str, "a string"),
-            ("infill", (str, type(None)), "a string"),
-            ("length", (int, type(None)), "a whole number"),
-            ("seed", int, "a whole number"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise UserError(f"{name} must be {wanted}, got {json.dumps(value)}")
+        for name, value in vars(self).items():
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
                 raise UserError(f"{name} is not text: it has no UTF-8")
         if self.length is not None and not 1 <= self.length <= MAX_LENGTH:
@@ -91,12 +90,15 @@ def _parse(line: str, number: int) -> Request:
         raise UserError(f"not JSON ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"a request must be an object, got {line.strip()[:40]}")
-    known = [field.name for field in fields(Request)]
     for key in data:
-        if key not in known:
+        if key not in FIELD_TYPES:
             raise UserError(
-                f"unknown field {key!r}{did_you_mean(key, known)}; it has {', '.join(known)}"
+                f"unknown field {key!r}{did_you_mean(key, FIELD_TYPES)}; "
+                f"it has {', '.join(FIELD_TYPES)}"
             )
+        kinds, wanted = FIELD_TYPES[key]
+        if not isinstance(data[key], kinds) or isinstance(data[key], bool):
+            raise UserError(f"{key} must be {wanted}, got {json.dumps(data[key])}")
     return Request(**{"id": number, **data})
 
 

@@ -15,10 +15,16 @@ natural and losses are in nats. A log score is ``s[i, y] = log p_t(xt with y at 
 ``y = xt[i]``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jax import Array
+import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Shaped
+
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    Array = jax.Array | np.ndarray  # callers may pass either
 
 Params = Any  # the nested dictionary of arrays that a network was initialised with
 

@@ -241,6 +241,8 @@ class ExactScoreNetwork(_Direct):
             rows.reshape(index_BLV.shape)
             - jnp.take_along_axis(log_p_BS, own_B[:, None], 1)[..., None]
         )
+        if "shift" in params:  # a distortion [V^L, L, V]
+            log_score += params["shift"][own_B]
         if absorbing:
             log_score += (jnp.log(jnp.expm1(sigma_B)) + math.log(num_tokens))[:, None, None]
         return log_score

@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sedd.build import build_parts
 from sedd.cli import run
@@ -29,10 +30,12 @@ TOKENIZER = Characters.of("characters", ALPHABET, eos=True)
 NETWORK = options(
     "networks", "ddit", hidden_dim=16, num_layers=1, num_heads=2, condition_dim=8, dropout=0.0
 )
-TINY = (
-    "--network.hidden-dim 16 --network.num-layers 1 --network.num-heads 2 "
-    "--network.condition-dim 8 --network.dropout 0.0 --data.length 16 --training.batch-size 8"
-).split()
+TINY = [
+    *("--network.hidden-dim", "16", "--network.num-layers", "1", "--network.num-heads", "2"),
+    *("--network.condition-dim", "8", "--network.dropout", "0"),
+    *("--data.length", "12", "--training.batch-size", "8"),
+]
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "my", "dog", "run", "far", "away"]
 
 if str(ROOT) not in sys.path:  # where the commands are
     sys.path.insert(0, str(ROOT))
@@ -41,8 +44,7 @@ if str(ROOT) not in sys.path:  # where the commands are
 def text(words: int = 2000, seed: int = 0) -> str:
     """Lines of words without much sense."""
     draw = random.Random(seed)
-    known = "the cat sat on a mat and saw my dog run far away from here".split()
-    lines = (" ".join(draw.choice(known) for _ in range(10)) for _ in range(words // 10))
+    lines = (" ".join(draw.choice(WORDS) for _ in range(10)) for _ in range(words // 10))
     return ".\n".join(lines) + ".\n"
 
 
@@ -65,7 +67,7 @@ def make_run(directory: Path, config: Config, *, steps=(4,), metric: float | Non
     params = jax.jit(parts.network.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)
     noise = np.random.default_rng(0)
-    leaves = [leaf + 0.3 * noise.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    leaves = [leaf + 0.1 * noise.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     state = init_state(parts.network, optimizer, 0, params=treedef.unflatten(leaves))
     checkpoints = Checkpoints(directory / "checkpoints")
@@ -76,6 +78,22 @@ def make_run(directory: Path, config: Config, *, steps=(4,), metric: float | Non
     (directory / "config.json").write_text(json.dumps(config.to_json()))
     (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER.to_json()))
     return directory
+
+
+def truncate(folder: Path) -> None:
+    """Cut the largest file somewhere under ``folder`` in two, and lose the second half."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly(tmp_path_factory):
+    """Tiny programs take longer to compile than to run; import it where that is so."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,7 @@ class _Trunk(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
             length=net.num_layers,
         )
-        layers = jnp.arange(net.num_layers, dtype=jnp.uint32)
+        layers = jnp.arange(net.num_layers, dtype=jnp.int32)
         x_BLD, _ = blocks(net, name="blocks")(
             x_BLD, layers, condition_BC, rotation_BL1K, attend, keys_B
         )
@@ -203,10 +203,12 @@ class _Norm(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, shift_B1D, scale_B1D):
         width = x_BLD.shape[-1:]
-        weight_D = self.param("scale", nn.initializers.ones, width)
+        weight_D = self.param("scale", nn.initializers.ones, width, jnp.float32)
         bias_D = None
         if self.use_bias:
-            bias_D = self.param("bias", nn.initializers.ones, width)  # ones: so in RADD's code
+            bias_D = self.param(
+                "bias", nn.initializers.ones, width, jnp.float32
+            )  # ones: so in RADD's code
         return normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D)
 
 
@@ -244,7 +246,7 @@ class _SigmaMap(nn.Module):
         return features_BF
 
 
-def sigma_features(sigma_B: Float[Array, "B"]) -> Float[Array, "B 2*F"]:
+def sigma_features(sigma_B: Float[Array, "B"]) -> Float[Array, "B F"]:
     """cos, then sin, of σ·10⁴^(-k/128) for k = 0..127; σ is the total noise itself, not its log."""
     k_F = jnp.arange(SIGMA_FREQUENCIES, dtype=jnp.float32)
     phase_BF = sigma_B[:, None] * jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)[None]
@@ -253,7 +255,7 @@ def sigma_features(sigma_B: Float[Array, "B"]) -> Float[Array, "B 2*F"]:
 
 def rotary(
     positions_BL: Int[Array, "B L"], head_dim: int
-) -> tuple[Float[Array, "B L 1 K/2"], Float[Array, "B L 1 K/2"]]:
+) -> tuple[Float[Array, "B L 1 F"], Float[Array, "B L 1 F"]]:
     """cos and sin of the phases of the channel pairs (k, k + K/2), in float32."""
     k_F = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     phase_BLF = positions_BL.astype(jnp.float32)[:, :, None] * (ROTARY_BASE**-k_F)[None, None]

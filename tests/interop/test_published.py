@@ -16,6 +16,9 @@ from sedd.interop.published import at_constant_sigma, load_published
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 2e-5
 
+# These tests compile much and run little.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 def raw(published, x, sigma=None):
     net = published.network
@@ -23,7 +26,7 @@ def raw(published, x, sigma=None):
     return np.array(run(net, published.params, jnp.asarray(x, jnp.int32), sigma_B))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def run(net, params, x, sigma_B):
     return net.raw(params, x, sigma_B=sigma_B)
 

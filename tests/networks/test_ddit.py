@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 
@@ -33,7 +34,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 @functools.cache
 def fresh_params(net):
-    return net.init(jax.random.key(0))
+    return jax.jit(net.init, compiler_options=QUICK)(jax.random.key(0))
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def test_raw_is_the_head_on_hidden(net):
     np.testing.assert_allclose(picked, raw_BLV[1, 2:4], atol=1e-5)
 
 
-@pytest.mark.parametrize(("net", "num_layers"), [(SEDD, 1), (SEDD, 4), (RADD, 3)])
+@pytest.mark.parametrize(("net", "num_layers"), [(SEDD, 4), (RADD, 1)])
 def test_the_scan_is_the_loop_over_layers(net, num_layers):
     net = dataclasses.replace(net, num_layers=num_layers)
     trunk = random_params(net)["trunk"]
@@ -174,13 +175,13 @@ def test_the_program_does_not_grow_with_depth():
 def test_remat_has_the_same_gradients():
     def grads(net):
         def loss(params):
-            raw_BLV = net.raw(params, TOKENS, sigma_B=SIGMA, keys_B=KEYS)
+            raw_BLV = net.raw(params, TOKENS, keys_B=KEYS)
             return jax.nn.logsumexp(raw_BLV, axis=-1).sum()
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(random_params(SEDD))
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(random_params(RADD))
 
-    recomputed = grads(dataclasses.replace(SEDD, remat=True))
-    for a, b in zip(*map(jax.tree.leaves, (grads(SEDD), recomputed)), strict=True):
+    recomputed = grads(dataclasses.replace(RADD, remat=True))
+    for a, b in zip(*map(jax.tree.leaves, (grads(RADD), recomputed)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -189,11 +190,11 @@ def test_dropout_keeps_the_mean():
     rate = 0.3
     keys = jax.random.split(jax.random.key(3), 512)
     ones = jax.jit(lambda index: drop(jnp.ones((512, 96, 5)), keys, index, rate))
-    dropped = ones(jnp.uint32(7))
+    dropped = ones(jnp.int32(7))
     error = 4 * np.sqrt(rate / (1 - rate) / dropped.size)
     assert abs(float(dropped.mean()) - 1) < error
     np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=1e-6)
-    other = ones(jnp.uint32(8))
+    other = ones(jnp.int32(8))
     agree = float(((dropped > 0) == (other > 0)).mean())
     chance = rate**2 + (1 - rate) ** 2
     assert abs(agree - chance) < 4 * np.sqrt(chance * (1 - chance) / dropped.size)
@@ -387,8 +388,10 @@ def test_an_empty_row_has_finite_gradients():
     ],
 )
 def test_fields_are_checked(field, value, words):
+    net = copy.copy(SEDD)
+    object.__setattr__(net, field, value)  # what no type checker would let through
     with pytest.raises(ValueError, match=words) as error:
-        dataclasses.replace(SEDD, **{field: value})
+        net.__post_init__()
     assert "\n" not in str(error.value)
 
 

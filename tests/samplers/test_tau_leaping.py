@@ -1,6 +1,7 @@
 """τ-leaping samplers against their own finite-step laws, enumerated over all V^L states."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def test_the_error_halves_as_the_steps_double(kind, noise, rule):
 
 @pytest.mark.slow
 def test_many_steps_draw_from_the_joint():
-    sampler = Tweedie(schedule=LogLinear(), steps=1024)
+    sampler = Tweedie(schedule=LogLinear(), steps=256)
     oracle_world = world("absorbing")
     tokens_BL = draw(sampler, oracle_world.conditional_denoiser(), 4000, seed=5).tokens_BL
     counts = counts_of(tokens_BL, oracle_world.V)
@@ -160,18 +161,18 @@ def test_infilling_tends_to_the_conditional_joint_on_an_absorbing_process(noise,
     ]
     print(f"\nclamped {noise:11}{rule:8}", *(f"{d:.4f}" for d in distance))
     assert distance[2] < 0.02
-    assert all(1.7 < a / b < 2.4 for a, b in zip(distance, distance[1:], strict=False))
+    assert all(1.7 < a / b < 2.4 for a, b in itertools.pairwise(distance))
 
 
 def test_infilling_on_a_uniform_process_is_only_approximate():
-    """The score reads clamped tokens as noisy ones: the limit is another law. It is a known fact."""
+    """The score reads clamped tokens as noisy ones: the limit is another law."""
     truth = conditional_joint("uniform")
     distance = [
         oracle.total_variation(exact_law("uniform", "geometric", "tweedie", n, FIXED), truth)
         for n in (64, 128)
     ]
     print("\nclamped uniform", *(f"{d:.4f}" for d in distance))
-    assert distance[0] / distance[1] < 1.5
+    assert distance[0] / distance[1] < 1.5  # it would be 2
 
 
 # ---------------------------------------------------------------- what comes back

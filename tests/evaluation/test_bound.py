@@ -1,0 +1,451 @@
+"""The bound against exact likelihoods and exact expectations on an enumerable world."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from oracle import L, N, i32, keys
+from scipy import integrate, special, stats
+
+from sedd.evaluation.bound import evaluate_bound, sequence_nats
+from sedd.schedules import Geometric, LogLinear
+
+CLEAN = oracle.all_states(N)
+ALL = (True,) * L
+SOME = (True, False, True, True)
+NOISE = {"log_linear": LogLinear(), "geometric": Geometric()}
+T_MIN = 1e-3
+
+
+# ---------------------------------------------------------------- exact: orders
+
+
+TABLE = oracle.random_table(seed=5, scale=1.5)
+
+
+@functools.cache
+def order_nll(scored=ALL):
+    """[81, orders]: NLL of the scored positions of every x0 given the rest, one order a column."""
+    log_c = TABLE[..., :N] - special.logsumexp(TABLE[..., :N], axis=-1, keepdims=True)
+    free = [i for i in range(L) if scored[i]]
+    columns = []
+    for order in itertools.permutations(free):
+        total = np.zeros(len(CLEAN))
+        for j, i in enumerate(order):
+            xt = CLEAN.copy()
+            xt[:, list(order[j:])] = N
+            total -= log_c[oracle.state_index(xt, N + 1), i, CLEAN[:, i]]
+        columns.append(total)
+    return np.stack(columns, -1)
+
+
+# ---------------------------------------------------------------- exact: scores
+
+
+def score_entropy(kind, log_score, x, x0, sigma):
+    """[S, L]: the forms of arXiv:2310.16834's appendix in float64, as published."""
+    expm1 = np.expm1(sigma)
+    rows = np.broadcast_to(x0, x.shape)
+    at_x0 = np.take_along_axis(log_score, rows[..., None], -1)[..., 0]
+    if kind == "absorbing":
+        r = 1 / expm1
+        entropy = np.exp(log_score[..., :N]).sum(-1) - r * at_x0 + r * (np.log(r) - 1)
+        return np.where(x == N, entropy, 0)
+    ratio = expm1 / (expm1 + N)
+    positive = np.exp(log_score).mean(-1) - 1 / N
+    negative = log_score.mean(-1)
+    clean = positive - ratio * negative + (N - 1) / N * ratio * (np.log(ratio) - 1)
+    moved = positive - (at_x0 / expm1 + negative) + ((-np.log(ratio) - 1) / ratio - (N - 2)) / N
+    return np.where(x == rows, clean, moved)
+
+
+class World:
+    """A kind, a schedule and a log score as a function of σ, with every term by quadrature."""
+
+    def __init__(self, kind, noise, log_score, denoiser, scored=ALL):
+        self.kind, self.noise, self.log_score, self.denoiser = kind, noise, log_score, denoiser
+        self.V = oracle.num_states(kind)
+        self.states = oracle.all_states(self.V)
+        self.scored = np.asarray(scored)
+        sigma, _ = oracle.SCHEDULES[noise]
+        self.low, self.high = sigma(T_MIN), sigma(1.0)
+
+    def corrupted(self, sigma):
+        """[81, S]: q(xt | x0), positions that are not scored held."""
+        kernel = oracle.transition_matrix(self.kind, sigma)
+        rows = kernel[CLEAN[:, None, :], self.states[None]]
+        held = CLEAN[:, None, :] == self.states[None]
+        return np.where(self.scored, rows, held).prod(-1)
+
+    def prior(self):
+        a = np.exp(-self.high)
+        if self.kind == "absorbing":
+            per_token = a * np.log(N)
+        else:
+            kernel = oracle.transition_matrix(self.kind, self.high)
+            per_token = stats.entropy(kernel[0], np.full(N, 1 / N))
+        return per_token * self.scored.sum()
+
+    def diffusion(self):
+        """[81]: ∫ rate·E Σ SE dt = ∫ σ·E Σ SE d(log σ), 160 Gauss-Legendre nodes."""
+        nodes, weights = np.polynomial.legendre.leggauss(160)
+        low, high = np.log(self.low), np.log(self.high)
+        total = np.zeros(len(CLEAN))
+        for node, weight in zip(nodes, weights, strict=True):
+            sigma = np.exp(low + (high - low) * (node + 1) / 2)
+            log_score, law = self.log_score(sigma), self.corrupted(sigma)
+            for row, x0 in enumerate(CLEAN):
+                entropy = score_entropy(self.kind, log_score, self.states, x0, sigma)
+                total[row] += weight * sigma * law[row] @ entropy[:, self.scored].sum(-1)
+        return total * (high - low) / 2
+
+    def clean_probs(self):
+        """[S, L, V]: the last Tweedie step."""
+        score = np.exp(self.log_score(self.low))
+        probs = oracle.tweedie_probs(score, self.states, self.kind, self.low)
+        if self.kind == "absorbing":
+            probs[..., N] = 0
+        return oracle.clip_normalise(probs)
+
+    def reconstruction(self):
+        """[81]"""
+        with np.errstate(divide="ignore"):
+            log_probs = np.log(self.clean_probs())
+        law = self.corrupted(self.low)
+        total = np.zeros(len(CLEAN))
+        for i in np.flatnonzero(self.scored):
+            nats = -log_probs[:, i, CLEAN[:, i]].T  # [81, S]
+            total += np.where(law > 0, law * np.where(law > 0, nats, 0), 0).sum(-1)
+        return total
+
+    def bound(self):
+        return self.prior() + self.diffusion() + self.reconstruction()
+
+    def log_likelihood(self):
+        """[81]: the reverse chain's own law, by its master equation in log σ from the prior."""
+        index = oracle.neighbours(self.states, self.V)
+        rows = np.broadcast_to(np.arange(len(self.states))[:, None, None], index.shape)
+        column = np.moveaxis(oracle.rate_matrix(self.kind)[:, self.states], 0, -1)
+
+        def flow(v, law):
+            sigma = np.exp(v)
+            rate = sigma * np.maximum(column, 0) * np.exp(self.log_score(sigma))
+            rate[index == rows] = 0
+            moved = law[:, None, None] * rate
+            change = np.bincount(index.ravel(), moved.ravel(), len(law)) - moved.sum((1, 2))
+            return -change  # v runs down
+
+        a = np.exp(-self.high)
+        one = np.full(self.V, 1 / N)
+        if self.kind == "absorbing":
+            one = np.append(a * np.full(N, 1 / N), 1 - a)
+        start = one[self.states].prod(-1)
+        span = (np.log(self.high), np.log(self.low))
+        law = integrate.solve_ivp(flow, span, start, rtol=1e-7, atol=1e-12).y[:, -1]
+        assert law.sum() == pytest.approx(1, abs=1e-6)
+        clean_law = law @ oracle.product_kernel(self.clean_probs(), self.states)
+        return np.log(clean_law[oracle.state_index(CLEAN, self.V)])
+
+
+def wrong_score_world(kind, noise, scored=ALL):
+    """A score of the right size that fits no joint; on uniform, another joint's and noise.
+
+    A score of the wrong size is rarely charged enormous nats: no estimate of that mean is normal.
+    """
+    if kind == "uniform":
+        other = oracle.Oracle(kind, seed=21, spread=0.8)
+        shift = oracle.random_table(kind, seed=22, scale=0.4)
+        own = np.eye(N, dtype=bool)[other.states]
+        shift[own] = 0
+        denoiser = other.score_denoiser()
+        denoiser = dataclasses.replace(
+            denoiser, params={**denoiser.params, "shift": oracle.f32(shift)}
+        )
+        return World(kind, noise, lambda s: other.log_score(s) + shift, denoiser, scored)
+    table = oracle.random_table(kind, seed=7, scale=0.7)
+    slope = oracle.random_table(kind, seed=8, scale=0.3)
+    denoiser = oracle.table_denoiser(table, N, kind=kind, slope=slope)
+    own = np.eye(N + 1, dtype=bool)[oracle.all_states(N + 1)]
+
+    def log_score(sigma):
+        raw = table + slope * np.sin(np.log(sigma)) - np.log(np.expm1(sigma)) - np.log(N)
+        return np.where(own, 0, raw)
+
+    return World(kind, noise, log_score, denoiser, scored)
+
+
+def exact_score_world(kind, noise):
+    here = oracle.Oracle(kind, seed=3)
+    return here, World(kind, noise, here.log_score, here.score_denoiser())
+
+
+# ---------------------------------------------------------------- the library's estimates
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "repeats", "draws"))
+def _estimates(denoiser, schedule, seed_keys, scored_L, repeats, draws):
+    x0_BL = jnp.tile(i32(CLEAN), (repeats, 1))
+    scored_BL = jnp.broadcast_to(scored_L, x0_BL.shape)
+    nats = sequence_nats(denoiser, schedule, seed_keys, x0_BL, scored_BL, draws=draws)
+    return nats.prior_B[:, None], nats.diffusion_BR, nats.reconstruction_BR
+
+
+def estimates(world_or_denoiser, schedule, *, scored=ALL, repeats=24, draws=8, seed=0):
+    """Independent estimates [repeats·4, 81] of (prior, diffusion, reconstruction) of every x0."""
+    seed_keys = keys(seed, repeats * len(CLEAN))
+    terms = _estimates(world_or_denoiser, schedule, seed_keys, jnp.asarray(scored), repeats, draws)
+    return tuple(by_sequence(a) for a in terms)
+
+
+def by_sequence(values_BR):
+    """[repeats·81, R] → [repeats·R, 81] in float64."""
+    values = np.asarray(values_BR, np.float64).reshape(-1, len(CLEAN), values_BR.shape[-1])
+    return values.transpose(0, 2, 1).reshape(-1, len(CLEAN))
+
+
+def assert_means(samples, exact):
+    """81 means of independent estimates: none 5 errors off, and their χ² unremarkable.
+
+    Five, not four: the estimates are skewed, and there are 100 to 200 of each.
+    """
+    error = samples.std(0, ddof=1) / math.sqrt(len(samples))
+    z = (samples.mean(0) - exact) / error
+    assert np.abs(z).max() < 5
+    assert abs(z.sum()) < 4 * math.sqrt(len(z))
+    # Student's t of n - 1 degrees: variance (n - 1)/(n - 3), and 81 of them
+    n = len(samples)
+    assert (z**2).mean() < (n - 1) / (n - 3) * (1 + 5 * math.sqrt(2 / len(z)))
+
+
+# ---------------------------------------------------------------- time-independent models
+
+
+@pytest.mark.parametrize("scored", [ALL, SOME])
+def test_any_order_models_cost_their_mean_over_orders(scored):
+    denoiser = oracle.table_denoiser(TABLE, N)
+    prior, diffusion, reconstruction = estimates(denoiser, LogLinear(), scored=scored)
+    assert (prior == 0).all()
+    assert (reconstruction == 0).all()
+    exact = order_nll(scored).mean(-1)
+    assert_means(diffusion, exact)
+    # The any-order model's own NLL is below, by Jensen, and not by nothing.
+    own = -special.logsumexp(-order_nll(scored), axis=-1, b=1 / order_nll(scored).shape[1])
+    assert (exact >= own).all()
+    assert (exact - own).mean() > 0.01
+
+
+def test_the_exact_conditional_gives_the_exact_likelihood():
+    here = oracle.Oracle("absorbing", seed=3)
+    _, diffusion, _ = estimates(here.conditional_denoiser(), LogLinear(), seed=2)
+    assert_means(diffusion, -np.log(here.joint.ravel()))
+
+
+# ---------------------------------------------------------------- scores
+
+
+CASES = [
+    ("absorbing", "log_linear"),
+    ("absorbing", "geometric"),
+    ("uniform", "log_linear"),
+    ("uniform", "geometric"),
+]
+every = pytest.mark.parametrize(("kind", "noise"), CASES)
+
+
+@every
+def test_three_terms_against_quadrature(kind, noise):
+    """With a wrong score: nothing cancels by luck."""
+    world = wrong_score_world(kind, noise)
+    prior, diffusion, reconstruction = estimates(world.denoiser, NOISE[noise], seed=3)
+    np.testing.assert_allclose(prior, world.prior(), rtol=1e-4, atol=1e-7)
+    assert_means(diffusion, world.diffusion())
+    total = (diffusion + reconstruction).mean()
+    exact = (world.diffusion() + world.reconstruction()).mean()
+    error = (diffusion + reconstruction).mean(-1).std() / math.sqrt(len(diffusion))
+    assert abs(total - exact) < 4 * error
+
+
+@every
+def test_reconstruction_at_a_time_where_it_matters(kind, noise):
+    """At t_min = 1e-3 its mean is 1e-3 nats, hidden by the noise: here at t_min = 0.3 or 0.7."""
+    t_min = 0.3 if noise == "log_linear" else 0.7
+    world = wrong_score_world(kind, noise)
+    world.low = oracle.SCHEDULES[noise][0](t_min)
+    repeats = 24
+    x0_BL = jnp.tile(i32(CLEAN), (repeats, 1))
+    nats = jax.jit(
+        lambda k: sequence_nats(
+            world.denoiser, NOISE[noise], k, x0_BL, x0_BL >= 0, draws=4, t_min=t_min
+        )
+    )(keys(4, len(x0_BL)))
+    samples = by_sequence(nats.reconstruction_BR)
+    assert_means(samples, world.reconstruction())
+    assert samples.mean() > 0.1
+    assert_means(by_sequence(nats.diffusion_BR), world.diffusion())
+
+
+@every
+def test_never_below_the_exact_likelihood_of_a_wrong_score(kind, noise):
+    """The three terms together; for every x0, and without the outer terms it need not hold."""
+    world = wrong_score_world(kind, noise)
+    gap = world.bound() + world.log_likelihood()
+    assert (gap > -1e-5).all()
+    assert gap.mean() > 1e-2
+    _, diffusion, reconstruction = estimates(world.denoiser, NOISE[noise], seed=5)
+    total = world.prior() + diffusion + reconstruction
+    error = total.std(0, ddof=1) / math.sqrt(len(total))
+    assert (total.mean(0) + world.log_likelihood() > -3 * error).all()
+
+
+@every
+def test_with_the_exact_score_it_is_the_exact_likelihood_up_to_its_outer_terms(kind, noise):
+    here, world = exact_score_world(kind, noise)
+    nll = -np.log(here.joint.ravel())
+    # The model is not quite the joint (its prior, its last step), so single sequences may cost less
+    # than -log p; on average none can: cross entropy against entropy.
+    gap = here.joint.ravel() @ (world.bound() - nll)
+    outer = here.joint.ravel() @ (world.prior() + world.reconstruction())
+    print(f"\n{kind:10}{noise:11} gap {gap:.1e} outer terms {outer:.1e}")
+    assert -1e-7 < gap < min(0.005, outer)
+    # Without the outer terms it is no bound.
+    assert here.joint.ravel() @ (world.diffusion() - nll) < 0
+    _, diffusion, _ = estimates(world.denoiser, NOISE[noise], seed=6)
+    error = diffusion.mean(-1).std() / math.sqrt(len(diffusion))
+    assert abs(diffusion.mean() - world.diffusion().mean()) < 4 * error
+
+
+def test_unscored_positions_are_given():
+    world = wrong_score_world("uniform", "geometric", SOME)
+    prior, diffusion, _ = estimates(world.denoiser, Geometric(), scored=SOME, seed=7)
+    np.testing.assert_allclose(prior, world.prior(), rtol=1e-4, atol=1e-7)
+    assert_means(diffusion, world.diffusion())
+
+
+# ---------------------------------------------------------------- the corpus' figures
+
+
+def batches(x0_SL, size, scored_SL=None):
+    scored_SL = np.ones(x0_SL.shape, bool) if scored_SL is None else scored_SL
+    return [(x0_SL[i : i + size], scored_SL[i : i + size]) for i in range(0, len(x0_SL), size)]
+
+
+DENOISER = oracle.table_denoiser(TABLE, N)
+
+
+@pytest.mark.parametrize(
+    "denoiser", [DENOISER, oracle.Oracle("uniform").score_denoiser()], ids=["k_dce", "score"]
+)
+def test_the_batch_size_changes_nothing(denoiser):
+    rng = np.random.default_rng(0)
+    x0_SL, scored_SL = rng.integers(0, N, (7, L)), rng.random((7, L)) < 0.7
+    results = [
+        evaluate_bound(denoiser, LogLinear(), jax.random.key(0), batches(x0_SL, size, scored_SL))
+        for size in (7, 3)  # 3, 3 and a short 1
+    ]
+    for name in ("nats_per_token", "standard_error", "standard_error_draws", "reconstruction"):
+        values = [getattr(r, name) for r in results]
+        assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-7)
+    np.testing.assert_allclose(*(r.sequence_nats for r in results), rtol=1e-5)
+    assert results[0].num_sequences == results[1].num_sequences == 7
+    assert results[0].num_tokens == scored_SL.sum()
+
+
+def test_figures_add_up():
+    x0_SL = CLEAN[::5]
+    result = evaluate_bound(
+        oracle.Oracle("absorbing").score_denoiser(),
+        LogLinear(),
+        jax.random.key(1),
+        batches(x0_SL, 6),
+        count_text=lambda ids: (2 * len(ids), 3 * len(ids)),
+    )
+    tokens = x0_SL.size
+    assert result.num_tokens == tokens
+    assert result.nats_per_token == pytest.approx(
+        result.prior + result.diffusion + result.reconstruction
+    )
+    assert result.prior == pytest.approx(1e-3 * math.log(N), rel=1e-4)
+    assert result.nats_per_token == pytest.approx(result.sequence_nats.sum() / tokens)
+    assert result.nats_per_sequence == pytest.approx(result.nats_per_token * L)
+    assert result.perplexity == pytest.approx(math.exp(result.nats_per_token))
+    assert result.bits_per_character == pytest.approx(result.nats_per_token / 2 / math.log(2))
+    assert result.bits_per_byte == pytest.approx(result.nats_per_token / 3 / math.log(2))
+    assert result.estimator == "score_entropy"
+
+
+def coverage(exact, field, sequences):
+    """How many of 200 evaluations lie within 3 of the errors that they report."""
+    inside = 0
+    for repeat, x0_SL in enumerate(sequences):
+        result = evaluate_bound(
+            DENOISER,
+            LogLinear(),
+            jax.random.key(1000 + repeat),
+            batches(x0_SL, len(x0_SL)),
+            draws=8,
+        )
+        inside += abs(result.nats_per_token - exact) <= 3 * getattr(result, field)
+    return inside
+
+
+def test_the_error_over_draws_covers():
+    """For these very sequences: 16 sequences of 4 replicates leave 48 degrees of freedom."""
+    x0_SL = CLEAN[::5][:16]
+    exact = order_nll().mean(-1)[::5][:16].mean() / L
+    assert coverage(exact, "standard_error_draws", [x0_SL] * 200) >= 194
+    assert coverage(exact + 1, "standard_error_draws", [x0_SL] * 20) == 0  # the control
+
+
+def test_the_error_over_sequences_covers():
+    """For the population that the sequences come from, here uniform over all 81."""
+    rng = np.random.default_rng(1)
+    sequences = [CLEAN[rng.integers(0, 81, 32)] for _ in range(200)]
+    assert coverage(order_nll().mean() / L, "standard_error", sequences) >= 194
+
+
+def test_error_of_a_single_sequence_is_that_of_its_draws():
+    result = evaluate_bound(DENOISER, LogLinear(), jax.random.key(0), batches(CLEAN[5:6], 1))
+    assert result.standard_error == result.standard_error_draws > 0
+
+
+def test_replicates_are_independent_of_each_other():
+    """If they shared their noise levels their spread would not be the error of their mean."""
+    _, diffusion, _ = estimates(DENOISER, LogLinear(), repeats=64, seed=9)
+    by_replicate = diffusion.reshape(64, 4, len(CLEAN)) - order_nll().mean(-1)
+    correlation = [
+        np.corrcoef(by_replicate[:, a].ravel(), by_replicate[:, b].ravel())[0, 1]
+        for a, b in itertools.combinations(range(4), 2)
+    ]
+    assert np.abs(correlation).max() < 4.5 / math.sqrt(64 * len(CLEAN))
+
+
+@pytest.mark.parametrize("draws", [0, 3, 6, -4])
+def test_draws_must_split_into_replicates(draws):
+    with pytest.raises(ValueError, match=str(draws)):
+        evaluate_bound(DENOISER, LogLinear(), jax.random.key(0), batches(CLEAN[:2], 2), draws=draws)
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(ValueError, match="no sequence"):
+        evaluate_bound(DENOISER, LogLinear(), jax.random.key(0), [])
+    with pytest.raises(ValueError, match="scored"):
+        evaluate_bound(
+            DENOISER,
+            LogLinear(),
+            jax.random.key(0),
+            batches(CLEAN[:2], 2, np.zeros((2, L), bool)),
+        )
+
+
+def test_results_are_values():
+    result = evaluate_bound(DENOISER, LogLinear(), jax.random.key(0), batches(CLEAN[:2], 2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.draws = 3
+    assert result.to_json()["perplexity"] == result.perplexity
+    assert "sequence_nats" not in result.to_json()

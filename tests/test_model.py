@@ -1,0 +1,239 @@
+"""A trained model: what ``load`` refuses, what ``sample`` keeps, what ``evaluate`` computes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import compile_quickly  # noqa: F401
+
+import sedd
+from sedd.constraints.clamp import free, from_infill, from_prompt
+from sedd.data.tokenizers import BytePairs, Bytes, Pretrained
+from sedd.errors import UserError
+from sedd.evaluation.bound import evaluate_bound
+from sedd.model import text_counter
+from sedd.samplers.euler import Euler
+from sedd.schedules import LogLinear
+
+KINDS = ["radd", "sedd", "uniform"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run's directory of each kind."""
+    top = tmp_path_factory.mktemp("runs")
+    return {
+        kind: tiny_run.make_run(top / kind, tiny_run.config(kind), steps=(2, 4)) for kind in KINDS
+    }
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, runs):
+    return sedd.load(runs[request.param])
+
+
+def test_what_a_loaded_model_says_of_itself(runs):
+    radd, uniform = sedd.load(str(runs["radd"])), sedd.load(runs["uniform"])
+    assert radd.network_config == tiny_run.NETWORK
+    assert (radd.length, radd.time_independent, uniform.time_independent) == (12, True, False)
+    assert (radd.process.mask_id, uniform.process.mask_id) == (len(tiny_run.ALPHABET) + 1, None)
+    assert radd.schedule == LogLinear()
+    assert radd.tokenizer == tiny_run.TOKENIZER
+    x_BL = np.zeros((2, 5), np.int32)
+    log_score = radd.log_score(x_BL, np.ones(2, np.float32))
+    assert log_score.shape == (2, 5, radd.process.num_states)
+    assert radd.log_conditional(x_BL).shape == (2, 5, radd.process.num_tokens)
+    # Parameters are on the device: numpy's would be sent there again at every call.
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(radd.denoiser.params))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "no such directory"),
+        (lambda run: (run / "config.json").unlink(), "no config.json"),
+        (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json: not readable as JSON"),
+        (lambda run: (run / "config.json").write_bytes(b"\xff"), "config.json: not readable"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json: must hold an object"),
+        (lambda run: edit(run / "config.json", sead=1), "config.json: .*'seed'"),
+        (lambda run: edit(run / "config.json", seed="1"), "config.json: .*seed must be int"),
+        (lambda run: edit(run / "config.json", data=3), "config.json: .*data must be an object"),
+        (lambda run: (run / "tokenizer.json").write_text("{"), "tokenizer.json: not readable"),
+        (lambda run: (run / "tokenizer.json").write_text("3"), "tokenizer.json: must hold an obj"),
+        (lambda run: edit(run / "tokenizer.json", kind="x"), "tokenizer.json: unknown kind"),
+        (lambda run: edit(run / "tokenizer.json", alphabet="aa"), "tokenizer.json: .* distinct"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint in"),
+        (lambda run: truncate(run, 2, 4), "no checkpoint in .* is whole"),
+        (
+            lambda run: edit(run / "tokenizer.json", alphabet="abc"),
+            "checkpoint .* is of another configuration",
+        ),
+        (
+            lambda run: edit(run / "config.json", network={"name": "ddit", "hidden_dim": 24}),
+            "of another configuration: ema_params.* there and .* here",
+        ),
+    ],
+)
+def test_load_refuses(runs, tmp_path, damage, message):
+    run = shutil.copytree(runs["radd"], tmp_path / "run")
+    damage(run)
+    with pytest.raises(UserError, match=message) as caught:
+        sedd.load(run)
+    assert str(run) in str(caught.value)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(run, *steps):
+    for step in steps:
+        tiny_run.truncate(run / "checkpoints" / str(step) / "ema_params")
+
+
+def test_load_falls_back_to_an_older_checkpoint_and_says_so(runs, tmp_path, capsys):
+    run = shutil.copytree(runs["radd"], tmp_path / "run")
+    truncate(run, 4)
+    sedd.load(run)
+    assert "warning: checkpoint" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is bad"):
+        sedd.load(run, step=4)
+
+
+def test_load_a_step_or_the_best(runs, tmp_path):
+    sedd.load(runs["radd"], step=2)
+    sedd.load(runs["radd"], step="best")
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
+        sedd.load(runs["radd"], step=3)
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.config(), metric=None)
+    with pytest.raises(UserError, match="none was validated"):
+        sedd.load(run, step="best")
+
+
+def test_load_of_a_folder_inside_a_run_names_the_run(runs):
+    for inside in ("checkpoints", "checkpoints/4"):
+        with pytest.raises(UserError, match=f"did you mean {runs['radd']}\\?"):
+            sedd.load(runs["radd"] / inside)
+
+
+@pytest.mark.parametrize("sampler", ["tweedie", "euler"])
+def test_given_tokens_are_kept(model, sampler):
+    clamps = [
+        from_prompt(model.tokenizer, 12, prompt="abc", suffix="yz"),
+        from_infill(model.tokenizer, "{mask:2}ab{mask:3}c{mask}"),
+        free(7),
+    ]
+    result = sedd.sample(
+        model, jax.random.key(0), num=3, clamp=clamps, sampler=sampler, steps=4, trace=True
+    )
+    assert result.tokens.shape == (3, 12)
+    assert result.trace.shape == (6, 3, 12)
+    assert result.calls.tolist() == [5, 5, 5]
+    for row, clamp in enumerate(clamps):
+        frames = result.trace[:, row, : clamp.length]
+        assert (frames[:, clamp.fixed_L] == clamp.tokens_L[clamp.fixed_L]).all()
+        last = result.tokens[row, : clamp.length]
+        np.testing.assert_array_equal(frames[-1], last)
+        assert (last < model.process.num_tokens).all()  # no mask survives
+        assert result.text[row] == model.tokenizer.decode(last)
+
+
+def test_a_sequence_depends_on_its_key_alone(model):
+    """Not on the others of its batch, nor on how far that is padded."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    clamps = [free(5), free(12), from_prompt(model.tokenizer, 9, prompt="ab")]
+    together = sedd.sample(model, keys, clamp=clamps, steps=4).tokens
+    for row, clamp in enumerate(clamps):
+        alone = sedd.sample(model, keys[row : row + 1], clamp=clamp, steps=4).tokens[0]
+        np.testing.assert_array_equal(alone, together[row, : clamp.length])
+
+
+def test_sample_defaults(runs):
+    model = sedd.load(runs["radd"])
+    result = sedd.sample(model, jax.random.key(0), num=2, steps=2)
+    assert result.tokens.shape == (2, 12)
+    assert result.trace is None
+    assert (result.tokens[0] != result.tokens[1]).any()
+    again = sedd.sample(model, jax.random.key(0), num=1, steps=2)
+    np.testing.assert_array_equal(again.tokens[0], result.tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num": 0}, "num must be at least 1"),
+        ({"length": 0}, "length must be in 1.."),
+        ({"length": 5, "clamp": free(4)}, "a clamp has a length of its own"),
+        ({"num": 3, "clamp": [free(4), free(5)]}, "2 clamps for 3 sequences"),
+        ({"sampler": "tweedi"}, "did you mean 'tweedie'"),
+        ({"step": 3}, "no field 'step'; did you mean 'steps'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"sampler": Euler(schedule=LogLinear()), "steps": 3}, "built already: it takes no steps"),
+    ],
+)
+def test_sample_refuses(runs, arguments, message):
+    with pytest.raises(UserError, match=message):
+        sedd.sample(sedd.load(runs["radd"]), jax.random.key(0), **arguments)
+
+
+def test_evaluate_is_the_bound_at_any_batch_size(model):
+    tokens = np.random.default_rng(0).integers(0, model.process.num_tokens - 1, (7, 12))
+    scored = np.ones(tokens.shape, bool)
+    scored[2, 4:] = False
+    key = jax.random.key(5)
+    whole = evaluate_bound(
+        model.denoiser,
+        model.schedule,
+        key,
+        [(tokens, scored)],
+        draws=8,
+        count_text=text_counter(model.tokenizer),
+    )
+    assert whole.num_tokens == scored.sum() == whole.num_characters
+    for batch_size in (3, 32):
+        result = sedd.evaluate(model, tokens, key, scored_BL=scored, draws=8, batch_size=batch_size)
+        assert result.to_json().keys() == whole.to_json().keys()
+        for name, value in whole.to_json().items():
+            other = result.to_json()[name]
+            # float32 sums over another batch; the draws are the same
+            assert other == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+        np.testing.assert_allclose(result.sequence_nats, whole.sequence_nats, rtol=1e-4)
+
+
+def test_evaluate_of_everything_scored(runs):
+    model = sedd.load(runs["radd"])
+    result = sedd.evaluate(model, np.zeros((2, 12), int), jax.random.key(0), draws=4)
+    assert (result.num_tokens, result.num_sequences, result.num_bytes) == (24, 2, 24)
+
+
+def test_text_counter():
+    text = "aé€😀"  # one to four bytes
+    ids = Bytes().encode_batch([text])[0]
+    assert text_counter(Bytes())(ids) == (4, 10)
+    # Wherever it is cut, a character counts once: with its first byte.
+    for cut in range(len(ids) + 1):
+        parts = [text_counter(Bytes())(part) for part in (ids[:cut], ids[cut:])]
+        assert np.sum(parts, 0).tolist() == [4, 10]
+    assert text_counter(Bytes())(np.array([256, 97])) == (1, 1)  # the end of a document is no text
+    assert text_counter(None) is None
+
+
+def test_text_counter_where_a_token_holds_parts_of_two_characters():
+    vocabulary = [*(bytes([byte]) for byte in range(256)), "é".encode()[1:] + "€".encode()[:1]]
+    tokenizer = BytePairs.of("bpe:258", vocabulary)
+    ids = np.array(["é".encode()[0], 256, *"€".encode()[1:]])
+    assert tokenizer.decode(ids) == "é€"
+    assert text_counter(tokenizer)(ids) == (2, 5)
+
+
+def test_text_counter_of_a_lossy_tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")
+    )
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    assert text_counter(Pretrained.of("lossy", backend.to_str())) is None

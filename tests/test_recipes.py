@@ -1,0 +1,81 @@
+"""The recipes: each fits together, has the published shape, and can be trained for a step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import ROOT, compile_quickly  # noqa: F401
+
+from sedd.build import build_parts
+from sedd.config import load_config
+from sedd.training.optimizer import make_optimizer
+from sedd.training.state import init_state
+from sedd.training.step import make_step
+
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+NUM_TOKENS = {"gpt2": 50257, "bert-base-uncased": 30522, "text8": 27, "characters": 90}
+PARAMETERS = {
+    "owt_sedd_small": 169_627_218,
+    "owt_sedd_medium": 424_477_010,
+    "owt_radd_small": 162_265_682,
+    "owt_radd_medium": 405_191_762,
+}
+
+pytestmark = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def test_there_are_recipes(path):
+    assert PARAMETERS.keys() < {recipe.stem for recipe in RECIPES}
+
+
+def test_aim(path):
+    config = load_config(path)
+    assert config.aim
+    assert "arXiv:" in config.aim or path.stem == "quickstart"
+
+
+def test_real_shape(path):
+    config = load_config(path)
+    num_tokens = NUM_TOKENS[config.data.tokenizer]
+    parts = build_parts(config, num_tokens)
+    masks = config.process.name == "absorbing"
+    assert parts.process.num_states == num_tokens + masks
+    shapes = jax.eval_shape(parts.network.init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert count == PARAMETERS.get(path.stem, count)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    state = jax.eval_shape(lambda: init_state(parts.network, optimizer, config.seed))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+
+
+def test_one_step_of_a_shrunken_copy(path):
+    config = load_config(path)
+    config = dataclasses.replace(
+        config,
+        network=dataclasses.replace(
+            config.network, hidden_dim=32, num_layers=2, num_heads=2, dtype="float32"
+        ),
+    )
+    num_tokens, batch, length = 11, 4, 16
+    parts = build_parts(config, num_tokens)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    state = init_state(parts.network, optimizer, config.seed)
+    step = make_step(
+        network=parts.network,
+        objective=parts.objective,
+        optimizer=optimizer,
+        ema_decay=config.optimizer.ema_decay,
+        batch_size=batch,
+        stratified=config.training.stratified,
+    )
+    x0 = np.random.default_rng(0).integers(0, num_tokens, (1, batch, length), np.int32)
+    rows = {"x0": x0, "scored": np.ones(x0.shape, bool), "index": np.arange(batch)[None]}
+    after, metrics = jax.jit(step, static_argnames="axis_name")(state, rows, axis_name=None)
+    assert np.isfinite(metrics["loss"])
+    assert 0 < metrics["loss"] < 10 * np.log(num_tokens)
+    assert metrics["grad_norm"] > 0
+    assert metrics["tokens"] == batch * length
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, after.params)
+    assert moved["head"]["kernel"] > 0  # the layers below it get a gradient only after this step
