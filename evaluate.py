@@ -72,11 +72,18 @@ def main(arguments: Sequence[str]) -> None:
     batches = HeldOut(
         parts=[packed], max_sequences=command.max_sequences, batch_size=command.batch_size
     )
+    console = Console(stderr=True)
     result = evaluate_bound(
         model.denoiser,
         model.schedule,
         jax.random.key(command.seed),
-        track(batches, "evaluating", console=Console(stderr=True), transient=True),
+        track(
+            batches,
+            "evaluating",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,  # it would leave an empty line
+        ),
         draws=command.draws,
         count_text=text_counter(model.tokenizer),
     )

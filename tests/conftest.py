@@ -1,4 +1,4 @@
-"""Simulated devices for every test; both settings must precede the first use of JAX."""
+"""Simulated devices and checked array types for every test, set up before JAX is used."""
 
 import os
 
@@ -6,5 +6,11 @@ import os
 os.environ.setdefault("NPROC", "16")
 
 import jax
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+# The annotated shapes and types of the mathematics are checked in tests only: users pay nothing.
+CHECKED = ("schedules", "processes", "networks", "parameterizations", "denoiser", "objectives")
+CHECKED += ("samplers", "evaluation", "training")
+install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype").__enter__()

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -179,6 +178,8 @@ def test_a_mistake_is_one_line(place, tmp_path, command, arguments, message):
         "evaluate": ["--checkpoint", place / "run", *cache],
     }[command]
     result = call(command, *before, *given)
+    if "truncated" in arguments:
+        tiny_run.collect_failed_reads()
     assert result.code == 2
     assert len(result.errors) == 1
     assert matches(message.format(**names), result.errors[0]), result.errors[0]
@@ -260,10 +261,10 @@ def test_a_place_without_permission(place, tmp_path, command, flag):
 
 def test_a_full_disk_during_a_save(place, tmp_path):
     """The commands' own process: a limit on the size of files stands in for the disk's."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
+    program = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
     workdir, cache = tmp_path / "run", tmp_path / "cache"
     flags = [
         *("--workdir", workdir, "--data.corpus", place / "text.txt", "--data.cache-dir", cache),
@@ -273,11 +274,10 @@ def test_a_full_disk_during_a_save(place, tmp_path):
         *("--sampler.steps", 1, "--evaluation.max-sequences", 4, "--evaluation.draws", 4),
     ]
     result = subprocess.run(
-        [sys.executable, "train.py", *map(str, flags)],
+        [sys.executable, "-c", program, *map(str, flags)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        preexec_fn=limit,
         env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         check=False,
     )

@@ -1,4 +1,4 @@
-"""Training on a source whose entropy is known: a bound is above it, and after training close to it."""
+"""On a source of known entropy a bound is above it, and after training close to it."""
 
 import jax
 import jax.numpy as jnp

@@ -84,6 +84,7 @@ def test_load_refuses(runs, tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as caught:
         sedd.load(run)
     assert str(run) in str(caught.value)
+    tiny_run.collect_failed_reads()
 
 
 def edit(path, **changes):
@@ -102,6 +103,7 @@ def test_load_falls_back_to_an_older_checkpoint_and_says_so(runs, tmp_path, caps
     assert "warning: checkpoint" in capsys.readouterr().err
     with pytest.raises(UserError, match="is bad"):
         sedd.load(run, step=4)
+    tiny_run.collect_failed_reads()
 
 
 def test_load_a_step_or_the_best(runs, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import io
 import json
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from sedd.build import build_parts
 from sedd.cli import run
@@ -87,13 +89,31 @@ def truncate(folder: Path) -> None:
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+def collect_failed_reads() -> None:
+    """Orbax's reads that failed complain when they are collected: let it not be in another test.
+
+    There the complaint, which parses source code, may break a parse (CPython's issue 106905).
+    """
+    gc.collect()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly(tmp_path_factory):
-    """Tiny programs take longer to compile than to run; import it where that is so."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Toy programs take longer to compile than to run; import this fixture where that is so."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from sedd.processes.base import Process, expm1_minus, log_expm1, put
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Process):
-    """xt is drawn afresh, uniformly over the N tokens, with probability 1 - exp(-σ)."""
+    """xt is drawn afresh from the N tokens with probability 1 - exp(-σ). arXiv:2310.16834."""
 
     @property
     def mask_id(self) -> None:
