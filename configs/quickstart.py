@@ -31,13 +31,13 @@ def get_config() -> Config:
             learning_rate=3e-3, warmup_steps=100, schedule="cosine", beta2=0.99, ema_decay=0.99
         ),
         training=TrainingOptions(
-            steps=2000,
-            batch_size=32,
-            log_every=20,
-            eval_every=500,
+            steps=1000,
+            batch_size=16,
+            log_every=10,
+            eval_every=250,
             sample_every=500,
-            checkpoint_every=500,
+            checkpoint_every=250,
         ),
-        evaluation=EvaluationOptions(draws=16, max_sequences=256),
+        evaluation=EvaluationOptions(draws=16, max_sequences=128),
         sampler=options("samplers", "tweedie", steps=64),
     )

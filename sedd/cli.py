@@ -160,6 +160,8 @@ def parse_config(arguments: Sequence[str], command: type[Any], description: str)
     swaps a component, and every remaining flag is a field: ``--optimizer.learning-rate 1e-3``.
     """
     path, rest = take(arguments, "--config")
+    if path is None and not {"-h", "--help"} & set(arguments):
+        raise UserError("missing --config FILE, a recipe such as configs/quickstart.py")
     config = Config() if path is None else load_config(path)
     for name in COMPONENTS:
         chosen, rest = take(rest, f"--{name}")

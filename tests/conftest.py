@@ -12,5 +12,5 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 # The annotated shapes and types of the mathematics are checked in tests only: users pay nothing.
 CHECKED = ("schedules", "processes", "networks", "parameterizations", "denoiser", "objectives")
-CHECKED += ("samplers", "evaluation", "training")
+CHECKED += ("samplers", "evaluation")
 install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype").__enter__()

@@ -58,7 +58,8 @@ def test_json_that_does_not_fit(data, message):
 
 
 def test_a_whole_number_is_a_float():
-    assert Config.from_json({"optimizer": {"learning_rate": 1}}).optimizer.learning_rate == 1
+    config = Config.from_json({"schedule": {"name": "geometric", "sigma_max": 10}})
+    assert config.schedule == options("schedules", "geometric", sigma_max=10.0)
 
 
 @pytest.mark.parametrize(

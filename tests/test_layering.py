@@ -1,4 +1,4 @@
-"""Imports point strictly downward between levels, and inside a level families keep to themselves."""
+"""Imports point strictly downward between levels; families of one level stay apart."""
 
 import ast
 from pathlib import Path

@@ -131,8 +131,8 @@ class BoundResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token); an upper bound."""
-        return math.exp(self.nats_per_token)
+        """exp(nats per token); an upper bound, infinite where it is beyond a float."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
     def bits_per_character(self) -> float | None:

@@ -1,6 +1,6 @@
 """SEDD's parameterization: the network's output is the log score itself. arXiv:2310.16834, 5.1."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
@@ -16,11 +16,7 @@ class Score(Parameterization):
     finds all tokens equally likely, so that a fresh network starts there.
     """
 
-    time_independent: bool = False
-
-    def __post_init__(self):
-        if self.time_independent:
-            raise ValueError("time_independent must be False: a score depends on the time")
+    time_independent: bool = field(default=False, init=False)  # a score depends on the time
 
     def log_score(self, raw, x, sigma):
         if self.process.mask_id is not None:

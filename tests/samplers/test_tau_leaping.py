@@ -181,12 +181,11 @@ def test_infilling_on_a_uniform_process_is_only_approximate():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", oracle.PROCESSES)
 def test_calls_and_trace(kind, rule):
-    sampler = RULES[rule](schedule=LogLinear(), steps=5)
-    denoiser = world(kind).score_denoiser()
-    samples = draw(sampler, denoiser, 16)
-    np.testing.assert_array_equal(samples.calls_B, 6)
+    sampler = RULES[rule](schedule=LogLinear(), steps=8)
+    samples = draw(sampler, world(kind).score_denoiser(), DRAWS)
+    np.testing.assert_array_equal(samples.calls_B, 9)
     frames_TBL = np.asarray(samples.trace_TBL)
-    assert frames_TBL.shape == (7, 16, L)
+    assert frames_TBL.shape == (10, DRAWS, L)
     np.testing.assert_array_equal(frames_TBL[-1], samples.tokens_BL)
     if kind == "absorbing":
         assert (frames_TBL[0] == N).all()
@@ -197,9 +196,9 @@ def test_calls_and_trace(kind, rule):
 
 
 def test_the_trace_changes_no_draw():
-    sampler = Tweedie(schedule=LogLinear(), steps=5)
+    sampler = Tweedie(schedule=LogLinear(), steps=8)
     plain, traced = (
-        draw(sampler, world("absorbing").score_denoiser(), 16, trace=t) for t in (False, True)
+        draw(sampler, world("absorbing").score_denoiser(), DRAWS, trace=t) for t in (False, True)
     )
     assert plain.trace_TBL is None
     np.testing.assert_array_equal(plain.tokens_BL, traced.tokens_BL)
@@ -208,13 +207,13 @@ def test_the_trace_changes_no_draw():
 @pytest.mark.parametrize("kind", oracle.PROCESSES)
 def test_a_draw_belongs_to_its_key(kind):
     """Not to its place in the batch, nor to the other requests."""
-    sampler = Tweedie(schedule=LogLinear(), steps=5)
-    tokens_BL, free_BL = jnp.zeros((16, L), jnp.int32), jnp.zeros((16, L), bool)
-    order = np.random.default_rng(0).permutation(16)
+    sampler = Tweedie(schedule=LogLinear(), steps=8)
+    tokens_BL, free_BL = jnp.zeros((DRAWS, L), jnp.int32), jnp.zeros((DRAWS, L), bool)
+    order = np.random.default_rng(0).permutation(DRAWS)
     denoiser = world(kind).score_denoiser()
     a, b = (
         sample(sampler, denoiser, k, tokens_BL, free_BL).tokens_BL
-        for k in (keys(1, 16), keys(1, 16)[order])
+        for k in (keys(1, DRAWS), keys(1, DRAWS)[order])
     )
     assert len(np.unique(a, axis=0)) > 5
     np.testing.assert_array_equal(a[order], b)
@@ -222,11 +221,11 @@ def test_a_draw_belongs_to_its_key(kind):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_clamp_differs_by_request(rule):
-    sampler = RULES[rule](schedule=LogLinear(), steps=5)
-    tokens_BL = i32(np.random.default_rng(0).integers(0, N, (16, L)))
-    fixed_BL = jnp.asarray(np.random.default_rng(1).random((16, L)) < 0.5)
+    sampler = RULES[rule](schedule=LogLinear(), steps=8)
+    tokens_BL = i32(np.random.default_rng(0).integers(0, N, (DRAWS, L)))
+    fixed_BL = jnp.asarray(np.random.default_rng(1).random((DRAWS, L)) < 0.5)
     for kind in oracle.PROCESSES:
-        samples = sample(sampler, world(kind).score_denoiser(), keys(2, 16), tokens_BL, fixed_BL)
+        samples = sample(sampler, world(kind).score_denoiser(), keys(2, DRAWS), tokens_BL, fixed_BL)
         np.testing.assert_array_equal(
             np.asarray(samples.tokens_BL)[fixed_BL], np.asarray(tokens_BL)[fixed_BL]
         )
