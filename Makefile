@@ -29,7 +29,7 @@ quickstart: install
 	@ls -1d $(RUN)/checkpoints $(RUN)/curves.png $(RUN)/metrics.jsonl $(RUN)/trace.html
 
 test: install lint
-	$(BIN)/python -m pytest --cov=sedd --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --cov=sedd --cov-report=term:skip-covered
 
 lint: install
 	$(BIN)/ruff check .

@@ -253,7 +253,7 @@ def test_figures_are_printed_though_they_cannot_be_written(place, tmp_path, monk
 def test_a_place_without_permission(place, tmp_path, command, flag):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    given = [] if command == "train" else ["--checkpoint", place / "run"]
+    given = tiny_run.RECIPE if command == "train" else ["--checkpoint", place / "run"]
     result = call(command, *given, flag, closed / "new")
     assert result.code == 2
     assert result.errors == [f"error: {flag} {closed}/new: no permission to write there"]
@@ -267,6 +267,7 @@ def test_a_full_disk_during_a_save(place, tmp_path):
     )
     workdir, cache = tmp_path / "run", tmp_path / "cache"
     flags = [
+        *tiny_run.RECIPE,
         *("--workdir", workdir, "--data.corpus", place / "text.txt", "--data.cache-dir", cache),
         *("--network.hidden-dim", 32, "--network.num-layers", 1, "--network.num-heads", 2),
         *("--data.length", 8, "--training.batch-size", 4, "--training.steps", 2),

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import jax
 import pytest
 import tyro
-from tiny_run import ROOT
+from tiny_run import RECIPE, ROOT
 
 from sedd.cli import parse, parse_config, run, take
 from sedd.components import options
@@ -107,7 +107,7 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
 def test_a_mistake_is_one_line_on_a_terminal():
     ours, theirs = pty.openpty()
     result = subprocess.run(
-        [sys.executable, "train.py", "--workdir", "x", "--training.stpes", "3"],
+        [sys.executable, "train.py", *RECIPE, "--workdir", "x", "--training.stpes", "3"],
         stdout=theirs,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,7 +129,14 @@ def test_help_goes_to_standard_output(capsys):
 
 
 def config_of(*arguments) -> Config:
+    if "--config" not in arguments:
+        arguments = ("--config", str(ROOT / "configs/quickstart.py"), *arguments)
     return parse_config(["--workdir", "x", *arguments], Training, "").config
+
+
+def test_without_a_recipe_nothing_starts():
+    with pytest.raises(UserError, match=r"missing --config FILE.*configs/quickstart\.py"):
+        parse_config(["--workdir", "x"], Training, "")
 
 
 def test_flags_override_the_file():

@@ -32,7 +32,9 @@ TOKENIZER = Characters.of("characters", ALPHABET, eos=True)
 NETWORK = options(
     "networks", "ddit", hidden_dim=16, num_layers=1, num_heads=2, condition_dim=8, dropout=0.0
 )
+RECIPE = ["--config", str(ROOT / "tests" / "default_config.py")]
 TINY = [
+    *RECIPE,
     *("--network.hidden-dim", "16", "--network.num-layers", "1", "--network.num-heads", "2"),
     *("--network.condition-dim", "8", "--network.dropout", "0"),
     *("--data.length", "12", "--training.batch-size", "8"),

@@ -95,7 +95,7 @@ def test_the_mask_column_of_the_raw_output_is_not_read():
 def test_refusals():
     with pytest.raises(ValueError, match="absorbing"):
         Conditional(process=UNIFORM)
-    with pytest.raises(ValueError, match="time_independent"):
-        Score(process=ABSORBING, time_independent=True)
+    with pytest.raises(TypeError, match="time_independent"):
+        Score(process=ABSORBING, time_independent=True)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="absorbing"):
         Score(process=UNIFORM).log_conditional(RAW[..., :N], X % N)

@@ -24,7 +24,7 @@ def test_the_tail_of_a_zipf_distribution_has_its_mass():
     assert stats.binomtest(int((drawn == 0).sum()), drawn.size, probs[0]).pvalue > 1e-4
 
 
-def rare(draw, count=2**22, repeats=8, scale=1e-8):
+def rare(draw, count=2**22, repeats=4, scale=1e-6):
     """How often a token of probability `scale` is drawn in count·repeats draws, by `draw`."""
     log_probs = jnp.log(jnp.array([scale, 1.0], jnp.float32))
 
@@ -36,7 +36,7 @@ def rare(draw, count=2**22, repeats=8, scale=1e-8):
 
 def test_unlikely_tokens_are_drawn_as_often_as_they_should():
     """Gumbel noise that stops short would never, or too often, pick a token of 1e-6."""
-    drawn, total = rare(categorical, scale=1e-6)
+    drawn, total = rare(categorical)
     assert stats.binomtest(drawn, total, 1e-6).pvalue > 1e-4
 
 
@@ -90,10 +90,10 @@ def test_leap_stays_where_there_is_nowhere_to_go():
     np.testing.assert_array_equal(leap(jax.random.key(7), i32([1, 2]), probs), [1, 2])
 
 
-@pytest.mark.parametrize("leave", [1e-3, 1e-6])
-def test_leap_at_tiny_probabilities_of_leaving(leave):
+@pytest.mark.parametrize(("leave", "repeats"), [(1e-3, 1), (1e-6, 8)])
+def test_leap_at_tiny_probabilities_of_leaving(leave, repeats):
     """The rare destinations keep their proportions and x its share."""
-    count, repeats = 2**20, 16
+    count = 2**20
     away = np.array([0.6, 0.3, 0.1])
     probs = oracle.f32([*(leave * away), 1 - leave])
     run = jax.jit(

@@ -32,8 +32,13 @@ def exact_law(kind, noise, rule, steps, fixed=None):
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "trace"))
-def sample(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace=True):
+def compiled(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace):
     return sampler(denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
+
+
+def sample(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace=True):
+    """One compilation for each sampler and kind: all tests share a batch size and the trace."""
+    return compiled(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
 
 
 def draw(sampler, denoiser, count, *, seed=0, fixed=None, trace=True):

@@ -1,0 +1,8 @@
+"""A recipe that changes nothing: the defaults of every field."""
+
+from sedd.config import Config
+
+
+def get_config() -> Config:
+    """The defaults."""
+    return Config()
