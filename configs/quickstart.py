@@ -1,7 +1,7 @@
 """The quick start: RADD on the characters of the US State of the Union addresses, on a CPU.
 
 It aims at no paper's table, but at a model that has learned something after a few minutes on two
-cores: its bound lies far below the entropy of single characters, and its samples are made of words.
+cores: its bound lies well below the entropy of single characters.
 """
 
 from sedd.components import options

@@ -184,6 +184,8 @@ def evaluate_bound(
     characters = num_bytes = 0
     first, padded = 0, 0
     for x0_BL, scored_BL in batches:
+        if not len(x0_BL):
+            continue
         size, padded = len(x0_BL), max(padded, len(x0_BL))
         rows = np.resize(np.arange(size), padded)  # a short last batch compiles nothing new
         nats = _batch_nats(

@@ -46,6 +46,9 @@ class Sampler(ABC):
     ) -> Samples:
         """One sequence a key. Where ``fixed_BL`` the token is that of ``tokens_BL`` throughout.
 
+        On a uniform process the score reads given tokens as noisy ones: the rest does not tend to
+        the true conditional, however many steps there are. On an absorbing process it does.
+
         The law of each sampler is stated in its docstring.
         """
 
