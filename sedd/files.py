@@ -15,7 +15,7 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         _write_whole(path, data)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_writable(path: Path, flag: str) -> None:

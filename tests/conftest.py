@@ -1,11 +1,13 @@
 """Simulated devices and checked array types for every test, set up before JAX is used."""
 
+import gc
 import os
 
 # XLA's CPU collectives wait for each other for ever with four devices on two cores.
 os.environ.setdefault("NPROC", "16")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -14,3 +16,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 CHECKED = ("schedules", "processes", "networks", "parameterizations", "denoiser", "objectives")
 CHECKED += ("samplers", "evaluation")
 install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype").__enter__()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collected():
+    """Reads that orbax could not complete complain when they are collected: here, not in a test.
+
+    The complaint parses source code, which breaks a parse under way (CPython's issue 106905).
+    """
+    yield
+    gc.collect()
