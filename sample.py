@@ -12,7 +12,7 @@ from rich.text import Text
 
 import sedd
 from sedd.cli import fail, parse, run, take
-from sedd.components import Options, options_type
+from sedd.components import Options, makers, options_type
 from sedd.constraints.clamp import Clamp
 from sedd.errors import UserError
 from sedd.files import check_writable, write_whole
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         SampleCommand,
         rest,
         default=SampleCommand(checkpoint=tyro.MISSING, sampler=kind()),
-        description=f"{__doc__}\n\n--sampler NAME picks one of euler, tweedie; these are the flags "
-        f"of {kind.name}. {kind.__doc__}",
+        description=f"{__doc__}\n\n--sampler NAME picks one of {', '.join(makers('samplers'))}; "
+        f"these are the flags of {kind.name}. {kind.__doc__}",
     )
     for flag, path in (("--output", command.output), ("--trace", command.trace)):
         if path is not None:

@@ -140,7 +140,7 @@ def test_divergence_saves_nothing_and_names_step_and_checkpoint(tmp_path, every)
     workdir = tmp_path / "run"
     run(workdir, 10)
     files = {p: p.read_bytes() for p in (workdir / "checkpoints").rglob("*") if p.is_file()}
-    huge = OptimizerOptions(learning_rate=1e30, warmup_steps=0)
+    huge = OptimizerOptions(learning_rate=3e38, warmup_steps=0)
     with pytest.raises(TrainingDiverged) as caught:
         run(workdir, 40, huge, cadence=Cadence(checkpoint_every=every), keep=100)
     message = str(caught.value)
@@ -157,7 +157,7 @@ def test_divergence_saves_nothing_and_names_step_and_checkpoint(tmp_path, every)
 
 
 def test_divergence_before_any_checkpoint(tmp_path):
-    huge = OptimizerOptions(name="sgd", learning_rate=1e30, warmup_steps=0, clip_norm=None)
+    huge = OptimizerOptions(name="sgd", learning_rate=3e38, warmup_steps=0, clip_norm=None)
     with pytest.raises(TrainingDiverged, match="no checkpoint was written before"):
         run(tmp_path, 40, huge)
 
