@@ -8,13 +8,14 @@ from typing import Literal
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 import sedd
 from sedd.build import HeldOut, pack_split
 from sedd.cli import parse, run
-from sedd.config import default_cache_dir
+from sedd.data.corpora import parse_mixture
 from sedd.evaluation.bound import BoundResult, evaluate_bound
 from sedd.files import check_writable, write_whole
 from sedd.model import text_counter
@@ -31,7 +32,7 @@ class EvaluateCommand:
     data: str
     """corpus:NAME, tfds:NAME, hf:NAME, or a file or folder of text."""
     split: str | None = None
-    """All of a file, the validation split of a corpus by default."""
+    """All of a file, the validation split of a corpus or of what the run was trained on."""
     draws: int = 64
     """Noise levels a sequence; a multiple of 4."""
     max_sequences: int | None = None
@@ -41,7 +42,8 @@ class EvaluateCommand:
     """Of the noise: the same seed, the same figures."""
     json: Path | None = None
     """Write every figure here."""
-    cache_dir: Path = Path(default_cache_dir())
+    cache_dir: Path | None = None
+    """Where packed tokens are kept; the run's own place by default."""
 
     def __post_init__(self):
         if self.draws < 4 or self.draws % 4:
@@ -64,10 +66,10 @@ def main(arguments: Sequence[str]) -> None:
         raise sedd.UserError(f"{command.checkpoint}: no tokenizer to read {command.data} with")
     packed, split = pack_split(
         command.data,
-        command.split,
+        command.split or trained_on(command.data, model),
         model.tokenizer,
         model.config.data,
-        cache_dir=command.cache_dir.expanduser(),
+        cache_dir=(command.cache_dir or Path(model.config.data.cache_dir)).expanduser(),
     )
     batches = HeldOut(
         parts=[packed], max_sequences=command.max_sequences, batch_size=command.batch_size
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         draws=command.draws,
         count_text=text_counter(model.tokenizer),
     )
-    show(result, batches.unigram_entropy())
+    show(result, batches.unigram_entropy(), f"{command.data} · {split}")
     if command.json is not None:
         about = {
             "checkpoint": str(command.checkpoint),
@@ -101,9 +103,16 @@ def main(arguments: Sequence[str]) -> None:
         write_whole(command.json, json.dumps(about | result.to_json(), indent=2).encode())
 
 
-def show(result: BoundResult, unigram_entropy: float) -> None:
+def trained_on(data: str, model: sedd.Model) -> str | None:
+    """The validation split, where the data is what the run was trained on."""
+    parts = [spec for spec, _ in parse_mixture(model.config.data.corpus)]
+    return "validation" if data.removeprefix("corpus:") in parts else None
+
+
+def show(result: BoundResult, unigram_entropy: float, what: str) -> None:
     """Print the figures as a table."""
-    table = Table(title="Upper bound on the negative log likelihood", title_justify="left")
+    title = f"Upper bound on the negative log likelihood: {escape(what)}"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("± standard error", justify="right")

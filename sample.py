@@ -120,7 +120,8 @@ def requested(
         return [(request, clamp) for request in asked], []
     if command.prompt or command.suffix or command.infill is not None:
         raise UserError("--requests holds the prompts: give no --prompt, --suffix or --infill")
-    found = list(read_requests(command.requests, model.tokenizer, command.length or model.length))
+    length = model.length if command.length is None else command.length
+    found = list(read_requests(command.requests, model.tokenizer, length, command.seed))
     refused = [line for line in found if isinstance(line, UserError)]
     return [line for line in found if not isinstance(line, UserError)], refused
 

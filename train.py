@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 from rich.console import Console
-
-os.environ.setdefault("NPROC", "16")  # before jax: see sedd.training.parallel.prepare_cpu
-
-import jax
 
 import sedd
 from sedd.build import Data, HeldOut, Parts, build_data, build_parts
@@ -28,7 +24,7 @@ from sedd.training.checkpoint import Checkpoints, Restored, init_params_from
 from sedd.training.loop import train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_optimizer, make_schedule
-from sedd.training.parallel import DataParallel, check_batch_size
+from sedd.training.parallel import DataParallel, check_batch_size, prepare_cpu
 from sedd.training.state import TrainState, init_state
 from sedd.training.step import make_step
 
@@ -49,6 +45,7 @@ class TrainCommand:
 
 def main(arguments: Sequence[str]) -> None:
     """Build what the configuration says, train it, and say where everything is."""
+    prepare_cpu()
     command = parse_config(arguments, TrainCommand, __doc__ or "")
     config, workdir = command.config, command.workdir
     build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
@@ -95,18 +92,21 @@ def main(arguments: Sequence[str]) -> None:
         batch_size=config.training.batch_size,
         accumulate=config.training.accumulate,
     )
+    batches = Batches(
+        data.train,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        start_step=int(state.step),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if restored:
+        check_same_data(workdir, restored, batches)
     result = train(
         workdir=workdir,
         state=state,
         parallel=parallel,
-        batches=Batches(
-            data.train,
-            batch_size=config.training.batch_size,
-            seed=config.seed,
-            start_step=int(state.step),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        batches=batches,
         checkpoints=checkpoints,
         steps=config.training.steps,
         cadence=config.training.cadence,
@@ -132,6 +132,18 @@ def check_same_run(workdir: Path, config: Config) -> Tokenizer:
             "Choose another directory, or the same values"
         )
     return read_tokenizer(workdir)
+
+
+def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None:
+    """UserError when the corpus has changed since the checkpoint: its place would mean nothing."""
+    here = json.loads(json.dumps(batches.state()["parts"]))
+    for there, now in zip(restored.data["parts"], here, strict=True):
+        if there != now:
+            raise UserError(
+                f"--workdir {workdir}: the corpus has changed since this run began: {there[0]} had "
+                f"{there[1]:,} sequences of {there[2]:,} tokens, {now[0]} has {now[1]:,} of "
+                f"{now[2]:,}. Bring it back, or use another directory and --init-from {workdir}"
+            )
 
 
 def check_same_tokenizer(init_from: Path, config: Config) -> Tokenizer:

@@ -23,11 +23,13 @@ COMPONENTS = {
     "objective": "objectives",
     "sampler": "samplers",
 }
-# What may differ between the parts of one run: it changes neither the model nor the path to it.
+# What may differ between the parts of one run: it changes at most rounding, memory, what is shown
+# and how far the run goes (and with it the learning rates of a falling schedule).
 RESUMABLE = (
     "aim",
     "data.cache_dir",
     "training.steps",
+    "training.accumulate",
     "training.log_every",
     "training.eval_every",
     "training.sample_every",
@@ -36,6 +38,8 @@ RESUMABLE = (
     "training.wandb",
     "evaluation",
     "sampler",
+    "network.remat",
+    "network.attention",
 )
 
 

@@ -67,6 +67,7 @@ class Model:
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"] | None = None
     ) -> Float[Array, "B L N"]:
         """See ``Denoiser.log_conditional``."""
+        sigma_B = None if sigma_B is None else jnp.asarray(sigma_B)
         return _log_conditional(self.denoiser, jnp.asarray(x_BL), sigma_B)
 
 

@@ -58,7 +58,7 @@ class Request:
 
 
 def read_requests(
-    path: Path, tokenizer: Tokenizer, default_length: int
+    path: Path, tokenizer: Tokenizer, default_length: int, seed: int = 0
 ) -> Iterator[tuple[Request, Clamp] | UserError]:
     """Each line's request, or the error that names the line.
 
@@ -77,13 +77,13 @@ def read_requests(
         if not line.strip():
             continue
         try:
-            request = _parse(line, number)
+            request = _parse(line, number, seed)
             yield request, request.clamp(tokenizer, default_length)
         except UserError as error:
             yield UserError(f"{path}, line {number}: {error}")
 
 
-def _parse(line: str, number: int) -> Request:
+def _parse(line: str, number: int, seed: int) -> Request:
     try:
         data: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -99,7 +99,7 @@ def _parse(line: str, number: int) -> Request:
         kinds, wanted = FIELD_TYPES[key]
         if not isinstance(data[key], kinds) or isinstance(data[key], bool):
             raise UserError(f"{key} must be {wanted}, got {json.dumps(data[key])}")
-    return Request(**{"id": number, **data})
+    return Request(**{"id": number, "seed": seed + number - 1, **data})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from tiny_run import ROOT
 
+from sedd.build import build_parts
 from sedd.components import options
 from sedd.config import (
     RESUMABLE,
@@ -19,6 +21,7 @@ from sedd.config import (
     with_component,
 )
 from sedd.errors import UserError
+from sedd.training.checkpoint import Restored
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
@@ -165,3 +168,27 @@ def test_the_cache_follows_the_environment(monkeypatch):
     assert default_cache_dir() == "/somewhere/sedd"
     monkeypatch.setenv("SEDD_CACHE", "/elsewhere")
     assert DataOptions().cache_dir == "/elsewhere"
+
+
+@pytest.mark.parametrize("objective", ["t_dce", "mdlm"])
+def test_a_cross_entropy_is_refused_where_it_would_leave_the_score_untrained(objective):
+    """A cross entropy does not see a constant added to a row of raw output; a score is changed."""
+    config = load_config(ROOT / "configs" / "text8_sedd.py")
+    with pytest.raises(UserError, match="leave the normaliser of a score untrained"):
+        build_parts(with_component(config, "objective", objective), num_tokens=27)
+
+
+def test_a_corpus_that_has_changed_is_not_resumed():
+    import train
+
+    class Now:
+        def state(self):
+            return {"parts": [("my.txt (train)", 12, 96)]}
+
+    def restored(rows: int) -> Restored:
+        parts = [["my.txt (train)", rows, 96]]
+        return Restored(state=None, step=1, data={"parts": parts}, pending={})  # pyright: ignore
+
+    train.check_same_data(Path("run"), restored(12), Now())  # pyright: ignore
+    with pytest.raises(UserError, match=r"corpus has changed .* had 11 sequences .* has 12"):
+        train.check_same_data(Path("run"), restored(11), Now())  # pyright: ignore

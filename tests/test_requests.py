@@ -33,10 +33,10 @@ def test_every_field(tmp_path):
     found = read(tmp_path, "\n".join(map(json.dumps, lines)))
     assert [request for request, _ in found] == [
         Request(id="a", prompt="ab", suffix="c", length=5, seed=7),
-        Request(id=12, infill="a{mask:2}b"),
-        Request(id=3, infill="a{mask:2}b", length=6),
-        Request(id=4, prompt="xy"),
-        Request(id=5),
+        Request(id=12, infill="a{mask:2}b", seed=1),
+        Request(id=3, infill="a{mask:2}b", length=6, seed=2),
+        Request(id=4, prompt="xy", seed=3),
+        Request(id=5, seed=4),
     ]
     assert [clamp.length for _, clamp in found] == [5, 4, 6, LENGTH, LENGTH]
     assert found[0][1].fixed_L.tolist() == [True, True, False, False, True]

@@ -259,6 +259,15 @@ class Pretrained(Tokenizer):
         backend.no_truncation()
         backend.encode_special_tokens = True  # a text that spells out a special is ordinary text
         ids = backend.get_vocab(with_added_tokens=True)
+        data = json.loads(source)
+        byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
+        if byte_level and (data.get("model") or {}).get("unk_token") is None:
+            single = {_unwritten(token) for token in ids if len(token) == 1}
+            if len(single) < 256:
+                raise UserError(
+                    f"tokenizer {name!r} would drop text without a word: its vocabulary lacks "
+                    f"{256 - len(single)} of the 256 bytes and has no unk_token"
+                )
         return cls(
             name=name,
             num_tokens=max(ids.values()) + 1,
@@ -284,10 +293,12 @@ class Pretrained(Tokenizer):
     def token_bytes(self) -> list[bytes | None]:
         data = json.loads(self.source)
         decoder = (data.get("decoder") or {}).get("type")
-        if decoder != "ByteLevel" or data.get("normalizer") is not None:
+        prefixed = '"add_prefix_space": true' in json.dumps(data.get("pre_tokenizer"))
+        if decoder != "ByteLevel" or data.get("normalizer") is not None or prefixed:
             raise UserError(
                 f"tokenizer {self.name!r} does not say which bytes a token stands for "
-                f"(it is not byte-level): use characters, bytes, bpe:SIZE or gpt2"
+                f"(it is not byte-level, or changes the text): use characters, bytes, bpe:SIZE or "
+                "gpt2"
             )
         specials = {token["id"] for token in data.get("added_tokens", [])}
         table: list[bytes | None] = [None] * self.num_tokens

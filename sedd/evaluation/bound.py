@@ -150,11 +150,13 @@ class BoundResult:
     def to_json(self) -> dict[str, Any]:
         """Every figure, ready for ``json.dump``; the per-sequence nats are left out."""
         fields = {k: v for k, v in vars(self).items() if k != "sequence_nats"}
-        return fields | {
+        fields |= {
             "perplexity": self.perplexity,
             "bits_per_character": self.bits_per_character,
             "bits_per_byte": self.bits_per_byte,
         }
+        # JSON knows no infinity.
+        return {k: None if v in (math.inf, -math.inf) else v for k, v in fields.items()}
 
 
 @partial(jax.jit, static_argnames=("schedule", "draws", "t_min"))

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from sedd.errors import UserError
 from sedd.networks.base import Attend
 from sedd.types import Array, Bool, Float
 
@@ -75,7 +76,7 @@ def choose(
     if backend != "auto":
         reason = refusal(backend, q_BLHK, attend)
         if reason is not None:
-            raise ValueError(f"attention {backend!r} {reason}; 'auto' falls back by itself")
+            raise UserError(f"attention {backend!r} {reason}; 'auto' falls back by itself")
         return backend
     platform = platform or jax.default_backend()
     if platform == "cpu":

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from sedd.networks.attention import Backend, attention
 from sedd.networks.base import Attend, Network
@@ -170,7 +171,7 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, layer, condition_BC, rotation_BL1K, attend, keys_B):
         net = self.net
-        batch, length, width = x_BLD.shape
+        width = x_BLD.shape[-1]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(net, 6, condition_BC)
 
         def add(x_BLD, branch_BLD, gate_B1D, branch):
@@ -181,11 +182,12 @@ class _Block(nn.Module):
 
         h_BLD = _Norm(net.norm_bias, name="norm_attention")(x_BLD, shift_a, scale_a)
         qkv_BLD = _dense(net, 3 * width, width, "qkv", bias=False)(h_BLD)
-        qkv_BL3HK = qkv_BLD.reshape(batch, length, 3, net.num_heads, net.head_dim)
-        q_BLHK, k_BLHK, v_BLHK = (qkv_BL3HK[:, :, i] for i in range(3))
+        q_BLHK, k_BLHK, v_BLHK = rearrange(
+            qkv_BLD, "b l (three h k) -> three b l h k", three=3, h=net.num_heads
+        )
         q_BLHK, k_BLHK = rotate(q_BLHK, rotation_BL1K), rotate(k_BLHK, rotation_BL1K)
         h_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, attend, backend=net.attention)
-        h_BLD = h_BLHK.reshape(batch, length, width)
+        h_BLD = rearrange(h_BLHK, "b l h k -> b l (h k)")
         h_BLD = _dense(net, width, width, "attention_out", bias=False)(h_BLD)
         x_BLD = add(x_BLD, h_BLD, gate_a, 0)
 

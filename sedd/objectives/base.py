@@ -106,6 +106,11 @@ class DenoisingCrossEntropy(Objective):
     def __post_init__(self):
         if self.process.mask_id is None:
             raise ValueError("it needs an absorbing process; score_entropy works on any")
+        if not self.parameterization.normalised:
+            raise ValueError(
+                "it needs the parameterization conditional: it would leave the normaliser of a "
+                "score untrained; score_entropy trains both"
+            )
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R):
         logits_RN = self.parameterization.masked_logits(raw_RV)

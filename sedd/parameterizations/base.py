@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ NO_MASS = -1e6  # a log probability of nothing that survives sums and gradients
 class Parameterization(ABC):
     """Reads raw output [..., V] at tokens x [...]; ``sigma`` broadcasts against x.
 
-    ``time_independent`` models never see the time: their network takes no ``sigma``.
+    ``time_independent`` models never see the time: their network takes no ``sigma``. Cross
+    entropies train ``normalised`` ones only: of a score they would leave the normaliser untrained.
     """
 
     process: Process
     time_independent: bool
+    normalised: ClassVar[bool]  # whether adding a constant to a row of raw output changes nothing
 
     @abstractmethod
     def log_score(

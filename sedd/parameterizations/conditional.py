@@ -16,6 +16,8 @@ class Conditional(Parameterization):
     ``time_independent=False`` conditions the network on σ all the same, as MD4 and MDLM can.
     """
 
+    normalised = True
+
     time_independent: bool = True
 
     def __post_init__(self):

@@ -16,6 +16,8 @@ class Score(Parameterization):
     finds all tokens equally likely, so that a fresh network starts there.
     """
 
+    normalised = False
+
     time_independent: bool = field(default=False, init=False)  # a score depends on the time
 
     def log_score(self, raw, x, sigma):

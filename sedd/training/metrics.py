@@ -69,7 +69,10 @@ class Metrics:
         path = self.path.parent / "samples" / f"{step:08d}.txt"
         with _Writable(path):
             path.parent.mkdir(exist_ok=True)
-            path.write_text("\n\n".join(f"--- {n}\n{text}" for n, text in enumerate(texts)) + "\n")
+            path.write_text(
+                "\n\n".join(f"--- {n}\n{text}" for n, text in enumerate(texts)) + "\n",
+                encoding="utf-8",
+            )
             for n, text in enumerate(texts):
                 self._event(step, summary.text(f"sample/{n}", text))
             self._events.flush()

@@ -97,7 +97,8 @@ def test_resuming_is_going_on(prefetch):
     first = Batches(parts, **options)
     take(first, 11)
     state = json.loads(json.dumps(first.state()))
-    assert state == {"next_step": 11, "seed": 1, "batch_size": 5}
+    rows = [["numbered", 23, 46], ["numbered", 7, 14]]
+    assert state == {"next_step": 11, "seed": 1, "batch_size": 5, "parts": rows}
     resumed = Batches(parts, **options, start_step=state["next_step"])
     assert resumed.state() == state
     for one, other in zip(take(first, 20), take(resumed, 20), strict=True):
