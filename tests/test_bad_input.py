@@ -262,7 +262,9 @@ def test_a_place_without_permission(place, tmp_path, command, flag):
 def test_a_full_disk_during_a_save(place, tmp_path):
     """The commands' own process: a limit on the size of files stands in for the disk's."""
     program = (
-        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "import resource, runpy, sys; "
+        "sys.dont_write_bytecode = True; "  # a limit would cut what Python caches, for good
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
         "runpy.run_path('train.py', run_name='__main__')"
     )
     workdir, cache = tmp_path / "run", tmp_path / "cache"

@@ -63,7 +63,8 @@ def test_a_resume_drops_what_came_later(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut, for good
     log = Metrics(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))

@@ -179,6 +179,7 @@ def records(workdir):
 
 if __name__ == "__main__":
     prepare_cpu()
+    sys.dont_write_bytecode = True  # a limit on files would cut what Python caches, for good
     workdir, steps, *limit = sys.argv[1:]
 
     class Limited(ToyBatches):
