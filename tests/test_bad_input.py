@@ -79,7 +79,7 @@ TRAIN = [
     ("--sampler.steps 0", "samplers 'tweedie': steps must be at least 1, got 0"),
     ("--process unifrom", "--process unifrom: processes has no 'unifrom'; did you mean 'uniform'"),
     ("--process uniform", "parameterizations 'conditional': it needs an absorbing process; score"),
-    ("--parameterization score", "objectives 'lambda_dce': it has no time"),
+    ("--parameterization score", "objectives 'lambda_dce': it needs the parameterization conditional"),
     ("--training.batch-size 6", "batch_size must be divisible by devices × accumulate = 4 × 1"),
     ("--training.batch-size 8 --training.accumulate 4", "4 × 4 = 16, got 8; the nearest"),
     ("--config {place}/none.py", "--config {place}/none.py: no such file"),
@@ -202,7 +202,7 @@ def test_refused_requests_do_not_stop_the_others(place, tmp_path):
     )
     assert result.code == 2
     assert result.errors == [f"error: {path}, line 2: prompt must be a string, got 7"]
-    assert "[/red] · seed 0 · 3 network calls" in result.out  # text, not the console's markup
+    assert "[/red] · seed 2 · 3 network calls" in result.out  # text, not the console's markup
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [
         "good",
         "[/red]",
