@@ -16,7 +16,7 @@ import sedd
 from sedd.build import HeldOut, pack_split
 from sedd.cli import parse, run
 from sedd.data.corpora import parse_mixture
-from sedd.evaluation.bound import BoundResult, evaluate_bound
+from sedd.evaluation.bound import BoundResult, check_draws, evaluate_bound
 from sedd.files import check_writable, write_whole
 from sedd.model import text_counter
 
@@ -46,8 +46,7 @@ class EvaluateCommand:
     """Where packed tokens are kept; the run's own place by default."""
 
     def __post_init__(self):
-        if self.draws < 4 or self.draws % 4:
-            raise ValueError(f"draws must be a positive multiple of 4, got {self.draws}")
+        check_draws(self.draws)
         for name in ("batch_size", "max_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -89,11 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         write_whole(command.output, lines.encode())
         console.print(f"wrote {len(answers)} samples to {command.output}")
     if command.trace is not None and answers:
-        try:
-            command.trace.parent.mkdir(parents=True, exist_ok=True)
-            write_page(command.trace, command, model, answers)
-        except OSError as error:
-            raise UserError(f"cannot write {command.trace}: {error.strerror}") from error
+        write_page(command.trace, command, model, answers)
         console.print(f"wrote {command.trace}")
     return 2 if refused else 0
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from sedd.components import Options, did_you_mean, options, options_type, values
 from sedd.errors import UserError
+from sedd.evaluation.bound import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 
@@ -121,8 +122,10 @@ class EvaluationOptions:
     batch_size: int = 64
 
     def __post_init__(self):
-        if self.draws < 4 or self.draws % 4:
-            raise ValueError(f"evaluation.draws must be a positive multiple of 4, got {self.draws}")
+        try:
+            check_draws(self.draws)
+        except ValueError as error:
+            raise ValueError(f"evaluation.{error}") from error
         for name in ("max_sequences", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")

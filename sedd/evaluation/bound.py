@@ -54,7 +54,7 @@ def sequence_nats(
     check_draws(draws)
     strata = draws // REPLICATES
     process, parameterization = denoiser.process, denoiser.parameterization
-    exact_ends = process.mask_id is not None and denoiser.time_independent
+    exact_ends = is_any_order(denoiser)
     objective: Objective = (
         KDCE(schedule=schedule, parameterization=parameterization)
         if exact_ends
@@ -97,6 +97,11 @@ def sequence_nats(
         diffusion_BR=diffusion_RB.T,
         reconstruction_BR=reconstruction_RB.T,
     )
+
+
+def is_any_order(denoiser: Denoiser) -> bool:
+    """Whether the bound is the expected NLL over all orders, without prior or reconstruction."""
+    return denoiser.process.mask_id is not None and denoiser.time_independent
 
 
 def check_draws(draws: int) -> None:
@@ -226,7 +231,6 @@ def evaluate_bound(
         error = math.sqrt(first / (first - 1) * (residual_S**2).sum()) / num_tokens
     else:
         error = error_draws
-    exact_ends = denoiser.process.mask_id is not None and denoiser.time_independent
     return BoundResult(
         nats_per_token=float(per_token),
         standard_error=float(error),
@@ -238,7 +242,7 @@ def evaluate_bound(
         num_sequences=first,
         num_tokens=int(num_tokens),
         draws=draws,
-        estimator="k_dce" if exact_ends else "score_entropy",
+        estimator="k_dce" if is_any_order(denoiser) else "score_entropy",
         num_characters=characters if count_text is not None else None,
         num_bytes=num_bytes if count_text is not None else None,
         sequence_nats=total_S,

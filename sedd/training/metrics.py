@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 from sedd.errors import UserError
+from sedd.files import write_whole
 
 
 class Metrics:
@@ -256,10 +256,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _drop_after(path: Path, step: int) -> None:
     records = _records(path)
     if records:
-        temporary = path.with_suffix(".tmp")
         kept = [json.dumps(r) + "\n" for r in records if r["step"] <= step]
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(kept).encode())
 
 
 class _Writable:
