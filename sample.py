@@ -4,22 +4,30 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 
 import sedd
-from sedd.cli import fail, parse, run, take
-from sedd.components import Options, makers, options_type
+from sedd.build import build_sampler
+from sedd.cli import fail, first_sentence, load_function, note, parse, run, take
+from sedd.components import Options, maker, makers, options_type, values
 from sedd.constraints.clamp import Clamp
 from sedd.errors import UserError
 from sedd.files import check_writable, write_whole
 from sedd.requests import Answer, Request, answer, read_requests
+from sedd.samplers.base import Sampler
+from sedd.sampling import reshape_of, text_verifier
 from sedd.trace import TraceRow, write_trace
 
 REFUSALS = 20  # lines that are named; a file that holds no requests at all has thousands
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """In the place of what a sampler does not have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,7 @@ class SampleCommand:
     step: int | Literal["best"] | None = None
     """Which checkpoint: of a step, or the best by validation; the newest by default."""
     sampler: Annotated[Options, tyro.conf.arg(name="")]
+    inner: Annotated[Options | NoOptions, tyro.conf.arg(name="")]
     num: int = 1
     """How many sequences; the i-th has seed + i."""
     length: int | None = None
@@ -42,35 +51,71 @@ class SampleCommand:
     """Text with gaps: "text with {mask:12} gaps" leaves twelve tokens free."""
     requests: Path | None = None
     """A JSONL file, one request a line: {id, prompt | infill, suffix, length, seed}."""
+    temperature: float = 1.0
+    """Of the drawn tokens: sharper below 1, the likeliest at 0."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens that together have this probability."""
+    guidance: float = 0.0
+    """Strengthen what is given (classifier-free guidance); 0 is off, else two calls for one."""
+    logit_processor: str | None = None
+    """file.py:function of (log_probs, tokens, positions), in JAX, that returns log_probs."""
+    verifier: str | None = None
+    """file.py:function from a list of texts to their scores, for best_of_n and particle."""
     output: Path | None = None
-    """Write JSONL here: id, text, tokens, calls, seed."""
+    """Write JSONL here: id, text, tokens, calls, entropy, seed."""
     trace: Path | None = None
     """Write a page here that plays the denoising."""
     batch_size: int = 32
+    """Sequences drawn side by side, a search's candidates included."""
 
     def __post_init__(self):
         for name in ("num", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        reshape_of(self.reshape)
+
+    @property
+    def reshape(self) -> dict[str, Any]:
+        """The options that change the conditional of clean tokens."""
+        processor = None
+        if self.logit_processor is not None:
+            processor = load_function(self.logit_processor, "--logit-processor")
+        named = ("temperature", "top_k", "top_p", "guidance")
+        return {name: getattr(self, name) for name in named} | {"logit_processor": processor}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the requests; 2 when one of them was refused, else 0."""
     name, rest = take(arguments, "--sampler")
+    inner_name, rest = take(rest, "--inner")
     kind = options_type("samplers", name or "tweedie")
+    fields = {field.name for field in dataclasses.fields(maker("samplers", kind.name))}
+    inner_kind = NoOptions
+    if "inner" in fields:
+        inner_kind = options_type("samplers", inner_name or "event_jump")
+    elif inner_name is not None:
+        raise UserError(f"--inner {inner_name}: {kind.name} wraps no other sampler")
     command = parse(
         SampleCommand,
         rest,
-        default=SampleCommand(checkpoint=tyro.MISSING, sampler=kind()),
-        description=f"{__doc__}\n\n--sampler NAME picks one of {', '.join(makers('samplers'))}; "
-        f"these are the flags of {kind.name}. {kind.__doc__}",
+        default=SampleCommand(checkpoint=tyro.MISSING, sampler=kind(), inner=inner_kind()),
+        description=describe(kind, inner_kind),
     )
     for flag, path in (("--output", command.output), ("--trace", command.trace)):
         if path is not None:
             check_writable(path, f"{flag} {path}")
     model = sedd.load(command.checkpoint, step=command.step)
-    sampler = command.sampler.build(schedule=model.schedule)
+    sampler, reshape = build_command_sampler(command, model), command.reshape
     asked, refused = requested(command, model)
+    if command.guidance and asked and not any(clamp.fixed_L.any() for _, clamp in asked):
+        raise UserError(
+            f"--guidance {command.guidance}: it strengthens what is given, and nothing is; give a "
+            "--prompt, --suffix, --infill or --requests"
+        )
+    if sampler.caveat:
+        note(sampler.caveat)
     for error in refused[:REFUSALS]:
         fail(str(error))
     if len(refused) > REFUSALS:
@@ -79,7 +124,12 @@ def main(arguments: Sequence[str]) -> int:
     answers: list[Answer] = []
     if asked:
         for batch in answer(
-            model, asked, sampler, batch_size=command.batch_size, trace=command.trace is not None
+            model,
+            asked,
+            sampler,
+            batch_size=command.batch_size,
+            trace=command.trace is not None,
+            **reshape,
         ):
             answers += batch
             for one in batch:
@@ -92,6 +142,37 @@ def main(arguments: Sequence[str]) -> int:
         write_page(command.trace, command, model, answers)
         console.print(f"wrote {command.trace}")
     return 2 if refused else 0
+
+
+def describe(kind: type[Options], inner_kind: type) -> str:
+    """The help's introduction: every sampler in a line, and the one that was picked in full."""
+    lines = [f"  {name}: {first_sentence(make)}" for name, make in makers("samplers").items()]
+    flags = kind.name
+    if inner_kind is not NoOptions:
+        flags += f" and of {inner_kind.name}, which it wraps (--inner NAME picks another)"
+    return (
+        f"{__doc__}\n\n--sampler NAME picks how (default tweedie):\n"
+        + "\n".join(lines)
+        + f"\n\nThe flags below are those of {flags}. {kind.name}: {kind.__doc__}"
+    )
+
+
+def build_command_sampler(command: SampleCommand, model: sedd.Model) -> Sampler:
+    """The sampler of the flags; UserError where it does not go with the model."""
+    verifier = inner = None
+    if command.verifier is not None:
+        verifier = text_verifier(
+            model, load_function(command.verifier, "--verifier"), command.verifier
+        )
+    options = values(command.sampler)
+    if isinstance(command.inner, Options):
+        inner = command.inner.name
+        options |= values(command.inner)
+    sampler = build_sampler(
+        command.sampler.name, model.schedule, inner=inner, verifier=verifier, **options
+    )
+    sampler.check(dataclasses.replace(model.denoiser, reshape=reshape_of(command.reshape)))
+    return sampler
 
 
 def requested(
@@ -124,7 +205,12 @@ def requested(
 
 def show(console: Console, one: Answer, tokenizer) -> None:
     """Print a sample: what was given dim, what was drawn plain."""
-    about = f"{one.request.id} · seed {one.request.seed} · {one.calls} network calls"
+    about = (
+        f"{one.request.id} · seed {one.request.seed} · {one.calls} network calls · "
+        f"entropy {one.entropy:.2f} nats"
+    )
+    if one.score is not None:
+        about += f" · score {one.score:.4g}"
     console.rule(about, style="dim")
     drawn = "bold" if one.clamp.fixed_L.any() else ""
     text = Text()
@@ -161,7 +247,12 @@ def write_page(
         eos_id=tokenizer.eos_id,
         description={
             "sampler": command.sampler.name,
-            **{k: str(v) for k, v in dataclasses.asdict(command.sampler).items()},
+            **({"inner": command.inner.name} if isinstance(command.inner, Options) else {}),
+            **{
+                k: str(v)
+                for options in (command.sampler, command.inner)
+                for k, v in dataclasses.asdict(options).items()
+            },
             "network calls": str(max(a.calls for a in answers)),
             "checkpoint": str(command.checkpoint),
         },

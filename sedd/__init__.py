@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sedd.errors import UserError
-    from sedd.model import Model, SampleResult, evaluate, load, sample
+    from sedd.model import Model, evaluate, load
+    from sedd.sampling import SampleResult, sample
 
 __version__ = "0.1.0"
 __all__ = ["Model", "SampleResult", "UserError", "evaluate", "load", "sample"]
@@ -18,4 +19,8 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(_HOME.get(name, "sedd.model")), name)
 
 
-_HOME = {"UserError": "sedd.errors"}
+_HOME = {
+    "UserError": "sedd.errors",
+    "SampleResult": "sedd.sampling",
+    "sample": "sedd.sampling",
+}

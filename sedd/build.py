@@ -1,14 +1,17 @@
 """From a configuration to the objects of a run."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sedd.components import build, maker, values
 from sedd.config import Config, DataOptions
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
-from sedd.data.packing import Packed, pack, validation_rows
+from sedd.data.packing import Packed, pack, unigram_entropy, validation_rows
 from sedd.data.tokenizers import Tokenizer, build_tokenizer
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
@@ -17,6 +20,7 @@ from sedd.objectives.base import Objective
 from sedd.parameterizations.base import Parameterization
 from sedd.processes.base import Process
 from sedd.samplers.base import Sampler
+from sedd.samplers.verifier import Verifier
 from sedd.schedules import NoiseSchedule
 from sedd.types import Params
 
@@ -47,7 +51,7 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
     process = config.process.build(num_tokens=num_tokens)
     schedule = config.schedule.build()
     parameterization = config.parameterization.build(process=process)
-    return Parts(
+    parts = Parts(
         process=process,
         schedule=schedule,
         parameterization=parameterization,
@@ -56,8 +60,45 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
             time_conditioned=not parameterization.time_independent,
         ),
         objective=config.objective.build(schedule=schedule, parameterization=parameterization),
-        sampler=config.sampler.build(schedule=schedule),
+        sampler=build_sampler(config.sampler.name, schedule, **values(config.sampler)),
     )
+    parts.sampler.check(parts.denoiser(None))
+    return parts
+
+
+def build_sampler(
+    name: str,
+    schedule: NoiseSchedule,
+    *,
+    inner: str | Sampler | None = None,
+    verifier: Verifier | None = None,
+    **options: Any,
+) -> Sampler:
+    """A sampler by name; one that wraps another passes on the options that are not its own.
+
+    ``inner`` is event_jump by default. UserError on an unknown name or option, an ``inner`` or a
+    ``verifier`` that the sampler does not take, and a missing verifier.
+    """
+    fields = {field.name for field in dataclasses.fields(maker("samplers", name))}
+    context: dict[str, Any] = {"schedule": schedule}
+    for what, given, takers in (
+        ("inner", inner, "semi_autoregressive, best_of_n and particle"),
+        ("verifier", verifier, "best_of_n and particle"),
+    ):
+        if given is not None and what not in fields:
+            raise UserError(f"sampler {name!r} takes no {what}; {takers} do")
+    if "verifier" in fields:
+        if verifier is None:
+            raise UserError(f"sampler {name!r} needs a verifier: a function that scores texts")
+        context["verifier"] = verifier
+    if "inner" in fields:
+        own = {key: options.pop(key) for key in fields & options.keys()}
+        if inner is None or isinstance(inner, str):
+            inner = build_sampler(inner or "event_jump", schedule, **options)
+        elif options:
+            raise UserError(f"inner is built already: it takes no {', '.join(options)}")
+        context["inner"], options = inner, own
+    return build("samplers", name, **context, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +184,7 @@ class HeldOut:
         for x0_BL, scored_BL in self:
             ids = x0_BL[scored_BL]
             counts += np.bincount(ids, minlength=counts.size)
-        frequencies = counts[counts > 0] / counts.sum()
-        return float(-(frequencies * np.log(frequencies)).sum())
+        return unigram_entropy(counts)
 
     def _rows(self):
         each = None if self.max_sequences is None else -(-self.max_sequences // len(self.parts))

@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import io
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -62,6 +66,40 @@ def fail(message: str, code: int = 2) -> int:
     """Print the one line and return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def note(message: str) -> None:
+    """Say on standard error what the user should know."""
+    print(f"note: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def first_sentence(thing: Any) -> str:
+    """What its docstring says first."""
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+
+
+def load_function(spec: str, flag: str) -> Callable[..., Any]:
+    """``file.py:function``, from the user's own file; UserError where there is none.
+
+    The same function for the same words.
+    """
+    path, colon, name = spec.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UserError(f"{flag} {spec}: it must be file.py:function")
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {spec}: {path}: no such file")
+    try:
+        found = _run_file(path).get(name)
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise UserError(f"{flag} {spec}: {path} defines no function {name!r}")
+    return found
+
+
+@functools.cache
+def _run_file(path: str) -> dict[str, Any]:
+    return runpy.run_path(path)
 
 
 def parse(

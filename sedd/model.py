@@ -1,9 +1,8 @@
-"""A trained model, and what is done with it: load, sample, evaluate."""
+"""A trained model: loaded, asked for its scores, and evaluated."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.build import Parts, build_parts
-from sedd.components import build
 from sedd.config import Config
-from sedd.constraints.clamp import Clamp, free
 from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.evaluation.bound import BoundResult, evaluate_bound
-from sedd.networks.base import Attend
-from sedd.samplers.base import Sampler
 from sedd.training.checkpoint import find_checkpoints
 from sedd.types import Array, Float, Int, Key
 
@@ -131,86 +126,6 @@ def _read_json(path: Path, reader: Callable[[Any], Any]) -> Any:
         return reader(data)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleResult:
-    """Samples, the network calls each needed, and their text where there is a tokenizer."""
-
-    tokens: np.ndarray  # [B, L]
-    calls: np.ndarray  # [B]
-    text: list[str] | None
-    trace: np.ndarray | None  # [T, B, L]
-    times: np.ndarray | None  # [T], diffusion times of the trace's frames
-
-
-@partial(jax.jit, static_argnames=("sampler", "trace"))
-def _run_sampler(sampler: Sampler, denoiser, keys_B, tokens_BL, fixed_BL, *, trace):
-    return sampler(denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
-
-
-def sample(
-    model: Model,
-    key: Key[Array, "..."],
-    *,
-    num: int = 1,
-    length: int | None = None,
-    sampler: str | Sampler = "tweedie",
-    clamp: Clamp | Sequence[Clamp] | None = None,
-    trace: bool = False,
-    **options,
-) -> SampleResult:
-    """Draw ``num`` sequences of ``length`` tokens (default: the training length).
-
-    ``key`` is one key, from which each sequence gets its own, or one key a sequence. ``clamp`` is
-    one for all or one a sequence; sequences of different lengths share a batch, padded and masked.
-    ``options`` are the sampler's, such as ``steps=128``. UserError on an unknown sampler or option.
-    """
-    if num < 1:
-        raise UserError(f"num must be at least 1, got {num}")
-    if clamp is None:
-        clamp = free(model.length if length is None else length)
-    elif length is not None:
-        raise UserError("a clamp has a length of its own: give no length beside it")
-    clamps = list(clamp) if isinstance(clamp, Sequence) else [clamp]
-    keys_B = key if key.ndim else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num))
-    num = len(keys_B)
-    if len(clamps) == 1:
-        clamps = clamps * num
-    if len(clamps) != num:
-        raise UserError(f"{len(clamps)} clamps for {num} sequences")
-    if isinstance(sampler, str):
-        sampler = build("samplers", sampler, schedule=model.schedule, **options)
-    elif options:
-        raise UserError(f"the sampler is built already: it takes no {', '.join(options)}")
-    lengths = [c.length for c in clamps]
-    longest = max(lengths)
-    tokens_BL = np.zeros((num, longest), np.int32)
-    fixed_BL = np.ones((num, longest), bool)  # padding is fixed: it is never drawn
-    segment_BL = np.zeros((num, longest), np.int32)
-    for row, c in enumerate(clamps):
-        tokens_BL[row, : c.length], fixed_BL[row, : c.length] = c.tokens_L, c.fixed_L
-        segment_BL[row, : c.length] = 1
-    attend = None if min(lengths) == longest else Attend(segment_BL=jnp.asarray(segment_BL))
-    samples = _run_sampler(
-        sampler,
-        model.parts.denoiser(model.denoiser.params, attend),
-        keys_B,
-        jnp.asarray(tokens_BL),
-        jnp.asarray(fixed_BL),
-        trace=trace,
-    )
-    tokens = np.asarray(samples.tokens_BL)
-    text = None
-    if model.tokenizer is not None:
-        text = [model.tokenizer.decode(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
-    return SampleResult(
-        tokens=tokens,
-        calls=np.asarray(samples.calls_B),
-        text=text,
-        trace=None if samples.trace_TBL is None else np.asarray(samples.trace_TBL),
-        times=None if samples.times_T is None else np.asarray(samples.times_T),
-    )
 
 
 def evaluate(

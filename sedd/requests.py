@@ -12,10 +12,12 @@ import numpy as np
 
 from sedd.components import did_you_mean
 from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_prompt
+from sedd.data.packing import unigram_entropy
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
-from sedd.model import Model, sample
+from sedd.model import Model
 from sedd.samplers.base import Sampler
+from sedd.sampling import sample
 
 FIELD_TYPES = {  # of a line's fields
     "id": ((str, int), "a string or a whole number"),
@@ -111,8 +113,15 @@ class Answer:
     tokens: np.ndarray  # [L]
     text: str
     calls: int
+    score: float | None  # the verifier's, of a search
     frames: np.ndarray | None  # [T, L], the state at first and after every event
     times: np.ndarray | None  # [T], their diffusion times
+
+    @property
+    def entropy(self) -> float:
+        """Unigram entropy of the tokens that were drawn, in nats: low where it repeats itself."""
+        drawn = self.tokens[~self.clamp.fixed_L]
+        return unigram_entropy(np.bincount(drawn)) if len(drawn) else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The line of the output file."""
@@ -121,7 +130,9 @@ class Answer:
             "text": self.text,
             "tokens": self.tokens.tolist(),
             "calls": self.calls,
+            "entropy": round(self.entropy, 6),
             "seed": self.request.seed,
+            **({} if self.score is None else {"score": self.score}),
         }
 
 
@@ -132,9 +143,14 @@ def answer(
     *,
     batch_size: int,
     trace: bool = False,
+    **reshape: Any,
 ) -> Iterator[list[Answer]]:
-    """The answers, batch by batch, in the order asked. A request's noise is that of its seed."""
-    batch_size = min(batch_size, len(asked))
+    """The answers, batch by batch, in the order asked. A request's noise is that of its seed.
+
+    ``batch_size`` counts the sequences held at once; a search holds many for one request.
+    ``reshape`` are the options of ``Reshape``.
+    """
+    batch_size = min(max(batch_size // sampler.width, 1), len(asked))
     for first in range(0, len(asked), batch_size):
         batch = asked[first : first + batch_size]
         padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # compiles nothing new
@@ -144,6 +160,7 @@ def answer(
             sampler=sampler,
             clamp=[clamp for _, clamp in padded],
             trace=trace,
+            **reshape,
         )
         yield [
             Answer(
@@ -152,6 +169,7 @@ def answer(
                 tokens=result.tokens[row, : clamp.length],
                 text=result.text[row] if result.text else "",
                 calls=int(result.calls[row]),
+                score=None if result.score is None else float(result.score[row]),
                 frames=None if result.trace is None else result.trace[:, row, : clamp.length],
                 times=result.times,
             )

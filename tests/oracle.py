@@ -201,12 +201,12 @@ class TableNetwork(_Direct):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantNetwork(_Direct):
-    """The same raw output [B, L, V] whatever it is given: for comparing with stored outputs."""
+    """The same raw output [B, L, V] (B may be 1) whatever it is given."""
 
     def hidden(
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
     ):
-        return params
+        return jnp.broadcast_to(params, (len(tokens_BL), *params.shape[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,14 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"types", "errors", "files"},
     {"schedules", "processes", "networks", "data"},
-    {"parameterizations", "denoiser"},
+    {"parameterizations", "reshape", "denoiser"},
     {"objectives", "samplers", "constraints"},
     {"training", "evaluation", "interop"},
 ]  # everything else, and the commands, is level 5
 LEVEL = {family: level for level, families in enumerate(LEVELS) for family in families}
 BESIDE = {  # inside a level: what a family may still import
-    "denoiser": {"parameterizations"},
+    "denoiser": {"parameterizations", "reshape"},
+    "reshape": {"parameterizations"},
     "files": {"errors"},
 }
 PROTOCOLS = {  # modules below their families, so that others of that level can use them

@@ -137,7 +137,7 @@ def test_what_an_answer_holds(model):
     sampler = Tweedie(schedule=model.schedule, steps=4)
     ((one,),) = answer(model, [(request, clamp)], sampler, batch_size=32, trace=True)
     line = json.loads(json.dumps(one.to_json()))
-    assert line.keys() == {"id", "text", "tokens", "calls", "seed"}
+    assert line.keys() == {"id", "text", "tokens", "calls", "entropy", "seed"}
     assert (line["id"], line["calls"], line["seed"]) == ("x", 5, 9)
     assert line["text"] == model.tokenizer.decode(line["tokens"])
     assert line["text"].startswith("ab")

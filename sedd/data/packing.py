@@ -74,8 +74,13 @@ class Packed:
 
         It is what the best model that looks at no context attains on these rows.
         """
-        frequencies = self.counts[self.counts > 0] / self.counts.sum()
-        return float(-(frequencies * np.log(frequencies)).sum())
+        return unigram_entropy(self.counts)
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Of the frequencies behind these counts, in nats."""
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
 
 
 def pack(

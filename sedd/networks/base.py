@@ -86,9 +86,10 @@ class Network(ABC):
 def read_out(
     hidden: Float[Array, "*rows D"], weight_DV: Float[Array, "D V"], bias_V: Float[Array, "V"]
 ) -> Float[Array, "*rows V"]:
-    """The output layer: a product in the hidden states' precision, accumulated in float32.
+    """The output layer: a product in the hidden states' precision, accumulated in float32 at least.
 
     Losses and sampling need float32 logits even where the network computes in bfloat16.
     """
-    logits = jnp.matmul(hidden, weight_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.matmul(hidden, weight_DV.astype(hidden.dtype), preferred_element_type=wide)
     return logits + jnp.broadcast_to(bias_V, logits.shape)

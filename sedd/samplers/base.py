@@ -1,17 +1,16 @@
-"""What a sampler is, and the loop that the τ-leaping ones share."""
+"""What a sampler is, and the loop of those that go round by round."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from sedd.denoiser import Denoiser
-from sedd.processes.base import Process, at, put
+from sedd.errors import UserError
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
-
-T_MIN = 1e-5  # where the steps of a sampler on the score end and the denoising call begins
 
 
 @jax.tree_util.register_dataclass
@@ -20,9 +19,11 @@ class Samples:
     """What a sampler returns."""
 
     tokens_BL: Int[Array, "B L"]
-    calls_B: Int[Array, "B"]  # network calls that each sequence needed
-    trace_TBL: Int[Array, "T B L"] | None = None  # the state at first and after every event
+    calls_B: Int[Array, "B"]  # network calls that each sequence needed; guidance doubles them
+    trace_TBL: Int[Array, "T B L"] | None = None  # the state at first and after every round
+    rounds: Int[Array, ""] | None = None  # how many there were: the rest of the trace repeats
     times_T: Float[Array, "T"] | None = None  # diffusion times of the trace's frames, 1 to 0
+    score_B: Float[Array, "B"] | None = None  # the verifier's, where there is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,35 @@ class Sampler(ABC):
     """
 
     schedule: NoiseSchedule
+
+    needs_absorbing: ClassVar[bool] = False
+    needs_time_independent: ClassVar[bool] = False
+    caveat: ClassVar[str] = ""  # what a user of it has to know: that it is biased, and how
+
+    @property
+    def width(self) -> int:
+        """Sequences that it holds at once for one that it returns."""
+        return 1
+
+    def check(self, denoiser: Denoiser) -> None:
+        """UserError where the model is not of the kind that this sampler needs."""
+        name = type(self).__module__.rpartition(".")[2]
+        if self.needs_absorbing and denoiser.process.mask_id is None:
+            raise UserError(
+                f"sampler {name!r} needs a model of the absorbing process: this one's has no mask "
+                "(euler and tweedie work on any)"
+            )
+        if self.needs_time_independent and not denoiser.time_independent:
+            raise UserError(
+                f"sampler {name!r} needs a time-independent model: this one depends on the noise "
+                "level (euler, tweedie and remdm work on it)"
+            )
+        if denoiser.reshape is not None and denoiser.process.mask_id is None:
+            raise UserError(
+                "temperature, top-k, top-p, guidance and logit processors change the conditional "
+                "of clean tokens, which exists on the absorbing process only: this model's is "
+                "another"
+            )
 
     @abstractmethod
     def __call__(
@@ -47,92 +77,110 @@ class Sampler(ABC):
         """One sequence a key. Where ``fixed_BL`` the token is that of ``tokens_BL`` throughout.
 
         On a uniform process the score reads given tokens as noisy ones: the rest does not tend to
-        the true conditional, however many steps there are. On an absorbing process it does.
+        the true conditional, however many steps there are. On an absorbing process it does. A
+        fixed mask stays one, and says nothing.
 
-        The law of each sampler is stated in its docstring.
+        The law of each sampler is stated in its docstring. UserError as of ``check``.
         """
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class TauLeaping(Sampler):
-    """All positions leap at once over ``steps`` equal intervals of time, from t = 1 to 1e-5.
+class State:
+    """Sequences under way. Every leaf has a row a sequence, so that they can be copied and mixed.
 
-    One denoising call follows, so that no mask survives: steps + 1 network calls for every
-    sequence. The law tends to the model's own as the steps grow; its distance halves as they
-    double.
+    A sequence's round is its own: it stands still once the sequence is done.
     """
 
-    steps: int = 128
+    x_BL: Int[Array, "B L"]
+    free_BL: Bool[Array, "B L"]  # what is drawn; the rest is given
+    keys_B: Key[Array, "B"]
+    calls_B: Int[Array, "B"]
+    round_B: Int[Array, "B"]
+    plan: Any  # what the sampler has decided beforehand
 
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-
-    @abstractmethod
-    def step_probs(
-        self,
-        process: Process,
-        log_score: Float[Array, "*b V"],
-        x: Int[Array, "*b"],
-        t: Float[Array, ""],
-        s: Float[Array, ""],
-    ) -> Float[Array, "*b V"]:
-        """Probabilities of the state at time s given x at t > s: unnormalised, maybe negative."""
-
-    def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
-        process = denoiser.process
-        batch, length = tokens_BL.shape
-        times = jnp.linspace(1.0, T_MIN, self.steps + 1)
-        prior_keys_B, step_keys_B, last_keys_B = jax.vmap(
-            lambda key: jax.random.split(key, 3), out_axes=1
-        )(keys_B)
-        start_BL = jnp.where(fixed_BL, tokens_BL, process.sample_prior(prior_keys_B, length))
-
-        def step(x_BL, k):
-            t, s = times[k], times[k + 1]
-            sigma_B = jnp.full(batch, self.schedule.sigma(t))
-            log_score_BLV = denoiser.log_score(x_BL, sigma_B)
-            probs_BLV = self.step_probs(process, log_score_BLV, x_BL, t, s)
-            moved_BL = jax.vmap(leap)(
-                jax.vmap(jax.random.fold_in, (0, None))(step_keys_B, k), x_BL, probs_BLV
-            )
-            x_BL = jnp.where(fixed_BL, x_BL, moved_BL)
-            return x_BL, (x_BL if trace else None)
-
-        x_BL, trace_TBL = jax.lax.scan(step, start_BL, jnp.arange(self.steps))
-        sigma_B = jnp.full(batch, self.schedule.sigma(times[-1]))
-        log_probs_BLV = process.denoise(denoiser.log_score(x_BL, sigma_B), x_BL, sigma_B[:, None])
-        clean_BL = jax.vmap(categorical)(last_keys_B, log_probs_BLV)
-        clean_BL = jnp.where(fixed_BL | ~process.can_move(x_BL), x_BL, clean_BL)
-        samples = Samples(tokens_BL=clean_BL, calls_B=jnp.full(batch, self.steps + 1))
-        if trace_TBL is None:
-            return samples
+    def moved(self, x_BL: Int[Array, "B L"], called_B: Bool[Array, "B"], active_B) -> "State":
+        """A round later: active sequences have the new tokens where they are free."""
         return replace(
-            samples,
-            trace_TBL=jnp.concatenate([start_BL[None], trace_TBL, clean_BL[None]]),
-            times_T=jnp.append(times, 0.0),
+            self,
+            x_BL=jnp.where(self.free_BL & active_B[:, None], x_BL, self.x_BL),
+            calls_B=self.calls_B + called_B,
+            round_B=self.round_B + active_B,
         )
 
 
-def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Array, "*b"]:
-    """A draw from each row, with noise that resolves probabilities of 1e-14 in float32.
+@dataclass(frozen=True, kw_only=True)
+class SteppedSampler(Sampler):
+    """A sampler that goes round by round, at most one network call each.
 
-    JAX's default noise stops at 1e-7: it cuts the tail off a large vocabulary, which acts as a
-    hidden temperature (arXiv:2409.02908).
+    Others (blocks, particles) can drive it: ``start``, then ``advance`` while any is ``active``.
     """
-    return jax.random.categorical(key, log_probs.astype(jnp.float32), mode="high")
+
+    @abstractmethod
+    def start(
+        self,
+        denoiser: Denoiser,
+        keys_B: Key[Array, "B"],
+        tokens_BL: Int[Array, "B L"],
+        fixed_BL: Bool[Array, "B L"],
+    ) -> State:
+        """Before the first round."""
+
+    @abstractmethod
+    def active(self, denoiser: Denoiser, state: State) -> Bool[Array, "B"]:
+        """Which sequences have rounds to go."""
+
+    @abstractmethod
+    def advance(self, denoiser: Denoiser, state: State) -> State:
+        """One round of the active sequences; the others stay as they are."""
+
+    @abstractmethod
+    def max_rounds(self, length: int) -> int:
+        """An upper bound on the rounds that ``length`` free positions take."""
+
+    def sigma(self, state: State) -> Float[Array, "B"]:
+        """The total noise that the next round's network call is told, where it wants to know."""
+        return jnp.zeros(state.round_B.shape)
+
+    def times(self) -> Float[Array, "T"] | None:
+        """Diffusion times of the trace's frames, where all sequences share them."""
+        return None
+
+    def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
+        self.check(denoiser)
+        batch, length = tokens_BL.shape
+        state = self.start(denoiser, keys_B, tokens_BL, fixed_BL)
+        frames = None
+        if trace:
+            frames = jnp.zeros((self.max_rounds(length) + 1, batch, length), state.x_BL.dtype)
+            frames = frames.at[0].set(state.x_BL)
+
+        def one_round(carry):
+            state, frames, rounds = carry
+            state = self.advance(denoiser, state)
+            rounds = rounds + 1
+            return state, record(frames, rounds, state.x_BL), rounds
+
+        state, frames, rounds = jax.lax.while_loop(
+            lambda carry: self.active(denoiser, carry[0]).any(),
+            one_round,
+            (state, frames, jnp.zeros((), jnp.int32)),
+        )
+        return Samples(
+            tokens_BL=state.x_BL,
+            calls_B=state.calls_B * (1 + denoiser.guided),
+            trace_TBL=None if frames is None else fill(frames, rounds),
+            rounds=rounds,
+            times_T=self.times() if trace else None,
+        )
 
 
-def leap(key: Key[Array, ""], x: Int[Array, "*b"], probs: Float[Array, "*b V"]) -> Int[Array, "*b"]:
-    """A draw from the rows of ``probs``, clipped at 0 and renormalised, in two stages.
+def record(frames, index, x_BL):
+    """The frames with one set; nothing where none are kept."""
+    return None if frames is None else frames.at[index].set(x_BL)
 
-    Whether to leave x first, then where to: in a single draw x, which nearly always wins, would
-    drown the noise of the others.
-    """
-    leave_key, token_key = jax.random.split(key)
-    probs = jnp.maximum(probs, 0.0)
-    away = put(probs, x, jnp.zeros(x.shape, probs.dtype))
-    away_total = away.sum(-1)
-    leave_probability = away_total / (away_total + at(probs, x))
-    leaves = jax.random.bernoulli(leave_key, leave_probability, mode="high")
-    return jnp.where(leaves, categorical(token_key, jnp.log(away)), x)
+
+def fill(frames_TBL: Int[Array, "T B L"], rounds: Int[Array, ""]) -> Int[Array, "T B L"]:
+    """The frames after the last round repeat it."""
+    later_T = jnp.arange(frames_TBL.shape[0]) > rounds
+    return jnp.where(later_T[:, None, None], frames_TBL[rounds][None], frames_TBL)

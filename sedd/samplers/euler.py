@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sedd.samplers.base import TauLeaping
+from sedd.samplers.tau_leaping import TauLeaping
 
 
 @dataclass(frozen=True, kw_only=True)

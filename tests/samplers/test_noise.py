@@ -8,7 +8,7 @@ import pytest
 from oracle import i32
 from scipy import stats
 
-from sedd.samplers.base import categorical, leap
+from sedd.samplers.noise import categorical, leap
 
 VOCABULARY = 50_257
 

@@ -1,0 +1,64 @@
+"""The best of several samples by a verifier. arXiv:2110.14168, section 4."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from sedd.samplers.base import Sampler, Samples
+from sedd.samplers.noise import fold
+from sedd.samplers.verifier import Verifier, verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(Sampler):
+    """Draws ``n`` sequences by ``inner`` and returns the one of the highest score.
+
+    Where scores are distinct, x comes out with probability F(x)^n - F(x-)^n, F(x) being the
+    inner sampler's probability of a score of at most x's, and F(x-) of a lower one: as n grows, the
+    best of what the inner sampler can draw. Ties go to the first drawn. Calls are those of all n.
+    """
+
+    inner: Sampler
+    verifier: Verifier
+    n: int = 8
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+
+    @property
+    def caveat(self):
+        return self.inner.caveat
+
+    @property
+    def width(self):
+        return self.n * self.inner.width
+
+    def check(self, denoiser):
+        super().check(denoiser)
+        self.inner.check(denoiser)
+
+    def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
+        self.check(denoiser)
+        batch, n = len(keys_B), self.n
+        candidates = denoiser.repeat(n)
+        drawn = self.inner(
+            candidates,
+            fold(jnp.repeat(keys_B, n), jnp.tile(jnp.arange(n), batch)),
+            jnp.repeat(tokens_BL, n, 0),
+            jnp.repeat(fixed_BL, n, 0),
+            trace=trace,
+        )
+        score_Bn = verify(self.verifier, candidates, drawn.tokens_BL).reshape(batch, n)
+        best_B = score_Bn.argmax(1) + n * jnp.arange(batch)
+        return Samples(
+            tokens_BL=drawn.tokens_BL[best_B],
+            calls_B=drawn.calls_B.reshape(batch, n).sum(1),
+            trace_TBL=None if drawn.trace_TBL is None else drawn.trace_TBL[:, best_B],
+            rounds=drawn.rounds,
+            times_T=drawn.times_T,
+            score_B=score_Bn.max(1),
+        )
+
+
+make = BestOfN

@@ -1,0 +1,48 @@
+"""Surest position first, by its whole distribution. arXiv:2502.06768, section 4."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from sedd.samplers.reveal import Ranked, check_steps, group_size
+
+Score = Literal["entropy", "margin", "max_probability"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confidence(Ranked):
+    """The positions of least entropy first, or of largest margin or largest probability.
+
+    Position and token are two decisions: the position is chosen by its distribution alone, and the
+    token is then drawn. At one position a call that is exact for any order, this one included; with
+    ``steps`` the positions of one call do not see each other.
+    """
+
+    by: Score = "entropy"
+    steps: int | None = None  # calls over which the positions are spread; one position a call
+
+    def __post_init__(self):
+        check_steps(self.steps)
+        if self.by not in get_args(Score):
+            raise ValueError(f"by must be one of {', '.join(get_args(Score))}, got {self.by!r}")
+
+    def score(self, log_probs_BKN, keys_B, positions_BK):
+        if self.by == "entropy":
+            return -entropy(log_probs_BKN)
+        if self.by == "max_probability":
+            return log_probs_BKN.max(-1)
+        best = jnp.exp(jax.lax.top_k(log_probs_BKN, 2)[0])
+        return best[..., 0] - best[..., 1]
+
+    def count(self, state, falling_BL):
+        return group_size(state.plan, self.steps, state.round_B)
+
+
+def entropy(log_probs):
+    """Of each row, in nats."""
+    return -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+
+make = Confidence

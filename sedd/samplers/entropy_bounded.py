@@ -1,0 +1,36 @@
+"""The entropy-bounded sampler (EB-Sampler). arXiv:2505.24857, algorithm 1."""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from sedd.samplers.confidence import entropy
+from sedd.samplers.reveal import Ranked
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyBounded(Ranked):
+    """As many of the least entropy at a call as their entropies but the largest sum to ``gamma``.
+
+    That sum bounds, in nats, what the positions of one call can know of each other: the error of
+    drawing them at once. ``gamma`` 0 draws one at a call, and several only where they are certain:
+    exact. Larger ones take fewer calls, as many as the text allows.
+    """
+
+    gamma: float = 0.1  # nats
+
+    def __post_init__(self):
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must be finite and at least 0, got {self.gamma}")
+
+    def score(self, log_probs_BKN, keys_B, positions_BK):
+        return -jnp.maximum(entropy(log_probs_BKN), 0.0)
+
+    def count(self, state, falling_BL):
+        entropy_BL = -falling_BL  # infinite where there is nothing to reveal
+        before_BL = jnp.cumsum(jnp.pad(entropy_BL[:, :-1], ((0, 0), (1, 0))), axis=1)
+        return (before_BL <= self.gamma).sum(1)
+
+
+make = EntropyBounded

@@ -1,0 +1,60 @@
+"""Autoregression in an order that is fixed beforehand. arXiv:2406.03736, section 3.3."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from sedd.samplers.noise import random_rank
+from sedd.samplers.reveal import Revealing, check_steps, dense_rank, group_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ordered(Revealing):
+    """Positions in a fixed order: forward, backward, random, or given such as 3,0,2.
+
+    One position a call is the joint of that order's conditionals, exactly: an any-order model's own
+    law. With ``steps`` the positions are spread over that many calls, and those of one call do not
+    see each other. Positions that a given order leaves out follow from left to right.
+    """
+
+    order: str = "forward"
+    steps: int | None = None  # calls over which the positions are spread; one position a call
+
+    def __post_init__(self):
+        check_steps(self.steps)
+        if self.order in ("forward", "backward", "random"):
+            return
+        try:
+            positions = self.positions
+        except ValueError:
+            positions = [-1]
+        if min(positions) < 0 or len(set(positions)) < len(positions):
+            raise ValueError(
+                "order must be forward, backward, random, or distinct positions from 0 on such as "
+                f"3,0,2, got {self.order!r}"
+            )
+
+    @property
+    def positions(self) -> list[int]:
+        """Those of a given order."""
+        return [int(word) for word in self.order.split(",")]
+
+    def make_plan(self, keys_B, free_BL):
+        place_L = jnp.arange(free_BL.shape[1])
+        if self.order == "random":
+            rank_BL = random_rank(keys_B, free_BL)
+        else:
+            if self.order == "backward":
+                place_L = -place_L
+            elif self.order != "forward":
+                listed = jnp.asarray(self.positions)
+                first = jnp.arange(len(listed)) - len(listed)
+                place_L = place_L.at[listed].set(first, mode="drop")
+            rank_BL = dense_rank(jnp.broadcast_to(place_L, free_BL.shape), free_BL)
+        return group_of(rank_BL, free_BL.sum(1), self.steps)
+
+    def choose(self, state, masked_BL, keys_B, read):
+        return state.plan == state.round_B[:, None]
+
+
+make = Ordered

@@ -1,0 +1,157 @@
+"""Remasking diffusion (ReMDM): tokens may be masked again. arXiv:2503.00307."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from sedd.processes.base import at
+from sedd.samplers.base import State, SteppedSampler
+from sedd.samplers.noise import fold
+from sedd.samplers.reveal import at_positions, draw, masked, revealed_share
+
+Strategy = Literal["cap", "rescale", "loop", "confidence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMDM(SteppedSampler):
+    """Reveals and masks again over ``steps`` intervals of t = 1 - k/steps, to mend early mistakes.
+
+    A token is masked with probability ς and a mask is revealed with (a' - (1 - ς)a)/(1 - a), where
+    a and a' are the shares revealed before and after: the share at every time is that of the
+    schedule, whatever ς is up to ς_max = min(1, (1 - a')/a). At ς = 0 it is event_jump's law. By
+    ``strategy``, ς is
+
+    - cap: min(eta, ς_max);
+    - rescale: eta·ς_max;
+    - loop: min(eta, ς_max) while the share stays at ``alpha_on``, between the times ``t_on`` and
+      ``t_off``, and 0 before and after, while it rises in proportion to time;
+    - confidence: eta·ς_max·softmax(-ψ), over the revealed positions, of the probability ψ that the
+      token had when it was drawn. Here the share is kept only roughly.
+
+    A network call for every step in which the sequence has something revealed: at most ``steps``.
+    """
+
+    needs_absorbing: ClassVar[bool] = True
+
+    steps: int = 128
+    strategy: Strategy = "cap"
+    eta: float = 0.02
+    t_on: float = 0.55
+    t_off: float = 0.05
+    alpha_on: float = 0.9
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.strategy not in get_args(Strategy):
+            known = ", ".join(get_args(Strategy))
+            raise ValueError(f"strategy must be one of {known}, got {self.strategy!r}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
+        if not 0 < self.t_off <= self.t_on < 1:
+            raise ValueError(
+                f"t_on and t_off must satisfy 0 < t_off <= t_on < 1, got {self.t_on} and "
+                f"{self.t_off}"
+            )
+        if not 0 < self.alpha_on < 1:
+            raise ValueError(f"alpha_on must be in (0, 1), got {self.alpha_on}")
+
+    def share(self, step):
+        """Of the positions, how many are revealed when a step begins."""
+        t = 1 - jnp.minimum(step / self.steps, 1.0)
+        if self.strategy != "loop":
+            return revealed_share(self.schedule, t)
+        rising = self.alpha_on * (1 - t) / (1 - self.t_on)
+        finishing = 1 - (1 - self.alpha_on) * t / self.t_off
+        return jnp.where(t > self.t_on, rising, jnp.where(t < self.t_off, finishing, self.alpha_on))
+
+    def remask_probability(self, step, psi):
+        """ς of a position at a step [B, 1]; ``psi`` [B, L] is infinite where it is masked."""
+        before, after = self.share(step), self.share(step + 1)
+        limit = jnp.minimum(1.0, (1 - after) / jnp.maximum(before, 1e-30))
+        if self.strategy == "rescale":
+            return self.eta * limit
+        if self.strategy == "confidence":
+            anything = jnp.isfinite(psi).any(-1, keepdims=True)
+            weight = jax.nn.softmax(jnp.where(anything, -psi, 0.0), axis=-1)
+            return jnp.where(anything, self.eta * limit * weight, 0.0)
+        capped = jnp.minimum(self.eta, limit)
+        if self.strategy == "cap":
+            return capped
+        return jnp.where((before == self.alpha_on) & (after == self.alpha_on), capped, 0.0)
+
+    def reveal_probability(self, step, remask):
+        """Of a masked position, given the ς that it would have."""
+        before, after = self.share(step), self.share(step + 1)
+        return (after - (1 - remask) * before) / (1 - before)
+
+    def sigma(self, state):
+        last, first = (jnp.exp(-self.schedule.sigma(jnp.asarray(t, float))) for t in (0, 1))
+        return -jnp.log(first + self.share(state.round_B) * (last - first))
+
+    def max_rounds(self, length):
+        return self.steps
+
+    def times(self):
+        return 1 - jnp.arange(self.steps + 1) / self.steps
+
+    def active(self, denoiser, state):
+        return (state.round_B < self.steps) & state.free_BL.any(1)
+
+    def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
+        zero_B = jnp.zeros(len(keys_B), jnp.int32)
+        return State(
+            x_BL=jnp.where(fixed_BL, tokens_BL, denoiser.mask_id),
+            free_BL=~fixed_BL,
+            keys_B=keys_B,
+            calls_B=zero_B,
+            round_B=zero_B,
+            plan=jnp.full(tokens_BL.shape, jnp.inf),  # ψ
+        )
+
+    def advance(self, denoiser, state):
+        x_BL, psi_BL = state.x_BL, state.plan
+        masked_BL, active_B = masked(denoiser, state), self.active(denoiser, state)
+        reveal_keys_B, remask_keys_B, token_keys_B = (
+            fold(fold(state.keys_B, state.round_B), i) for i in range(3)
+        )
+        step_B1 = state.round_B[:, None]
+        remask_BL = jnp.broadcast_to(self.remask_probability(step_B1, psi_BL), x_BL.shape)
+        hidden_remask_BL = 0.0 if self.strategy == "confidence" else remask_BL
+        reveal_BL = jnp.broadcast_to(self.reveal_probability(step_B1, hidden_remask_BL), x_BL.shape)
+        reveals_BL = masked_BL & active_B[:, None] & coins(reveal_keys_B, reveal_BL)
+        remasks_BL = state.free_BL & ~masked_BL & coins(remask_keys_B, remask_BL)
+
+        def call():
+            hidden = denoiser.hidden(x_BL, self.sigma(state))
+
+            def read(positions_BK):
+                return denoiser.log_conditional_at(hidden, x_BL, positions_BK)
+
+            drawn_BL = draw(reveals_BL, token_keys_B, read)
+            if self.strategy != "confidence":
+                return drawn_BL, psi_BL
+
+            def probability(positions_BK):
+                return at(read(positions_BK), jnp.take_along_axis(drawn_BL, positions_BK, 1))
+
+            return drawn_BL, jnp.exp(at_positions(reveals_BL, probability, psi_BL.dtype))
+
+        drawn_BL, drawn_psi_BL = jax.lax.cond(reveals_BL.any(), call, lambda: (x_BL, psi_BL))
+        mask_id = denoiser.mask_id
+        changed_BL = jnp.where(reveals_BL, drawn_BL, jnp.where(remasks_BL, mask_id, x_BL))
+        psi_BL = jnp.where(reveals_BL, drawn_psi_BL, jnp.where(remasks_BL, jnp.inf, psi_BL))
+        state = state.moved(changed_BL, reveals_BL.any(1), active_B)
+        return replace(state, plan=psi_BL)
+
+
+def coins(keys_B, probability_BL):
+    """A coin a position; fine enough for probabilities of 1e-14."""
+    return jax.vmap(lambda key, p_L: jax.random.bernoulli(key, p_L, mode="high"))(
+        keys_B, jnp.clip(probability_BL, 0.0, 1.0)
+    )
+
+
+make = ReMDM

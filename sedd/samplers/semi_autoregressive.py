@@ -1,0 +1,95 @@
+"""Blocks from left to right, each by another sampler. arXiv:2503.09573, arXiv:2502.09992."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sedd.samplers.base import State, SteppedSampler
+from sedd.samplers.noise import fold
+
+NEXT_BLOCK = 2**31 - 1  # folded into a block's keys it gives the next one's; no position is that
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiAutoregressive(SteppedSampler):
+    """Blocks of ``block_length`` free positions from left to right; ``inner`` fills each of them.
+
+    The law is the product over blocks of the inner sampler's, given all before (and what is given
+    after): exact where the inner one is. Later blocks are masks until their turn. Every sequence
+    has its own block. A model that depends on the noise level is told that of the block alone,
+    which makes it approximate.
+    """
+
+    needs_absorbing: ClassVar[bool] = True
+
+    inner: SteppedSampler
+    block_length: int = 32
+
+    def __post_init__(self):
+        if self.block_length < 1:
+            raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+        if not isinstance(self.inner, SteppedSampler):
+            raise ValueError("inner must be a sampler that goes step by step, not a search")
+
+    @property
+    def caveat(self):
+        return self.inner.caveat
+
+    def check(self, denoiser):
+        super().check(denoiser)
+        self.inner.check(denoiser)
+
+    def max_rounds(self, length):
+        blocks = -(-length // self.block_length)
+        return blocks * self.inner.max_rounds(min(self.block_length, length))
+
+    def sigma(self, state):
+        return self.inner.sigma(self._block(state))
+
+    def active(self, denoiser, state):
+        block_BL, block_B, _ = state.plan
+        later_B = (state.free_BL & (block_BL > block_B[:, None])).any(1)
+        return later_B | self.inner.active(denoiser, self._block(state))
+
+    def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
+        free_BL = ~fixed_BL
+        block_BL = (jnp.cumsum(free_BL, axis=1) - 1) // self.block_length
+        first = self.inner.start(
+            denoiser,
+            keys_B,
+            jnp.where(free_BL, denoiser.mask_id, tokens_BL),
+            ~(free_BL & (block_BL == 0)),
+        )
+        plan = (block_BL, jnp.zeros(len(keys_B), jnp.int32), first.plan)
+        return replace(first, free_BL=free_BL, plan=plan)
+
+    def advance(self, denoiser, state):
+        block_BL, block_B, _ = state.plan
+        active_B = self.active(denoiser, state)
+        here = self.inner.advance(denoiser, self._block(state))
+        done_B = active_B & ~self.inner.active(denoiser, here)
+        block_B = block_B + done_B
+        fresh = self.inner.start(
+            denoiser,
+            fold(state.keys_B, NEXT_BLOCK),
+            here.x_BL,
+            ~(state.free_BL & (block_BL == block_B[:, None])),
+        )
+        fresh = replace(fresh, calls_B=here.calls_B)
+
+        def select(new, old):
+            return jnp.where(done_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        merged = jax.tree.map(select, fresh, here)
+        return replace(merged, free_BL=state.free_BL, plan=(block_BL, block_B, merged.plan))
+
+    def _block(self, state: State) -> State:
+        """The block in hand, as the inner sampler sees it."""
+        block_BL, block_B, plan = state.plan
+        here_BL = state.free_BL & (block_BL == block_B[:, None])
+        return replace(state, free_BL=here_BL, plan=plan)
+
+
+make = SemiAutoregressive
