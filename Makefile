@@ -22,9 +22,9 @@ $(VENV)/.installed: requirements/cpu.txt requirements/embedded.txt pyproject.tom
 quickstart: install
 	$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--training.steps $(STEPS))
 	@echo
-	$(BIN)/python sample.py --checkpoint $(RUN) --num 3 --steps 128 --trace $(RUN)/trace.html
+	$(BIN)/python sample.py --checkpoint $(RUN) --num 3 --sampler event_jump --trace $(RUN)/trace.html
 	@echo
-	$(BIN)/python sample.py --checkpoint $(RUN) --infill 'Fellow citizens of the Senate and {mask:32} the state of the Union is{mask:24}.'
+	$(BIN)/python sample.py --checkpoint $(RUN) --sampler event_jump --infill 'Fellow citizens of the Senate and {mask:32} the state of the Union is{mask:24}.'
 	@echo
 	@ls -1d $(RUN)/checkpoints $(RUN)/curves.png $(RUN)/metrics.jsonl $(RUN)/trace.html
 

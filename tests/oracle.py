@@ -4,6 +4,7 @@ Everything here is float64 numpy from the formulas, independent of sedd, except 
 wrap exact (or random) tables so that the library can be run on them under jit.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -342,3 +343,63 @@ SCHEDULES = {  # (sigma, rate) in float64
         lambda t: 1e-4 * (20 / 1e-4) ** t * np.log(20 / 1e-4),
     ),
 }
+
+
+# ---------------------------------------------------------------- laws of revealing samplers
+
+NOTHING_FIXED = (-1,) * L
+
+
+def counts_of(tokens_BL, size):
+    """[V^L]: how often each state was drawn."""
+    return np.bincount(state_index(tokens_BL, size), minlength=size ** np.shape(tokens_BL)[1])
+
+
+def conditional_joint(oracle, fixed):
+    """[V^L]: the joint given the tokens of `fixed` (-1 is free)."""
+    fixed = np.asarray(fixed)
+    held = fixed >= 0
+    law = np.where((oracle.states[:, held] == fixed[held]).all(-1), oracle.clean_law(), 0)
+    return law / law.sum()
+
+
+def masked_start(oracle, fixed):
+    """[V^L]: certainly the clamped tokens and masks elsewhere."""
+    fixed = np.asarray(fixed)
+    law = np.zeros(len(oracle.states))
+    law[state_index(np.where(fixed >= 0, fixed, oracle.mask_id), oracle.V)] = 1
+    return law
+
+
+def reveal_kernel(oracle, reveal, remask=0.0, conditional=None):
+    """[V^L, V^L]: each position by itself, given the state that all of them start from.
+
+    Masks are revealed with probability `reveal`, tokens masked with `remask`; both broadcast to
+    [V^L, L]. Tokens come from `conditional` [V^L, L, N], the exact one by default.
+    """
+    states, mask = oracle.states, oracle.mask_id
+    conditional = oracle.conditional() if conditional is None else conditional
+    tokens = np.concatenate([conditional, np.zeros((*states.shape, 1))], -1)
+    is_mask, own = states == mask, np.eye(oracle.V)[states]
+    leaves = np.where(is_mask, reveal, remask)[..., None]
+    moved = np.where(is_mask[..., None], tokens, np.eye(oracle.V)[mask])
+    return product_kernel((1 - leaves) * own + leaves * moved, states)
+
+
+# ---------------------------------------------------------------- draws
+
+
+# These programs run for milliseconds and compile for seconds, most of them spent optimising.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "trace"), compiler_options=QUICKLY)
+def sample(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace):
+    return sampler(denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
+
+
+def draw(sampler, denoiser, count, *, seed=0, fixed=NOTHING_FIXED, trace=True):
+    """Samples where `fixed` [L] or [count, L] is -1; one compilation a sampler and count."""
+    fixed = np.broadcast_to(np.asarray(fixed), (count, L))
+    tokens_BL, fixed_BL = i32(np.maximum(fixed, 0)), jnp.asarray(fixed >= 0)
+    return sample(sampler, denoiser, keys(seed, count), tokens_BL, fixed_BL, trace=trace)

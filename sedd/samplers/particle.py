@@ -11,7 +11,7 @@ from sedd.samplers.base import Sampler, Samples, State, SteppedSampler, fill, re
 from sedd.samplers.noise import fold
 from sedd.samplers.reveal import draw, masked
 from sedd.samplers.verifier import Verifier, verify
-from sedd.types import Array, Float, Int, Key
+from sedd.types import Array, Bool, Float, Int, Key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,9 @@ class Particle(Sampler):
 
     That many sequences a request are drawn side by side. Every ``resample_every`` rounds each is
     completed by one draw of its masked positions, scored, and weighted by how much tilt·score rose
-    since; where the weights have become uneven (their effective number is below half), sequences
-    are copied in proportion. One is drawn from the last weights. With finitely many particles the
-    law lies between p and the tilted one: 1 particle draws from p.
+    since; where the weights have become uneven (their effective number is below half, which 2 never
+    reach), sequences are copied in proportion. One is drawn from the last weights. With finitely
+    many particles the law lies between p and the tilted one: 1 particle draws from p.
 
     Calls are those of all particles and of their completions.
     """
@@ -76,10 +76,13 @@ class Particle(Sampler):
         def weigh(args):
             """New weights by the rise of the value since the last time, and copies by weight."""
             state, frames, log_weight, value, tick = args
+            # A request that is done waits: others must not go on changing it.
+            due_B = self.inner.active(crowd, state).reshape(batch, count).any(1)
             guess, called = self.complete(crowd, state, fold(fold(slot_keys, 1), tick))
             new_value = self.tilt * verify(self.verifier, crowd, guess).reshape(batch, count)
+            new_value = jnp.where(due_B[:, None], new_value, value)
             log_weight, value = log_weight + new_value - value, new_value
-            ancestor, uneven_B = resample(fold(own_keys_B, tick), log_weight)
+            ancestor, uneven_B = resample(fold(own_keys_B, tick), log_weight, due_B)
             take = (ancestor + count * jnp.arange(batch)[:, None]).ravel()
             state = replace(state, calls_B=state.calls_B + called)
             calls_B = state.calls_B  # a call is made whether or not its particle survives
@@ -103,12 +106,13 @@ class Particle(Sampler):
             )
 
         state, frames, log_weight, value, rounds = jax.lax.while_loop(
-            # A verifier that failed says nan: there is no sense in going on.
+            # A verifier that failed says nan, for all: there is no sense in going on.
             lambda carry: self.inner.active(crowd, carry[0]).any() & jnp.isfinite(carry[3]).all(),
             one_round,
             (state, frames, nothing, nothing, jnp.zeros((), jnp.int32)),
         )
         score = verify(self.verifier, crowd, state.x_BL).reshape(batch, count)
+        score = jnp.where(jnp.isfinite(value).all(), score, jnp.nan)
         log_weight = log_weight + self.tilt * score - value
         last_keys_B = fold(own_keys_B, 0)
         chosen_B = jax.vmap(jax.random.categorical)(last_keys_B, log_weight)
@@ -140,15 +144,15 @@ class Particle(Sampler):
 
 
 def resample(
-    keys_B: Key[Array, "B"], log_weight_BP: Float[Array, "B P"]
-) -> tuple[Int[Array, "B P"], Array]:
-    """Systematic resampling where the effective number of particles is below half, else none.
+    keys_B: Key[Array, "B"], log_weight_BP: Float[Array, "B P"], due_B: Bool[Array, "B"]
+) -> tuple[Int[Array, "B P"], Bool[Array, "B"]]:
+    """Systematic resampling where due and the effective number of particles is below half.
 
     The ancestor of each particle, and which requests were resampled.
     """
     count = log_weight_BP.shape[1]
     weight_BP = jax.nn.softmax(log_weight_BP, axis=1)
-    uneven_B = 1 / (weight_BP**2).sum(1) < count / 2
+    uneven_B = due_B & (1 / (weight_BP**2).sum(1) < count / 2)
     offset_B = jax.vmap(jax.random.uniform)(keys_B)
     points_BP = (jnp.arange(count)[None] + offset_B[:, None]) / count
     ancestor_BP = jax.vmap(jnp.searchsorted)(jnp.cumsum(weight_BP, 1), points_BP)

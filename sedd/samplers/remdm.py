@@ -6,10 +6,12 @@ from typing import ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from sedd.denoiser import Denoiser
 from sedd.processes.base import at
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold
 from sedd.samplers.reveal import at_positions, draw, masked, revealed_share
+from sedd.types import Array
 
 Strategy = Literal["cap", "rescale", "loop", "confidence"]
 
@@ -30,7 +32,8 @@ class ReMDM(SteppedSampler):
     - confidence: eta·ς_max·softmax(-ψ), over the revealed positions, of the probability ψ that the
       token had when it was drawn. Here the share is kept only roughly.
 
-    A network call for every step in which the sequence has something revealed: at most ``steps``.
+    What flips does not wait for the network: every sequence goes straight to its own next step that
+    reveals something. Those steps are its network calls, at most ``steps``.
     """
 
     needs_absorbing: ClassVar[bool] = True
@@ -94,9 +97,6 @@ class ReMDM(SteppedSampler):
     def max_rounds(self, length):
         return self.steps
 
-    def times(self):
-        return 1 - jnp.arange(self.steps + 1) / self.steps
-
     def active(self, denoiser, state):
         return (state.round_B < self.steps) & state.free_BL.any(1)
 
@@ -112,39 +112,77 @@ class ReMDM(SteppedSampler):
         )
 
     def advance(self, denoiser, state):
-        x_BL, psi_BL = state.x_BL, state.plan
-        masked_BL, active_B = masked(denoiser, state), self.active(denoiser, state)
-        reveal_keys_B, remask_keys_B, token_keys_B = (
-            fold(fold(state.keys_B, state.round_B), i) for i in range(3)
+        """Each sequence's own next step that reveals something; those before only mask."""
+        nowhere_BL = jnp.zeros(state.x_BL.shape, bool)
+
+        def seeking(carry):
+            state, reveals_BL, _ = carry
+            return self.active(denoiser, state) & ~reveals_BL.any(1)
+
+        def step(carry):
+            state, reveals_BL, remasks_BL = carry
+            seeks_B = seeking(carry)
+            found_BL, masks_BL = self.flips(denoiser, state)
+            quiet_B = seeks_B & ~found_BL.any(1)
+            state = self.masked_again(denoiser, state, masks_BL & quiet_B[:, None])
+            state = replace(state, round_B=state.round_B + quiet_B)
+            return (
+                state,
+                jnp.where(seeks_B[:, None], found_BL, reveals_BL),
+                jnp.where(seeks_B[:, None], masks_BL, remasks_BL),
+            )
+
+        state, reveals_BL, remasks_BL = jax.lax.while_loop(
+            lambda carry: seeking(carry).any(), step, (state, nowhere_BL, nowhere_BL)
         )
-        step_B1 = state.round_B[:, None]
-        remask_BL = jnp.broadcast_to(self.remask_probability(step_B1, psi_BL), x_BL.shape)
-        hidden_remask_BL = 0.0 if self.strategy == "confidence" else remask_BL
-        reveal_BL = jnp.broadcast_to(self.reveal_probability(step_B1, hidden_remask_BL), x_BL.shape)
-        reveals_BL = masked_BL & active_B[:, None] & coins(reveal_keys_B, reveal_BL)
-        remasks_BL = state.free_BL & ~masked_BL & coins(remask_keys_B, remask_BL)
+        called_B = reveals_BL.any(1)
+        hidden = denoiser.hidden(state.x_BL, self.sigma(state))
 
-        def call():
-            hidden = denoiser.hidden(x_BL, self.sigma(state))
+        def read(positions_BK):
+            return denoiser.log_conditional_at(hidden, state.x_BL, positions_BK)
 
-            def read(positions_BK):
-                return denoiser.log_conditional_at(hidden, x_BL, positions_BK)
+        drawn_BL = draw(reveals_BL, fold(fold(state.keys_B, state.round_B), 2), read)
+        psi_BL = state.plan
+        if self.strategy == "confidence":
 
-            drawn_BL = draw(reveals_BL, token_keys_B, read)
-            if self.strategy != "confidence":
-                return drawn_BL, psi_BL
-
-            def probability(positions_BK):
+            def log_probability(positions_BK):
                 return at(read(positions_BK), jnp.take_along_axis(drawn_BL, positions_BK, 1))
 
-            return drawn_BL, jnp.exp(at_positions(reveals_BL, probability, psi_BL.dtype))
+            log_psi_BL = at_positions(reveals_BL, log_probability, psi_BL.dtype)
+            psi_BL = jnp.where(reveals_BL, jnp.exp(log_psi_BL), psi_BL)
+        state = self.masked_again(denoiser, state, remasks_BL & called_B[:, None])
+        return replace(
+            state,
+            x_BL=jnp.where(reveals_BL, drawn_BL, state.x_BL),
+            calls_B=state.calls_B + called_B,
+            round_B=state.round_B + called_B,
+            plan=jnp.where(reveals_BL, psi_BL, state.plan),
+        )
 
-        drawn_BL, drawn_psi_BL = jax.lax.cond(reveals_BL.any(), call, lambda: (x_BL, psi_BL))
-        mask_id = denoiser.mask_id
-        changed_BL = jnp.where(reveals_BL, drawn_BL, jnp.where(remasks_BL, mask_id, x_BL))
-        psi_BL = jnp.where(reveals_BL, drawn_psi_BL, jnp.where(remasks_BL, jnp.inf, psi_BL))
-        state = state.moved(changed_BL, reveals_BL.any(1), active_B)
-        return replace(state, plan=psi_BL)
+    def flips(self, denoiser: Denoiser, state: State) -> tuple[Array, Array]:
+        """Which masks are revealed in a sequence's step and which tokens are masked, [B, L]."""
+        masked_BL, step_B1 = masked(denoiser, state), state.round_B[:, None]
+        remask = self.remask_probability(step_B1, state.plan)
+        # A masked position has no token whose confidence could mask it again.
+        of_mask = 0.0 if self.strategy == "confidence" else remask
+        reveal = self.reveal_probability(step_B1, of_mask)
+        reveal_keys_B, remask_keys_B = (
+            fold(fold(state.keys_B, state.round_B), i) for i in range(2)
+        )
+        return (
+            masked_BL & coins(reveal_keys_B, jnp.broadcast_to(reveal, masked_BL.shape)),
+            state.free_BL
+            & ~masked_BL
+            & coins(remask_keys_B, jnp.broadcast_to(remask, masked_BL.shape)),
+        )
+
+    def masked_again(self, denoiser: Denoiser, state: State, where_BL: Array) -> State:
+        """The state with some tokens masked."""
+        return replace(
+            state,
+            x_BL=jnp.where(where_BL, denoiser.mask_id, state.x_BL),
+            plan=jnp.where(where_BL, jnp.inf, state.plan),
+        )
 
 
 def coins(keys_B, probability_BL):

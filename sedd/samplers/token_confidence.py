@@ -15,7 +15,7 @@ class TokenConfidence(Ranked):
     """Draws every masked position and keeps the likeliest tokens. Biased, even one at a call.
 
     Tokens compete after they are drawn, so likely ones are kept more often than they should be:
-    even with a perfect network the law is another one (total variation .3 to .6 on small examples),
+    even with a perfect network the law is another one (total variation .4 to .6 on small examples),
     less diverse, at any number of steps. ``threshold`` keeps all tokens of at least that
     probability instead, one at the least (arXiv:2505.22618).
     """

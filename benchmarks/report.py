@@ -1,0 +1,57 @@
+"""What every benchmark prints: a table for people and one line of JSON for programs."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
+    """The least of several runs, after one that compiles."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:
+    """The rows as a table, and all of it as one JSON line."""
+    about = machine()
+    caption = ", ".join(f"{name} {value}" for name, value in {**settings, **about}.items())
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for name in rows[0]:
+        numeric = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    print(json.dumps({"benchmark": title, **settings, **about, "rows": list(rows)}))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,145 @@
+"""How long each sampler takes for a sample, and how much of that is the network.
+
+The network is random, of the given shape: what it says does not matter to the time, except to
+entropy_bounded, whose calls depend on the text. `network` is the time of as many calls of the
+transformer alone, in one program and at the same batch; the rest is the output layer, the noise and
+the sampler's own work. Seconds are divided by the batch.
+
+    python benchmarks/sampling.py --length 128 --batch 8 --steps 1024
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from report import report, seconds
+
+from sedd.build import build_sampler
+from sedd.components import build
+from sedd.denoiser import Denoiser
+from sedd.schedules import LogLinear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The shapes to measure."""
+
+    length: int = 128
+    batch: int = 8
+    steps: int = 1024
+    hidden_dim: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    vocabulary: int = 2048
+    dtype: str = "float32"
+    repeats: int = 1
+    """Runs after the one that compiles; the fastest counts."""
+    samplers: tuple[str, ...] = ()
+    """Rows to measure, by the beginning of their names; all by default."""
+
+
+def cases(settings: Settings):
+    """(label, sampler) of each row."""
+    schedule, steps = LogLinear(), settings.steps
+
+    def of(name, **options):
+        return build_sampler(name, schedule, **options)
+
+    yield f"tweedie, {steps} steps", of("tweedie", steps=steps)
+    yield f"euler, {steps} steps", of("euler", steps=steps)
+    yield f"event_jump, {steps} steps", of("event_jump", steps=steps)
+    yield "event_jump, first hitting", of("event_jump")
+    yield "ordered, forward", of("ordered")
+    yield "confidence, one a call", of("confidence")
+    yield "confidence, 32 steps", of("confidence", steps=32)
+    yield "entropy_bounded, gamma 10", of("entropy_bounded", gamma=10.0)
+    yield "token_confidence, 32 steps", of("token_confidence", steps=32)
+    yield f"remdm, {steps} steps", of("remdm", steps=steps)
+    yield "semi_autoregressive, 32", of("semi_autoregressive", inner="event_jump")
+    verifier = {"verifier": favourite, "inner": "event_jump", "steps": 32}
+    yield "best_of_n, 4 × 32 steps", of("best_of_n", n=4, **verifier)
+    yield "particle, 4 × 32 steps", of("particle", particles=4, **verifier)
+
+
+def favourite(tokens_RL, real_RL):
+    """A verifier that costs nothing."""
+    return np.asarray(tokens_RL)[:, 0].astype(np.float32)
+
+
+def model(settings: Settings) -> Denoiser:
+    """A RADD network with random output."""
+    process = build("processes", "absorbing", num_tokens=settings.vocabulary)
+    parameterization = build("parameterizations", "conditional", process=process)
+    network = build(
+        "networks",
+        "ddit",
+        num_states=process.num_states,
+        time_conditioned=False,
+        hidden_dim=settings.hidden_dim,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        norm_bias=True,
+        dtype=settings.dtype,
+    )
+    params = network.init(jax.random.key(0))
+    shape = params["head"]["kernel"].shape
+    params["head"]["kernel"] = 0.2 * jax.random.normal(jax.random.key(1), shape)
+    return Denoiser(params=params, network=network, parameterization=parameterization)
+
+
+@jax.jit
+def network_calls(denoiser, tokens_BL, count):
+    """The transformer, ``count`` times: each call's input depends on the one before."""
+
+    def one(_, tokens_BL):
+        (hidden_BLD,) = denoiser.hidden(tokens_BL)
+        return tokens_BL.at[:, 0].set((hidden_BLD[:, 0, 0] > 0).astype(tokens_BL.dtype))
+
+    return jax.lax.fori_loop(0, count, one, tokens_BL)
+
+
+def main(settings: Settings) -> None:
+    """Measure every row, and its speed-up over the first."""
+    denoiser = model(settings)
+    batch, length = settings.batch, settings.length
+    free_BL, tokens_BL = jnp.zeros((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
+    keys_B = jax.random.split(jax.random.key(2), batch)
+    rows = []
+    for label, sampler in cases(settings):
+        if settings.samplers and not label.startswith(settings.samplers):
+            continue
+        run = jax.jit(functools.partial(_draw, sampler))
+        samples = run(denoiser, keys_B, tokens_BL, free_BL)
+        total = seconds(lambda run=run: run(denoiser, keys_B, tokens_BL, free_BL), settings.repeats)
+        # A search runs its candidates side by side: a round is a call of them all.
+        wide_BL = jnp.repeat(tokens_BL, sampler.width, 0)
+        calls = round(float(samples.calls_B.max()) / sampler.width)
+        network = seconds(
+            lambda w=wide_BL, c=calls: network_calls(denoiser, w, c), settings.repeats
+        )
+        rows.append(
+            {
+                "sampler": label,
+                "calls": float(samples.calls_B.mean()),
+                "of the batch": calls,
+                "s/sample": total / batch,
+                "network": network / batch,
+                "rest": (total - network) / batch,
+                "total/network": total / network,
+            }
+        )
+    first = rows[0]
+    for row in rows:
+        row["speed-up"] = first["s/sample"] / row["s/sample"]
+    report("sampling", rows, **dataclasses.asdict(settings))
+
+
+def _draw(sampler, denoiser, keys_B, tokens_BL, fixed_BL):
+    return sampler(denoiser, keys_B, tokens_BL, fixed_BL)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,63 @@
+"""The benchmark scripts run, and their judge is the n-gram that it says it is."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_sampling_prints_a_table_and_a_line(capsys):
+    sampling = importlib.import_module("sampling")
+    shape = {"length": 6, "batch": 2, "steps": 3, "hidden_dim": 8, "num_layers": 1, "num_heads": 1}
+    chosen = ("tweedie", "event_jump, 3", "best_of_n")
+    sampling.main(sampling.Settings(**shape, vocabulary=5, samplers=chosen))
+    out = capsys.readouterr().out
+    line = json.loads(out.strip().splitlines()[-1])
+    assert [row["sampler"].split(",")[0] for row in line["rows"]] == [
+        "tweedie",
+        "event_jump",
+        "best_of_n",
+    ]
+    for row in line["rows"]:
+        assert row["s/sample"] == pytest.approx(row["network"] + row["rest"])
+    assert line["rows"][0]["calls"] == 4
+    assert {"jax", "device", "steps"} <= line.keys()
+
+
+def witten_bell(text, train, order, num_tokens):
+    """Nats per token by the recursion itself, one token at a time."""
+
+    def prob(context, token):
+        if context is None:
+            return 1 / num_tokens
+        after = [
+            train[i + len(context)]
+            for i in range(len(train) - len(context))
+            if train[i : i + len(context)] == context
+        ]
+        lower = prob(context[1:] if context else None, token)
+        if not after:
+            return lower
+        distinct = len(set(after))
+        return (after.count(token) + distinct * lower) / (len(after) + distinct)
+
+    rows = [prob(text[max(0, i - order + 1) : i], text[i]) for i in range(len(text))]
+    return -np.log(rows).mean()
+
+
+def test_the_judge_is_witten_and_bells():
+    quality = importlib.import_module("sample_quality")
+    rng = np.random.default_rng(0)
+    train, text = rng.integers(0, 3, 40).tolist(), rng.integers(0, 4, 12).tolist()
+    judge = quality.Judge(np.array(train), 4, 3)
+    expected = witten_bell(text, train, 3, 4)
+    np.testing.assert_allclose(judge.nats(np.array([text, text])), expected, rtol=1e-12)
