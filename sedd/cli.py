@@ -2,15 +2,11 @@
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 import io
 import os
 import re
-import runpy
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -23,11 +19,14 @@ from sedd.errors import UserError
 Command = TypeVar("Command")
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(
+    main: Callable[[Sequence[str]], int | None], *, interrupted: Callable[[int], Any] = sys.exit
+) -> None:
     """Run a command and exit: 0, or 2 with one ``error: …`` line for a user's mistake.
 
-    ``--debug`` shows the traceback instead.
+    ``--debug`` shows the traceback instead. ``interrupted`` is how it exits after Ctrl-C.
     """
+    leave = sys.exit
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -52,9 +51,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             "while training, --training.accumulate splits a batch"
         )
     except KeyboardInterrupt:
-        code = 130
+        code, leave = 130, interrupted
     sys.stdout.flush()
-    sys.exit(code)
+    leave(code)
 
 
 def first_line(error: Exception) -> str:
@@ -71,35 +70,6 @@ def fail(message: str, code: int = 2) -> int:
 def note(message: str) -> None:
     """Say on standard error what the user should know."""
     print(f"note: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-def first_sentence(thing: Any) -> str:
-    """What its docstring says first."""
-    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
-
-
-def load_function(spec: str, flag: str) -> Callable[..., Any]:
-    """``file.py:function``, from the user's own file; UserError where there is none.
-
-    The same function for the same words.
-    """
-    path, colon, name = spec.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise UserError(f"{flag} {spec}: it must be file.py:function")
-    if not Path(path).is_file():
-        raise UserError(f"{flag} {spec}: {path}: no such file")
-    try:
-        found = _run_file(path).get(name)
-    except Exception as error:  # the user's code may raise anything
-        raise UserError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise UserError(f"{flag} {spec}: {path} defines no function {name!r}")
-    return found
-
-
-@functools.cache
-def _run_file(path: str) -> dict[str, Any]:
-    return runpy.run_path(path)
 
 
 def parse(
@@ -155,6 +125,7 @@ def one_line(boxes: str) -> str:
             message += "; a switch is written --name or --no-name"
     elif message.startswith("Error parsing "):
         message = message.removeprefix("Error parsing ").rstrip(".")
+        message = re.sub(r"no type matching (\S+) could be .* from \['(.*)'\]$", _none_of, message)
         message = message.replace("invalid literal for int() with base 10:", "not a whole number:")
         message = message.replace("could not convert string to float:", "not a number:")
         if argument and len(argument.split()) > 1:
@@ -173,6 +144,13 @@ def one_line(boxes: str) -> str:
     if suggestions:
         return f"{message}; did you mean {' or '.join(suggestions)}?"
     return f"{message.rstrip('.')}; see --help"
+
+
+def _none_of(match: re.Match[str]) -> str:
+    """What is wrong with the value of a union, said as of a single type where that can be."""
+    kinds = [kind.strip("{}") for kind in match[1].split("|") if kind != "{None}"]
+    single = {"INT": "not a whole number", "FLOAT": "not a number"}
+    return f"{single.get('|'.join(kinds), f'no type matching {match[1]}')}: {match[2]!r}"
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

@@ -121,7 +121,7 @@ class Answer:
     def entropy(self) -> float:
         """Unigram entropy of the tokens that were drawn, in nats: low where it repeats itself."""
         drawn = self.tokens[~self.clamp.fixed_L]
-        return unigram_entropy(np.bincount(drawn)) if len(drawn) else 0.0
+        return abs(unigram_entropy(np.bincount(drawn))) if len(drawn) else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The line of the output file."""
@@ -169,7 +169,7 @@ def answer(
                 tokens=result.tokens[row, : clamp.length],
                 text=result.text[row] if result.text else "",
                 calls=int(result.calls[row]),
-                score=None if result.score is None else float(result.score[row]),
+                score=None if result.score is None else float(str(result.score[row])),
                 frames=None if result.trace is None else result.trace[:, row, : clamp.length],
                 times=result.times,
             )

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from sedd.parameterizations.base import NO_MASS
 from sedd.types import Array, Float, Int
 
+TINY = float(jnp.finfo(jnp.float32).tiny)  # what is below is 0 in float32
+
 LogitProcessor = Callable[[Array, Array, Array], Array]
 
 
@@ -58,19 +60,24 @@ class Reshape:
         """The reshaped conditional, normalised; tokens left out have -1e6."""
         if self.logit_processor is not None:
             log_probs = self.logit_processor(log_probs, tokens_BL, positions_BK)
-            log_probs = jax.nn.log_softmax(log_probs, -1)
-        if self.temperature == 0:
+            # -inf excludes a token; the entropy of a row would be nan with it.
+            log_probs = jnp.maximum(jax.nn.log_softmax(log_probs, -1), NO_MASS)
+        if self.temperature < TINY:
             best = log_probs.argmax(-1, keepdims=True)
             chosen = jnp.arange(log_probs.shape[-1])[None, None] == best
             return jnp.where(chosen, 0.0, NO_MASS).astype(log_probs.dtype)
         if self.temperature != 1:
-            log_probs = jax.nn.log_softmax(log_probs / self.temperature, -1)
+            falling = log_probs - log_probs.max(-1, keepdims=True)  # the best stays 0, not inf
+            log_probs = jax.nn.log_softmax(falling / self.temperature, -1)
+            log_probs = jnp.maximum(log_probs, NO_MASS)
         if self.top_k is not None and self.top_k < log_probs.shape[-1]:
             log_probs = _keep(log_probs, jax.lax.top_k(log_probs, self.top_k)[0][..., -1:])
         if self.top_p is not None and self.top_p < 1:
             descending = -jnp.sort(-log_probs, axis=-1)
             probs = jnp.exp(descending)
-            wanted = jnp.cumsum(probs, -1) - probs < self.top_p  # what came before is not enough
+            wanted = jnp.cumsum(probs, -1) - probs < max(
+                self.top_p, TINY
+            )  # what came before is not enough
             log_probs = _keep(
                 log_probs, jnp.where(wanted, descending, jnp.inf).min(-1, keepdims=True)
             )

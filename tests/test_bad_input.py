@@ -15,6 +15,41 @@ from tiny_run import ROOT, TINY, call, compile_quickly  # noqa: F401
 import sedd.files
 from sedd.training.checkpoint import Checkpoints
 
+CODE = """\
+import numpy as np
+x = 3
+
+def score(texts):
+    return [0.0] * len(texts)
+
+def raises(log_probs, tokens, positions):
+    raise ValueError("two\\nlines")
+
+def leaves(log_probs, tokens, positions):
+    raise SystemExit(3)
+
+def takes_numpy(log_probs, tokens, positions):
+    return np.exp(log_probs)
+
+def branches(log_probs, tokens, positions):
+    return log_probs if log_probs.max() > 0 else -log_probs
+
+def takes_two(log_probs, tokens):
+    return log_probs
+
+def narrow(log_probs, tokens, positions):
+    return log_probs[..., :-1]
+
+def whole(log_probs, tokens, positions):
+    return tokens
+
+def nothing(log_probs, tokens, positions):
+    pass
+
+def many(log_probs, tokens, positions):
+    return [log_probs]
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -34,10 +69,15 @@ def place(tmp_path_factory):
     (top / "returns.py").write_text("def get_config():\n    return {'steps': 3}\n")
     (top / "uncallable.py").write_text("get_config = 3\n")
     (top / "syntax.py").write_text("def get_config(:\n")
+    (top / "stops.py").write_text("import sys\n\nsys.exit(3)\n")
+    (top / "code.py").write_text(CODE)
     (top / "requests.jsonl").write_text('{"id": "good"}\n{"id": "bad", "prompt": 7}\n')
     config = tiny_run.config(corpus=str(top / "text.txt"))
     config = replace(config, training=replace(config.training, batch_size=8))
     whole = tiny_run.make_run(top / "run", config)
+    for kind in ("sedd", "uniform"):
+        (top / kind).mkdir()
+        tiny_run.make_run(top / kind, tiny_run.config(kind))
     for name in ("truncated", "other", "no_config", "no_checkpoint"):
         shutil.copytree(whole, top / name)
     tiny_run.truncate(top / "truncated" / "checkpoints" / "4" / "ema_params")
@@ -112,10 +152,18 @@ SAMPLE = [
     ("--step 3", "no checkpoint of step 3 in {run}/checkpoints; there are [4]"),
     ("--step newest", "--step: no type matching"),
     ("--num 0", "num must be at least 1, got 0"),
-    ("--batch-size 0", "batch_size must be at least 1, got 0"),
-    ("--steps 0", "samplers 'tweedie': steps must be at least 1, got 0"),
+    ("--num 2000000", "--num must be at most 1048576, got 2000000"),
+    ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+    ("--steps 0", "samplers 'tweedie': --steps must be at least 1, got 0"),
+    ("--steps -3", "samplers 'tweedie': --steps must be at least 1, got -3"),
+    ("--steps 1.5", "--steps: not a whole number: '1.5'; expected --steps INT"),
+    ("--steps 3000000000", "--steps must be below 2**31, got 3000000000"),
     ("--sampler tweedi", "samplers has no 'tweedi'; did you mean 'tweedie'"),
     ("--sampler", "--sampler needs a value"),
+    ("--sampler=", "--sampler : samplers has no ''; it has best_of_n, confidence"),
+    ("--sampler event_jmp", "--sampler event_jmp: .*did you mean 'event_jump'?; it has best_of_n"),
+    ("options", "unrecognized option options"),
+    ("--seed 4294967295 --num 2", "--seed 4294967295: with --num 2 the last seed is beyond"),
     ("--seed -3", "seed must be in [0, 2**32), got -3"),
     ("--length 0", "length must be in 1.."),
     ("--length 99999999999", "length must be in 1.."),
@@ -131,9 +179,116 @@ SAMPLE = [
     ("--requests {place}/empty.txt", "--requests {place}/empty.txt: the file is empty"),
     ("--requests {place}/binary.bin", "binary.bin: not UTF-8 text"),
     ("--requests {place}/requests.jsonl --prompt a", "--requests holds the prompts"),
+    ("--requests {place}/requests.jsonl --num 3", "--num 3: --requests says how many sequences"),
+    (
+        "--requests {place}/requests.jsonl --output {place}/requests.jsonl",
+        "--output {place}/requests.jsonl: it would replace the file of --requests",
+    ),
+    ("--trace {place}/x --output {place}/x", "--trace {place}/x: it would replace the file of --o"),
+    ("--output {text}/x.jsonl --num 1000000 --steps 1000000", "--output {text}/x.jsonl: {text} is"),
     ("--output {text}/x.jsonl", "--output {text}/x.jsonl: {text} is a file, not a directory"),
     ("--output {place}", "--output {place}: it is a directory, not a file"),
     ("--trace {text}/x.html", "--trace {text}/x.html: {text} is a file, not a directory"),
+]
+MODEL = "change the conditional of clean tokens, which exists on the absorbing process only"
+LATER = "needs a time-independent model: this one depends on the noise level (euler, tweedie and"
+UNMASKED = "needs a model of the absorbing process: this one's has no mask (euler and tweedie work"
+NEEDS = " needs --verifier FILE.py:FUNCTION, a function from a list of texts to a score each"
+PROCESSOR = "--sampler ordered --logit-processor {place}/code.py"
+WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm"
+SAMPLERS = [  # of the options of sampling
+    ("--temperature -1", "--temperature must be finite and at least 0, got -1.0"),
+    ("--temperature nan", "--temperature must be finite and at least 0, got nan"),
+    ("--temperature inf", "--temperature must be finite and at least 0, got inf"),
+    ("--temperature hot", "--temperature: not a number: 'hot'; expected --temperature FLOAT"),
+    ("--top-p 0", "--top-p must be in (0, 1], got 0.0"),
+    ("--top-p 1.1", "--top-p must be in (0, 1], got 1.1"),
+    ("--top-p nan", "--top-p must be in (0, 1], got nan"),
+    ("--top-p most", "--top-p: not a number: 'most'; expected --top-p FLOAT"),
+    ("--top-k 0", "--top-k must be at least 1, got 0"),
+    ("--top-k 1.5", "--top-k: not a whole number: '1.5'; expected --top-k INT"),
+    ("--guidance -1 --prompt a", "--guidance must be finite and at least 0, got -1.0"),
+    ("--guidance nan --prompt a", "--guidance must be finite and at least 0, got nan"),
+    ("--guidance 2", "--guidance 2.0: it strengthens what is given, and nothing is; give a --pro"),
+    ("--guidance 2 --infill {{mask:3}}", "--guidance 2.0: it strengthens what is given, and noth"),
+    ("--checkpoint {place}/uniform --guidance 2 --prompt a", MODEL),
+    ("--checkpoint {place}/uniform --temperature 0.5", MODEL),
+    ("--checkpoint {place}/uniform --logit-processor {place}/code.py:raises", MODEL),
+    ("--checkpoint {place}/uniform --sampler event_jump", f"sampler 'event_jump' {UNMASKED}"),
+    ("--checkpoint {place}/uniform --sampler remdm", f"sampler 'remdm' {UNMASKED}"),
+    (
+        "--checkpoint {place}/uniform --sampler best_of_n --verifier {place}/code.py:score",
+        f"--inner event_jump: sampler 'event_jump' {UNMASKED}",
+    ),
+    ("--checkpoint {place}/sedd --sampler ordered", f"sampler 'ordered' {LATER}"),
+    (
+        "--checkpoint {place}/sedd --sampler semi_autoregressive --inner confidence",
+        f"--inner confidence: sampler 'confidence' {LATER}",
+    ),
+    ("--sampler entropy_bounded --gamma -0.1", "--gamma must be finite and at least 0, got -0.1"),
+    ("--sampler entropy_bounded --gamma nan", "--gamma must be finite and at least 0, got nan"),
+    ("--sampler remdm --eta 2", "samplers 'remdm': --eta must be in [0, 1], got 2.0"),
+    ("--sampler remdm --strategy capp", "invalid choice 'capp' for argument '--strategy'. Expec"),
+    ("--sampler remdm --t-on 0.1 --t-off 0.5", "--t-on and --t-off must satisfy 0 < --t-off <="),
+    ("--sampler semi_autoregressive --block-length 0", "--block-length must be at least 1, got 0"),
+    ("--sampler token_confidence --threshold 0", "--threshold must be in (0, 1], got 0.0"),
+    (
+        "--sampler token_confidence --threshold 0.5 --steps 3",
+        "--threshold decides how many tokens are kept: give no --steps beside it",
+    ),
+    ("--sampler confidence --by entrpy", "invalid choice 'entrpy' for argument '--by'. Expected"),
+    ("--sampler ordered --order 3,3", "--order must be forward, .* such as 3,0,2, got '3,3'"),
+    ("--sampler ordered --order x", "--order must be forward, .* such as 3,0,2, got 'x'"),
+    ("--sampler ordered --order -1,2", "--order must be forward, .* such as 3,0,2, got '-1,2'"),
+    ("--sampler ordered --order 3,12", "--order: there is no position 12 in a length of 12"),
+    ("--sampler ordered --order 99999999999", "--order: there is no position 99999999999 in a"),
+    ("--sampler best_of_n --inner ordered --order 12 {score}", "--order: there is no position 12"),
+    ("--sampler best_of_n --n 0 {score}", "samplers 'best_of_n': --n must be at least 1, got 0"),
+    ("--sampler particle --particles 0 {score}", "--particles must be at least 1, got 0"),
+    ("--sampler particle --resample-every 0 {score}", "--resample-every must be at least 1, got 0"),
+    ("--sampler particle --tilt nan {score}", "--tilt must be finite, got nan"),
+    # Flags of another sampler.
+    ("--gamma 0.1", "--gamma: it is a flag of entropy_bounded, not of tweedie"),
+    ("--sampler euler --block-length=3", "--block-length: it is a flag of semi_autoregressive, no"),
+    ("--sampler tweedie --order x", "--order: it is a flag of ordered, not of tweedie"),
+    ("--sampler best_of_n --t_on 1 {score}", "--t_on: it is a flag of remdm, not of best_of_n or"),
+    ("--sampler entropy_bounded --gama 1", "unrecognized option --gama; did you mean --gamma?"),
+    # What wraps what.
+    ("--inner event_jump", "--inner event_jump: tweedie wraps no other sampler"),
+    ("--sampler ordered --inner euler", "--inner euler: ordered wraps no other sampler"),
+    ("--sampler best_of_n --inner", "--inner needs a value"),
+    ("--sampler best_of_n --inner orderd", "--inner orderd: .*did you mean 'ordered'?"),
+    ("--sampler semi_autoregressive --inner best_of_n", f"--inner best_of_n: .* wraps {WRAPS}"),
+    ("--sampler semi_autoregressive --inner semi_autoregressive", f": .* wraps {WRAPS}"),
+    ("--sampler best_of_n --inner particle {score}", "--inner particle: best_of_n wraps"),
+    # The user's functions.
+    ("--sampler best_of_n", f"--sampler best_of_n{NEEDS}"),
+    ("--sampler particle --inner tweedie", f"--sampler particle{NEEDS}"),
+    (
+        "{score}",
+        "--verifier {place}/code.py:score: sampler 'tweedie' takes no verifier; best_of_n a",
+    ),
+    ("--sampler best_of_n --verifier {place}/code.py", "code.py: it must be file.py:function"),
+    ("--sampler best_of_n --verifier :score", "--verifier :score: it must be file.py:function"),
+    ("--sampler best_of_n --verifier {place}/none.py:f", "{place}/none.py: no such file"),
+    ("--sampler best_of_n --verifier {place}:f", "--verifier {place}:f: {place}: no such file"),
+    ("--sampler best_of_n --verifier {place}/code.py:f", "code.py defines no function 'f'"),
+    ("--sampler best_of_n --verifier {place}/code.py:x", "code.py defines no function 'x'"),
+    ("--sampler best_of_n --verifier {place}/syntax.py:f", "syntax.py:f: SyntaxError: .*line 1)"),
+    ("--sampler best_of_n --verifier {place}/unknown.py:f", "unknown.py:f, line 1: ModuleNotFound"),
+    ("--sampler best_of_n --verifier {place}/stops.py:f", "stops.py:f, line 3: SystemExit: 3"),
+    ("--logit-processor {place}/code.py", "--logit-processor {place}/code.py: it must be file.py:"),
+    ("--logit-processor {place}/none.py:f", "{place}/none.py: no such file"),
+    ("--logit-processor {place}/code.py:f", "code.py defines no function 'f'"),
+    (f"{PROCESSOR}:raises", "{place}/code.py:raises, line 8: ValueError: two lines"),
+    (f"{PROCESSOR}:leaves", "{place}/code.py:leaves, line 11: SystemExit: 3"),
+    (f"{PROCESSOR}:takes_numpy", ", line 14: TracerArrayConversionError: .*; it runs inside jit: "),
+    (f"{PROCESSOR}:branches", ", line 17: TracerBoolConversionError: .*; it runs inside jit: "),
+    (f"{PROCESSOR}:takes_two", ":takes_two: TypeError: takes_two() takes 2 positional arguments b"),
+    (f"{PROCESSOR}:narrow", "the shape that it was given, (1, 1, 33), got (1, 1, 32)"),
+    (f"{PROCESSOR}:whole", "it must return an array of floats, got an array of int32"),
+    (f"{PROCESSOR}:nothing", "it must return an array of floats, got NoneType"),
+    (f"{PROCESSOR}:many", "it must return an array of floats, got list"),
 ]
 EVALUATE = [
     ("", "missing --data STR"),
@@ -151,7 +306,7 @@ EVALUATE = [
 ]
 CASES = [
     *(("train", arguments, message) for arguments, message in TRAIN),
-    *(("sample", arguments, message) for arguments, message in SAMPLE),
+    *(("sample", arguments, message) for arguments, message in [*SAMPLE, *SAMPLERS]),
     *(("evaluate", arguments, message) for arguments, message in EVALUATE),
 ]
 
@@ -170,7 +325,8 @@ def matches(message: str, line: str) -> bool:
 @pytest.mark.parametrize(("command", "arguments", "message"), CASES)
 def test_a_mistake_is_one_line(place, tmp_path, command, arguments, message):
     names = {"place": place, "run": place / "run", "text": place / "text.txt"}
-    given = [argument.format(**names) for argument in arguments.split()]
+    names["score"] = f"--verifier {place}/code.py:score"
+    given = arguments.format(**names).split()
     cache = [f"--{'data.' if command == 'train' else ''}cache-dir", tmp_path / "cache"]
     before = {
         "train": ["--workdir", tmp_path / "new", *TINY, *cache],

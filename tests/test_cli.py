@@ -27,6 +27,9 @@ class Command:
     count: int = 1
     rate: float = 1.0
     kind: Literal["one", "two"] = "one"
+    limit: int | None = None
+    share: float | None = None
+    step: int | Literal["best"] | None = None
     quick: bool = False
 
     def __post_init__(self):
@@ -93,6 +96,19 @@ def test_parse():
             "--where x --kind three",
             "invalid choice 'three' for argument '--kind'. Expected one of ('one', 'two'); "
             "see --help",
+        ),
+        (
+            "--where x --limit 1.5",
+            "--limit: not a whole number: '1.5'; expected --limit {None}|INT; see --help",
+        ),
+        (
+            "--where x --share all",
+            "--share: not a number: 'all'; expected --share {None}|FLOAT; see --help",
+        ),
+        (
+            "--where x --step first",
+            "--step: no type matching {None}|INT|{best}: 'first'; "
+            "expected --step {None}|INT|{best}; see --help",
         ),
         ("--where x --count 0", "count must be at least 1, got 0; see --help"),
     ],
@@ -206,6 +222,25 @@ def raising(error):
 )
 def test_exit_codes(error, code, line, capsys, monkeypatch):
     assert outcome(raising(error), capsys, monkeypatch) == (code, "", line)
+
+
+def test_an_interrupted_command_may_leave_at_once(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    codes = []
+    run(raising(KeyboardInterrupt()), interrupted=codes.append)
+    assert codes == [130]
+
+
+def test_what_was_printed_before_leaving_at_once_is_not_lost():
+    program = (
+        "import os; from sedd.cli import run\n"
+        "def main(arguments):\n    print('before')\n    raise KeyboardInterrupt\n"
+        "run(main, interrupted=os._exit)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "before\n", "")
 
 
 def test_a_full_device_is_one_line(capsys, monkeypatch):

@@ -50,7 +50,7 @@ def test_options_build_with_what_the_rest_of_the_model_determines():
     ("do", "message"),
     [
         (lambda: maker("samplers", "tweedi"), "'tweedi'; did you mean 'tweedie'"),
-        (lambda: maker("samplers", "xyz"), "has no 'xyz'; it has euler"),
+        (lambda: maker("samplers", "xyz"), "has no 'xyz'; it has best_of_n, .*euler"),
         (lambda: options("samplers", "tweedie", step=3), "'step'; did you mean 'steps'"),
         (lambda: options("processes", "uniform", steps=3), "no option 'steps'; it has none"),
         (

@@ -10,7 +10,7 @@ from tiny_run import compile_quickly  # noqa: F401
 import sedd
 from sedd.constraints.clamp import from_prompt
 from sedd.errors import UserError
-from sedd.requests import Request, answer, read_requests
+from sedd.requests import Answer, Request, answer, read_requests
 from sedd.samplers.tweedie import Tweedie
 
 LENGTH = 10
@@ -144,3 +144,20 @@ def test_what_an_answer_holds(model):
     assert one.frames.shape == (6, 6)  # the start, four steps and the last call
     np.testing.assert_array_equal(one.frames[-1], one.tokens)
     assert (one.frames[0, 2:] == model.process.mask_id).all()
+
+
+@pytest.mark.parametrize(("tokens", "entropy"), [([3, 3, 3], "0.0"), ([3, 3, 4, 4], "0.693147")])
+def test_the_entropy_is_of_what_was_drawn(tokens, entropy):
+    """Never minus zero: it is printed."""
+    clamp = from_prompt(tiny_run.TOKENIZER, 2 + len(tokens), prompt="ab")
+    one = Answer(
+        request=Request(id=0),
+        clamp=clamp,
+        tokens=np.array([*clamp.tokens_L[:2], *tokens]),
+        text="",
+        calls=1,
+        score=None,
+        frames=None,
+        times=None,
+    )
+    assert str(one.to_json()["entropy"]) == entropy

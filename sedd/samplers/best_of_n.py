@@ -25,6 +25,8 @@ class BestOfN(Sampler):
     def __post_init__(self):
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
+        if hasattr(self.inner, "verifier"):
+            raise ValueError("inner must be a sampler without a verifier, not another search")
 
     @property
     def caveat(self):

@@ -22,12 +22,16 @@ def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Arr
     return jax.random.categorical(key, log_probs.astype(wide), mode="high")
 
 
+def tokens_of(keys_B: Key[Array, "B"], log_probs_BLN: Float[Array, "B L N"]) -> Int[Array, "B L"]:
+    """A draw at every position."""
+    return tokens_at(keys_B, _places(log_probs_BLN[..., 0]), log_probs_BLN)
+
+
 def tokens_at(
     keys_B: Key[Array, "B"], positions_BK: Int[Array, "B K"], log_probs_BKN: Float[Array, "B K N"]
 ) -> Int[Array, "B K"]:
     """A draw at each position, with the noise of (key, position): the same however often drawn."""
-    keys_BK = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, positions_BK)
-    return jax.vmap(jax.vmap(categorical))(keys_BK, log_probs_BKN)
+    return jax.vmap(jax.vmap(categorical))(_at_positions(keys_B, positions_BK), log_probs_BKN)
 
 
 def random_rank(keys_B: Key[Array, "B"], select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
@@ -47,16 +51,34 @@ def random_rank(keys_B: Key[Array, "B"], select_BL: Bool[Array, "B L"]) -> Int[A
     return jnp.argsort(order_BL, axis=1)
 
 
-def leap(key: Key[Array, ""], x: Int[Array, "*b"], probs: Float[Array, "*b V"]) -> Int[Array, "*b"]:
+def coins(keys_B: Key[Array, "B"], probability_BL: Float[Array, "B L"]) -> Bool[Array, "B L"]:
+    """A coin a position, with its own noise; fine enough for probabilities of 1e-14."""
+    keys_BL = _at_positions(keys_B, _places(probability_BL))
+    clipped_BL = jnp.clip(probability_BL, 0.0, 1.0)
+    return jax.vmap(jax.vmap(lambda key, p: jax.random.bernoulli(key, p, mode="high")))(
+        keys_BL, clipped_BL
+    )
+
+
+def leap(
+    keys_B: Key[Array, "B"], x_BL: Int[Array, "B L"], probs_BLV: Float[Array, "B L V"]
+) -> Int[Array, "B L"]:
     """A draw from the rows of ``probs``, clipped at 0 and renormalised, in two stages.
 
     Whether to leave x first, then where to: in a single draw x, which nearly always wins, would
     drown the noise of the others.
     """
-    leave_key, token_key = jax.random.split(key)
-    probs = jnp.maximum(probs, 0.0)
-    away = put(probs, x, jnp.zeros(x.shape, probs.dtype))
-    away_total = away.sum(-1)
-    leave_probability = away_total / (away_total + at(probs, x))
-    leaves = jax.random.bernoulli(leave_key, leave_probability, mode="high")
-    return jnp.where(leaves, categorical(token_key, jnp.log(away)), x)
+    probs_BLV = jnp.maximum(probs_BLV, 0.0)
+    away_BLV = put(probs_BLV, x_BL, jnp.zeros(x_BL.shape, probs_BLV.dtype))
+    away_BL = away_BLV.sum(-1)
+    leaves_BL = coins(fold(keys_B, 0), away_BL / (away_BL + at(probs_BLV, x_BL)))
+    to_BL = tokens_of(fold(keys_B, 1), jnp.log(away_BLV))
+    return jnp.where(leaves_BL, to_BL.astype(x_BL.dtype), x_BL)
+
+
+def _places(like_BL: Array) -> Int[Array, "B L"]:
+    return jnp.broadcast_to(jnp.arange(like_BL.shape[1]), like_BL.shape)
+
+
+def _at_positions(keys_B: Key[Array, "B"], positions_BK: Int[Array, "B K"]) -> Key[Array, "B K"]:
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, positions_BK)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sedd.denoiser import Denoiser
 from sedd.processes.base import at
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import fold
+from sedd.samplers.noise import coins, fold
 from sedd.samplers.reveal import at_positions, draw, masked, revealed_share
 from sedd.types import Array
 
@@ -183,13 +183,6 @@ class ReMDM(SteppedSampler):
             x_BL=jnp.where(where_BL, denoiser.mask_id, state.x_BL),
             plan=jnp.where(where_BL, jnp.inf, state.plan),
         )
-
-
-def coins(keys_B, probability_BL):
-    """A coin a position; fine enough for probabilities of 1e-14."""
-    return jax.vmap(lambda key, p_L: jax.random.bernoulli(key, p_L, mode="high"))(
-        keys_B, jnp.clip(probability_BL, 0.0, 1.0)
-    )
 
 
 make = ReMDM

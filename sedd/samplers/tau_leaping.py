@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sedd.processes.base import Process
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import categorical, fold, leap
+from sedd.samplers.noise import fold, leap, tokens_of
 from sedd.types import Array, Float, Int
 
 T_MIN = 1e-5  # where the steps on the score end and the denoising call begins
@@ -75,11 +75,11 @@ class TauLeaping(SteppedSampler):
         t_B, s_B = self.time(state.round_B), self.time(state.round_B + 1)
         probs_BLV = self.step_probs(process, log_score_BLV, x_BL, t_B[:, None], s_B[:, None])
         keys_B = fold(state.keys_B, state.round_B + 1)
-        moved_BL = jax.vmap(leap)(keys_B, x_BL, probs_BLV)
+        moved_BL = leap(keys_B, x_BL, probs_BLV)
 
         def denoised():
             log_probs_BLV = process.denoise(log_score_BLV, x_BL, sigma_B[:, None])
-            clean_BL = jax.vmap(categorical)(keys_B, log_probs_BLV)
+            clean_BL = tokens_of(fold(keys_B, 2), log_probs_BLV).astype(x_BL.dtype)
             return jnp.where(process.can_move(x_BL), clean_BL, x_BL)
 
         last_B = state.round_B >= self.steps

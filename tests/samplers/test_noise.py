@@ -1,5 +1,8 @@
 """The noise of draws: tails of large vocabularies, and leaps of tiny probability."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,19 @@ import pytest
 from oracle import i32
 from scipy import stats
 
-from sedd.samplers.noise import categorical, leap
+from sedd.denoiser import Denoiser
+from sedd.parameterizations.conditional import Conditional
+from sedd.processes.absorbing import Absorbing
+from sedd.samplers.event_jump import EventJump
+from sedd.samplers.noise import categorical, coins, leap, random_rank, tokens_at
+from sedd.schedules import LogLinear
 
 VOCABULARY = 50_257
+
+
+def leap_row(key, x_L, probs_LV):
+    """`leap` of one sequence."""
+    return leap(key[None], x_L[None], probs_LV[None])[0]
 
 
 def test_the_tail_of_a_zipf_distribution_has_its_mass():
@@ -64,7 +77,7 @@ def test_categorical_casts_first(dtype):
 def test_leap_has_its_law():
     probs = np.array([0.1, 0.5, 0.15, 0.25])
     x = i32(np.full(40_000, 1))
-    drawn = leap(jax.random.key(4), x, jnp.broadcast_to(oracle.f32(probs), (40_000, 4)))
+    drawn = leap_row(jax.random.key(4), x, jnp.broadcast_to(oracle.f32(probs), (40_000, 4)))
     counts = np.bincount(drawn, minlength=4)
     assert oracle.chi_square_p(counts, probs) > 1e-4
     assert oracle.chi_square_p(counts, np.roll(probs, 1)) < 1e-4
@@ -73,21 +86,23 @@ def test_leap_has_its_law():
 def test_leap_clips_and_renormalises():
     probs = oracle.f32([0.6, -0.3, 0.2, 1.2])
     x = i32(np.full(40_000, 3))
-    drawn = leap(jax.random.key(5), x, jnp.broadcast_to(probs, (40_000, 4)))
+    drawn = leap_row(jax.random.key(5), x, jnp.broadcast_to(probs, (40_000, 4)))
     law = np.array([0.6, 0, 0.2, 1.2]) / 2
     assert oracle.chi_square_p(np.bincount(drawn, minlength=4), law) > 1e-4
 
 
 def test_leap_leaves_even_where_the_own_entry_is_clipped_to_nothing():
     probs = oracle.f32([3.0, 1.0, -2.0])
-    drawn = leap(jax.random.key(6), i32(np.full(10_000, 2)), jnp.broadcast_to(probs, (10_000, 3)))
+    drawn = leap_row(
+        jax.random.key(6), i32(np.full(10_000, 2)), jnp.broadcast_to(probs, (10_000, 3))
+    )
     law = np.array([0.75, 0.25, 0.0])
     assert oracle.chi_square_p(np.bincount(drawn, minlength=3), law) > 1e-4
 
 
 def test_leap_stays_where_there_is_nowhere_to_go():
     probs = oracle.f32([[0, 1, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(leap(jax.random.key(7), i32([1, 2]), probs), [1, 2])
+    np.testing.assert_array_equal(leap_row(jax.random.key(7), i32([1, 2]), probs), [1, 2])
 
 
 @pytest.mark.parametrize(("leave", "repeats"), [(1e-3, 1), (1e-6, 8)])
@@ -98,10 +113,117 @@ def test_leap_at_tiny_probabilities_of_leaving(leave, repeats):
     probs = oracle.f32([*(leave * away), 1 - leave])
     run = jax.jit(
         lambda key: jnp.bincount(
-            leap(key, jnp.full(count, 3), jnp.broadcast_to(probs, (count, 4))), length=4
+            leap_row(key, jnp.full(count, 3), jnp.broadcast_to(probs, (count, 4))), length=4
         )
     )
     counts = np.sum([run(key) for key in oracle.keys(8, repeats)], 0)
     assert stats.binomtest(int(counts[:3].sum()), count * repeats, leave).pvalue > 1e-4
     if counts[:3].sum() > 100:
         assert oracle.chi_square_p(counts[:3], away) > 1e-4
+
+
+# ---------------------------------------------------------------- tails of many steps
+
+
+def zipf(exponent=1.2):
+    probs = 1 / np.arange(1, VOCABULARY + 1) ** exponent
+    return probs / probs.sum()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unigram(oracle.ConstantNetwork):
+    """One hidden channel, 1 everywhere, read out by the log probabilities [V]."""
+
+    def hidden(self, params, tokens_BL, **kwargs):
+        return jnp.ones((*tokens_BL.shape, 1))
+
+    def head(self, params):
+        return params[None], jnp.zeros(self.num_states)
+
+
+def test_many_steps_do_not_cut_the_tail():
+    """1024 draws over 1024 steps: ranks above 10,000, and the first, have their mass."""
+    probs = zipf()
+    denoiser = Denoiser(
+        params=oracle.f32(np.log([*probs, 1e-30])),
+        network=Unigram(num_states=VOCABULARY + 1, time_conditioned=False),
+        parameterization=Conditional(process=Absorbing(num_tokens=VOCABULARY)),
+    )
+    sampler = EventJump(schedule=LogLinear(), steps=1024)
+    shape = (32, 8)  # few positions: their output layer is most of the time
+    tokens_BL, fixed_BL = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    draw = jax.jit(lambda keys_B: sampler(denoiser, keys_B, tokens_BL, fixed_BL).tokens_BL)
+    drawn = np.concatenate([draw(oracle.keys(seed, 32)) for seed in range(9, 13)])
+    tail, expected = int((drawn >= 10_000).sum()), probs[10_000:].sum()
+    print(f"\nrank > 10,000: {tail} of {drawn.size}, {expected * drawn.size:.1f} expected")
+    assert stats.binomtest(tail, drawn.size, expected).pvalue > 1e-4
+    assert stats.binomtest(int((drawn == 0).sum()), drawn.size, probs[0]).pvalue > 1e-4
+
+
+def test_control_one_stage_float32_has_no_tail():
+    """In one draw the mask, of probability 1 - 1/1024, competes with tokens of c/1024.
+
+    The default noise ends at 15.94 = -log(-log(1 - 2^-23)). To win with it, a token of rank 10,000
+    needs the mask's noise below -3.6, which has probability exp(-exp(3.6)) = 1e-16; the true share
+    of the tail is 4e-5 a step.
+    """
+    most = max(float(jax.random.gumbel(key, (2**22,)).max()) for key in oracle.keys(17, 2))
+    end = -np.log(-np.log1p(-(2.0**-23)))
+    assert most <= end + 1e-3
+    tail = zipf()[10_000:]
+    mask_below = end + np.log(tail[0] / 1024) - np.log1p(-1 / 1024)
+    all_the_tail_at_once = len(tail) * np.exp(-np.exp(-mask_below))
+    assert all_the_tail_at_once < 1e-6 * tail.sum() / 1024
+    # The noise that is used goes far enough: rank 10,000 need not wait for an unlikely mask.
+    high = max(
+        float(jax.random.gumbel(key, (2**22,), mode="high").max()) for key in oracle.keys(17, 8)
+    )
+    print(f"\nlargest noise: {most:.2f} low, {high:.2f} high; the mask below {mask_below:.2f}")
+    assert high > end
+
+
+# ---------------------------------------------------------------- noise is a request's own
+
+
+def leaves(keys_B, probability_BL):
+    """Whether `leap` leaves token 1 for token 0."""
+    probs_BLV = jnp.stack([probability_BL, 1 - probability_BL], -1)
+    return leap(keys_B, jnp.ones(probability_BL.shape, jnp.int32), probs_BLV) == 0
+
+
+@pytest.mark.parametrize("decide", [leaves, coins])
+def test_a_coin_does_not_depend_on_how_many_follow(decide):
+    """The probability from which each position's coin falls, by bisection, with 9 and with 12."""
+    keys_B = oracle.keys(18, 4)
+
+    @functools.partial(jax.jit, compiler_options=oracle.QUICKLY)
+    def thresholds(below_BL):
+        def halve(_, bounds):
+            below_BL, above_BL = bounds
+            middle_BL = (below_BL + above_BL) / 2
+            falls_BL = decide(keys_B, middle_BL)
+            return (
+                jnp.where(falls_BL, below_BL, middle_BL),
+                jnp.where(falls_BL, middle_BL, above_BL),
+            )
+
+        return jax.lax.fori_loop(0, 30, halve, (below_BL, jnp.ones_like(below_BL)))[1]
+
+    short_BL, long_BL = thresholds(jnp.zeros((4, 9))), thresholds(jnp.zeros((4, 12)))
+    np.testing.assert_array_equal(short_BL, long_BL[:, :9])
+
+
+def test_the_noise_of_tokens_and_orders_does_not_depend_on_how_many_follow():
+    keys_B = oracle.keys(19, 4)
+    log_probs_BLN = jax.random.normal(jax.random.key(0), (4, 12, 5))
+    places_BL = jnp.broadcast_to(jnp.arange(12), (4, 12))
+    at_some, rank = (jax.jit(f, compiler_options=oracle.QUICKLY) for f in (tokens_at, random_rank))
+    drawn_BL = at_some(keys_B, places_BL, log_probs_BLN)
+    np.testing.assert_array_equal(
+        drawn_BL[:, 3:9], at_some(keys_B, places_BL[:, 3:9], log_probs_BLN[:, 3:9])
+    )
+    select_BL = np.random.default_rng(0).random((4, 12)) < 0.7
+    select_BL[:, 9:] = False
+    rank_BL = np.asarray(rank(keys_B, jnp.asarray(select_BL)))
+    short_BL = np.asarray(rank(keys_B, jnp.asarray(select_BL[:, :9])))
+    np.testing.assert_array_equal(rank_BL[select_BL], short_BL[select_BL[:, :9]])

@@ -1,0 +1,289 @@
+"""What ``sample.py`` is asked for: its flags, and what of them goes with the model."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import sedd
+from sedd.build import build_sampler
+from sedd.cli import parse, take
+from sedd.components import Options, makers, values
+from sedd.constraints.clamp import Clamp
+from sedd.errors import UserError
+from sedd.files import check_writable
+from sedd.requests import Request, read_requests
+from sedd.reshape import Reshape
+from sedd.sampler_flags import as_flags, describe, fields_of, pick, refuse_flags_of_others, shown
+from sedd.samplers.base import Sampler
+from sedd.samplers.ordered import Ordered
+from sedd.samplers.semi_autoregressive import SemiAutoregressive
+from sedd.sampling import reshape_of, text_verifier
+from sedd.user_code import load_function, load_processor
+
+MAX_NUM = 2**20  # more is a mistake that would fill the memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptions(Options):
+    """In the place of what a sampler does not wrap."""
+
+
+def unset(metavar: str) -> Any:
+    """How the help shows a flag that may be left out."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleCommand:
+    """The flags of ``sample.py``; the sampler's own (--steps) are among them."""
+
+    checkpoint: Path
+    """A run's directory."""
+    step: Annotated[int | Literal["best"] | None, unset("INT|best")] = None
+    """Which checkpoint: of a step, or the best by validation; the newest by default."""
+    num: int = 1
+    """How many sequences; the i-th has seed + i."""
+    length: Annotated[int | None, unset("INT")] = None
+    """Tokens in a sequence, the prompt included; the training length by default."""
+    seed: int = 0
+    """Of the noise; what is drawn depends on its own seed alone."""
+    prompt: Annotated[str, unset("TEXT")] = ""
+    """What the text begins with."""
+    suffix: Annotated[str, unset("TEXT")] = ""
+    """What the text ends with."""
+    infill: Annotated[str | None, unset("TEXT")] = None
+    """Text with gaps: "text with {mask:12} gaps" leaves twelve tokens free."""
+    requests: Annotated[Path | None, unset("FILE.jsonl")] = None
+    """One request a line: {id, prompt | infill, suffix, length, seed}."""
+    temperature: float = 1.0
+    """Of the drawn tokens: sharper below 1, the likeliest at 0."""
+    top_k: Annotated[int | None, unset("INT")] = None
+    """Draw from the k likeliest tokens only."""
+    top_p: Annotated[float | None, unset("FLOAT")] = None
+    """Draw from the likeliest tokens that together have this probability."""
+    guidance: float = 0.0
+    """Strengthen what is given (classifier-free guidance); 0 is off, else two calls for one."""
+    logit_processor: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
+    """A function of (log_probs, tokens, positions), in JAX, that returns log_probs."""
+    verifier: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
+    """From a list of texts to a score each, higher is better; for best_of_n and particle."""
+    output: Annotated[Path | None, unset("FILE.jsonl")] = None
+    """Write here, a line each: id, text, tokens, calls, entropy, seed, the verifier's score."""
+    trace: Annotated[Path | None, unset("FILE.html")] = None
+    """Write a page here that plays the denoising."""
+    batch_size: int = 32
+    """Sequences drawn side by side, a search's candidates included."""
+    sampler: Annotated[Options, tyro.conf.OmitArgPrefixes]
+    inner: Annotated[Options, tyro.conf.OmitArgPrefixes]
+    innermost: Annotated[Options, tyro.conf.OmitArgPrefixes]
+
+    def __post_init__(self):
+        for flag, value in (("--num", self.num), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.num > MAX_NUM:
+            raise ValueError(f"--num must be at most {MAX_NUM}, got {self.num}")
+        if self.num > 1 and self.seed + self.num > 2**32:
+            raise ValueError(
+                f"--seed {self.seed}: with --num {self.num} the last seed is beyond 2**32 - 1"
+            )
+
+    @property
+    def samplers(self) -> list[Options]:
+        """The options of the sampler, and of what it wraps."""
+        each = (self.sampler, self.inner, self.innermost)
+        return [options for options in each if not isinstance(options, NoOptions)]
+
+
+def read_command(arguments: Sequence[str]) -> SampleCommand:
+    """The flags, those of the picked samplers among them, and what is wrong with them alone."""
+    name, rest = take(arguments, "--sampler")
+    inner, rest = take(rest, "--inner")
+    kinds = pick(name, inner)
+    if not {"-h", "--help"} & set(rest):
+        refuse_flags_of_others(rest, SampleCommand, kinds)
+    sampler, inner, innermost, *_ = [*map(shown, kinds), NoOptions, NoOptions]
+    command = parse(
+        SampleCommand,
+        rest,
+        default=SampleCommand(
+            checkpoint=tyro.MISSING, sampler=sampler(), inner=inner(), innermost=innermost()
+        ),
+        description=f"{__doc__}\n\n{describe(kinds)}",
+    )
+    check_files(command)
+    check_functions(command)
+    return command
+
+
+def check_files(command: SampleCommand) -> None:
+    """UserError where what is drawn cannot be written, or the flags of --requests are at odds."""
+    files = {"--requests": command.requests, "--output": command.output, "--trace": command.trace}
+    taken: dict[Path, str] = {}
+    for flag, path in files.items():
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise UserError(f"{flag} {path}: it would replace the file of {taken[path.resolve()]}")
+        taken[path.resolve()] = flag
+        if flag != "--requests":
+            check_writable(path, f"{flag} {path}")
+    if command.requests is not None:
+        if command.prompt or command.suffix or command.infill is not None:
+            raise UserError("--requests holds the prompts: give no --prompt, --suffix or --infill")
+        if command.num != 1:
+            raise UserError(f"--num {command.num}: --requests says how many sequences there are")
+
+
+def check_functions(command: SampleCommand) -> None:
+    """UserError where the user's functions, or the numbers beside them, are wrong."""
+    name = command.sampler.name
+    takers = [n for n in makers("samplers") if "verifier" in fields_of(n)]
+    if command.verifier is not None:
+        if name not in takers:
+            raise UserError(
+                f"--verifier {command.verifier}: sampler {name!r} takes no verifier; "
+                f"{' and '.join(takers)} do"
+            )
+        load_function(command.verifier, "--verifier")
+    elif name in takers:
+        raise UserError(
+            f"--sampler {name} needs --verifier FILE.py:FUNCTION, a function from a list of texts "
+            "to a score each"
+        )
+    if command.logit_processor is not None:
+        load_function(command.logit_processor, "--logit-processor")
+    reshape_numbers(command)
+
+
+def reshape_numbers(command: SampleCommand) -> dict[str, Any]:
+    """The numbers that change the conditional of clean tokens; UserError on a bad one."""
+    names = [f.name for f in dataclasses.fields(Reshape) if f.name != "logit_processor"]
+    options = {name: getattr(command, name) for name in names}
+    try:
+        reshape_of(options)
+    except UserError as error:
+        raise UserError(as_flags(str(error), names)) from error
+    return options
+
+
+def reshape_options(command: SampleCommand, model: sedd.Model) -> dict[str, Any]:
+    """All that changes the conditional of clean tokens."""
+    processor = None
+    if command.logit_processor is not None:
+        processor = load_processor(
+            command.logit_processor, "--logit-processor", model.process.mask_id
+        )
+    return {**reshape_numbers(command), "logit_processor": processor}
+
+
+def build_command_sampler(
+    command: SampleCommand, model: sedd.Model, reshape: dict[str, Any]
+) -> Sampler:
+    """The sampler of the flags; UserError where it does not go with the model."""
+    verifier = None
+    if command.verifier is not None:
+        function = load_function(command.verifier, "--verifier")
+        verifier = text_verifier(model, function, command.verifier)
+    name, *wrapped = [options.name for options in command.samplers]
+    options: dict[str, Any] = {}
+    for one in command.samplers:
+        options |= values(one)
+    for option, value in options.items():
+        if isinstance(value, int) and value >= 2**31:
+            raise UserError(as_flags(f"{option} must be below 2**31, got {value}", [option]))
+    inner = wrapped[0] if wrapped else None
+    try:
+        sampler = build_sampler(name, model.schedule, inner=inner, verifier=verifier, **options)
+    except UserError as error:
+        raise UserError(as_flags(str(error), options)) from error
+    try:
+        sampler.check(dataclasses.replace(model.denoiser, reshape=reshape_of(reshape)))
+    except UserError as error:
+        if any(f"sampler {one!r}" in str(error) for one in wrapped):
+            raise UserError(f"--inner {inner}: {error}") from error
+        raise
+    return sampler
+
+
+def requested(
+    command: SampleCommand, model: sedd.Model
+) -> tuple[list[tuple[Request, Clamp]], list[UserError]]:
+    """The requests of the file or of the flags, and the lines of the file that were refused."""
+    if model.tokenizer is None:
+        raise UserError(f"{command.checkpoint}: it has no tokenizer, so there is no text to draw")
+    if command.requests is None:
+        asked = [
+            Request(
+                id=i,
+                prompt=command.prompt,
+                suffix=command.suffix,
+                infill=command.infill,
+                length=command.length,
+                seed=command.seed + i,
+            )
+            for i in range(command.num)
+        ]
+        clamp = asked[0].clamp(model.tokenizer, model.length)
+        return [(request, clamp) for request in asked], []
+    length = model.length if command.length is None else command.length
+    found = list(read_requests(command.requests, model.tokenizer, length, command.seed))
+    refused = [line for line in found if isinstance(line, UserError)]
+    return [line for line in found if not isinstance(line, UserError)], refused
+
+
+def parts(sampler: Sampler) -> Iterator[Sampler]:
+    """The sampler, and what it wraps."""
+    part: Sampler | None = sampler
+    while part is not None:
+        yield part
+        part = getattr(part, "inner", None)
+
+
+def check_requests(
+    command: SampleCommand, sampler: Sampler, asked: Sequence[tuple[Request, Clamp]]
+) -> None:
+    """UserError where a flag would do nothing for what is asked."""
+    if command.guidance and not any(clamp.fixed_L.any() for _, clamp in asked):
+        raise UserError(
+            f"--guidance {command.guidance}: it strengthens what is given, and nothing is; give a "
+            "--prompt, --suffix, --infill or --requests with them"
+        )
+    longest = max(clamp.length for _, clamp in asked)
+    for part in parts(sampler):
+        last = max(part.positions) if isinstance(part, Ordered) and part.order[0].isdigit() else -1
+        if last >= longest:
+            raise UserError(
+                f"--order: there is no position {last} in a length of {longest}, whose positions "
+                "count from 0"
+            )
+
+
+def notes(
+    command: SampleCommand,
+    model: sedd.Model,
+    sampler: Sampler,
+    asked: Sequence[tuple[Request, Clamp]],
+) -> Iterator[str]:
+    """What the user should know of the samples beforehand."""
+    if sampler.caveat:
+        yield sampler.caveat
+    if model.process.mask_id is None and any(clamp.fixed_L.any() for _, clamp in asked):
+        yield (
+            "what is given is approximate on a uniform process: the model reads it as noisy, so "
+            "that the rest does not tend to its true conditional at any number of steps"
+        )
+    blocks = any(isinstance(part, SemiAutoregressive) for part in parts(sampler))
+    if blocks and not model.time_independent:
+        yield (
+            "semi_autoregressive is approximate here: this model depends on the noise level, and "
+            "is told that of a block as if it were that of the whole"
+        )
+    if sampler.width > command.batch_size:
+        yield (
+            f"--batch-size {command.batch_size}: {command.sampler.name} draws {sampler.width} "
+            "sequences side by side for each that it returns, and so it does here"
+        )

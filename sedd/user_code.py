@@ -1,0 +1,117 @@
+"""Functions of a user's own file, whose mistakes are one line of a UserError."""
+
+import functools
+import runpy
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sedd.errors import UserError
+from sedd.parameterizations.base import NO_MASS
+from sedd.types import Array, Float, Int
+
+# What comes of numpy and of Python's if where JAX has no values yet.
+UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+
+
+def load_function(spec: str, flag: str) -> Callable[..., Any]:
+    """``file.py:function``; UserError where there is none. The same one for the same words."""
+    path, _, name = spec.rpartition(":")
+    if not path or not name.isidentifier():
+        raise UserError(f"{flag} {spec}: it must be file.py:function")
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {spec}: {path}: no such file")
+    try:
+        found = _run_file(path).get(name)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise UserError(f"{flag} {spec}{_line(error, path)}: {_said(error)}") from error
+    if not callable(found):
+        raise UserError(f"{flag} {spec}: {path} defines no function {name!r}")
+    return found
+
+
+@functools.cache  # another object would compile another program
+def load_processor(spec: str, flag: str, mask_id: int | None) -> "LogitProcessor":
+    """The logit processor of ``file.py:function``; UserError where there is none."""
+    return LogitProcessor(load_function(spec, flag), spec, flag, mask_id)
+
+
+class LogitProcessor:
+    """A user's function on log probabilities [B, K, N]; see ``Reshape.logit_processor``.
+
+    UserError where it raises or returns something else. What shows in the values only, inside jit,
+    is kept for ``raise_error``, and the conditional is left as it was there. A token that it
+    excludes by -inf gets the -1e6 that samplers expect.
+    """
+
+    def __init__(self, function: Callable[..., Any], spec: str, flag: str, mask_id: int | None):
+        self.function, self.where, self.mask_id = function, f"{flag} {spec}", mask_id
+        self.path = spec.rpartition(":")[0]
+        self._failed = False
+
+    def __call__(
+        self,
+        log_probs_BKN: Float[Array, "B K N"],
+        tokens_BL: Int[Array, "B L"],
+        positions_BK: Int[Array, "B K"],
+    ) -> Float[Array, "B K N"]:
+        try:
+            returned = self.function(log_probs_BKN, tokens_BL, positions_BK)
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            hint = "; it runs inside jit: write jax.numpy for numpy, and jnp.where for if"
+            hint = hint if isinstance(error, UNTRACEABLE) else ""
+            where = f"{self.where}{_line(error, self.path)}"
+            raise UserError(f"{where}: {_said(error)}{hint}") from error
+        dtype, shape = getattr(returned, "dtype", None), getattr(returned, "shape", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            kind = f"an array of {dtype}" if dtype is not None else f"{type(returned).__name__}"
+            raise UserError(f"{self.where}: it must return an array of floats, got {kind}")
+        if shape != log_probs_BKN.shape:
+            raise UserError(
+                f"{self.where}: it must return log_probs of the shape that it was given, "
+                f"{log_probs_BKN.shape}, got {shape}"
+            )
+        shaped_BKN = jnp.asarray(returned, log_probs_BKN.dtype)
+        good_BK = jnp.isfinite(shaped_BKN.max(-1))  # neither nan nor inf, and a token is left
+        masked_BK = jnp.take_along_axis(tokens_BL, positions_BK, 1) == self.mask_id
+        jax.lax.cond(
+            (masked_BK & ~good_BK).any(), lambda: jax.debug.callback(self._fail), lambda: None
+        )
+        # Some samplers would never end on nan, and the error with them never show.
+        shaped_BKN = jnp.where(good_BK[..., None], shaped_BKN, log_probs_BKN)
+        return jnp.maximum(shaped_BKN, NO_MASS)
+
+    def raise_error(self) -> None:
+        """UserError where it excluded every token, or returned nan, since the last time."""
+        jax.effects_barrier()
+        failed, self._failed = self._failed, False
+        if failed:
+            raise UserError(
+                f"{self.where}: it returned nan, inf, or -inf for every token of a masked position;"
+                " log_probs must be finite, or -inf for tokens that are excluded"
+            )
+
+    def _fail(self) -> None:
+        self._failed = True
+
+
+@functools.cache
+def _run_file(path: str) -> dict[str, Any]:
+    return runpy.run_path(path)
+
+
+def _line(error: BaseException, path: str) -> str:
+    """The last line of the user's file that the error passed through, where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _said(error: BaseException) -> str:
+    """The error's kind, and its message: of JAX's long ones the first line."""
+    message = str(error).partition("\n")[0] if isinstance(error, UNTRACEABLE) else str(error)
+    return f"{type(error).__name__}: {message}".rstrip(" .:")

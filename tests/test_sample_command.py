@@ -1,0 +1,442 @@
+"""``sample.py`` with every sampler: what it writes, which flag reaches what, and what it says."""
+
+import html
+import inspect
+import json
+import math
+from collections import Counter
+
+import pytest
+import tiny_run
+from tiny_run import TOKENIZER, call, compile_quickly  # noqa: F401
+
+import sample
+import sedd
+from sedd.cli import run
+from sedd.components import makers
+
+LENGTH = 12
+SEARCHES = ("best_of_n", "particle")
+FLAGS = {  # of every sampler, so that each does some of its own
+    "tweedie": "--steps 3",
+    "euler": "--steps 3",
+    "event_jump": "--steps 5",
+    "ordered": "--order 11,3 --steps 4",
+    "confidence": "--by margin --steps 3",
+    "entropy_bounded": "--gamma 4",
+    "token_confidence": "--threshold 0.3",
+    "remdm": "--steps 6 --eta 0.5",
+    "semi_autoregressive": "--block-length 4 --inner confidence --by max_probability",
+    "best_of_n": "--n 2 --inner tweedie --steps 2 --verifier {code}:vowels",
+    "particle": "--particles 2 --tilt 2 --resample-every 2 --verifier {code}:vowels",
+}
+CODE = '''
+import json
+from pathlib import Path
+import jax.numpy as jnp
+
+def vowels(texts):
+    with open(Path(__file__).with_name("seen.jsonl"), "a") as seen:
+        print(json.dumps(texts), file=seen)
+    return [sum(c in "aeiou" for c in text) + len(text) / 10 for text in texts]
+
+def only_once(texts):
+    mark = Path(__file__).with_name("mark")
+    if mark.exists():
+        raise RuntimeError("a second time")
+    mark.touch()
+    return [0.1] * len(texts)
+
+def failing(texts):
+    return eval(Path(__file__).with_name("does.txt").read_text())
+
+def ban(log_probs, tokens, positions):
+    return log_probs.at[..., 5:].set(-jnp.inf)
+
+def strict(log_probs, tokens, positions):
+    """Nan where nothing is drawn, which nobody reads."""
+    masked = jnp.take_along_axis(tokens, positions, 1) == 33
+    return jnp.where(masked[..., None], log_probs, jnp.nan)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run, one of each other kind, and a file of functions."""
+    top = tmp_path_factory.mktemp("place")
+    for kind in ("radd", "sedd", "uniform"):
+        (top / kind).mkdir()
+        tiny_run.make_run(top / kind, tiny_run.config(kind, length=LENGTH))
+    (top / "code.py").write_text(CODE)
+    return top
+
+
+def draw(place, flags, *more, kind="radd", code=0):
+    """The command's outcome; its exit code must be this one."""
+    flags = flags.format(code=place / "code.py").split()
+    result = call("sample", "--checkpoint", place / kind, *flags, *more)
+    assert result.code == code, result.err
+    return result
+
+
+def answers(place, tmp_path, flags, *more, **options):
+    """The lines of the file that ``--output`` names."""
+    draw(place, flags, *more, "--output", tmp_path / "out.jsonl", **options)
+    return read(tmp_path / "out.jsonl")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def vowels(text):
+    return sum(character in "aeiou" for character in text) + len(text) / 10
+
+
+# ------------------------------------------------------- every sampler
+
+
+def test_every_sampler_is_tried():
+    assert set(FLAGS) == set(makers("samplers"))
+    search = [
+        n
+        for n, make in makers("samplers").items()
+        if "verifier" in inspect.signature(make).parameters
+    ]
+    assert sorted(search) == sorted(SEARCHES)
+
+
+@pytest.mark.parametrize("sampler", FLAGS)
+def test_what_is_written(place, tmp_path, sampler):
+    flags = f"--sampler {sampler} {FLAGS[sampler]} --num 2"
+    page = tmp_path / "new" / "trace.html"
+    result = draw(
+        *(place, flags, "--prompt", "the {", "--seed", 5),
+        *("--output", tmp_path / "out.jsonl", "--trace", page),
+    )
+    lines = read(tmp_path / "out.jsonl")
+    fields = {"id": int, "text": str, "tokens": list, "calls": int, "entropy": float, "seed": int}
+    if sampler in SEARCHES:
+        fields["score"] = float
+    trace = page.read_text()
+    assert [(line["id"], line["seed"]) for line in lines] == [(0, 5), (1, 6)]
+    for line in lines:
+        assert {name: type(value) for name, value in line.items()} == fields
+        assert len(line["tokens"]) == LENGTH
+        assert all(
+            type(token) is int and 0 <= token < TOKENIZER.num_tokens for token in line["tokens"]
+        )
+        assert line["text"] == TOKENIZER.decode(line["tokens"])
+        assert line["text"].startswith("the {")
+        counts = Counter(line["tokens"][5:])  # of what was drawn
+        entropy = sum(n / 7 * math.log(7 / n) for n in counts.values())
+        assert line["entropy"] == pytest.approx(entropy, abs=1e-6)
+        assert 1 <= line["calls"] <= 2 * 2 * 7  # candidates, and completions of each round
+        if sampler in SEARCHES:
+            assert line["score"] == pytest.approx(vowels(line["text"]), abs=1e-6)
+        said = f"{line['id']} · seed {line['seed']} · {line['calls']} network calls · "
+        assert said + f"entropy {line['entropy']:.2f} nats" in result.out
+        assert line["text"] in result.out
+        pieces = (TOKENIZER.decode([token], keep_eos=True) for token in line["tokens"])
+        eos = TOKENIZER.eos_id
+        final = "".join(
+            "[eos]" if t == eos else p for t, p in zip(line["tokens"], pieces, strict=True)
+        )
+        assert html.escape(final) in trace
+    assert f"wrote 2 samples to {tmp_path / 'out.jsonl'}\nwrote {page}\n" in result.out
+    for option in FLAGS[sampler].split()[::2]:
+        if option not in ("--inner", "--verifier"):
+            assert f"<dt>{option[2:].replace('-', '_')}</dt>" in trace
+    # A sequence is that of its seed: the second one is the first one of the seed after.
+    (again, _) = answers(place, tmp_path, flags, "--prompt", "the {", "--seed", 6)
+    assert again == lines[1] | {"id": 0}
+    assert again["text"] != lines[0]["text"]
+
+
+KINDS = [
+    {"id": "prompt", "prompt": "the "},
+    {"id": "gaps", "infill": "a{mask:3}b{mask}"},
+    {"id": "broken", "prompt": "the ", "lenght": 4},
+    {"id": "suffix", "suffix": "end", "length": 8, "seed": 3},
+    {},
+]
+
+
+@pytest.mark.parametrize("sampler", ["tweedie", "entropy_bounded", "best_of_n"])
+def test_requests_of_every_kind(place, tmp_path, sampler):
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(map(json.dumps, KINDS)))
+    result = draw(
+        *(place, f"--sampler {sampler} {FLAGS[sampler]}", "--requests", path),
+        *("--output", tmp_path / "out.jsonl", "--trace", tmp_path / "page.html"),
+        code=2,
+    )
+    assert len(result.errors) == 1
+    assert result.errors[0].startswith(f"error: {path}, line 3: unknown field 'lenght'")
+    prompt, gaps, suffix, nothing = lines = read(tmp_path / "out.jsonl")
+    assert [line["id"] for line in lines] == ["prompt", "gaps", "suffix", 5]
+    assert [len(line["tokens"]) for line in lines] == [12, 6, 8, 12]
+    assert [line["seed"] for line in lines] == [0, 1, 3, 4]
+    assert prompt["text"].startswith("the ")
+    kept = [TOKENIZER.decode([gaps["tokens"][i]]) for i in (0, 4)]
+    assert kept == ["a", "b"]
+    assert suffix["text"].endswith("end")
+    assert nothing["calls"] >= 1
+
+
+# ------------------------------------------------ flags that reach their place
+
+
+@pytest.mark.parametrize(
+    ("flags", "calls"),
+    [
+        ("--sampler best_of_n --n 3 --inner ordered --steps 2 --verifier {code}:vowels", 3 * 2),
+        ("--sampler semi_autoregressive --block-length 4 --inner ordered --steps 2", 3 * 2),
+        ("--sampler semi_autoregressive --block-length 6 --steps 1", 2),
+        (
+            "--sampler best_of_n --n 2 --inner semi_autoregressive --block-length 6 --steps 1 "
+            "--verifier {code}:vowels",
+            2 * 2,
+        ),
+        (
+            "--sampler particle --particles 3 --resample-every 99 --inner ordered --steps 4 "
+            "--verifier {code}:vowels",
+            3 * 4,
+        ),
+        ("--sampler=ordered --steps=3", 3),
+        ("--sampler ordered --guidance 1 --prompt the", 2 * 9),
+    ],
+)
+def test_flags_reach_the_sampler_that_they_are_of(place, tmp_path, flags, calls):
+    (line,) = answers(place, tmp_path, flags)
+    assert line["calls"] == calls
+
+
+@pytest.mark.parametrize("inner", ["--inner tweedie --steps 2", "--inner ordered"])
+def test_the_best_is_picked(place, tmp_path, inner):
+    seen = place / "seen.jsonl"
+    seen.unlink(missing_ok=True)
+    flags = f"--sampler best_of_n --n 5 --num 2 {inner} --verifier {{code}}:vowels"
+    lines = answers(place, tmp_path, flags)
+    (texts,) = read(seen)
+    assert len(set(texts)) == 10
+    for line, candidates in zip(lines, (texts[:5], texts[5:]), strict=True):
+        assert line["text"] == max(candidates, key=vowels)
+        assert min(map(vowels, candidates)) < line["score"]
+
+
+@pytest.mark.parametrize("sampler", ["tweedie --steps 3", "confidence"])
+def test_a_logit_processor(place, tmp_path, sampler):
+    """It bans all tokens from 5 on, by -inf, and any sampler ends."""
+    flags = f"--sampler {sampler} --prompt the"
+    (line,) = answers(place, tmp_path, flags)
+    assert max(line["tokens"][3:]) >= 5
+    (line,) = answers(place, tmp_path, flags + " --logit-processor {code}:ban")
+    assert max(line["tokens"][3:]) < 5
+
+
+def test_what_a_processor_says_of_given_tokens_does_not_count(place, tmp_path):
+    flags = "--sampler confidence --prompt the"
+    (line,) = answers(place, tmp_path, flags)
+    (same,) = answers(place, tmp_path, flags + " --logit-processor {code}:strict")
+    assert line == same
+
+
+def test_temperature_0_is_the_same_for_any_seed(place, tmp_path):
+    def texts(flags):
+        lines = answers(place, tmp_path, f"--sampler ordered --num 2 {flags}")
+        return [line["text"] for line in lines]
+
+    assert len(set(texts(""))) == 2
+    (likeliest,) = set(texts("--temperature 0"))
+    assert set(texts("--top-k 1")) == {likeliest}
+
+
+# ------------------------------------------------------- what is said
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    """What is said beforehand needs no samples."""
+    monkeypatch.setattr(sample, "answer", lambda *arguments, **options: iter([]))
+
+
+@pytest.mark.usefixtures("nothing_drawn")
+@pytest.mark.parametrize(
+    ("kind", "flags", "said"),
+    [
+        ("radd", "--sampler token_confidence", "token_confidence is approximate: it prefers"),
+        (
+            "radd",
+            "--sampler best_of_n --inner token_confidence --verifier {code}:vowels",
+            "token_confidence is approximate: it prefers",
+        ),
+        ("uniform", "--prompt the", "what is given is approximate on a uniform process"),
+        (
+            "sedd",
+            "--sampler semi_autoregressive --inner remdm",
+            "semi_autoregressive is approximate here: this model depends on the noise level",
+        ),
+        (
+            "radd",
+            "--sampler particle --particles 9 --batch-size 8 --verifier {code}:vowels",
+            "--batch-size 8: particle draws 9 sequences side by side for each that it returns",
+        ),
+    ],
+)
+def test_what_a_user_should_know_is_said(place, kind, flags, said):
+    note = draw(place, flags, kind=kind).err
+    assert note.startswith(f"note: {said}")
+    assert note.count("\n") == 1
+
+
+@pytest.mark.usefixtures("nothing_drawn")
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("radd", "--sampler confidence --prompt the"),
+        ("uniform", "--sampler tweedie"),
+        ("radd", "--sampler semi_autoregressive --inner remdm"),
+        ("radd", "--sampler particle --particles 9 --batch-size 9 --verifier {code}:vowels"),
+    ],
+)
+def test_nothing_is_said_of_the_others(place, kind, flags):
+    assert draw(place, flags, kind=kind).err == ""
+
+
+def test_a_long_name_is_printed_whole(place, tmp_path):
+    path, name = tmp_path / "requests.jsonl", "n" * 200
+    path.write_text(json.dumps({"id": name}))
+    assert f"{name} · seed 0 · 3 network calls" in draw(place, "--steps 2", "--requests", path).out
+
+
+# ------------------------------------------------------ functions that fail
+
+FAILING = {  # what a verifier does, and what is said of it
+    "1 / 0": "raised ZeroDivisionError: division by zero",
+    "[0.0, float('nan')]": "a score must be finite, got nan for '",
+    "[float('inf'), 0.0]": "a score must be finite, got inf for '",
+    "[1.0]": "must return one score a text, 2 in all, got an array of shape (1,)",
+    "[[1.0], [2.0]]": "must return one score a text, 2 in all, got an array of shape (2, 1)",
+    "1.0": "must return one score a text, 2 in all, got an array of shape ()",
+    "None": "must return one score a text, 2 in all, got an array of shape ()",
+    "[None, None]": "a score must be finite, got nan for '",
+    "['good', 'bad']": "raised ValueError: could not convert string to float: 'good'",
+    "(len(text) for text in texts)": "raised TypeError: float() argument must be",
+    "exec('raise ValueError(\\'two\\\\nlines\\')')": "raised ValueError: two lines",
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(place):
+    """The run's model, once: another one compiles another program."""
+    return sedd.load(place / "radd")
+
+
+@pytest.mark.parametrize("search", ["best_of_n --n 2", "particle --particles 2"])
+@pytest.mark.parametrize("does", FAILING)
+def test_a_verifier_that_fails(place, loaded, monkeypatch, search, does):
+    monkeypatch.setattr(sedd, "load", lambda path, step: loaded)
+    (place / "does.txt").write_text(does)
+    result = draw(place, f"--sampler {search} --verifier {{code}}:failing", code=2)
+    assert result.out == ""
+    (error,) = result.errors
+    assert error.startswith(f"error: verifier {place}/code.py:failing")
+    assert FAILING[does] in error
+
+
+@pytest.mark.parametrize("does", ["-jnp.inf", "jnp.nan"])
+def test_a_processor_that_leaves_nothing(place, tmp_path, does):
+    """Some samplers would go on for ever with nan."""
+    (tmp_path / "code.py").write_text(
+        "import jax.numpy as jnp\n"
+        f"def f(log_probs, tokens, positions):\n    return jnp.full_like(log_probs, {does})\n"
+    )
+    result = draw(
+        *(place, "--sampler confidence", "--logit-processor", f"{tmp_path}/code.py:f"), code=2
+    )
+    assert result.out == ""
+    (error,) = result.errors
+    assert error.startswith(
+        f"error: --logit-processor {tmp_path}/code.py:f: it returned nan, inf, or -inf for every "
+        "token of a masked position"
+    )
+
+
+# ------------------------------------------------- what was drawn is not lost
+
+
+def test_a_verifier_that_fails_late(place, tmp_path):
+    result = draw(
+        *(place, "--sampler best_of_n --n 2 --inner tweedie --steps 2 --num 3 --batch-size 2"),
+        *("--verifier", f"{place}/code.py:only_once"),
+        *("--output", tmp_path / "out.jsonl", "--trace", tmp_path / "page.html"),
+        code=2,
+    )
+    assert len(result.errors) == 1
+    assert result.errors[0].endswith("only_once raised RuntimeError: a second time")
+    (line,) = read(tmp_path / "out.jsonl")
+    assert (line["seed"], line["score"]) == (0, 0.1)
+    assert (tmp_path / "page.html").exists()
+
+
+def test_an_interruption(place, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        yield next(before(*arguments, **options))
+        raise KeyboardInterrupt
+
+    before = sample.answer
+    monkeypatch.setattr(sample, "answer", interrupted)
+    flags = "--steps 2 --num 3 --batch-size 1"
+    (line,) = answers(place, tmp_path, flags, code=130)
+    assert line["id"] == 0  # the code of one that Ctrl-C ended
+
+
+def test_nothing_replaces_a_file_when_nothing_was_drawn(place, tmp_path):
+    output, requests = tmp_path / "out.jsonl", tmp_path / "requests.jsonl"
+    output.write_text("before")
+    requests.write_text("no request")
+    draw(place, "", "--requests", requests, "--output", output, code=2)
+    assert output.read_text() == "before"
+
+
+# ------------------------------------------------------------------ help
+
+
+def help_of(monkeypatch, capsys, *arguments):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", ["sample.py", *arguments, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        run(sample.main)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has", "lacks"),
+    [
+        ("", "--steps INT", "--gamma"),
+        ("--sampler entropy_bounded", "--gamma FLOAT", "--steps"),
+        ("--sampler token_confidence", "--threshold FLOAT", "--gamma"),
+        ("--sampler particle --inner confidence", "--tilt FLOAT", "--eta"),
+        ("--sampler particle --inner confidence", "--by {entropy,margin,max_pr", "--eta"),
+        ("--sampler best_of_n --inner semi_autoregressive", "--block-length INT", "--by"),
+        ("--sampler best_of_n --inner semi_autoregressive", "--steps INT", "--by"),
+    ],
+)
+def test_help(monkeypatch, capsys, arguments, has, lacks):
+    out = help_of(monkeypatch, capsys, *arguments.split())
+    for name in makers("samplers"):
+        assert sum(line.startswith(f"  {name} ") for line in out.splitlines()) == 1
+    assert has in out
+    assert lacks not in out
+    assert "{None}" not in out
+    assert "``" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_of_an_unknown_sampler(place):
+    result = call("sample", "--sampler", "twedie", "--help")
+    assert result.code == 2
+    assert "did you mean 'tweedie'?" in result.errors[0]

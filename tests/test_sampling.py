@@ -1,0 +1,317 @@
+"""``sedd.sample``: what is compiled, which options go where, what is refused, what comes back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import compile_quickly  # noqa: F401
+
+import sedd
+from sedd.build import build_sampler
+from sedd.constraints.clamp import from_infill, from_prompt
+from sedd.errors import UserError
+from sedd.samplers.best_of_n import BestOfN
+from sedd.samplers.event_jump import EventJump
+from sedd.samplers.ordered import Ordered
+from sedd.sampling import _run, bucket, text_verifier
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """By kind: "radd", and "sedd" and "uniform", which depend on the time."""
+    return {
+        kind: sedd.load(tiny_run.make_run(tmp_path_factory.mktemp(kind), tiny_run.config(kind)))
+        for kind in ("radd", "sedd", "uniform")
+    }
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["radd"]
+
+
+def vowels(texts):
+    """A verifier."""
+    return [float(sum(character in "aeiou" for character in text)) for text in texts]
+
+
+# ---------------------------------------------------------------- buckets
+
+
+def test_buckets():
+    sizes = np.array([bucket(n) for n in range(1, 5000)])
+    n = np.arange(1, 5000)
+    assert (np.diff(sizes) >= 0).all()
+    assert (sizes >= n).all()
+    assert (sizes <= 1.25 * n).all()
+    assert [bucket(int(size)) for size in sizes] == sizes.tolist()
+    assert all(bucket(2**k) == 2**k for k in range(13))
+    assert len(np.unique(sizes[512:1024])) == 4  # an octave
+
+
+def compiled(model, texts, length, seed, **options):
+    """How many programs a call adds."""
+    before = _run._cache_size()
+    clamps = [from_infill(model.tokenizer, text, length) for text in texts]
+    result = sedd.sample(model, jax.random.key(seed), num=len(texts), clamp=clamps, **options)
+    assert result.tokens.shape == (len(texts), length)
+    return _run._cache_size() - before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "event_jump", "steps": 5},
+        {"sampler": "confidence"},
+        {"sampler": "best_of_n", "n": 2, "verifier": vowels, "steps": 5},
+    ],
+)
+def test_requests_of_one_bucket_share_a_program(model, options):
+    """Whatever their prompts, lengths, seeds and number."""
+    assert compiled(model, ["ab{mask:3}"] * 9, 17, 0, **options) == 1
+    assert compiled(model, ["{mask:1}"] * 10, 18, 1, **options) == 0
+    assert compiled(model, ["a", "{mask:3}bc", "the cat", *[""] * 6], 19, 2, **options) == 0
+
+
+def test_other_buckets_and_none(model):
+    """The control, and the whole length of a bucket: without padding there is nothing to hide."""
+    options = {"sampler": "event_jump", "steps": 5}
+    compiled(model, ["{mask:2}"] * 9, 19, 0, **options)
+    assert compiled(model, ["{mask:2}"] * 9, 20, 0, **options) == 1
+    assert compiled(model, ["b{mask:2}"] * 10, 20, 1, **options) == 0
+    assert compiled(model, ["{mask:1}"] * 9, 21, 0, **options) == 1
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_options_go_to_the_sampler_that_has_them(model):
+    """A wrapping sampler keeps its own, and its inner one gets the rest."""
+    search = {"sampler": "best_of_n", "verifier": vowels, "n": 2}
+    flat = sedd.sample(model, KEY, num=2, inner="ordered", steps=3, **search)
+    inner = Ordered(schedule=model.schedule, steps=3)
+    given = sedd.sample(model, KEY, num=2, inner=inner, **search)
+    assert flat.calls.tolist() == [6, 6]
+    np.testing.assert_array_equal(flat.tokens, given.tokens)
+    np.testing.assert_array_equal(flat.score, vowels(flat.text))
+
+
+def test_a_sampler_by_name_is_the_one_that_is_built(model):
+    """Reshaping is not among its options; one key stands for one a sequence."""
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(2))
+    reshaped = {"temperature": 0.5, "top_k": 5, "top_p": 0.9}
+    by_name = sedd.sample(model, KEY, num=2, sampler="event_jump", steps=4, **reshaped)
+    built = EventJump(schedule=model.schedule, steps=4)
+    other = sedd.sample(model, keys_B, sampler=built, **reshaped)
+    np.testing.assert_array_equal(by_name.tokens, other.tokens)
+    other = sedd.sample(model, keys_B[::-1], sampler=built, **reshaped)
+    np.testing.assert_array_equal(by_name.tokens[::-1], other.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "tweedy"}, "samplers has no 'tweedy'; did you mean 'tweedie'"),
+        ({"sampler": "tweedie", "stesp": 4}, "no field 'stesp'; did you mean 'steps'"),
+        ({"sampler": "first_hitting"}, "samplers has no 'first_hitting'"),
+        ({"sampler": "event_jump", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"sampler": "ordered", "order": "up"}, "order must be .*got 'up'"),
+        ({"sampler": "best_of_n"}, "'best_of_n' needs a verifier"),
+        ({"sampler": "particle"}, "'particle' needs a verifier"),
+        ({"sampler": "event_jump", "verifier": vowels}, "'event_jump' takes no verifier"),
+        ({"sampler": "event_jump", "inner": "tweedie"}, "'event_jump' takes no inner"),
+        ({"sampler": "best_of_n", "verifier": vowels, "n": 0}, "n must be at least 1, got 0"),
+        ({"sampler": "best_of_n", "verifier": vowels, "inner": "eulr"}, "did you mean 'euler'"),
+        ({"sampler": "best_of_n", "verifier": vowels, "size": 4}, "no field 'size'"),
+        ({"temperature": -1.0}, "temperature .*got -1.0"),
+        ({"top_p": 1.5}, "top_p .*got 1.5"),
+        ({"num": 0}, "num must be at least 1, got 0"),
+        ({"length": 0}, "length must be in 1.."),
+    ],
+)
+def test_bad_options_are_named(model, options, message):
+    with pytest.raises(UserError, match=message):
+        sedd.sample(model, KEY, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 4}, "it takes no steps"),
+        ({"inner": "tweedie"}, "it takes no inner"),
+        ({"verifier": vowels}, "it takes no verifier"),
+    ],
+)
+def test_a_built_sampler_takes_no_options(model, options, message):
+    sampler = EventJump(schedule=model.schedule)
+    with pytest.raises(UserError, match=message):
+        sedd.sample(model, KEY, sampler=sampler, **options)
+    with pytest.raises(UserError, match="inner is built already: it takes no steps"):
+        sedd.sample(model, KEY, sampler="semi_autoregressive", inner=sampler, steps=4)
+
+
+def test_clamps_that_do_not_fit_are_refused(model):
+    clamp = from_prompt(model.tokenizer, 8, prompt="ab")
+    with pytest.raises(UserError, match="2 clamps for 3 sequences"):
+        sedd.sample(model, KEY, num=3, clamp=[clamp, clamp])
+    with pytest.raises(UserError, match="give no length beside it"):
+        sedd.sample(model, KEY, clamp=clamp, length=8)
+
+
+@pytest.mark.parametrize(
+    "name", ["event_jump", "ordered", "confidence", "entropy_bounded", "token_confidence"]
+)
+def test_a_sampler_says_which_model_it_needs(models, name):
+    for kind, need in (("sedd", "time-independent"), ("uniform", "absorbing")):
+        with pytest.raises(UserError, match=f"{name}.* needs a .*{need}"):
+            sedd.sample(models[kind], KEY, sampler=name)
+        with pytest.raises(UserError, match=f"{name}.* needs a .*{need}"):
+            sedd.sample(models[kind], KEY, sampler="best_of_n", inner=name, verifier=vowels)
+
+
+def test_or_which_process(models):
+    for name, inner in (("remdm", None), ("semi_autoregressive", "tweedie")):
+        with pytest.raises(UserError, match=f"{name}.* needs a model of the absorbing process"):
+            sedd.sample(models["uniform"], KEY, sampler=name, inner=inner)
+    result = sedd.sample(models["sedd"], KEY, sampler="remdm", steps=3)
+    assert (result.tokens < tiny_run.TOKENIZER.num_tokens).all()
+
+
+# ---------------------------------------------------------------- verifiers
+
+
+class Moody:
+    """A verifier that fails in one of several ways until its mood is better."""
+
+    __name__ = "moody"
+
+    def __call__(self, texts):
+        if self.mood == "raises":
+            raise RuntimeError("out of patience")
+        last = {"nan": float("nan"), "infinite": float("inf")}.get(self.mood, 0.0)
+        scores = [*vowels(texts)[:-1], last]
+        return {"good": vowels(texts), "scalar": 1.0, "longer": [*scores, 0.0]}.get(
+            self.mood, scores
+        )
+
+
+FAILURES = {
+    "raises": "verifier moody raised RuntimeError: out of patience",
+    "nan": "verifier moody: a score must be finite, got nan for '",
+    "infinite": "verifier moody: a score must be finite, got inf for '",
+    "scalar": r"verifier moody must return one score a text, .* shape \(\)",
+    "longer": r"verifier moody must return one score a text, .* shape \(\d+,\)",
+}
+
+
+@pytest.mark.parametrize("sampler", ["best_of_n", "particle"])
+def test_a_failing_verifier_is_named_and_may_recover(model, sampler):
+    verifier = Moody()
+    own = {"n": 2} if sampler == "best_of_n" else {"particles": 2, "resample_every": 2}
+    for mood, message in FAILURES.items():
+        verifier.mood = mood
+        with pytest.raises(UserError, match=message):
+            sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, steps=4, **own)
+        verifier.mood = "good"
+        result = sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, steps=4, **own)
+        np.testing.assert_array_equal(result.score, vowels(result.text))
+
+
+def test_a_search_wraps_no_other_search(model):
+    inner = build_sampler("best_of_n", model.schedule, n=2, verifier=text_verifier(model, vowels))
+    with pytest.raises(UserError, match=r"inner must be a sampler .*not .*search"):
+        sedd.sample(model, KEY, sampler="best_of_n", verifier=vowels, inner=inner)
+
+
+# ---------------------------------------------------------------- what comes back
+
+FRAMES = {  # of the trace of twelve positions, of which seven are free
+    "euler": ({"steps": 5}, 7),
+    "tweedie": ({"steps": 5}, 7),
+    "event_jump": ({}, 8),
+    "ordered": ({}, 8),
+    "confidence": ({"steps": 4}, 5),
+    "entropy_bounded": ({"gamma": 0.0}, 8),
+    "token_confidence": ({"steps": 3}, 4),
+    "remdm": ({"steps": 5, "eta": 0.5}, None),  # as many as its draws need
+    "semi_autoregressive": ({"block_length": 3, "inner": "ordered", "steps": 2}, 6),
+    "best_of_n": ({"n": 2, "verifier": vowels, "inner": "tweedie", "steps": 5}, 7),
+    "particle": ({"particles": 2, "verifier": vowels, "resample_every": 2, "tilt": 3.0}, 8),
+}
+TIMED = ("euler", "tweedie", "best_of_n")
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_the_trace_of_every_sampler(model, name):
+    """From masks to the result, what is given standing still, no mask left at the end."""
+    options, frames = FRAMES[name]
+    clamps = [
+        from_infill(model.tokenizer, "ab{mask:4}cde{mask:3}"),
+        from_prompt(model.tokenizer, 5, prompt="ab"),
+    ]
+    result = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
+    mask_id = model.process.mask_id
+    assert result.trace.shape[1:] == (2, 12)
+    assert len(result.trace) == (frames or result.calls.max() + 1)
+    np.testing.assert_array_equal(result.trace[-1], result.tokens)
+    for row, clamp in enumerate(clamps):
+        own_TL = result.trace[:, row, : clamp.length]
+        assert (own_TL[:, clamp.fixed_L] == clamp.tokens_L[clamp.fixed_L]).all()
+        assert (own_TL[0, ~clamp.fixed_L] == mask_id).all()
+        assert (own_TL[-1] != mask_id).all()
+        assert result.text[row] == model.tokenizer.decode(own_TL[-1])
+        if name != "remdm":
+            shown = own_TL != mask_id
+            assert (shown[1:] | ~shown[:-1]).all()  # what is revealed stays
+    assert (result.times is not None) == (name in TIMED)
+    if result.times is not None:
+        assert result.times.shape == (frames,)
+        assert (np.diff(result.times) < 0).all()
+        assert (result.times[0], result.times[-1]) == (1.0, 0.0)
+    assert (result.score is not None) == (name in ("best_of_n", "particle"))
+
+
+def test_a_result_is_without_padding(model):
+    result = sedd.sample(model, KEY, num=9, length=11, sampler="event_jump", steps=4)
+    assert result.tokens.shape == (9, 11)
+    assert result.calls.shape == (9,)
+    assert len(result.text) == 9
+    assert result.trace is None
+    assert result.times is None
+
+
+@pytest.mark.parametrize("name", ["event_jump", "tweedie", "confidence"])
+def test_what_is_given_whole_takes_no_call(model, name):
+    clamps = [from_prompt(model.tokenizer, n, prompt="abcdefghijkl"[:n]) for n in (12, 5)]
+    options, _ = FRAMES[name]
+    result = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
+    assert result.calls.tolist() == [0, 0]
+    assert result.trace.shape == (1, 2, 12)
+    assert result.text == ["abcdefghijkl", "abcde"]
+
+
+def test_the_best_is_the_best_of_the_same_draws(model):
+    """By hand from the inner sampler's own draws, keys as the search derives them."""
+    sampler = BestOfN(
+        schedule=model.schedule, inner=EventJump(schedule=model.schedule), verifier=_ids, n=4
+    )
+    best = sedd.sample(model, KEY, num=2, sampler=sampler)
+    keys_Bn = jax.vmap(
+        lambda b: jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(KEY, b), i))(
+            jnp.arange(4)
+        )
+    )(jnp.arange(2))
+    drawn = sedd.sample(model, keys_Bn.ravel(), sampler=sampler.inner)
+    score_Bn = _ids(drawn.tokens, None).reshape(2, 4)
+    np.testing.assert_array_equal(best.score, score_Bn.max(1))
+    np.testing.assert_array_equal(
+        best.tokens, drawn.tokens.reshape(2, 4, -1)[np.arange(2), score_Bn.argmax(1)]
+    )
+    np.testing.assert_array_equal(best.calls, drawn.calls.reshape(2, 4).sum(1))
+
+
+def _ids(tokens_RL, real_RL):
+    return np.asarray(tokens_RL).sum(1).astype(np.float32)
