@@ -13,6 +13,15 @@ from sedd.cli import fail, note, run
 from sedd.components import values
 from sedd.files import write_whole
 from sedd.requests import Answer, answer
+from sedd.sample_command import (
+    SampleCommand,
+    build_command_sampler,
+    check_requests,
+    notes,
+    read_command,
+    requested,
+    reshape_options,
+)
 from sedd.trace import TraceRow, write_trace
 
 REFUSALS = 20  # lines that are named; a file that holds no requests at all has thousands
@@ -44,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             sampler,
             batch_size=command.batch_size,
             trace=command.trace is not None,
+            rule=command.rule,
             **reshape,
         ):
             if processor is not None:
@@ -108,6 +118,7 @@ def write_page(
                 title=f"{a.request.id} · seed {a.request.seed}",
                 frames_TL=a.frames,
                 fixed_L=a.clamp.fixed_L,
+                spans=[(s.start, s.length, s.automaton.pattern) for s in a.spans],
             )
             for a in answers
             if a.frames is not None

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
+from sedd.constraints.base import Constraint, Read
 from sedd.networks.base import Attend, Network, read_out
 from sedd.parameterizations.base import Parameterization
 from sedd.processes.base import Process
 from sedd.reshape import Reshape
-from sedd.types import Array, Bool, Float, Int, Params
+from sedd.types import Array, Bool, Float, Int, Key, Params
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +19,8 @@ class Denoiser:
     """What samplers and bounds call. A pytree: it goes through jit with its parameters traced.
 
     ``attend`` says which positions see which, for batches with padding. With ``reshape`` the
-    conditional of clean tokens is another one than the model's; guidance hides ``given_BL``.
+    conditional of clean tokens is another one than the model's; guidance hides ``given_BL``. A
+    ``constraint`` has its own way of drawing clean tokens, which ``propose`` applies.
     """
 
     params: Params
@@ -27,6 +29,7 @@ class Denoiser:
     attend: Attend | None = None
     reshape: Reshape | None = field(default=None, metadata={"static": True})
     given_BL: Bool[Array, "B L"] | None = None
+    constraint: Constraint | None = None
 
     @property
     def process(self) -> Process:
@@ -49,7 +52,7 @@ class Denoiser:
         return self.reshape is not None and self.reshape.guidance > 0 and self.given_BL is not None
 
     def log_score(
-        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"]
+        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Float[Array, "B L V"]:
         """log p_t(x with y at i) / p_t(x) for every position i and state y; 0 at x itself.
 
@@ -69,7 +72,7 @@ class Denoiser:
         return jnp.where(masked_BL1, shaped_BLV, log_score_BLV)
 
     def log_conditional(
-        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"] | None = None
+        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"] | None = None
     ) -> Float[Array, "B L N"]:
         """log p(x0_i = y | x), normalised over the real tokens.
 
@@ -79,7 +82,7 @@ class Denoiser:
         return self.log_conditional_at(self.hidden(x_BL, sigma_B), x_BL, all_positions(x_BL))
 
     def hidden(
-        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"] | None = None
+        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B L D"], ...]:
         """The network call: what ``log_conditional_at`` reads, as often as one likes.
 
@@ -119,15 +122,39 @@ class Denoiser:
         if self.reshape is None:
             return log_probs
         shaped = self.reshape.guide(log_probs, without[0]) if without else log_probs
-        shaped = self.reshape(shaped, x_BL, positions_BK)
+        shaped, even = self.reshape(shaped, x_BL, positions_BK), shaped
+        if self.constraint is not None and self.reshape.temperature == 0:
+            # The likeliest string is not that of the likeliest tokens: it takes distributions.
+            even = replace(self.reshape, temperature=1.0)(even, x_BL, positions_BK)
+            governed_BL = self.constraint.inside(x_BL.shape[1])
+            governed_BK = jnp.take_along_axis(governed_BL, positions_BK, 1)
+            shaped = jnp.where(governed_BK[..., None], even, shaped)
         return jnp.where((x_BK == self.process.mask_id)[..., None], shaped, log_probs)
+
+    def propose(
+        self,
+        keys_B: Key[Array, " B"],
+        x_BL: Int[Array, "B L"],
+        commit_BL: Bool[Array, "B L"],
+        read: Read,
+        otherwise_BL: Int[Array, "B L"],
+    ) -> Int[Array, "B L"]:
+        """The constraint's tokens where it governs, and the others elsewhere.
+
+        ``read(positions)`` are the log conditionals to draw from; see ``Constraint.propose``.
+        """
+        if self.constraint is None:
+            return otherwise_BL
+        tokens_BL = self.constraint.propose(keys_B, x_BL, commit_BL, read, self.mask_id)
+        return jnp.where(self.constraint.inside(x_BL.shape[1]), tokens_BL, otherwise_BL)
 
     def repeat(self, count: int) -> "Denoiser":
         """For a batch in which each sequence stands ``count`` times in a row."""
+        constraint = None if self.constraint is None else self.constraint.repeat(count)
         attend, given_BL = jax.tree.map(
             lambda rows: jnp.repeat(rows, count, 0), (self.attend, self.given_BL)
         )
-        return replace(self, attend=attend, given_BL=given_BL)
+        return replace(self, attend=attend, given_BL=given_BL, constraint=constraint)
 
 
 def all_positions(x_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:

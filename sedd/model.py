@@ -53,13 +53,13 @@ class Model:
         return self.config.data.length
 
     def log_score(
-        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"]
+        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Float[Array, "B L V"]:
         """See ``Denoiser.log_score``."""
         return _log_score(self.denoiser, jnp.asarray(x_BL), jnp.asarray(sigma_B))
 
     def log_conditional(
-        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"] | None = None
+        self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"] | None = None
     ) -> Float[Array, "B L N"]:
         """See ``Denoiser.log_conditional``."""
         sigma_B = None if sigma_B is None else jnp.asarray(sigma_B)

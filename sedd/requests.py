@@ -1,17 +1,21 @@
 """What a user asks of ``sample.py``: one request a line of a JSONL file, or the flags."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sedd.components import did_you_mean
+from sedd.constraints import Automaton, compile_regex
 from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_prompt
+from sedd.constraints.json_schema import schema_to_regex
+from sedd.constraints.spans import Given, Span, spans_of
 from sedd.data.packing import unigram_entropy
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
@@ -26,12 +30,18 @@ FIELD_TYPES = {  # of a line's fields
     "infill": ((str, type(None)), "a string"),
     "length": ((int, type(None)), "a whole number"),
     "seed": (int, "a whole number"),
+    "regex": ((str, list, type(None)), "a string, or a list with one or null for each gap"),
+    "json_schema": ((dict, list, type(None)), "an object, or a list with one or null for each gap"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sequence to draw. ``length`` counts the prompt; ``infill`` excludes prompt and suffix."""
+    """One sequence to draw. ``length`` counts the prompt; ``infill`` excludes prompt and suffix.
+
+    ``regex`` or ``json_schema`` is what the free tokens have to be: one for all of them, with what
+    is given in between, or a list with one or None for each gap.
+    """
 
     id: str | int
     prompt: str = ""
@@ -39,6 +49,8 @@ class Request:
     infill: str | None = None
     length: int | None = None
     seed: int = 0
+    regex: str | Sequence[str | None] | None = None
+    json_schema: Any = None
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -50,6 +62,8 @@ class Request:
             raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.infill is not None and (self.prompt or self.suffix):
             raise UserError("infill already holds its context: give no prompt or suffix beside it")
+        if self.regex is not None and self.json_schema is not None:
+            raise UserError("regex and json_schema: give one of them")
 
     def clamp(self, tokenizer: Tokenizer, default_length: int) -> Clamp:
         """What is given and what is free, in tokens; UserError when it does not fit."""
@@ -58,10 +72,65 @@ class Request:
         length = default_length if self.length is None else self.length
         return from_prompt(tokenizer, length, prompt=self.prompt, suffix=self.suffix)
 
+    def constraint(self, clamp: Clamp, tokenizer: Tokenizer, cache_dir: Path | None) -> Given:
+        """What its free tokens have to be; UserError on what cannot be compiled or cannot fit."""
+        given, compiled = self.regex, _compile_regex
+        if given is None:
+            given, compiled = self.json_schema, _compile_json_schema
+        if given is None:
+            return None
+
+        def one(text):
+            return None if text is None else compiled(text, tokenizer, cache_dir)
+
+        automata = [one(each) for each in given] if _is_list(given) else one(given)
+        spans_of(clamp, automata)
+        return automata
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, list | tuple)
+
+
+def _compile_regex(pattern: Any, tokenizer: Tokenizer, cache_dir: Path | None) -> Automaton:
+    if not isinstance(pattern, str):
+        raise UserError(f"regex must be {FIELD_TYPES['regex'][1]}, got {json.dumps(pattern)}")
+    return _compiled(pattern, tokenizer, cache_dir)
+
+
+def _compile_json_schema(schema: Any, tokenizer: Tokenizer, cache_dir: Path | None) -> Automaton:
+    return _compiled(schema_to_regex(schema), tokenizer, cache_dir)
+
+
+@functools.lru_cache(maxsize=1024)  # requests with the same one share it in a batch
+def _compiled(pattern: str, tokenizer: Tokenizer, cache_dir: Path | None) -> Automaton:
+    vocabulary = tokenizer.token_bytes()
+    return compile_regex(pattern, vocabulary, eos_id=tokenizer.eos_id, cache_dir=cache_dir)
+
+
+class Asked(NamedTuple):
+    """A request in tokens."""
+
+    request: Request
+    clamp: Clamp
+    constraint: Given = None
+
+
+def ask(
+    request: Request, tokenizer: Tokenizer, default_length: int, cache_dir: Path | None = None
+) -> Asked:
+    """The request in tokens; UserError where it does not fit."""
+    clamp = request.clamp(tokenizer, default_length)
+    return Asked(request, clamp, request.constraint(clamp, tokenizer, cache_dir))
+
 
 def read_requests(
-    path: Path, tokenizer: Tokenizer, default_length: int, seed: int = 0
-) -> Iterator[tuple[Request, Clamp] | UserError]:
+    path: Path,
+    tokenizer: Tokenizer,
+    default_length: int,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> Iterator[Asked | UserError]:
     """Each line's request, or the error that names the line.
 
     A bad line does not stop the others. UserError when the file itself cannot be read.
@@ -79,8 +148,7 @@ def read_requests(
         if not line.strip():
             continue
         try:
-            request = _parse(line, number, seed)
-            yield request, request.clamp(tokenizer, default_length)
+            yield ask(_parse(line, number, seed), tokenizer, default_length, cache_dir)
         except UserError as error:
             yield UserError(f"{path}, line {number}: {error}")
 
@@ -110,6 +178,7 @@ class Answer:
 
     request: Request
     clamp: Clamp
+    spans: Sequence[Span]  # what has to match
     tokens: np.ndarray  # [L]
     text: str
     calls: int
@@ -138,17 +207,17 @@ class Answer:
 
 def answer(
     model: Model,
-    asked: Sequence[tuple[Request, Clamp]],
+    asked: Sequence[Asked],
     sampler: Sampler,
     *,
     batch_size: int,
     trace: bool = False,
-    **reshape: Any,
+    **options: Any,
 ) -> Iterator[list[Answer]]:
     """The answers, batch by batch, in the order asked. A request's noise is that of its seed.
 
     ``batch_size`` counts the sequences held at once; a search holds many for one request.
-    ``reshape`` are the options of ``Reshape``.
+    ``options`` are those of ``Reshape``, and ``rule``.
     """
     batch_size = min(max(batch_size // sampler.width, 1), len(asked))
     for first in range(0, len(asked), batch_size):
@@ -156,16 +225,18 @@ def answer(
         padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # compiles nothing new
         result = sample(
             model,
-            jax.vmap(jax.random.key)(np.array([r.seed for r, _ in padded], np.uint32)),
+            jax.vmap(jax.random.key)(np.array([one.request.seed for one in padded], np.uint32)),
             sampler=sampler,
-            clamp=[clamp for _, clamp in padded],
+            clamp=[one.clamp for one in padded],
+            constraint=[one.constraint for one in padded],
             trace=trace,
-            **reshape,
+            **options,
         )
         yield [
             Answer(
                 request=request,
                 clamp=clamp,
+                spans=spans_of(clamp, constraint),
                 tokens=result.tokens[row, : clamp.length],
                 text=result.text[row] if result.text else "",
                 calls=int(result.calls[row]),
@@ -173,5 +244,5 @@ def answer(
                 frames=None if result.trace is None else result.trace[:, row, : clamp.length],
                 times=result.times,
             )
-            for row, (request, clamp) in enumerate(batch)
+            for row, (request, clamp, constraint) in enumerate(batch)
         ]

@@ -1,6 +1,7 @@
 """What ``sample.py`` is asked for: its flags, and what of them goes with the model."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +12,10 @@ import sedd
 from sedd.build import build_sampler
 from sedd.cli import parse, take
 from sedd.components import Options, makers, values
-from sedd.constraints.clamp import Clamp
+from sedd.config import default_cache_dir
 from sedd.errors import UserError
 from sedd.files import check_writable
-from sedd.requests import Request, read_requests
+from sedd.requests import Asked, Request, ask, read_requests
 from sedd.reshape import Reshape
 from sedd.sampler_flags import as_flags, describe, fields_of, pick, refuse_flags_of_others, shown
 from sedd.samplers.base import Sampler
@@ -57,7 +58,13 @@ class SampleCommand:
     infill: Annotated[str | None, unset("TEXT")] = None
     """Text with gaps: "text with {mask:12} gaps" leaves twelve tokens free."""
     requests: Annotated[Path | None, unset("FILE.jsonl")] = None
-    """One request a line: {id, prompt | infill, suffix, length, seed}."""
+    """One request a line: {id, prompt | infill, suffix, length, seed, regex | json_schema}."""
+    regex: Annotated[tuple[str, ...], unset("REGEX")] = ()
+    """What the free text must match: one for all of it, or one for each gap."""
+    json_schema: Annotated[tuple[Path, ...], unset("FILE.json")] = ()
+    """What the free text must be JSON of: one for all of it, or one for each gap."""
+    rule: Literal["joint", "dingo"] = "joint"
+    """How a step draws under a regex: all that matches at once, or DINGO's rule."""
     temperature: float = 1.0
     """Of the drawn tokens: sharper below 1, the likeliest at 0."""
     top_k: Annotated[int | None, unset("INT")] = None
@@ -131,11 +138,32 @@ def check_files(command: SampleCommand) -> None:
         taken[path.resolve()] = flag
         if flag != "--requests":
             check_writable(path, f"{flag} {path}")
+    if command.regex and command.json_schema:
+        raise UserError("--regex and --json-schema: give one of them")
+    for path in command.json_schema:
+        read_schema(path)
     if command.requests is not None:
+        if command.regex or command.json_schema:
+            raise UserError("--requests holds the constraints: give no --regex or --json-schema")
         if command.prompt or command.suffix or command.infill is not None:
             raise UserError("--requests holds the prompts: give no --prompt, --suffix or --infill")
         if command.num != 1:
             raise UserError(f"--num {command.num}: --requests says how many sequences there are")
+
+
+def read_schema(path: Path) -> Any:
+    """The JSON of a file; UserError where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--json-schema {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--json-schema {path}: not JSON ({error})") from None
+
+
+def one_or_each(values: Sequence[Any]) -> Any:
+    """A flag's values as a request has them: one for all gaps, or a list with one for each."""
+    return (values[0] if len(values) == 1 else list(values)) if values else None
 
 
 def check_functions(command: SampleCommand) -> None:
@@ -209,14 +237,13 @@ def build_command_sampler(
     return sampler
 
 
-def requested(
-    command: SampleCommand, model: sedd.Model
-) -> tuple[list[tuple[Request, Clamp]], list[UserError]]:
+def requested(command: SampleCommand, model: sedd.Model) -> tuple[list[Asked], list[UserError]]:
     """The requests of the file or of the flags, and the lines of the file that were refused."""
     if model.tokenizer is None:
         raise UserError(f"{command.checkpoint}: it has no tokenizer, so there is no text to draw")
+    cache_dir = Path(default_cache_dir()).expanduser()
     if command.requests is None:
-        asked = [
+        requests = [
             Request(
                 id=i,
                 prompt=command.prompt,
@@ -224,13 +251,15 @@ def requested(
                 infill=command.infill,
                 length=command.length,
                 seed=command.seed + i,
+                regex=one_or_each(command.regex),
+                json_schema=one_or_each([read_schema(path) for path in command.json_schema]),
             )
             for i in range(command.num)
         ]
-        clamp = asked[0].clamp(model.tokenizer, model.length)
-        return [(request, clamp) for request in asked], []
+        first = ask(requests[0], model.tokenizer, model.length, cache_dir)
+        return [first._replace(request=request) for request in requests], []
     length = model.length if command.length is None else command.length
-    found = list(read_requests(command.requests, model.tokenizer, length, command.seed))
+    found = list(read_requests(command.requests, model.tokenizer, length, command.seed, cache_dir))
     refused = [line for line in found if isinstance(line, UserError)]
     return [line for line in found if not isinstance(line, UserError)], refused
 
@@ -243,16 +272,14 @@ def parts(sampler: Sampler) -> Iterator[Sampler]:
         part = getattr(part, "inner", None)
 
 
-def check_requests(
-    command: SampleCommand, sampler: Sampler, asked: Sequence[tuple[Request, Clamp]]
-) -> None:
+def check_requests(command: SampleCommand, sampler: Sampler, asked: Sequence[Asked]) -> None:
     """UserError where a flag would do nothing for what is asked."""
-    if command.guidance and not any(clamp.fixed_L.any() for _, clamp in asked):
+    if command.guidance and not any(one.clamp.fixed_L.any() for one in asked):
         raise UserError(
             f"--guidance {command.guidance}: it strengthens what is given, and nothing is; give a "
             "--prompt, --suffix, --infill or --requests with them"
         )
-    longest = max(clamp.length for _, clamp in asked)
+    longest = max(one.clamp.length for one in asked)
     for part in parts(sampler):
         last = max(part.positions) if isinstance(part, Ordered) and part.order[0].isdigit() else -1
         if last >= longest:
@@ -266,12 +293,12 @@ def notes(
     command: SampleCommand,
     model: sedd.Model,
     sampler: Sampler,
-    asked: Sequence[tuple[Request, Clamp]],
+    asked: Sequence[Asked],
 ) -> Iterator[str]:
     """What the user should know of the samples beforehand."""
     if sampler.caveat:
         yield sampler.caveat
-    if model.process.mask_id is None and any(clamp.fixed_L.any() for _, clamp in asked):
+    if model.process.mask_id is None and any(one.clamp.fixed_L.any() for one in asked):
         yield (
             "what is given is approximate on a uniform process: the model reads it as noisy, so "
             "that the rest does not tend to its true conditional at any number of steps"

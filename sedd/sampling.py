@@ -11,13 +11,14 @@ import numpy as np
 
 from sedd.build import build_sampler
 from sedd.constraints.clamp import Clamp, free
+from sedd.constraints.spans import Given, Rule, Span, batch_spans, spans_of
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, Samples
-from sedd.types import Array, Key
+from sedd.types import Array, Key, bucket
 
 TextScorer = Callable[[list[str]], Sequence[float]]
 RESHAPES = {field.name for field in fields(Reshape)}
@@ -107,6 +108,8 @@ def sample(
     length: int | None = None,
     sampler: str | Sampler = "tweedie",
     clamp: Clamp | Sequence[Clamp] | None = None,
+    constraint: Given | Sequence[Given] = None,
+    rule: Rule = "joint",
     inner: str | Sampler | None = None,
     verifier: TextScorer | None = None,
     trace: bool = False,
@@ -116,6 +119,10 @@ def sample(
 
     ``key`` is one key, from which each sequence gets its own, or one key a sequence. ``clamp`` is
     one for all or one a sequence; sequences of different lengths share a batch, padded and masked.
+    ``constraint`` is an automaton for all, or one a sequence: each None, an automaton for all from
+    the first free position to the last, or a list with one or None for each gap. ``rule`` says how
+    a step draws under it, see ``Spans``; temperature 0 takes the likeliest string. What comes back
+    always matches.
     ``options`` are the sampler's, such as ``steps=128``, and those of ``Reshape``, such as
     ``temperature=0.9`` or ``top_p=0.95``. A sampler that wraps another one takes ``inner``, and the
     options that are not its own are that one's; a search takes a ``verifier``, a function from a
@@ -138,6 +145,11 @@ def sample(
         clamps = clamps * num
     if len(clamps) != num:
         raise UserError(f"{len(clamps)} clamps for {num} sequences")
+    one_each = isinstance(constraint, Sequence)
+    constraints = list(constraint) if one_each else [constraint] * num
+    if len(constraints) != num:
+        raise UserError(f"{len(constraints)} constraints for {num} sequences")
+    spans = [spans_of(c, given) for c, given in zip(clamps, constraints, strict=True)]
     reshape = reshape_of({name: options.pop(name) for name in RESHAPES & options.keys()})
     if isinstance(sampler, str):
         scorer = None if verifier is None else text_verifier(model, verifier)
@@ -155,6 +167,9 @@ def sample(
         c = clamps[min(row, num - 1)]  # the last one again: it costs no call more
         tokens_BL[row, : c.length], fixed_BL[row, : c.length] = c.tokens_L, c.fixed_L
         real_BL[row, : c.length] = True
+    if reshape is not None and reshape.temperature == 0 and rule == "joint":
+        rule = "most_likely"
+    padded = [spans[min(row, num - 1)] for row in range(rows)]
     given_BL = fixed_BL & real_BL
     guided = reshape is not None and reshape.guidance > 0 and given_BL.any()
     segments = None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32))
@@ -163,6 +178,7 @@ def sample(
         attend=segments,
         reshape=reshape,
         given_BL=jnp.asarray(given_BL) if guided else None,
+        constraint=batch_spans(padded, rule) if any(spans) else None,
     )
     sampler.check(denoiser)
     samples = _run(
@@ -173,7 +189,20 @@ def sample(
         jnp.asarray(fixed_BL),
         trace=trace,
     )
-    return _result(model, sampler, samples, lengths)
+    result = _result(model, sampler, samples, lengths)
+    _check_matches(result.tokens, spans)
+    return result
+
+
+def _check_matches(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
+    """UserError where a span does not match: nothing else is ever returned."""
+    for tokens_L, row in zip(tokens_BL, spans, strict=True):
+        for span in row:
+            if not span.automaton.accepts(tokens_L[span.start : span.start + span.length]):
+                raise UserError(
+                    f"nothing was drawn that matches {span.automaton.pattern!r}: the model's "
+                    "probabilities are nan, or the logit processor's"
+                )
 
 
 def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]) -> SampleResult:
@@ -212,12 +241,3 @@ def reshape_of(options: dict[str, Any]) -> Reshape | None:
     except ValueError as error:
         raise UserError(str(error)) from error
     return None if reshape == Reshape() else reshape
-
-
-def bucket(size: int) -> int:
-    """``size`` rounded up to one of four sizes an octave: 8, 10, 12, 14, 16, 20, 24, 28, 32, …
-
-    At most a quarter more, and sizes in between compile nothing new.
-    """
-    step = 1 << max((size - 1).bit_length() - 3, 0)
-    return -(-size // step) * step

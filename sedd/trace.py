@@ -33,6 +33,7 @@ class TraceRow:
             process), the last is the result.
         fixed_L: bool [L]: the clamped positions (prompt, suffix, infill context); they must hold
             one token throughout.
+        spans: (start, length, regex) of what has to match.
 
     Raises:
         ValueError: a shape or dtype is wrong, an id is negative, or a clamped position changes.
@@ -41,6 +42,7 @@ class TraceRow:
     title: str
     frames_TL: np.ndarray
     fixed_L: np.ndarray
+    spans: Sequence[tuple[int, int, str]] = ()
 
     def __post_init__(self) -> None:
         where = f"trace row {self.title!r}"
@@ -163,6 +165,7 @@ def _encode(
             {
                 "title": row.title,
                 "fixed": np.flatnonzero(row.fixed_L).tolist(),
+                "spans": [[start, start + size, regex] for start, size, regex in row.spans],
                 "start": numbered(row.frames_TL[0]).tolist(),
                 "changes": [
                     pairs_K2[first_T[t] : first_T[t + 1]].ravel().tolist() for t in range(steps)

@@ -18,11 +18,22 @@ CHECKED += ("samplers", "evaluation")
 install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype").__enter__()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compile_quickly(tmp_path_factory):
+    """Toy programs take longer to compile than to run, and many tests run the same one."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _collected():
     """Reads that orbax could not complete complain when they are collected: here, not in a test.
 
     The complaint parses source code, which breaks a parse under way (CPython's issue 106905).
+    Programs go too: a process may map only so many pieces of code (Linux's max_map_count).
     """
     yield
     gc.collect()
+    jax.clear_caches()

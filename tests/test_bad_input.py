@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import tiny_run
-from tiny_run import ROOT, TINY, call, compile_quickly  # noqa: F401
+from tiny_run import ROOT, TINY, call
 
 import sedd.files
 from sedd.training.checkpoint import Checkpoints
@@ -190,7 +190,7 @@ SAMPLE = [
     ("--output {place}", "--output {place}: it is a directory, not a file"),
     ("--trace {text}/x.html", "--trace {text}/x.html: {text} is a file, not a directory"),
 ]
-MODEL = "change the conditional of clean tokens, which exists on the absorbing process only"
+MODEL = "act on the conditional of clean tokens, which exists on the absorbing process only"
 LATER = "needs a time-independent model: this one depends on the noise level (euler, tweedie and"
 UNMASKED = "needs a model of the absorbing process: this one's has no mask (euler and tweedie work"
 NEEDS = " needs --verifier FILE.py:FUNCTION, a function from a list of texts to a score each"
@@ -207,6 +207,21 @@ SAMPLERS = [  # of the options of sampling
     ("--top-p most", "--top-p: not a number: 'most'; expected --top-p FLOAT"),
     ("--top-k 0", "--top-k must be at least 1, got 0"),
     ("--top-k 1.5", "--top-k: not a whole number: '1.5'; expected --top-k INT"),
+    ("--regex a(b", "regex, position 1: "),
+    ("--regex (?<=a)b", "regex, position 0: "),
+    ("--regex a{{50}}", "'a{{50}}' needs at least 50 tokens: 12 tokens are left"),
+    ("--regex [0-9]+", "the vocabulary cannot spell anything that regex '[0-9]+' matches"),
+    ("--regex a --prompt {long}", "a constraint needs a gap"),
+    ("--regex a b", "2 constraints for 1 gaps"),
+    (
+        "--regex [ab]+ --infill {{mask:2}}z{{mask:2}}",
+        "the token 27 that is given at position 2 con",
+    ),
+    ("--regex a --json-schema {place}/none", "--regex and --json-schema: give one of them"),
+    ("--json-schema {place}/none", "--json-schema {place}/none: No such file or directory"),
+    ("--json-schema {text}", "--json-schema {text}: not JSON"),
+    ("--regex a --requests {text}", "--requests holds the constraints: give no --regex"),
+    ("--regex a --rule dingoo", "--rule"),
     ("--guidance -1 --prompt a", "--guidance must be finite and at least 0, got -1.0"),
     ("--guidance nan --prompt a", "--guidance must be finite and at least 0, got nan"),
     ("--guidance 2", "--guidance 2.0: it strengthens what is given, and nothing is; give a --pro"),
@@ -325,6 +340,7 @@ def matches(message: str, line: str) -> bool:
 @pytest.mark.parametrize(("command", "arguments", "message"), CASES)
 def test_a_mistake_is_one_line(place, tmp_path, command, arguments, message):
     names = {"place": place, "run": place / "run", "text": place / "text.txt"}
+    names["long"] = "abcdefghijkl"
     names["score"] = f"--verifier {place}/code.py:score"
     given = arguments.format(**names).split()
     cache = [f"--{'data.' if command == 'train' else ''}cache-dir", tmp_path / "cache"]

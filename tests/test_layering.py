@@ -15,7 +15,7 @@ LEVELS = [
 ]  # everything else, and the commands, is level 5
 LEVEL = {family: level for level, families in enumerate(LEVELS) for family in families}
 BESIDE = {  # inside a level: what a family may still import
-    "denoiser": {"parameterizations", "reshape"},
+    "denoiser": {"constraints", "parameterizations", "reshape"},
     "reshape": {"parameterizations"},
     "files": {"errors"},
 }

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import compile_quickly  # noqa: F401
 
 import sedd
 from sedd.constraints.clamp import free, from_infill, from_prompt

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import ROOT, compile_quickly  # noqa: F401
+from tiny_run import ROOT
 
 from sedd.build import build_parts
 from sedd.config import load_config

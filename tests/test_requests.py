@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import compile_quickly  # noqa: F401
 
 import sedd
 from sedd.constraints.clamp import from_prompt
+from sedd.constraints.spans import spans_of
 from sedd.errors import UserError
-from sedd.requests import Answer, Request, answer, read_requests
+from sedd.requests import Answer, Asked, Request, answer, ask, read_requests
 from sedd.samplers.tweedie import Tweedie
 
 LENGTH = 10
@@ -31,14 +31,14 @@ def test_every_field(tmp_path):
         {},
     ]
     found = read(tmp_path, "\n".join(map(json.dumps, lines)))
-    assert [request for request, _ in found] == [
+    assert [one.request for one in found] == [
         Request(id="a", prompt="ab", suffix="c", length=5, seed=7),
         Request(id=12, infill="a{mask:2}b", seed=1),
         Request(id=3, infill="a{mask:2}b", length=6, seed=2),
         Request(id=4, prompt="xy", seed=3),
         Request(id=5, seed=4),
     ]
-    assert [clamp.length for _, clamp in found] == [5, 4, 6, LENGTH, LENGTH]
+    assert [one.clamp.length for one in found] == [5, 4, 6, LENGTH, LENGTH]
     assert found[0][1].fixed_L.tolist() == [True, True, False, False, True]
 
 
@@ -65,6 +65,17 @@ def test_every_field(tmp_path):
         ('{"prompt": "A"}', "prompt: character 'A'"),
         ('{"prompt": "abcdefghijk"}', "prompt (11 tokens): longer than the length of 10"),
         ('{"infill": "{mask:x}"}', "infill gap '{mask:x}'"),
+        ('{"regex": 3}', "regex must be a string, or a list with one or null for each gap, got 3"),
+        ('{"regex": ["a", 3]}', "regex must be a string, or a list"),
+        ('{"regex": "a", "json_schema": {}}', "regex and json_schema: give one of them"),
+        ('{"regex": "a(b"}', "position 1"),
+        ('{"regex": "(?=a)b"}', "position 0"),
+        ('{"regex": "a{40}"}', "needs at least 40 tokens: 10 tokens are left"),
+        ('{"regex": "A+"}', "no token holds the character 'A'"),
+        ('{"infill": "a{mask:2}b{mask:2}", "regex": ["a"]}', "1 constraints for 2 gaps"),
+        ('{"json_schema": 3}', "json_schema must be an object"),
+        ('{"json_schema": {"type": "integer", "multipleOf": 7}}', "#/multipleOf"),
+        ('{"json_schema": {"type": "strin"}}', "#/type"),
         ('{"prompt": "a"', "not JSON"),
         ("prompt", "not JSON"),
         ("[" * 100_000, "not JSON"),
@@ -116,7 +127,7 @@ def test_answers_do_not_depend_on_the_batch(model):
         Request(id=3, infill="a{mask:4}b{mask:2}", seed=2**32 - 1),
         Request(id=4, length=12, seed=4),
     ]
-    asked = [(request, request.clamp(model.tokenizer, model.length)) for request in requests]
+    asked = [ask(request, model.tokenizer, model.length) for request in requests]
     sampler = Tweedie(schedule=model.schedule, steps=4)
 
     def tokens(asked, batch_size):
@@ -135,7 +146,7 @@ def test_what_an_answer_holds(model):
     request = Request(id="x", prompt="ab", length=6, seed=9)
     clamp = from_prompt(model.tokenizer, 6, prompt="ab")
     sampler = Tweedie(schedule=model.schedule, steps=4)
-    ((one,),) = answer(model, [(request, clamp)], sampler, batch_size=32, trace=True)
+    ((one,),) = answer(model, [Asked(request, clamp)], sampler, batch_size=32, trace=True)
     line = json.loads(json.dumps(one.to_json()))
     assert line.keys() == {"id", "text", "tokens", "calls", "entropy", "seed"}
     assert (line["id"], line["calls"], line["seed"]) == ("x", 5, 9)
@@ -153,6 +164,7 @@ def test_the_entropy_is_of_what_was_drawn(tokens, entropy):
     one = Answer(
         request=Request(id=0),
         clamp=clamp,
+        spans=(),
         tokens=np.array([*clamp.tokens_L[:2], *tokens]),
         text="",
         calls=1,
@@ -161,3 +173,29 @@ def test_the_entropy_is_of_what_was_drawn(tokens, entropy):
         times=None,
     )
     assert str(one.to_json()["entropy"]) == entropy
+
+
+def test_constraints_of_requests(tmp_path):
+    lines = [
+        {"regex": "[ab]{3}"},
+        {"infill": "a{mask:2}b{mask:3}", "regex": ["[cd]+", None]},
+        {"infill": "a{mask:2}b{mask:3}", "regex": "[bcd]+"},
+        {"json_schema": {"enum": [None, True]}, "prompt": "x"},
+        {},
+    ]
+    found = read(tmp_path, "\n".join(map(json.dumps, lines)))
+    spans = [spans_of(one.clamp, one.constraint) for one in found]
+    assert [[(s.start, s.length) for s in row] for row in spans] == [
+        [(0, LENGTH)],
+        [(1, 2)],
+        [(1, 6)],
+        [(1, LENGTH - 1)],
+        [],
+    ]
+    assert spans[0][0].automaton.pattern == "[ab]{3}"
+
+
+def test_requests_with_the_same_regex_share_an_automaton(tmp_path):
+    """In a batch it is then held once."""
+    first, second = read(tmp_path, '{"regex": "ab*"}\n{"regex": "ab*"}')
+    assert first.constraint is second.constraint

@@ -9,7 +9,6 @@ import numpy as np
 import oracle
 import pytest
 from oracle import L, N, f32, i32, keys
-from tiny_run import compile_quickly  # noqa: F401
 
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError

@@ -4,11 +4,12 @@ import html
 import inspect
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
 import tiny_run
-from tiny_run import TOKENIZER, call, compile_quickly  # noqa: F401
+from tiny_run import TOKENIZER, call
 
 import sample
 import sedd
@@ -91,6 +92,57 @@ def read(path):
 
 def vowels(text):
     return sum(character in "aeiou" for character in text) + len(text) / 10
+
+
+# ------------------------------------------------------- constraints
+
+
+def test_a_regex_of_the_command_line(place, tmp_path):
+    page = tmp_path / "trace.html"
+    lines = answers(
+        *(place, tmp_path, "--sampler event_jump --num 3"),
+        *("--regex", "(cat|dog)s?", "--prompt", "a ", "--trace", page),
+    )
+    for line in lines:
+        assert re.fullmatch("a (cat|dog)s?", line["text"])
+    assert "(cat|dog)s?" in page.read_text()
+
+
+def test_a_regex_for_each_gap(place, tmp_path):
+    flags = "--sampler ordered --rule dingo --steps 2 --num 3"
+    infill = "x {mask:3}: {mask:4}"
+    lines = answers(place, tmp_path, flags, "--infill", infill, "--regex", "[abc]{3}", "(no|yes)+")
+    for line in lines:
+        assert re.fullmatch("x [abc]{3}: (no|yes)+", line["text"])
+
+
+def test_a_schema_of_the_command_line(place, tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": [null, true, false]}')
+    flags = "--sampler confidence --num 4"
+    for line in answers(place, tmp_path, flags, "--json-schema", tmp_path / "schema.json"):
+        assert line["text"] in ("null", "true", "false")
+
+
+def test_each_line_has_its_own_constraint(place, tmp_path):
+    requests = [
+        {"id": "a", "regex": "[ab]+c"},
+        {"id": "b", "infill": "{mask:2}.{mask:5}", "regex": [None, "d*e"]},
+        {"id": "c", "json_schema": {"type": "boolean"}, "length": 8},
+        {"id": "d", "regex": "a{40}"},
+        {"id": "e"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    flags = "--sampler event_jump --output"
+    result = draw(
+        *(place, flags, tmp_path / "out.jsonl", "--requests", tmp_path / "in.jsonl"), code=2
+    )
+    assert len(result.errors) == 1
+    assert "line 4: 'a{40}' needs at least 40 tokens" in result.errors[0]
+    text = {line["id"]: line["text"] for line in read(tmp_path / "out.jsonl")}
+    assert re.fullmatch("[ab]+c", text["a"])
+    assert re.search(r"\.d*e$", text["b"])
+    assert text["c"] in ("true", "false")
+    assert "e" in text
 
 
 # ------------------------------------------------------- every sampler

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import compile_quickly  # noqa: F401
 
 import sedd
 from sedd.build import build_sampler

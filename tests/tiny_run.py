@@ -14,8 +14,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from sedd.build import build_parts
 from sedd.cli import run
@@ -99,25 +97,6 @@ def collect_failed_reads() -> None:
     gc.collect()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly(tmp_path_factory):
-    """Toy programs take longer to compile than to run; import this fixture where that is so."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a command printed, and its exit code."""
@@ -144,8 +123,11 @@ def call(name: str, *arguments: object) -> Outcome:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
+        gc.disable()  # see `collect_failed_reads`: the command line is parsed as source code
         try:
             run(command.main)
         except SystemExit as stop:
             return Outcome(int(stop.code or 0), out.getvalue(), err.getvalue())
+        finally:
+            gc.enable()
     raise AssertionError("a command ends by exiting")

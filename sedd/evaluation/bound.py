@@ -31,7 +31,7 @@ REPLICATES = 4  # independent estimates of each sequence's bound; their spread i
 class SequenceNats:
     """Estimates of one sequence's bound, its three terms apart, in nats for R replicates."""
 
-    prior_B: Float[Array, "B"]
+    prior_B: Float[Array, " B"]
     diffusion_BR: Float[Array, "B R"]
     reconstruction_BR: Float[Array, "B R"]
 
@@ -39,7 +39,7 @@ class SequenceNats:
 def sequence_nats(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
-    keys_B: Key[Array, "B"],
+    keys_B: Key[Array, " B"],
     x0_BL: Int[Array, "B L"],
     scored_BL: Bool[Array, "B L"],
     *,

@@ -63,8 +63,8 @@ class Network(ABC):
         *,
         positions_BL: Int[Array, "B L"] | None = None,
         attend: Attend | None = None,
-        sigma_B: Float[Array, "B"] | None = None,
-        keys_B: Key[Array, "B"] | None = None,
+        sigma_B: Float[Array, " B"] | None = None,
+        keys_B: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last norm and modulation.
 
@@ -73,7 +73,7 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, "V"]]:
+    def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
         """The output layer's matrix and bias."""
 
     def raw(self, params: Params, tokens_BL: Int[Array, "B L"], **kwargs) -> Float[Array, "B L V"]:
@@ -84,7 +84,7 @@ class Network(ABC):
 
 
 def read_out(
-    hidden: Float[Array, "*rows D"], weight_DV: Float[Array, "D V"], bias_V: Float[Array, "V"]
+    hidden: Float[Array, "*rows D"], weight_DV: Float[Array, "D V"], bias_V: Float[Array, " V"]
 ) -> Float[Array, "*rows V"]:
     """The output layer: a product in the hidden states' precision, accumulated in float32 at least.
 

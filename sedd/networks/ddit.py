@@ -107,8 +107,8 @@ class DDiT(Network):
         *,
         positions_BL: Int[Array, "B L"] | None = None,
         attend: Attend | None = None,
-        sigma_B: Float[Array, "B"] | None = None,
-        keys_B: Key[Array, "B"] | None = None,
+        sigma_B: Float[Array, " B"] | None = None,
+        keys_B: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last norm and modulation, in the compute type.
 
@@ -125,7 +125,7 @@ class DDiT(Network):
         trunk = _Trunk(self).bind({"params": params["trunk"]})
         return trunk(tokens_BL, positions_BL, attend, sigma_B, keys_B)
 
-    def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, "V"]]:
+    def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
         """The output layer's matrix and bias: ``read_out(hidden, *head)`` is ``raw``."""
         return params["head"]["kernel"], params["head"]["bias"]
 
@@ -248,7 +248,7 @@ class _SigmaMap(nn.Module):
         return features_BF
 
 
-def sigma_features(sigma_B: Float[Array, "B"]) -> Float[Array, "B F"]:
+def sigma_features(sigma_B: Float[Array, " B"]) -> Float[Array, "B F"]:
     """cos, then sin, of σ·10⁴^(-k/128) for k = 0..127; σ is the total noise itself, not its log."""
     k_F = jnp.arange(SIGMA_FREQUENCIES, dtype=jnp.float32)
     phase_BF = sigma_B[:, None] * jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)[None]
@@ -273,7 +273,7 @@ def rotate(x_BLHK: Float[Array, "B L H K"], rotation_BL1K) -> Float[Array, "B L 
 
 
 def drop(
-    x_BLD: Float[Array, "B L D"], keys_B: Key[Array, "B"], index: Int[Array, ""], rate: float
+    x_BLD: Float[Array, "B L D"], keys_B: Key[Array, " B"], index: Int[Array, ""], rate: float
 ) -> Float[Array, "B L D"]:
     """Inverted dropout, example by example; ``index`` tells the places in the network apart.
 

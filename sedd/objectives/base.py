@@ -19,7 +19,7 @@ class Corrupted:
 
     xt_BL: Int[Array, "B L"]
     weight_BL: Float[Array, "B L"]
-    sigma_B: Float[Array, "B"] | None = None  # None where the objective knows no time
+    sigma_B: Float[Array, " B"] | None = None  # None where the objective knows no time
     attend: Attend | None = None
 
 
@@ -41,8 +41,8 @@ class Objective(ABC):
     @abstractmethod
     def corrupt(
         self,
-        keys_B: Key[Array, "B"],
-        u_B: Float[Array, "B"],
+        keys_B: Key[Array, " B"],
+        u_B: Float[Array, " B"],
         x0_BL: Int[Array, "B L"],
         scored_BL: Bool[Array, "B L"],
     ) -> Corrupted:
@@ -68,7 +68,7 @@ class Objective(ABC):
         corrupted: Corrupted,
         x0_BL: Int[Array, "B L"],
         *,
-        keys_B: Key[Array, "B"] | None = None,
+        keys_B: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L"]:
         """Weighted nats of every position, unreduced: their sum over L is one example's loss."""
         sigma_B = corrupted.sigma_B
@@ -87,8 +87,8 @@ class Objective(ABC):
 
 
 def draw_uniform(
-    key: Key[Array, ""], index_B: Int[Array, "B"], total: int, *, stratified: bool
-) -> Float[Array, "B"]:
+    key: Key[Array, ""], index_B: Int[Array, " B"], total: int, *, stratified: bool
+) -> Float[Array, " B"]:
     """One draw in [0, 1) for each example of a global batch of ``total``, by its global index.
 
     Stratified: (u + index / total) mod 1 with one shared u, so that a batch covers the interval

@@ -45,12 +45,12 @@ class Process(ABC):
 
     @abstractmethod
     def corrupt(
-        self, keys_B: Key[Array, "B"], x0_BL: Int[Array, "B L"], sigma_B: Float[Array, "B"]
+        self, keys_B: Key[Array, " B"], x0_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Int[Array, "B L"]:
         """A draw of xt given x0 at total noise σ; one key an example."""
 
     @abstractmethod
-    def sample_prior(self, keys_B: Key[Array, "B"], length: int) -> Int[Array, "B L"]:
+    def sample_prior(self, keys_B: Key[Array, " B"], length: int) -> Int[Array, "B L"]:
         """Where sampling starts from."""
 
     @abstractmethod

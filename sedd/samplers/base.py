@@ -19,11 +19,11 @@ class Samples:
     """What a sampler returns."""
 
     tokens_BL: Int[Array, "B L"]
-    calls_B: Int[Array, "B"]  # network calls that each sequence needed; guidance doubles them
+    calls_B: Int[Array, " B"]  # network calls that each sequence needed; guidance doubles them
     trace_TBL: Int[Array, "T B L"] | None = None  # the state at first and after every round
     rounds: Int[Array, ""] | None = None  # how many there were: the rest of the trace repeats
-    times_T: Float[Array, "T"] | None = None  # diffusion times of the trace's frames, 1 to 0
-    score_B: Float[Array, "B"] | None = None  # the verifier's, where there is one
+    times_T: Float[Array, " T"] | None = None  # diffusion times of the trace's frames, 1 to 0
+    score_B: Float[Array, " B"] | None = None  # the verifier's, where there is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +57,21 @@ class Sampler(ABC):
                 f"sampler {name!r} needs a time-independent model: this one depends on the noise "
                 "level (euler, tweedie and remdm work on it)"
             )
-        if denoiser.reshape is not None and denoiser.process.mask_id is None:
-            raise UserError(
-                "temperature, top-k, top-p, guidance and logit processors change the conditional "
-                "of clean tokens, which exists on the absorbing process only: this model's is "
-                "another"
-            )
+        for what, given in (
+            ("temperature, top-k, top-p, guidance and logit processors", denoiser.reshape),
+            ("constraints", denoiser.constraint),
+        ):
+            if given is not None and denoiser.process.mask_id is None:
+                raise UserError(
+                    f"{what} act on the conditional of clean tokens, which exists on the absorbing "
+                    "process only: this model's is another"
+                )
 
     @abstractmethod
     def __call__(
         self,
         denoiser: Denoiser,
-        keys_B: Key[Array, "B"],
+        keys_B: Key[Array, " B"],
         tokens_BL: Int[Array, "B L"],
         fixed_BL: Bool[Array, "B L"],
         *,
@@ -94,12 +97,12 @@ class State:
 
     x_BL: Int[Array, "B L"]
     free_BL: Bool[Array, "B L"]  # what is drawn; the rest is given
-    keys_B: Key[Array, "B"]
-    calls_B: Int[Array, "B"]
-    round_B: Int[Array, "B"]
+    keys_B: Key[Array, " B"]
+    calls_B: Int[Array, " B"]
+    round_B: Int[Array, " B"]
     plan: Any  # what the sampler has decided beforehand
 
-    def moved(self, x_BL: Int[Array, "B L"], called_B: Bool[Array, "B"], active_B) -> "State":
+    def moved(self, x_BL: Int[Array, "B L"], called_B: Bool[Array, " B"], active_B) -> "State":
         """A round later: active sequences have the new tokens where they are free."""
         return replace(
             self,
@@ -120,14 +123,14 @@ class SteppedSampler(Sampler):
     def start(
         self,
         denoiser: Denoiser,
-        keys_B: Key[Array, "B"],
+        keys_B: Key[Array, " B"],
         tokens_BL: Int[Array, "B L"],
         fixed_BL: Bool[Array, "B L"],
     ) -> State:
         """Before the first round."""
 
     @abstractmethod
-    def active(self, denoiser: Denoiser, state: State) -> Bool[Array, "B"]:
+    def active(self, denoiser: Denoiser, state: State) -> Bool[Array, " B"]:
         """Which sequences have rounds to go."""
 
     @abstractmethod
@@ -138,11 +141,11 @@ class SteppedSampler(Sampler):
     def max_rounds(self, length: int) -> int:
         """An upper bound on the rounds that ``length`` free positions take."""
 
-    def sigma(self, state: State) -> Float[Array, "B"]:
+    def sigma(self, state: State) -> Float[Array, " B"]:
         """The total noise that the next round's network call is told, where it wants to know."""
         return jnp.zeros(state.round_B.shape)
 
-    def times(self) -> Float[Array, "T"] | None:
+    def times(self) -> Float[Array, " T"] | None:
         """Diffusion times of the trace's frames, where all sequences share them."""
         return None
 

@@ -28,7 +28,8 @@ class Confidence(Ranked):
         if self.by not in get_args(Score):
             raise ValueError(f"by must be one of {', '.join(get_args(Score))}, got {self.by!r}")
 
-    def score(self, log_probs_BKN, keys_B, positions_BK):
+    def score(self, reading, positions_BK):
+        log_probs_BKN = reading.log_probs(positions_BK)
         if self.by == "entropy":
             return -entropy(log_probs_BKN)
         if self.by == "max_probability":

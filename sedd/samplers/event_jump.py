@@ -46,7 +46,7 @@ class EventJump(Revealing):
             k_BL = jnp.where(later, later_BL, k_BL)
         return k_BL
 
-    def choose(self, state, masked_BL, keys_B, read):
+    def choose(self, state, masked_BL, reading):
         return state.plan == state.round_B[:, None]
 
 

@@ -7,7 +7,7 @@ from sedd.processes.base import at, put
 from sedd.types import Array, Bool, Float, Int, Key
 
 
-def fold(keys_B: Key[Array, "B"], number: Int[Array, "..."] | int) -> Key[Array, "B"]:
+def fold(keys_B: Key[Array, " B"], number: Int[Array, "..."] | int) -> Key[Array, " B"]:
     """Each key with a number folded in: one a key, or the same for all."""
     return jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(number, keys_B.shape))
 
@@ -22,19 +22,19 @@ def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Arr
     return jax.random.categorical(key, log_probs.astype(wide), mode="high")
 
 
-def tokens_of(keys_B: Key[Array, "B"], log_probs_BLN: Float[Array, "B L N"]) -> Int[Array, "B L"]:
+def tokens_of(keys_B: Key[Array, " B"], log_probs_BLN: Float[Array, "B L N"]) -> Int[Array, "B L"]:
     """A draw at every position."""
     return tokens_at(keys_B, _places(log_probs_BLN[..., 0]), log_probs_BLN)
 
 
 def tokens_at(
-    keys_B: Key[Array, "B"], positions_BK: Int[Array, "B K"], log_probs_BKN: Float[Array, "B K N"]
+    keys_B: Key[Array, " B"], positions_BK: Int[Array, "B K"], log_probs_BKN: Float[Array, "B K N"]
 ) -> Int[Array, "B K"]:
     """A draw at each position, with the noise of (key, position): the same however often drawn."""
     return jax.vmap(jax.vmap(categorical))(_at_positions(keys_B, positions_BK), log_probs_BKN)
 
 
-def random_rank(keys_B: Key[Array, "B"], select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
+def random_rank(keys_B: Key[Array, " B"], select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
     """A uniformly random order of the selected positions of each sequence; the others come last.
 
     A position's place among the selected ones does not depend on how many follow: padding changes
@@ -51,7 +51,7 @@ def random_rank(keys_B: Key[Array, "B"], select_BL: Bool[Array, "B L"]) -> Int[A
     return jnp.argsort(order_BL, axis=1)
 
 
-def coins(keys_B: Key[Array, "B"], probability_BL: Float[Array, "B L"]) -> Bool[Array, "B L"]:
+def coins(keys_B: Key[Array, " B"], probability_BL: Float[Array, "B L"]) -> Bool[Array, "B L"]:
     """A coin a position, with its own noise; fine enough for probabilities of 1e-14."""
     keys_BL = _at_positions(keys_B, _places(probability_BL))
     clipped_BL = jnp.clip(probability_BL, 0.0, 1.0)
@@ -61,7 +61,7 @@ def coins(keys_B: Key[Array, "B"], probability_BL: Float[Array, "B L"]) -> Bool[
 
 
 def leap(
-    keys_B: Key[Array, "B"], x_BL: Int[Array, "B L"], probs_BLV: Float[Array, "B L V"]
+    keys_B: Key[Array, " B"], x_BL: Int[Array, "B L"], probs_BLV: Float[Array, "B L V"]
 ) -> Int[Array, "B L"]:
     """A draw from the rows of ``probs``, clipped at 0 and renormalised, in two stages.
 
@@ -80,5 +80,5 @@ def _places(like_BL: Array) -> Int[Array, "B L"]:
     return jnp.broadcast_to(jnp.arange(like_BL.shape[1]), like_BL.shape)
 
 
-def _at_positions(keys_B: Key[Array, "B"], positions_BK: Int[Array, "B K"]) -> Key[Array, "B K"]:
+def _at_positions(keys_B: Key[Array, " B"], positions_BK: Int[Array, "B K"]) -> Key[Array, "B K"]:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_B, positions_BK)

@@ -53,7 +53,7 @@ class Ordered(Revealing):
             rank_BL = dense_rank(jnp.broadcast_to(place_L, free_BL.shape), free_BL)
         return group_of(rank_BL, free_BL.sum(1), self.steps)
 
-    def choose(self, state, masked_BL, keys_B, read):
+    def choose(self, state, masked_BL, reading):
         return state.plan == state.round_B[:, None]
 
 

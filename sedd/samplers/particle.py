@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sedd.denoiser import Denoiser
 from sedd.samplers.base import Sampler, Samples, State, SteppedSampler, fill, record
 from sedd.samplers.noise import fold
-from sedd.samplers.reveal import draw, masked
+from sedd.samplers.reveal import Reading, masked
 from sedd.samplers.verifier import Verifier, verify
 from sedd.types import Array, Bool, Float, Int, Key
 
@@ -126,7 +126,7 @@ class Particle(Sampler):
             score_B=score[jnp.arange(batch), chosen_B],
         )
 
-    def complete(self, denoiser: Denoiser, state: State, keys_B: Key[Array, "B"]):
+    def complete(self, denoiser: Denoiser, state: State, keys_B: Key[Array, " B"]):
         """Each sequence with its masked positions drawn at once, and the calls that it took.
 
         Without a mask the tokens themselves, noisy as they are.
@@ -134,18 +134,19 @@ class Particle(Sampler):
         if denoiser.process.mask_id is None:
             return state.x_BL, jnp.zeros(state.calls_B.shape, jnp.int32)
         masked_BL = masked(denoiser, state)
-        hidden = denoiser.hidden(state.x_BL, self.inner.sigma(state))
-
-        def read(positions_BK):
-            return denoiser.log_conditional_at(hidden, state.x_BL, positions_BK)
-
-        drawn_BL = draw(masked_BL, keys_B, read)
+        reading = Reading(
+            denoiser=denoiser,
+            hidden=denoiser.hidden(state.x_BL, self.inner.sigma(state)),
+            x_BL=state.x_BL,
+            keys_B=keys_B,
+        ).proposing(keys_B, masked_BL)
+        drawn_BL = reading.draw(masked_BL)
         return jnp.where(masked_BL, drawn_BL, state.x_BL), masked_BL.any(1).astype(jnp.int32)
 
 
 def resample(
-    keys_B: Key[Array, "B"], log_weight_BP: Float[Array, "B P"], due_B: Bool[Array, "B"]
-) -> tuple[Int[Array, "B P"], Bool[Array, "B"]]:
+    keys_B: Key[Array, " B"], log_weight_BP: Float[Array, "B P"], due_B: Bool[Array, " B"]
+) -> tuple[Int[Array, "B P"], Bool[Array, " B"]]:
     """Systematic resampling where due and the effective number of particles is below half.
 
     The ancestor of each particle, and which requests were resampled.

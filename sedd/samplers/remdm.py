@@ -10,7 +10,7 @@ from sedd.denoiser import Denoiser
 from sedd.processes.base import at
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import coins, fold
-from sedd.samplers.reveal import at_positions, draw, masked, revealed_share
+from sedd.samplers.reveal import Reading, at_positions, masked, revealed_share
 from sedd.types import Array
 
 Strategy = Literal["cap", "rescale", "loop", "confidence"]
@@ -136,17 +136,21 @@ class ReMDM(SteppedSampler):
             lambda carry: seeking(carry).any(), step, (state, nowhere_BL, nowhere_BL)
         )
         called_B = reveals_BL.any(1)
-        hidden = denoiser.hidden(state.x_BL, self.sigma(state))
-
-        def read(positions_BK):
-            return denoiser.log_conditional_at(hidden, state.x_BL, positions_BK)
-
-        drawn_BL = draw(reveals_BL, fold(fold(state.keys_B, state.round_B), 2), read)
+        keys_B = fold(fold(state.keys_B, state.round_B), 2)
+        reading = Reading(
+            denoiser=denoiser,
+            hidden=denoiser.hidden(state.x_BL, self.sigma(state)),
+            x_BL=state.x_BL,
+            keys_B=keys_B,
+        ).proposing(keys_B, reveals_BL)
+        drawn_BL = reading.draw(reveals_BL)
         psi_BL = state.plan
         if self.strategy == "confidence":
 
             def log_probability(positions_BK):
-                return at(read(positions_BK), jnp.take_along_axis(drawn_BL, positions_BK, 1))
+                return at(
+                    reading.log_probs(positions_BK), jnp.take_along_axis(drawn_BL, positions_BK, 1)
+                )
 
             log_psi_BL = at_positions(reveals_BL, log_probability, psi_BL.dtype)
             psi_BL = jnp.where(reveals_BL, jnp.exp(log_psi_BL), psi_BL)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -15,8 +15,57 @@ from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
 BUCKETS = (1, 4, 16, 64)  # positions of a sequence that are read out together
+PROPOSAL = 2**31 - 2  # folded into a round's keys it gives a constraint's; no position is that
 
-Read = Callable[[Array], Array]  # positions [B, K] -> log conditionals [B, K, N]
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A network call: the conditionals of clean tokens, and draws from them.
+
+    Under a constraint the positions that it governs have the tokens of its proposal.
+    """
+
+    denoiser: Denoiser
+    hidden: tuple[Array, ...]
+    x_BL: Int[Array, "B L"]
+    keys_B: Key[Array, " B"]
+    proposal_BL: Int[Array, "B L"] | None = None  # -1 where there is none
+
+    def proposing(self, keys_B: Key[Array, " B"], commit_BL: Bool[Array, "B L"]) -> "Reading":
+        """With what the constraint proposes, if there is one, when ``commit_BL`` is to be kept."""
+        if self.denoiser.constraint is None:
+            return self
+        none_BL = jnp.full_like(self.x_BL, -1)
+        keys_B = fold(keys_B, PROPOSAL)
+        proposal_BL = self.denoiser.propose(keys_B, self.x_BL, commit_BL, self.log_probs, none_BL)
+        return replace(self, proposal_BL=proposal_BL)
+
+    def log_probs(self, positions_BK: Int[Array, "B K"]) -> Float[Array, "B K N"]:
+        """The log conditionals at some positions: the output layer of those alone."""
+        return self.denoiser.log_conditional_at(self.hidden, self.x_BL, positions_BK)
+
+    def tokens(
+        self, positions_BK: Int[Array, "B K"], log_probs_BKN: Float[Array, "B K N"]
+    ) -> Int[Array, "B K"]:
+        """Draws at some positions, whose log conditionals are given."""
+        drawn_BK = tokens_at(self.keys_B, positions_BK, log_probs_BKN)
+        if self.proposal_BL is None:
+            return drawn_BK
+        proposal_BK = jnp.take_along_axis(self.proposal_BL, positions_BK, 1)
+        return jnp.where(proposal_BK >= 0, proposal_BK, drawn_BK)
+
+    def draw(self, select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
+        """Tokens at the selected positions, each with its own noise; elsewhere 0, or some token."""
+        if self.proposal_BL is not None:
+            select_BL = select_BL & (self.proposal_BL < 0)
+        drawn_BL = at_positions(
+            select_BL,
+            lambda positions_BK: self.tokens(positions_BK, self.log_probs(positions_BK)),
+            jnp.int32,
+        )
+        if self.proposal_BL is None:
+            return drawn_BL
+        return jnp.where(self.proposal_BL < 0, drawn_BL, self.proposal_BL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +81,14 @@ class Revealing(SteppedSampler):
     redraws: ClassVar[bool] = False  # whether a position may be drawn in several rounds
 
     @abstractmethod
-    def make_plan(self, keys_B: Key[Array, "B"], free_BL: Bool[Array, "B L"]) -> Int[Array, "B *l"]:
+    def make_plan(
+        self, keys_B: Key[Array, " B"], free_BL: Bool[Array, "B L"]
+    ) -> Int[Array, " B *l"]:
         """What is decided before the first call; a row a sequence."""
 
     @abstractmethod
     def choose(
-        self, state: State, masked_BL: Bool[Array, "B L"], keys_B: Key[Array, "B"], read: Read
+        self, state: State, masked_BL: Bool[Array, "B L"], reading: Reading
     ) -> Bool[Array, "B L"]:
         """The masked positions to reveal in this round: at least one where there are any."""
 
@@ -58,14 +109,17 @@ class Revealing(SteppedSampler):
 
     def advance(self, denoiser, state):
         masked_BL, active_B = masked(denoiser, state), self.active(denoiser, state)
-        keys_B = fold(state.keys_B, state.round_B) if self.redraws else state.keys_B
-        hidden = denoiser.hidden(state.x_BL)
-
-        def read(positions_BK):
-            return denoiser.log_conditional_at(hidden, state.x_BL, positions_BK)
-
-        chosen_BL = masked_BL & self.choose(state, masked_BL, keys_B, read)
-        drawn_BL = draw(chosen_BL, keys_B, read)
+        round_keys_B = fold(state.keys_B, state.round_B)
+        reading = Reading(
+            denoiser=denoiser,
+            hidden=denoiser.hidden(state.x_BL),
+            x_BL=state.x_BL,
+            keys_B=round_keys_B if self.redraws else state.keys_B,
+        ).proposing(round_keys_B, masked_BL)
+        chosen_BL = masked_BL & self.choose(state, masked_BL, reading)
+        if denoiser.constraint is not None and denoiser.constraint.wants_commit:
+            reading = reading.proposing(round_keys_B, chosen_BL)
+        drawn_BL = reading.draw(chosen_BL)
         return state.moved(jnp.where(chosen_BL, drawn_BL, state.x_BL), active_B, active_B)
 
     def max_rounds(self, length):
@@ -77,16 +131,11 @@ class Ranked(Revealing):
     """Masked positions in the order of a score that the network's output gives; highest first."""
 
     @abstractmethod
-    def score(
-        self,
-        log_probs_BKN: Float[Array, "B K N"],
-        keys_B: Key[Array, "B"],
-        positions_BK: Int[Array, "B K"],
-    ) -> Float[Array, "B K"]:
-        """Of a masked position, finite."""
+    def score(self, reading: Reading, positions_BK: Int[Array, "B K"]) -> Float[Array, "B K"]:
+        """Of masked positions, finite."""
 
     @abstractmethod
-    def count(self, state: State, falling_BL: Float[Array, "B L"]) -> Int[Array, "B"]:
+    def count(self, state: State, falling_BL: Float[Array, "B L"]) -> Int[Array, " B"]:
         """How many of the highest to reveal, given the scores in falling order.
 
         ``state.plan`` is the number of free positions; what is not masked scores -inf.
@@ -95,11 +144,9 @@ class Ranked(Revealing):
     def make_plan(self, keys_B, free_BL):
         return free_BL.sum(1)
 
-    def choose(self, state, masked_BL, keys_B, read):
+    def choose(self, state, masked_BL, reading):
         score_BL = at_positions(
-            masked_BL,
-            lambda positions_BK: self.score(read(positions_BK), keys_B, positions_BK),
-            jnp.float32,
+            masked_BL, lambda positions_BK: self.score(reading, positions_BK), jnp.float32
         )
         score_BL = jnp.where(masked_BL, score_BL, -jnp.inf)
         order_BL = jnp.argsort(-score_BL, axis=1, stable=True)
@@ -110,15 +157,6 @@ class Ranked(Revealing):
 def masked(denoiser: Denoiser, state: State) -> Bool[Array, "B L"]:
     """Free positions that have not been revealed."""
     return state.free_BL & (state.x_BL == denoiser.mask_id)
-
-
-def draw(select_BL: Bool[Array, "B L"], keys_B: Key[Array, "B"], read: Read) -> Int[Array, "B L"]:
-    """Tokens at the selected positions, each with its own noise; 0 elsewhere, or some token."""
-    return at_positions(
-        select_BL,
-        lambda positions_BK: tokens_at(keys_B, positions_BK, read(positions_BK)),
-        jnp.int32,
-    )
 
 
 def at_positions(select_BL: Bool[Array, "B L"], values: Callable[[Array], Array], dtype) -> Array:
@@ -153,8 +191,8 @@ def check_steps(steps: int | None) -> None:
 
 
 def group_size(
-    total_B: Int[Array, "B"], steps: int | None, round_B: Int[Array, "B"]
-) -> Int[Array, "B"]:
+    total_B: Int[Array, " B"], steps: int | None, round_B: Int[Array, " B"]
+) -> Int[Array, " B"]:
     """How many of ``total_B`` positions to reveal in a round, spread evenly over ``steps``.
 
     One each without steps, or with more of them than positions. Larger groups come last.
@@ -164,7 +202,7 @@ def group_size(
 
 
 def group_of(
-    rank_BL: Int[Array, "B L"], total_B: Int[Array, "B"], steps: int | None
+    rank_BL: Int[Array, "B L"], total_B: Int[Array, " B"], steps: int | None
 ) -> Int[Array, "B L"]:
     """The round in which the position of a rank is revealed: the groups of ``group_size``."""
     total_B1 = total_B[:, None]

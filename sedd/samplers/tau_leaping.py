@@ -86,5 +86,19 @@ class TauLeaping(SteppedSampler):
         moved_BL = jnp.where(
             last_B[:, None], jax.lax.cond(last_B.any(), denoised, lambda: x_BL), moved_BL
         )
+
+        def read(positions_BK):
+            places_BK1 = positions_BK[..., None]
+            log_probs_BKV = process.denoise(
+                jnp.take_along_axis(log_score_BLV, places_BK1, 1),
+                jnp.take_along_axis(x_BL, positions_BK, 1),
+                sigma_B[:, None],
+            )
+            return log_probs_BKV[..., : process.num_tokens]
+
+        # What leaves the mask takes the constraint's token, where there is a constraint.
+        leaves_BL = moved_BL != x_BL
+        moved_BL = denoiser.propose(fold(keys_B, 3), x_BL, leaves_BL, read, moved_BL)
+        moved_BL = jnp.where(leaves_BL, moved_BL, x_BL)
         active_B = self.active(denoiser, state)
         return state.moved(moved_BL, active_B, active_B)

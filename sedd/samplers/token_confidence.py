@@ -6,7 +6,6 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from sedd.processes.base import at
-from sedd.samplers.noise import tokens_at
 from sedd.samplers.reveal import Ranked, check_steps, group_size
 
 
@@ -38,8 +37,9 @@ class TokenConfidence(Ranked):
         if self.steps is not None:
             raise ValueError("threshold decides how many tokens are kept: give no steps beside it")
 
-    def score(self, log_probs_BKN, keys_B, positions_BK):
-        return at(log_probs_BKN, tokens_at(keys_B, positions_BK, log_probs_BKN))
+    def score(self, reading, positions_BK):
+        log_probs_BKN = reading.log_probs(positions_BK)
+        return at(log_probs_BKN, reading.tokens(positions_BK, log_probs_BKN))
 
     def count(self, state, falling_BL):
         if self.threshold is None:

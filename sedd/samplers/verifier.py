@@ -18,7 +18,7 @@ One that is not finite ends a search, all of whose scores are then nan.
 
 def verify(
     verifier: Verifier, denoiser: Denoiser, tokens_BL: Int[Array, "B L"]
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """The scores, from the host; nan for all where one of them is not finite."""
     attend = denoiser.attend
     segment_BL = None if attend is None else attend.segment_BL

@@ -557,7 +557,7 @@ def test_remdm_without_remasking_is_event_jump(fixed):
     law = interval_laws("cosine", 3, fixed)[-1]
     np.testing.assert_allclose(remdm_laws("cap", "cosine", 3, 0.0, fixed)[-1], law, atol=1e-12)
     assert p_value(ReMDM(schedule=Cosine(), steps=3, eta=0.0), fixed, law) > 1e-4
-    wrong = remdm_laws("cap", "cosine", 3, 0.5, fixed)[-1]
+    wrong = remdm_laws("cap", "cosine", 6, 1.0, fixed)[-1]
     assert p_value(ReMDM(schedule=Cosine(), steps=3, eta=0.0), fixed, wrong) < 1e-4
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import oracle
 import pytest
 from oracle import i32, keys
-from tiny_run import compile_quickly  # noqa: F401
 
 from sedd.denoiser import Denoiser
 from sedd.networks.base import Attend, Network

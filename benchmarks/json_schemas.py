@@ -1,0 +1,135 @@
+"""How many real JSON schemas convert, and what their automata over GPT-2's vocabulary cost.
+
+The schemas are the functions' parameters of BFCL's `live_simple`, from the package `bfcl-eval` (its
+data alone: `pip install --no-deps bfcl-eval`) or from a file of the same form. Its own names of
+types become JSON Schema's; nothing else is changed. Seconds are of the whole way from a schema to
+a ready automaton, each once; indexing the vocabulary is apart.
+
+    python benchmarks/json_schemas.py
+"""
+
+import collections
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tyro
+from report import report
+
+from sedd.config import default_cache_dir
+from sedd.constraints.json_schema import schema_to_regex
+from sedd.constraints.token_automaton import TokenAutomaton, Vocabulary, compile_tokens
+from sedd.data.tokenizers import build_tokenizer
+from sedd.errors import UserError
+
+FILE = "BFCL_v4_live_simple.json"
+TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Where the schemas and the vocabulary are."""
+
+    path: Path | None = None
+    """A file in BFCL's form; by default that of the installed package."""
+    tokenizer: str = "gpt2"
+    cache_dir: Path = Path(default_cache_dir()).expanduser()
+    """Where the tokenizer is kept, if it has to be downloaded."""
+
+
+def installed() -> Path:
+    """The package's file, found without an import of the package, which needs a lot more."""
+    try:
+        files = metadata.files("bfcl-eval") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == FILE and file.parent.name == "data":
+            return Path(str(file.locate()))
+    raise SystemExit(f"error: no {FILE}: pip install --no-deps bfcl-eval, or give --path")
+
+
+def schemas(path: Path) -> Iterator[Any]:
+    """The parameters of each function, a line of JSON for each question."""
+    for line in path.read_text("utf-8").splitlines():
+        for function in json.loads(line)["function"]:
+            yield renamed(function["parameters"])
+
+
+def renamed(schema: Any) -> Any:
+    """The schema with JSON Schema's names of types; "any" is no type."""
+    if not isinstance(schema, dict):
+        return schema
+    schema = dict(schema)
+    if schema.get("type") == "any":
+        del schema["type"]
+    elif "type" in schema:
+        schema["type"] = TYPES.get(schema["type"], schema["type"])
+    if "properties" in schema:
+        schema["properties"] = {name: renamed(s) for name, s in schema["properties"].items()}
+    if "items" in schema:
+        schema["items"] = renamed(schema["items"])
+    return schema
+
+
+def main(settings: Settings) -> None:
+    """Convert and compile every schema, and count what is refused and why."""
+    tokenizer = build_tokenizer(settings.tokenizer, None, cache_dir=settings.cache_dir)
+    start = time.perf_counter()
+    vocabulary = Vocabulary.of(tokenizer.token_bytes(), eos_id=tokenizer.eos_id)
+    indexing = time.perf_counter() - start
+    compiled: list[tuple[float, TokenAutomaton]] = []
+    refused: collections.Counter[str] = collections.Counter()
+    for schema in schemas(settings.path or installed()):
+        start = time.perf_counter()
+        try:
+            automaton = compile_tokens(schema_to_regex(schema), vocabulary)
+        except UserError as error:
+            refused[reason(error)] += 1
+        else:
+            compiled.append((time.perf_counter() - start, automaton))
+    total = len(compiled) + refused.total()
+    rows = [
+        {
+            "outcome": "compiled",
+            "schemas": len(compiled),
+            "share": len(compiled) / total,
+            **spread("s", [taken for taken, _ in compiled]),
+            **spread("states", [automaton.num_states for _, automaton in compiled]),
+            **spread("classes", [automaton.num_classes for _, automaton in compiled]),
+        }
+    ]
+    rows += [
+        {**dict.fromkeys(rows[0]), "outcome": f"refused: {why}", "schemas": n, "share": n / total}
+        for why, n in refused.most_common()
+    ]
+    report(
+        "json_schemas",
+        rows,
+        schemas=total,
+        tokenizer=settings.tokenizer,
+        indexing_s=round(indexing, 3),
+    )
+
+
+def reason(error: UserError) -> str:
+    """The keyword that is refused, where one is, and why."""
+    path, _, problem = str(error).partition(": ")
+    return f"{path.rpartition('/')[2]}: {problem}"
+
+
+def spread(name: str, values: list[Any]) -> dict[str, Any]:
+    """The middle and the greatest of what was measured."""
+    return {
+        f"{name}, median": statistics.median(values) if values else None,
+        f"{name}, worst": max(values, default=None),
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

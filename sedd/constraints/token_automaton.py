@@ -1,0 +1,299 @@
+"""Byte automata lifted to the tokens of a vocabulary, in classes of tokens that do the same.
+
+Numpy and the processor only; states × vocabulary is never formed. arXiv:2505.23061, section 4.
+"""
+
+import hashlib
+import io
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sedd.constraints.automaton import ByteAutomaton, compile_bytes
+from sedd.constraints.regex import shown
+from sedd.errors import UserError
+from sedd.files import write_whole
+
+FORMAT = 1  # of cached automata: to be raised when what a pattern compiles to changes
+ARRAYS = ("accepting", "class_of", "edge_source", "edge_class", "edge_target", "distance")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Vocabulary:
+    """The tokens' bytes as a trie, indexed once for any number of patterns.
+
+    ``levels`` has, for each depth, the parent (a node of the depth before) and the byte of each
+    node. Token ``token[i]`` ends at node ``node[i]``, counted over all depths, the root first.
+    """
+
+    size: int
+    eos_id: int | None
+    fingerprint: str
+    levels: tuple[tuple[np.ndarray, np.ndarray], ...]
+    token: np.ndarray
+    node: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: Sequence[bytes | None], *, eos_id: int | None = None) -> "Vocabulary":
+        """The vocabulary whose token i stands for ``tokens[i]``; None (specials) matches no text.
+
+        Nor do tokens of no bytes, of which a text could hold any number, and the end of a text.
+        """
+        if eos_id is not None and not 0 <= eos_id < len(tokens):
+            raise ValueError(f"eos_id must be in 0..{len(tokens) - 1}, got {eos_id}")
+        digest = hashlib.sha256(f"{len(tokens)} {eos_id}".encode())
+        for token in tokens:
+            digest.update(b"-" if token is None else b"%d:%s" % (len(token), token))
+        texts = [b"" if i == eos_id or token is None else token for i, token in enumerate(tokens)]
+        text = np.frombuffer(b"".join(texts), np.uint8)
+        length = np.fromiter(map(len, texts), np.int64, len(texts))
+        offset = np.cumsum(length) - length
+        active, at = np.flatnonzero(length), np.zeros(np.count_nonzero(length), np.int64)
+        levels, ended, ends, nodes = [], [], [], 1
+        for depth in range(int(length.max(initial=0))):
+            step = at * 256 + text[offset[active] + depth]
+            found, at = np.unique(step, return_inverse=True)
+            levels.append((found // 256, found % 256))
+            last = length[active] == depth + 1
+            ended.append(active[last])
+            ends.append(nodes + at[last])
+            nodes += len(found)
+            active, at = active[~last], at[~last]
+        return cls(
+            size=len(tokens),
+            eos_id=eos_id,
+            fingerprint=digest.hexdigest(),
+            levels=tuple(levels),
+            token=np.concatenate([np.empty(0, np.int64), *ended]),
+            node=np.concatenate([np.empty(0, np.int64), *ends]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenAutomaton:
+    """A deterministic automaton over tokens; its start is state 0.
+
+    S states, N tokens, C classes, E edges. Tokens are of a class if they lead to the same state
+    from every state. Every state is reached by some tokens and reaches acceptance by some. With an
+    end of text, the last state is what lies behind it: the class of that token alone leads there,
+    from the accepting states and from itself.
+    """
+
+    pattern: str
+    eos_id: int | None
+    accepting: np.ndarray  # bool [S]
+    class_of: np.ndarray  # int32 [N]; -1 for a token that fits nowhere
+    edge_source: np.ndarray  # int32 [E], rising
+    edge_class: np.ndarray  # int32 [E], rising within a source
+    edge_target: np.ndarray  # int32 [E]
+    distance: np.ndarray  # int32 [S], the fewest tokens to an accepting state
+
+    @property
+    def num_states(self) -> int:
+        return len(self.accepting)
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.class_of.max(initial=-1)) + 1
+
+    def step(self, state: int, token: int) -> int:
+        """The state behind ``token``, -1 where it does not fit."""
+        first, end = np.searchsorted(self.edge_source, [state, state + 1])
+        edge = first + np.searchsorted(self.edge_class[first:end], self.class_of[token])
+        fits = edge < end and self.edge_class[edge] == self.class_of[token]
+        return int(self.edge_target[edge]) if fits else -1
+
+    def accepts(self, tokens: Sequence[int]) -> bool:
+        """Whether the pattern matches all of what the tokens spell."""
+        state = 0
+        for token in tokens:
+            state = self.step(state, token)
+            if state < 0:
+                return False
+        return bool(self.accepting[state])
+
+
+def compile_tokens(
+    pattern: str, vocabulary: Vocabulary, *, cache_dir: Path | None = None
+) -> TokenAutomaton:
+    """What ``re.fullmatch(pattern, text, re.ASCII)`` matches, over the vocabulary's tokens.
+
+    Kept in ``cache_dir``, where one is given; a file there that is damaged is made anew. RegexError
+    and UserError as ``compile_bytes`` and ``lift`` raise them.
+    """
+    if cache_dir is None:
+        return lift(compile_bytes(pattern), vocabulary, pattern)
+    key = f"{FORMAT} {vocabulary.fingerprint} {pattern}".encode("utf-8", "surrogatepass")
+    path = cache_dir / f"{hashlib.sha256(key).hexdigest()}.npz"
+    kept = _read(path, pattern, vocabulary)
+    if kept is not None:
+        return kept
+    automaton = lift(compile_bytes(pattern), vocabulary, pattern)
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: getattr(automaton, name) for name in ARRAYS})
+    write_whole(path, buffer.getvalue())
+    return automaton
+
+
+def _read(path: Path, pattern: str, vocabulary: Vocabulary) -> TokenAutomaton | None:
+    """A cached automaton, or None where there is no whole one.
+
+    Zip files hold checksums; what else zipfile and numpy raise is on damage to the files' headers.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ARRAYS}
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return None
+    return TokenAutomaton(pattern=pattern, eos_id=vocabulary.eos_id, **arrays)
+
+
+def lift(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str) -> TokenAutomaton:
+    """The automaton over tokens; ``pattern`` is for messages.
+
+    UserError where no tokens spell anything that matches.
+    """
+    column_of, columns = _columns(automaton, vocabulary)
+    class_of = np.full(vocabulary.size, -1, np.int32)
+    class_of[vocabulary.token] = column_of[vocabulary.node]
+    used = np.unique(class_of[class_of >= 0])
+    edges = [columns[column] for column in used.tolist()]
+    cls = np.repeat(used, [len(pairs) for pairs in edges])
+    source, target = np.concatenate([np.empty((0, 2), np.int32), *edges]).T
+
+    states = automaton.num_states
+    reached = _distances(source, target, np.array([0]), states) >= 0
+    distance = _distances(target, source, np.flatnonzero(automaton.accepting), states)
+    kept = reached & (distance >= 0)
+    if not kept[0]:
+        raise UserError(_unspellable(automaton, vocabulary, pattern))
+    rename = np.cumsum(kept, dtype=np.int32) - 1
+    edge = kept[source] & kept[target]
+    source, cls, target = rename[source[edge]], cls[edge], rename[target[edge]]
+    class_of, source, cls, target = _merged(class_of, source, cls, target)
+    accepting, distance = automaton.accepting[kept], distance[kept]
+    if vocabulary.eos_id is not None:
+        done = len(accepting)
+        end = class_of[vocabulary.eos_id] = class_of.max(initial=-1) + 1
+        before = np.append(np.flatnonzero(accepting), done)
+        source = np.concatenate([source, before])
+        cls = np.concatenate([cls, np.full(len(before), end)])
+        target = np.concatenate([target, np.full(len(before), done)])
+        accepting, distance = np.append(accepting, True), np.append(distance, 0)
+    order = np.lexsort((cls, source))
+    return TokenAutomaton(
+        pattern=pattern,
+        eos_id=vocabulary.eos_id,
+        accepting=accepting,
+        class_of=class_of,
+        edge_source=source[order].astype(np.int32),
+        edge_class=cls[order].astype(np.int32),
+        edge_target=target[order].astype(np.int32),
+        distance=distance.astype(np.int32),
+    )
+
+
+def _columns(
+    automaton: ByteAutomaton, vocabulary: Vocabulary
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Where the bytes down to each node of the trie lead, as a column of the transition matrix.
+
+    The column of each node, -1 where it is dead; and each distinct column as int32 [n, 2], the
+    states that it is not dead from, rising, and where it leads. A level takes work for its distinct
+    pairs of a column and a class of bytes, and not for its nodes.
+    """
+    by_byte = np.ascontiguousarray(automaton.transitions.T)
+    classes: dict[bytes, int] = {}
+    class_of_byte = np.array([classes.setdefault(row.tobytes(), len(classes)) for row in by_byte])
+    _, one_of = np.unique(class_of_byte, return_index=True)
+    states = np.arange(automaton.num_states, dtype=np.int32)
+    columns = [np.stack([states, states], 1)]
+    known = {columns[0].tobytes(): 0}
+    column_of = [np.zeros(1, np.int64)]
+    for parent, byte in vocabulary.levels:
+        before = column_of[-1][parent]
+        own = np.full(len(parent), -1)
+        live = np.flatnonzero(before >= 0)
+        pairs, which = np.unique(
+            before[live] * 256 + class_of_byte[byte[live]], return_inverse=True
+        )
+        left = [columns[column] for column in (pairs // 256).tolist()]
+        pair = np.repeat(np.arange(len(pairs)), [len(entries) for entries in left])
+        entries = np.concatenate([np.empty((0, 2), np.int32), *left])
+        target = by_byte[one_of[pairs[pair] % 256], entries[:, 1]]
+        fits = target >= 0
+        data = np.stack([entries[fits, 0], target[fits]], 1).tobytes()  # 8 bytes an entry
+        ends = 8 * np.cumsum(np.bincount(pair[fits], minlength=len(pairs)))
+        number = np.full(len(pairs), -1)
+        start = 0
+        for place, end in enumerate(ends.tolist()):
+            key, start = data[start:end], end
+            if key and key not in known:
+                known[key] = len(columns)
+                columns.append(np.frombuffer(key, np.int32).reshape(-1, 2))
+            number[place] = known.get(key, -1)
+        own[live] = number[which]
+        column_of.append(own)
+    return np.concatenate(column_of), columns
+
+
+def _merged(
+    class_of: np.ndarray, source: np.ndarray, cls: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The classes numbered from 0, and the edges; ``cls`` rises, and those without an edge go.
+
+    Classes that differed in lost states alone become one, which needs its edges once.
+    """
+    old, first = np.unique(cls, return_index=True)
+    known: dict[bytes, int] = {}
+    number, new = np.empty(len(old), np.int32), np.empty(len(old), bool)
+    pairs = np.split(np.stack([source, target], 1), first[1:])
+    for place, part in zip(range(len(old)), pairs, strict=False):  # a part of nothing has no class
+        new[place] = part.tobytes() not in known
+        number[place] = known.setdefault(part.tobytes(), len(known))
+    rename = np.full(int(class_of.max(initial=-1)) + 2, -1, np.int32)
+    rename[old] = number
+    kept = new[np.searchsorted(old, cls)]
+    return rename[class_of], source[kept], rename[cls[kept]], target[kept]
+
+
+def _unspellable(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str) -> str:
+    """Why no tokens spell what the pattern matches; a byte that none holds, if it is for that."""
+    problem = f"the vocabulary cannot spell anything that regex {shown(pattern)} matches"
+    held = np.zeros(256, bool)
+    for _, byte in vocabulary.levels:
+        held[byte] = True
+    source, byte = np.nonzero(automaton.transitions >= 0)
+    target = automaton.transitions[source, byte]
+    states = automaton.num_states
+    there = _distances(source[held[byte]], target[held[byte]], np.array([0]), states)
+    if (there[automaton.accepting] >= 0).any():
+        return problem
+    left = _distances(target, source, np.flatnonzero(automaton.accepting), states)
+    nearest = min(np.flatnonzero(there >= 0).tolist(), key=lambda state: left[state])
+    missing = int(byte[(source == nearest) & (left[target] < left[nearest])][0])
+    name = f"the character {chr(missing)!r}" if missing < 0x80 else f"the byte 0x{missing:02x}"
+    return f"{problem}: no token holds {name}"
+
+
+def _distances(
+    source: np.ndarray, target: np.ndarray, start: np.ndarray, states: int
+) -> np.ndarray:
+    """The fewest edges from any of ``start`` to each state, -1 where there is no way."""
+    source, target = np.divmod(np.unique(source.astype(np.int64) * states + target), states)
+    bounds = np.searchsorted(source, np.arange(states + 1))
+    distance = np.full(states, -1)
+    distance[start] = 0
+    far = 0
+    while len(start):
+        far += 1
+        size = bounds[start + 1] - bounds[start]
+        offset = np.repeat(bounds[start] - (np.cumsum(size) - size), size)
+        start = np.unique(target[offset + np.arange(size.sum())])
+        start = start[distance[start] < 0]
+        distance[start] = far
+    return distance

@@ -1,0 +1,271 @@
+"""Dynamic programming against brute force over every string."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from sedd.constraints import compile_regex
+from sedd.constraints.decode import Automaton
+from sedd.errors import UserError
+
+TOKENS, LENGTH = 5, 4  # 625 strings
+
+
+def from_table(next_SN, accepting, eos_id=None):
+    """The automaton of a table of next states, -1 where there is none; untrimmed."""
+    columns, class_of = np.unique(next_SN, axis=1, return_inverse=True)
+    dead = np.flatnonzero((columns < 0).all(0))
+    source, column = np.nonzero(columns >= 0)
+    distance = np.where(accepting, 0, 99)
+    for _ in range(len(next_SN)):
+        ahead = np.where(next_SN >= 0, distance[next_SN], 99).min(1) + 1
+        distance = np.minimum(distance, ahead)
+    return Automaton(
+        accepting=np.asarray(accepting, bool),
+        class_of=np.where(np.isin(class_of, dead), -1, class_of).astype(np.int32),
+        edge_source=source.astype(np.int32),
+        edge_class=column.astype(np.int32),
+        edge_target=columns[source, column].astype(np.int32),
+        eos_id=eos_id,
+        pattern="a table",
+        distance=distance.astype(np.int32),
+    )
+
+
+def random_case(seed):
+    """An automaton with a string of the length, and log probabilities, some of them -inf."""
+    rng = np.random.default_rng(seed)
+    while True:
+        states = int(rng.integers(1, 6))
+        next_SN = np.where(
+            rng.random((states, TOKENS)) < rng.choice([0.3, 0.7, 1.0]),
+            rng.integers(0, states, (states, TOKENS)),
+            -1,
+        )
+        accepting = rng.random(states) < 0.5
+        scale = rng.choice([0.1, 1.0, 5.0])
+        logits = scale * rng.standard_normal((LENGTH, TOKENS))
+        logits[rng.random(logits.shape) < rng.choice([0.0, 0.2])] = -np.inf
+        if np.isinf(logits).all(1).any():
+            continue
+        log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        strings = brute_force(next_SN, accepting, log_probs)
+        if strings:
+            return from_table(next_SN, accepting), log_probs, strings
+
+
+def brute_force(next_SN, accepting, log_probs, *, start=0, fixed=None):
+    """(log probability, string) of each that matches and is possible, the best first."""
+    found = []
+    for string in itertools.product(range(TOKENS), repeat=len(log_probs)):
+        state = start
+        for token in string:
+            state = next_SN[state, token] if state >= 0 else -1
+        given = fixed is None or all(f in (-1, t) for f, t in zip(fixed, string, strict=True))
+        # A given token counts as certain.
+        free = range(len(string)) if fixed is None else np.flatnonzero(np.asarray(fixed) < 0)
+        value = sum(log_probs[i, string[i]] for i in free)
+        if state >= 0 and accepting[state] and given and value > -np.inf:
+            found.append((value, string))
+    return sorted(found, key=lambda pair: (-pair[0], pair[1]))
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_everything_against_brute_force(first):
+    for seed in range(first, first + 50):
+        automaton, log_probs, strings = random_case(seed)
+        values = np.array([value for value, _ in strings])
+        log_z = np.log(np.exp(values - values[0]).sum()) + values[0]
+
+        tokens, value = automaton.most_likely(log_probs)
+        assert value == pytest.approx(values[0], abs=1e-4)
+        assert sum(log_probs[range(LENGTH), tokens]) == pytest.approx(values[0], abs=1e-4)
+        assert automaton.accepts(tokens)
+
+        assert automaton.log_partition(log_probs) == pytest.approx(log_z, abs=1e-4)
+
+        marginals = np.zeros((LENGTH, TOKENS))
+        for value, string in strings:
+            marginals[range(LENGTH), string] += np.exp(value - log_z)
+        np.testing.assert_allclose(automaton.marginals(log_probs), marginals, atol=1e-4)
+
+        best = automaton.top_k(log_probs, 5)
+        assert len(best) == min(5, len(strings))
+        np.testing.assert_allclose([v for _, v in best], values[:5], atol=1e-4)
+        assert len({tuple(t) for t, _ in best}) == len(best)
+        for tokens, value in best:
+            assert automaton.accepts(tokens)
+            assert sum(log_probs[range(LENGTH), tokens]) == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_samples_have_their_law(seed):
+    automaton, log_probs, strings = random_case(1000 + seed)
+    index = {string: i for i, (_, string) in enumerate(strings)}
+    law = np.exp([value for value, _ in strings])
+    law /= law.sum()
+    drawn = automaton.sample(jax.random.key(seed), log_probs, 20_000)
+    counts = np.bincount([index[tuple(row)] for row in drawn.tolist()], minlength=len(law))
+    assert oracle.chi_square_p(counts, law) > 1e-4
+    if len(law) > 1:
+        assert oracle.chi_square_p(counts, np.roll(law, 1)) < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_given_tokens(seed):
+    automaton, log_probs, strings = random_case(2000 + seed)
+    given = strings[-1][1]
+    fixed = np.array([given[0], -1, given[2], -1])
+    table = table_of(automaton)
+    strings = brute_force(table, automaton.accepting, log_probs, fixed=fixed)
+    if not strings:  # what is given is fine, the rest impossible
+        return
+    values = np.array([value for value, _ in strings])
+    tokens, value = automaton.most_likely(log_probs, fixed=fixed)
+    assert value == pytest.approx(values[0], abs=1e-4)
+    assert (tokens[[0, 2]] == fixed[[0, 2]]).all()
+    expected = np.log(np.exp(values).sum())
+    assert automaton.log_partition(log_probs, fixed=fixed) == pytest.approx(expected, abs=1e-4)
+    marginals = automaton.marginals(log_probs, fixed=fixed)
+    assert marginals[0, fixed[0]] == pytest.approx(1, abs=1e-4)
+
+
+def table_of(automaton):
+    return np.array(
+        [[automaton.step(s, t) for t in range(TOKENS)] for s in range(automaton.num_states)]
+    )
+
+
+VOCABULARY = [b"a", b"b", b"c", b"d", None]
+
+
+def uniform(length, tokens=5):
+    return np.full((length, tokens), -np.log(tokens))
+
+
+def test_ties_go_to_the_smallest_tokens():
+    automaton = compile_regex("[abcd]{3}|dddd", VOCABULARY)
+    tokens, value = automaton.most_likely(uniform(3))
+    assert tokens.tolist() == [0, 0, 0]
+    assert value == pytest.approx(3 * -np.log(5))
+    best = [tokens.tolist() for tokens, _ in automaton.top_k(uniform(3), 3)]
+    assert best == [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
+
+
+def test_long_strings_do_not_underflow():
+    """In linear float32 the sum over strings of 200 tokens is 0."""
+    automaton = compile_regex("[ab]*c[ab]*", VOCABULARY)
+    length = 200
+    got = automaton.log_partition(uniform(length))
+    strings = np.log(length) + (length - 1) * np.log(2)
+    assert got == pytest.approx(strings - length * np.log(5), rel=1e-5)
+    marginals = automaton.marginals(uniform(length))
+    np.testing.assert_allclose(marginals[:, 2], 1 / length, rtol=1e-3)
+    np.testing.assert_allclose(marginals.sum(1), 1, rtol=1e-4)
+
+
+def test_unused_places_hold_the_end():
+    automaton = compile_regex("ab?", VOCABULARY, eos_id=4)
+    for row in automaton.sample(jax.random.key(0), uniform(4), 50).tolist():
+        assert row in ([0, 4, 4, 4], [0, 1, 4, 4])
+    certain = np.full((4, 5), -30.0)
+    certain[range(4), [0, 1, 4, 4]] = 0
+    assert automaton.most_likely(certain)[0].tolist() == [0, 1, 4, 4]
+
+
+def test_a_budget_keeps_the_string_finishable():
+    """Blocks of two tokens of a string of ten: whatever is drawn, the rest can finish it."""
+    automaton = compile_regex("a(bc)*d", VOCABULARY, eos_id=4)
+    for seed in range(20):
+        state, tokens = 0, []
+        for block in range(5):
+            drawn = automaton.sample(
+                jax.random.key(100 * seed + block), uniform(2), start=state, budget=8 - 2 * block
+            )[0]
+            tokens += drawn.tolist()
+            state = automaton.run(drawn, state)
+        assert automaton.accepts(tokens)
+    with_budget = automaton.log_partition(uniform(2), budget=1)  # abX, ad with an end behind it
+    assert with_budget == pytest.approx(np.log(1 / 25), abs=1e-5)
+
+
+def test_budget_against_the_whole_by_brute_force():
+    for seed in range(20):
+        automaton, *_ = random_case(3000 + seed)
+        final = automaton.final(2)
+        table = table_of(automaton)
+        for state in range(automaton.num_states):
+            ends = [
+                table[table[state, a], b]
+                for a in range(TOKENS)
+                if table[state, a] >= 0
+                for b in range(TOKENS)
+            ]
+            assert final[state] == any(e >= 0 and automaton.accepting[e] for e in ends)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda a: a.most_likely(uniform(2)), "needs at least 3 tokens: 2 tokens are left"),
+        (lambda a: a.sample(jax.random.key(0), uniform(1), budget=1), "1 tokens .* and 1 after"),
+        (lambda a: a.most_likely(uniform(4)), "matches nothing of exactly that length"),
+        (
+            lambda a: a.most_likely(uniform(5), fixed=[-1, 3, -1, -1, -1]),
+            "token 3 that is given at position 1 contradicts",
+        ),
+        (lambda a: a.marginals(bad(uniform(3), 1, np.nan)), "position 1: .* hold nan"),
+        (
+            lambda a: a.log_partition(bad(uniform(3), 1, -np.inf)),
+            "position 1: .*in state 1.*probability 0",
+        ),
+        (lambda a: a.top_k(bad(uniform(3), 2, -np.inf), 2), "position 2: .*probability 0"),
+        (lambda a: a.top_k(uniform(3), 0), "k must be at least 1, got 0"),
+        (lambda a: a.most_likely(uniform(3, 6)), r"log_probs must be \[length, 5\]"),
+        (lambda a: a.most_likely(uniform(3), fixed=[1]), r"fixed must be \[3\]"),
+        (lambda a: a.most_likely(uniform(3), budget=-1), "budget must be at least 0"),
+        (lambda a: a.most_likely(uniform(3), start=99), "start must be a state"),
+    ],
+)
+def test_what_is_impossible_is_named(ask, message):
+    automaton = compile_regex("a(bc)*bd", VOCABULARY)
+    with pytest.raises(UserError, match=message):
+        ask(automaton)
+
+
+def bad(log_probs, position, value):
+    log_probs[position] = value
+    return log_probs
+
+
+def test_another_automaton_of_the_size_compiles_nothing():
+    from sedd.constraints import decode
+
+    log_probs = uniform(6)
+    compile_regex("a*b", VOCABULARY).most_likely(log_probs)
+    before = decode._most_likely._cache_size()
+    for pattern, length in (("(ab|cd)*", 6), ("[abc]+d?", 5), ("a{2,9}", 7)):
+        compile_regex(pattern, VOCABULARY).most_likely(uniform(length))
+    assert decode._most_likely._cache_size() == before
+
+
+def test_the_padding_changes_nothing():
+    automaton, log_probs, _ = random_case(5)
+    shorter = automaton.log_partition(log_probs)
+    wide = dataclasses.replace(automaton)
+    object.__setattr__(wide, "tables", jax.tree.map(jnp.asarray, wider(automaton)))
+    assert wide.log_partition(log_probs) == pytest.approx(shorter, abs=1e-6)
+    np.testing.assert_allclose(wide.marginals(log_probs), automaton.marginals(log_probs), atol=1e-6)
+    for (a, _), (b, _) in zip(wide.top_k(log_probs, 3), automaton.top_k(log_probs, 3), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def wider(automaton):
+    from sedd.constraints.decode import tables
+
+    return tables(automaton, (100, 90, 300, 80))

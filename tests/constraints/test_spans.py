@@ -1,0 +1,381 @@
+"""Constraints in the samplers: whatever the sampler and its steps, the result matches."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import jsonschema
+import numpy as np
+import oracle
+import pytest
+import tiny_run
+
+import sedd
+from sedd.build import build_parts
+from sedd.constraints import compile_json_schema, compile_regex
+from sedd.constraints.clamp import from_infill, from_prompt
+from sedd.constraints.spans import batch_spans, spans_of
+from sedd.data.tokenizers import Bytes
+from sedd.errors import UserError
+from sedd.model import Model
+
+LENGTH = 12
+BYTES = Bytes()
+REGEXES = [
+    *("a*", "[ab]+", "(ab|cd)*", "a{3,5}", ".*", ".{12}", "x?y?z?", "(a|b)*abb", "[^a]+", r"\d+"),
+    *(r"\d{4}-\d\d-\d\d", r"\w+@\w+\.(com|org)", r"[+-]?\d+(\.\d+)?", "yes|no|maybe", r"\s*a\s*"),
+    *("é+", "[à-ÿ]{1,4}", "€|\\$|£", "日本語?", "[一-龯]+", "😀{1,3}", "[😀-😏]*", "naïve|café"),
+    *(".€.", "[^é]*é", r"\(\d+\)", "(0|1)+", "((a|b)(c|d)){1,4}", "a.c.e", r"[A-Z][a-z]*( [A-Z])?"),
+    *("a|", "(|b)c", "(?:ab)+?c", "[a-c-]+", r"[\]\[]+", r"\x41\u00e9", "a{0}b", r"\D\D", r"\W*\w"),
+    *(
+        "[^\\x00-\\x7f]+",
+        "true|false|null",
+        r"#[0-9a-f]{6}",
+        r"[01]\d:[0-5]\d",
+        "(a?){5}",
+        r"\.\.\.",
+    ),
+    *("Ω|ω", "(ß|ss)+", "[a-zé]{2}", r'"[^"]*"', "𝔸|𝔹"),
+]
+SAMPLERS = {
+    "euler": ["steps"],
+    "tweedie": ["steps"],
+    "event_jump": ["steps"],
+    "ordered": ["steps"],
+    "confidence": ["steps"],
+    "entropy_bounded": [],
+    "token_confidence": ["steps"],
+    "remdm": ["steps"],
+    "semi_autoregressive": ["steps"],
+    "best_of_n": ["steps"],
+    "particle": ["steps"],
+}
+
+
+def make_model(kind):
+    """With random weights, over bytes: most tokens are parts of characters."""
+    config = tiny_run.config(kind, length=LENGTH)
+    parts = build_parts(config, BYTES.num_tokens)
+    params = jax.jit(parts.network.init)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    leaves = [leaf + oracle.f32(0.3 * rng.standard_normal(leaf.shape)) for leaf in leaves]
+    return Model(
+        denoiser=parts.denoiser(tree.unflatten(leaves)),
+        parts=parts,
+        config=config,
+        tokenizer=BYTES,
+        source="a test",
+    )
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: make_model(kind) for kind in ("radd", "sedd", "uniform")}
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["radd"]
+
+
+def compiled(pattern):
+    return compile_regex(pattern, BYTES.token_bytes(), eos_id=BYTES.eos_id)
+
+
+@pytest.fixture(scope="module")
+def automata():
+    assert len(REGEXES) == 50
+    return [compiled(pattern) for pattern in REGEXES]
+
+
+def letters(texts):
+    return [float(sum(c.isascii() and c.isalpha() for c in text)) for text in texts]
+
+
+def assert_all_match(result, patterns=REGEXES):
+    for text, tokens, pattern in zip(result.text, result.tokens, patterns, strict=True):
+        end = tokens.tolist().index(BYTES.eos_id) if BYTES.eos_id in tokens else len(tokens)
+        spelt = bytes(tokens[:end].tolist())
+        assert re.fullmatch(pattern, spelt.decode(), re.ASCII), (pattern, spelt)
+        assert (tokens[end:] == BYTES.eos_id).all()
+        assert text == spelt.decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [(name, steps) for name, options in SAMPLERS.items() for steps in ([4] if options else [None])]
+    # Each is a program of its own; benchmarks/constrained.py goes through all.
+    + [(name, steps) for name in ("event_jump", "tweedie") for steps in (1, LENGTH)],
+)
+def test_every_sampler_always_matches(model, automata, name, steps):
+    options = {} if steps is None else {"steps": steps}
+    if name == "semi_autoregressive":
+        options |= {"block_length": 4, "inner": "event_jump"}
+    if name in ("best_of_n", "particle"):
+        options |= {"verifier": letters, "inner": "event_jump"}
+    if name == "particle":
+        options |= {"particles": 2, "resample_every": 2}
+    if name == "best_of_n":
+        options["n"] = 2
+    keys = jax.random.key(steps or 0)
+    result = sedd.sample(
+        model, keys, num=50, length=LENGTH, sampler=name, constraint=automata, **options
+    )
+    assert_all_match(result)
+
+
+@pytest.mark.parametrize("name", ["euler", "tweedie", "remdm"])
+def test_also_on_a_model_that_depends_on_the_noise_level(models, automata, name):
+    result = sedd.sample(
+        models["sedd"],
+        jax.random.key(0),
+        num=50,
+        length=LENGTH,
+        sampler=name,
+        constraint=automata,
+        steps=5,
+    )
+    assert_all_match(result)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "dingo", "steps": 4},
+        {"rule": "dingo", "sampler": "token_confidence", "steps": 6},
+        {"temperature": 0.0, "steps": 3},
+        {"top_k": 1, "steps": 12},
+        {"top_p": 0.1, "temperature": 2.0, "steps": 2},
+    ],
+    ids=str,
+)
+def test_with_every_rule_and_reshaped_conditionals(model, automata, options):
+    options = {"sampler": "event_jump", **options}
+    key = jax.random.key(1)
+    assert_all_match(sedd.sample(model, key, num=50, length=LENGTH, constraint=automata, **options))
+
+
+def test_control_without_a_constraint_little_matches(model):
+    result = sedd.sample(model, jax.random.key(0), num=50, length=LENGTH, sampler="event_jump")
+    matches = [
+        re.fullmatch(pattern, text, re.ASCII) is not None
+        for pattern, text in zip(REGEXES, result.text, strict=True)
+    ]
+    assert sum(matches) < 10
+
+
+def test_prompt_span_and_suffix(model):
+    clamps = [
+        from_prompt(BYTES, 12, prompt="on ", suffix="."),
+        from_infill(BYTES, "{mask:4}-{mask:3}!"),
+        from_infill(BYTES, "x={mask:5}"),
+    ]
+    constraints = [
+        compiled(r"\d\d?/\d+"),
+        [compiled("[a-c]+"), compiled("é?")],
+        None,
+    ]
+    result = sedd.sample(
+        model, jax.random.key(0), num=3, sampler="ordered", clamp=clamps, constraint=constraints
+    )
+    first, second, third = result.text
+    assert re.fullmatch(r"on \d\d?/\d+\.", first)
+    assert re.fullmatch(r"[a-c]+-é?!", second)
+    assert third.startswith("x=")
+
+
+def test_one_span_over_given_text(model):
+    clamp = from_infill(BYTES, "{mask:2}b{mask:2}")
+    result = sedd.sample(
+        model,
+        jax.random.key(0),
+        num=8,
+        sampler="event_jump",
+        clamp=clamp,
+        constraint=compiled("(a|c)[bc]b?(bc|d)*"),
+    )
+    for text in result.text:
+        assert re.fullmatch("(a|c)[bc]b?(bc|d)*", text)
+        assert text[2] == "b"
+
+
+def test_several_spans_do_not_disturb_each_other(model):
+    text = "{mask:3},{mask:3},{mask:3}"
+    patterns = ["a+", "[01]{3}", "(xy)?z"]
+    result = sedd.sample(
+        model,
+        jax.random.key(0),
+        num=6,
+        sampler="confidence",
+        clamp=from_infill(BYTES, text),
+        constraint=[[compiled(p) for p in patterns]] * 6,
+        steps=2,
+    )
+    for text in result.text:
+        assert re.fullmatch("a+,[01]{3},(xy)?z", text)
+
+
+SCHEMAS = [
+    {"type": "integer", "minimum": -20, "maximum": 300},
+    {"enum": ["no", 1, None, True]},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 3}},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+    {"type": "string", "format": "date"},
+]
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_json(model, steps):
+    automata = [
+        compile_json_schema(schema, BYTES.token_bytes(), eos_id=BYTES.eos_id) for schema in SCHEMAS
+    ]
+    result = sedd.sample(
+        model,
+        jax.random.key(steps),
+        num=50,
+        length=24,
+        sampler="event_jump",
+        steps=steps,
+        constraint=automata * 10,
+    )
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    for text, schema in zip(result.text, SCHEMAS * 10, strict=True):
+        jsonschema.validate(json.loads(text), schema, format_checker=checker)
+
+
+# ---------------------------------------------------------------- laws
+
+
+def one_step(first, second, rule, count=4000):
+    """How often each two-token string is drawn, and what a step that keeps slot 1 commits there.
+
+    Tokens a, b, c, d with the given probabilities in two slots, under ab|cd.
+    """
+    vocabulary = [b"a", b"b", b"c", b"d"]
+    automaton = compile_regex("ab|cd", vocabulary)
+    spans = batch_spans([spans_of(sedd.constraints.clamp.free(2), automaton)] * count, rule)
+    log_probs = jnp.log(jnp.asarray([first, second]) + 1e-30)
+
+    def read(positions_BK):
+        return log_probs[positions_BK]
+
+    tokens = jax.jit(spans.propose, static_argnums=(3, 4))(
+        oracle.keys(0, count),
+        jnp.full((count, 2), 4, jnp.int32),
+        jnp.broadcast_to(jnp.array([True, False]), (count, 2)),
+        read,
+        4,
+    )
+    return np.asarray(tokens)
+
+
+def test_dingo_commits_to_the_wrong_branch_and_the_default_does_not():
+    """The example of ab|cd: slot 2 hardly allows what its wildcard lets slot 1 take."""
+    first, second = [0.6, 0, 0.4, 0], [0, 0.01, 0, 0.99]
+    assert (one_step(first, second, "dingo")[:, 0] == 0).all()  # a
+    assert (one_step(first, second, "most_likely")[:, 0] == 2).all()  # c
+    drawn = one_step(first, second, "joint")
+    law = np.array([0.6 * 0.01, 0.4 * 0.99])
+    counts = np.bincount(drawn[:, 0] // 2, minlength=2)
+    assert oracle.chi_square_p(counts, law / law.sum()) > 1e-4
+    assert (drawn[:, 1] == drawn[:, 0] + 1).all()  # b after a, d after c
+
+
+def test_one_call_draws_from_the_product_restricted_to_the_language(model):
+    """All positions at once, by a real network, against the automaton's own partition function."""
+    automaton = compiled("(ab|b)(a|ba)?")
+    count = 4000
+    result = sedd.sample(
+        model,
+        jax.random.key(5),
+        num=count,
+        length=4,
+        sampler="event_jump",
+        steps=1,
+        constraint=automaton,
+    )
+    mask = np.full((1, 4), model.process.mask_id, np.int32)
+    log_probs = np.asarray(model.log_conditional(jnp.asarray(mask)))[0]
+    texts = ["ab", "b", "aba", "abba", "ba", "bba"]
+    strings = [[*t.encode(), *[BYTES.eos_id] * (4 - len(t))] for t in texts]
+    law = np.exp([log_probs[range(4), string].sum() for string in strings])
+    counts = [result.text.count(text) for text in texts]
+    assert sum(counts) == count
+    assert oracle.chi_square_p(np.array(counts), law / law.sum()) > 1e-4
+
+
+def test_a_request_does_not_depend_on_its_batch(model, automata):
+    """Its regex alone, and beside others of other sizes."""
+    keys = oracle.keys(3, 6)
+    chosen = [automata[i] for i in (0, 10, 11, 21, 40, 49)]
+    options = {"sampler": "event_jump", "length": LENGTH, "steps": 4}
+    together = sedd.sample(model, keys, constraint=chosen, **options)
+    for i, automaton in enumerate(chosen):
+        alone = sedd.sample(model, keys[i : i + 1], constraint=[automaton], **options)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+
+
+def test_another_regex_of_the_size_compiles_nothing(model):
+    from sedd.sampling import _run
+
+    options = {"num": 2, "length": LENGTH, "sampler": "event_jump"}
+    sedd.sample(model, jax.random.key(0), constraint=compiled("a*b"), **options)
+    before = _run._cache_size()
+    sedd.sample(model, jax.random.key(0), constraint=compiled("(cd|e){1,5}"), **options)
+    assert _run._cache_size() == before
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns", "message"),
+    [
+        ("{mask:2}", "abc", "'abc' needs at least 3 tokens: 2 tokens are left"),
+        ("{mask:2}z{mask:2}", "[ab]+", "token 122 that is given at position 2 contradicts"),
+        ("ab{mask:2}z{mask:2}", "[ab]+", "token 122 that is given at position 4 contradicts"),
+        ("{mask:2} {mask:2}", ["a"], "1 constraints for 2 gaps"),
+        ("{mask:2}", ["a", "b"], "2 constraints for 1 gaps"),
+    ],
+)
+def test_what_cannot_be_is_named(model, text, patterns, message):
+    one = isinstance(patterns, str)
+    constraint = compiled(patterns) if one else [[compiled(p) for p in patterns]]
+    with pytest.raises(UserError, match=message):
+        sedd.sample(
+            model,
+            jax.random.key(0),
+            sampler="event_jump",
+            clamp=from_infill(BYTES, text),
+            constraint=constraint,
+        )
+
+
+def test_everything_given_leaves_nothing_to_constrain(model):
+    with pytest.raises(UserError, match="a constraint needs a gap"):
+        sedd.sample(
+            model,
+            jax.random.key(0),
+            clamp=from_prompt(BYTES, 2, prompt="ab"),
+            constraint=compiled("ab"),
+        )
+
+
+def test_not_on_a_uniform_process(models):
+    with pytest.raises(UserError, match="constraints act on the conditional of clean tokens"):
+        sedd.sample(models["uniform"], jax.random.key(0), constraint=compiled("a*"))
+
+
+def test_nan_is_an_error_and_never_a_string(model):
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, model.denoiser.params)
+    broken = dataclasses.replace(model, denoiser=dataclasses.replace(model.denoiser, params=broken))
+    with pytest.raises(UserError, match="probabilities are nan"):
+        sedd.sample(broken, jax.random.key(0), sampler="ordered", constraint=compiled("[ab]{12}"))
