@@ -22,6 +22,7 @@ from report import report, seconds
 
 import sedd
 from sedd.components import build
+from sedd.config import default_cache_dir
 from sedd.constraints import compile_regex, decode
 from sedd.constraints.decode import Automaton
 from sedd.constraints.json_schema import schema_to_regex
@@ -85,8 +86,11 @@ class Settings:
 
     length: int = 64
     repeats: int = 3
-    cache_dir: Path = Path("~/.cache/sedd")
-    """Where GPT-2's vocabulary is."""
+    tokenizer: str = "gpt2"
+    cache_dir: Path = Path(default_cache_dir()).expanduser()
+    """Where the tokenizer is kept, if it has to be downloaded."""
+    hidden_dim: int = 768
+    num_layers: int = 12
     checkpoint: Path | None = None
     """Draw with this model instead, and count what matches."""
     num: int = 50
@@ -112,16 +116,16 @@ def steps(automaton: Automaton, length: int, repeats: int):
     }
 
 
-def network_call(num_tokens: int, length: int, repeats: int) -> float:
-    """Milliseconds of a call of GPT-2-small's shape, output layer included."""
+def network_call(num_tokens: int, settings: Settings) -> float:
+    """Milliseconds of a call, output layer included."""
     network = build(
         "networks",
         "ddit",
         num_states=num_tokens + 1,
         time_conditioned=False,
-        hidden_dim=768,
-        num_layers=12,
-        num_heads=12,
+        hidden_dim=settings.hidden_dim,
+        num_layers=settings.num_layers,
+        num_heads=max(settings.hidden_dim // 64, 1),
     )
     params = jax.jit(network.init)(jax.random.key(0))
 
@@ -130,20 +134,20 @@ def network_call(num_tokens: int, length: int, repeats: int) -> float:
         weight, bias = network.head(params)
         return network.hidden(params, tokens) @ weight + bias
 
-    tokens = jnp.zeros((1, length), jnp.int32)
-    return 1e3 * seconds(lambda: call(params, tokens), repeats)
+    tokens = jnp.zeros((1, settings.length), jnp.int32)
+    return 1e3 * seconds(lambda: call(params, tokens), settings.repeats)
 
 
 def measure(settings: Settings) -> None:
     """Compile times and steps, with GPT-2's vocabulary."""
-    tokenizer = build_tokenizer("gpt2", None, cache_dir=settings.cache_dir.expanduser())
+    tokenizer = build_tokenizer(settings.tokenizer, None, cache_dir=settings.cache_dir)
     tokens = tokenizer.token_bytes()
     begun = time.perf_counter()
     vocabulary = Vocabulary.of(tokens, eos_id=tokenizer.eos_id)
     indexed = time.perf_counter() - begun
     print(f"{len(tokens)} tokens indexed in {indexed:.3g} s")
-    call = network_call(len(tokens), settings.length, settings.repeats)
-    print(f"a network call of GPT-2-small's shape: {call:.4g} ms")
+    call = network_call(len(tokens), settings)
+    print(f"a network call of this shape: {call:.4g} ms")
     rows = []
     for name, pattern in PATTERNS.items():
         begun = time.perf_counter()

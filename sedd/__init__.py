@@ -14,6 +14,8 @@ __all__ = ["Model", "SampleResult", "UserError", "evaluate", "load", "sample"]
 
 def __getattr__(name: str):
     # Imported when first asked for: a command must be able to set up devices before jax is loaded.
+    if name == "constraints":
+        return importlib.import_module("sedd.constraints")
     if name not in __all__:
         raise AttributeError(f"module 'sedd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME.get(name, "sedd.model")), name)

@@ -61,3 +61,24 @@ def test_the_judge_is_witten_and_bells():
     judge = quality.Judge(np.array(train), 4, 3)
     expected = witten_bell(text, train, 3, 4)
     np.testing.assert_allclose(judge.nats(np.array([text, text])), expected, rtol=1e-12)
+
+
+def test_constrained_prints_a_row_a_pattern(capsys):
+    constrained = importlib.import_module("constrained")
+    shape = {"length": 4, "repeats": 1, "hidden_dim": 8, "num_layers": 1}
+    constrained.main(constrained.Settings(tokenizer="bytes", **shape))
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["pattern"] for row in line["rows"]] == list(constrained.PATTERNS)
+    assert all(row["most likely"] > 0 and row["states"] > 5 for row in line["rows"])
+
+
+def test_json_schemas_counts_what_is_refused(tmp_path, capsys):
+    schemas = [{"type": "dict", "properties": {"a": {"type": "any"}}}, {"multipleOf": 7}]
+    questions = [json.dumps({"function": [{"parameters": schema}]}) for schema in schemas]
+    (tmp_path / "bfcl.json").write_text("\n".join(questions))
+    module = importlib.import_module("json_schemas")
+    module.main(module.Settings(path=tmp_path / "bfcl.json", tokenizer="bytes"))
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    compiled, refused = line["rows"]
+    assert (compiled["schemas"], refused["schemas"]) == (1, 1)
+    assert refused["outcome"].startswith("refused: multipleOf: ")

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"types", "errors", "files"},
-    {"schedules", "processes", "networks", "data"},
+    {"categorical", "schedules", "processes", "networks", "data"},
     {"parameterizations", "reshape", "denoiser"},
     {"objectives", "samplers", "constraints"},
     {"training", "evaluation", "interop"},

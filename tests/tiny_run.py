@@ -6,8 +6,10 @@ import gc
 import importlib
 import io
 import json
+import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -122,6 +124,7 @@ def call(name: str, *arguments: object) -> Outcome:
         mock.patch.object(sys, "argv", argv),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        mock.patch.dict(os.environ, {"SEDD_CACHE": str(Path(tempfile.gettempdir(), "sedd-tests"))}),
     ):
         gc.disable()  # see `collect_failed_reads`: the command line is parsed as source code
         try:

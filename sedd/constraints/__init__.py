@@ -27,7 +27,8 @@ def compile_regex(
     matches nothing or grows too large, and where the vocabulary cannot spell it.
     """
     index = _index(tuple(vocabulary), eos_id)
-    return Automaton.of(compile_tokens(pattern, index, cache_dir=cache_dir))
+    kept = None if cache_dir is None else cache_dir / "automata"
+    return Automaton.of(compile_tokens(pattern, index, cache_dir=kept))
 
 
 def compile_json_schema(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.categorical import categorical
 from sedd.constraints.token_automaton import TokenAutomaton
 from sedd.errors import UserError
 from sedd.types import Array, Bool, Float, Int, Key, bucket
@@ -74,8 +75,13 @@ def tables(automaton: TokenAutomaton, sizes: tuple[int, ...]) -> Tables:
 
 
 def collect(
-    values_X: Float[Array, " X"], into_X: Int[Array, " X"], size: int, *, best: bool, rising=False
-) -> Float[Array, " Y"]:
+    values_X: Float[Array, " X *l"],
+    into_X: Int[Array, " X"],
+    size: int,
+    *,
+    best: bool,
+    rising: bool = False,
+) -> Float[Array, " Y *l"]:
     """The maximum, or the log of the sum, of the values that go to each of ``size`` places."""
     options = {"num_segments": size, "indices_are_sorted": rising}
     top_Y = jnp.maximum(jax.ops.segment_max(values_X, into_X, **options), ZERO)
@@ -90,11 +96,9 @@ def class_mass(
     table: Tables, log_probs_LN: Float[Array, "L N"], *, best: bool
 ) -> Float[Array, "L C1"]:
     """What each class of tokens has at each position; the last class is that of the padding."""
-    live_LM = jnp.take(log_probs_LN, table.token_M, axis=1)
-    mass_LC = jax.vmap(
-        lambda live_M: collect(live_M, table.class_M, table.num_classes, best=best, rising=True)
-    )(live_LM)
-    return jnp.pad(mass_LC, ((0, 0), (0, 1)), constant_values=ZERO)
+    live_ML = jnp.take(log_probs_LN.T, table.token_M, axis=0)  # whole rows move faster
+    mass_CL = collect(live_ML, table.class_M, table.num_classes, best=best, rising=True)
+    return jnp.pad(mass_CL.T, ((0, 0), (0, 1)), constant_values=ZERO)
 
 
 def suffix_values(
@@ -139,16 +143,20 @@ def walk(
         target_C = target_C.at[here_E].set(table.target_E, mode="drop")
         # Padded edges are of no state, and the padded class leads nowhere.
         ahead_C = jnp.where(target_C < 0, ZERO, value_S[target_C])
-        score_N = ahead_C[table.class_of_N]
-        score_N = jnp.where(score_N > IMPOSSIBLE, score_N + log_probs_N, ZERO)
-        if key is not None:
-            score_N = score_N + jax.random.gumbel(key, score_N.shape, mode="high")
-        token = jnp.argmax(score_N).astype(jnp.int32)
+        score_N = ahead_C[table.class_of_N] + log_probs_N  # ZERO is too large for a sum to change
+        token = first_best(score_N) if key is None else categorical(key, score_N)
+        token = token.astype(jnp.int32)
         state_after = jnp.where(index < length, target_C[table.class_of_N[token]], state)
         return state_after, jnp.where(index < length, token, 0)
 
     positions = (jnp.arange(len(log_probs_LN)), log_probs_LN, value_LS[1:], keys_L)
     return jax.lax.scan(step, start, positions)[1]
+
+
+def first_best(score_N: Float[Array, " N"]) -> Int[Array, ""]:
+    """The first of the greatest: two passes that the compiler vectorises, as argmax is not."""
+    index_N = jnp.arange(len(score_N))
+    return jnp.where(score_N == score_N.max(), index_N, len(score_N) - 1).min()
 
 
 def prefix_values(

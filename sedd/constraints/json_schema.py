@@ -32,20 +32,24 @@ regex may match less than the schema allows, never more, and what it matches is 
 import json
 import math
 import re
-import reprlib
-import sys
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from itertools import combinations, groupby
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
 
-from sedd.constraints.regex import CATEGORIES, Ranges, complement, union
-from sedd.errors import UserError
-
-Path = tuple[str, ...]
-Span = tuple[tuple[str, str], ...]  # the least and the greatest digit of each position
+from sedd.constraints.json_text import (
+    BOUNDS,
+    FORMATS,
+    TEXT,
+    Path,
+    Pattern,
+    literal,
+    number,
+    one_of,
+    refuse,
+    repeat,
+    show,
+)
 
 ANNOTATIONS = (
     "title",
@@ -64,7 +68,7 @@ AT_ROOT = ("$schema", "$id")
 DRAFTS = ("https://json-schema.org/draft/2020-12/schema", "http://json-schema.org/draft-07/schema")
 KEYWORDS = {
     "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "number": (*BOUNDS, "multipleOf"),
     "object": (
         "properties",
         "required",
@@ -92,22 +96,7 @@ ALL_TYPES = frozenset(TYPES)
 ANY_DEPTH = 2
 MAX_NESTING = 64  # far above any real schema's; Python's own stack ends at about four times that
 MAX_CHARACTERS = 2**20  # of a regex: references to references can double it at each step
-INTEGER_DIGITS = 15  # every integer of so many digits is a double, whoever reads it
-FRACTION_DIGITS = 6
 MAX_COUNT = 2**32 - 2  # the most that Python's re counts to
-BOUND_DIGITS = 19  # the greatest bound of an integer, 64 bits
-# Up to here neighbours of FRACTION_DIGITS after the point are different doubles, so that a number
-# that is written as less than a bound is read as less than it.
-EXACT = 10**9
-
-_LARGEST = sys.maxunicode
-_ASCII = ((0, 0x7F),)
-_ANY = ((0, _LARGEST),)
-_LINE_ENDS = ((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))
-_CONTROLS = {"t": 0x09, "n": 0x0A, "v": 0x0B, "f": 0x0C, "r": 0x0D}
-_HEX_DIGITS = {"x": 2, "u": 4}
-_ESCAPES = {0x22: '"', 0x5C: "\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x09: "t"}
-_NOT_RAW = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 
 
 def schema_to_regex(schema: Any, *, compact: bool = False) -> str:
@@ -120,19 +109,6 @@ def schema_to_regex(schema: Any, *, compact: bool = False) -> str:
     return _Converter(schema, compact).value(schema, ())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """A regex of JSON string content, and how many characters it stands for.
-
-    ``atom`` is set where it is nothing but that character, ``low`` to ``high`` times.
-    """
-
-    text: str
-    low: int
-    high: float
-    atom: str | None = None
-
-
 class _Converter:
     """One schema's conversion; ``path`` is where a subschema stands in the document."""
 
@@ -142,7 +118,7 @@ class _Converter:
         self.open: list[Path] = []  # the schemas around the one at hand, references followed
         draft = root.get("$schema", DRAFTS[0]) if isinstance(root, Mapping) else DRAFTS[0]
         if not isinstance(draft, str) or draft.rstrip("#") not in DRAFTS:
-            _refuse(("$schema",), f"expected {' or '.join(DRAFTS)}, got {draft!r}")
+            refuse(("$schema",), f"expected {' or '.join(DRAFTS)}, got {draft!r}")
         self.older = draft.rstrip("#") != DRAFTS[0]
 
     def value(self, schema: Any, path: Path, within: frozenset[str] = ALL_TYPES) -> str:
@@ -150,16 +126,16 @@ class _Converter:
         if schema is True:
             schema = {}
         if schema is False:
-            _refuse(path, "false allows no value")
+            refuse(path, "false allows no value")
         if not isinstance(schema, Mapping):
-            _refuse(path, f"a schema is an object or a boolean, got {_show(schema)}")
+            refuse(path, f"a schema is an object or a boolean, got {show(schema)}")
         if len(self.open) == MAX_NESTING:
-            _refuse(path, f"schemas nest more than {MAX_NESTING} deep")
+            refuse(path, f"schemas nest more than {MAX_NESTING} deep")
         self.open.append(path)
         text = self._keywords(schema, path, within)
         self.open.pop()
         if len(text) > MAX_CHARACTERS:
-            _refuse(path, f"the regex has more than {MAX_CHARACTERS} characters")
+            refuse(path, f"the regex has more than {MAX_CHARACTERS} characters")
         return text
 
     def _keywords(self, schema: Mapping[str, Any], path: Path, within: frozenset[str]) -> str:
@@ -167,25 +143,25 @@ class _Converter:
         said = [key for key in schema if key not in unsaid]
         for key in said:
             if key not in ("type", *OWNER, *VALUES, *COMBINERS):
-                _refuse((*path, key), "outside the supported subset of JSON Schema")
+                refuse((*path, key), "outside the supported subset of JSON Schema")
             # Draft 7 overlooks both: the first wherever it is, the second beside $ref.
             if self.older and (key == "prefixItems" or (key == "type" and "$ref" in schema)):
-                _refuse((*path, key), "not as draft 7 has it, which $schema names")
+                refuse((*path, key), "not as draft 7 has it, which $schema names")
         types = self._types(schema, path, within)
         for key in said:
             if key in COMBINERS or key in VALUES:
                 for other in said:
                     if other not in (key, "type"):
-                        _refuse((*path, other), f"not supported beside {key}")
+                        refuse((*path, other), f"not supported beside {key}")
                 convert = self._values if key in VALUES else self._combined
                 return convert(schema, key, path, types)
         about = {OWNER[key] for key in said if key != "type"}
         for key in said:
             if key != "type" and not TYPES[OWNER[key]] & types:
-                _refuse((*path, key), f"does not apply to {' or '.join(_names(types))}")
+                refuse((*path, key), f"does not apply to {' or '.join(_names(types))}")
         if about and "type" not in schema:
             types &= frozenset().union(*(TYPES[owner] for owner in about))
-        return _union([self._typed(name, schema, path) for name in _names(types)])
+        return one_of([self._typed(name, schema, path) for name in _names(types)])
 
     def _types(
         self, schema: Mapping[str, Any], path: Path, within: frozenset[str]
@@ -198,17 +174,17 @@ class _Converter:
         names: list[Any] = said if isinstance(said, list) and said else [said]
         for name in names:
             if not isinstance(name, str) or name not in TYPES:
-                _refuse(path, f"expected one of {', '.join(TYPES)} or a list, got {_show(said)}")
+                refuse(path, f"expected one of {', '.join(TYPES)} or a list, got {show(said)}")
         types = within & frozenset().union(*(TYPES[name] for name in names))
         if not types:
-            _refuse(path, f"allows no value, where {' or '.join(_names(within))} is expected")
+            refuse(path, f"allows no value, where {' or '.join(_names(within))} is expected")
         return types
 
     def _typed(self, name: str, schema: Mapping[str, Any], path: Path) -> str:
         if name == "string":
             return self._string(schema, path)
         if name in ("integer", "number"):
-            return _number(schema, path, whole=name == "integer")
+            return number(schema, path, whole=name == "integer")
         if name == "object":
             return self._object(schema, path)
         if name == "array":
@@ -220,13 +196,13 @@ class _Converter:
     ) -> str:
         path = (*path, key)
         texts = [
-            _literal(self._dumps(value, path))
+            literal(self._dumps(value, path))
             for value in _listed(schema, key, path)
             if _types_of(value) & types
         ]
         if not texts:
-            _refuse(path, f"holds no {' or '.join(_names(types))}")
-        return _union(texts)
+            refuse(path, f"holds no {' or '.join(_names(types))}")
+        return one_of(texts)
 
     def _dumps(self, value: Any, path: Path) -> str:
         """A value's text, which has to be JSON and Unicode."""
@@ -236,7 +212,7 @@ class _Converter:
             )
             text.encode()
         except (TypeError, ValueError, RecursionError) as error:
-            _refuse(path, f"{_show(value)} is not JSON ({error})")
+            refuse(path, f"{show(value)} is not JSON ({error})")
         return text
 
     def _combined(
@@ -244,11 +220,11 @@ class _Converter:
     ) -> str:
         path = (*path, key)
         branches = self._branches(schema, key, path)
-        text = _union([self.value(branch, where, types) for branch, where in branches])
+        text = one_of([self.value(branch, where, types) for branch, where in branches])
         if key == "oneOf":
             for (first, at_first), (second, at_second) in combinations(branches, 2):
                 if not self._disjoint(first, second, types):
-                    _refuse(
+                    refuse(
                         path,
                         f"cannot tell that no value fits both {at_first[-1]} and {at_second[-1]}: "
                         "give them different types, or a required property that differs "
@@ -262,25 +238,25 @@ class _Converter:
         if key == "$ref":
             return [self._target(said, path)]
         if not isinstance(said, list) or not said:
-            _refuse(path, f"expected a list of schemas, got {_show(said)}")
+            refuse(path, f"expected a list of schemas, got {show(said)}")
         if key == "allOf" and len(said) > 1:
-            _refuse(path, f"supported for one schema only, got {len(said)}")
+            refuse(path, f"supported for one schema only, got {len(said)}")
         return [(branch, (*path, str(index))) for index, branch in enumerate(said)]
 
     def _target(self, reference: Any, path: Path) -> tuple[Any, Path]:
         """The schema that a JSON pointer names (RFC 6901, section 6)."""
         if not isinstance(reference, str) or not re.fullmatch("#(?:/.*)?", reference, re.DOTALL):
-            _refuse(path, f"expected a JSON pointer (#/$defs/name), got {_show(reference)}")
+            refuse(path, f"expected a JSON pointer (#/$defs/name), got {show(reference)}")
         target, where = self.root, ()
         for token in urllib.parse.unquote(reference).split("/")[1:]:
             key = token.replace("~1", "/").replace("~0", "~")
             if isinstance(target, list):
                 target = {str(index): each for index, each in enumerate(target)}
             if not isinstance(target, Mapping) or key not in target:
-                _refuse(path, f"{_show(reference)} names nothing in the schema")
+                refuse(path, f"{show(reference)} names nothing in the schema")
             target, where = target[key], (*where, key)
         if where in self.open:
-            _refuse(path, f"{_show(reference)} refers to a schema around it; recursion is refused")
+            refuse(path, f"{show(reference)} refers to a schema around it; recursion is refused")
         return target, where
 
     def _disjoint(self, first: Any, second: Any, types: frozenset[str]) -> bool:
@@ -340,7 +316,7 @@ class _Converter:
     def _anything(self, depth: int) -> str:
         """Any value whose arrays and objects nest at most ``depth`` deep."""
         names = _names(ALL_TYPES if depth else ALL_TYPES - {"object", "array"})
-        return _union(
+        return one_of(
             [
                 self._map(self._anything(depth - 1))
                 if name == "object"
@@ -360,30 +336,30 @@ class _Converter:
     def _object(self, schema: Mapping[str, Any], path: Path) -> str:
         properties = schema.get("properties", {})
         if not isinstance(properties, Mapping):
-            _refuse((*path, "properties"), f"expected an object, got {_show(properties)}")
+            refuse((*path, "properties"), f"expected an object, got {show(properties)}")
         required = schema.get("required", [])
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            _refuse((*path, "required"), f"expected a list of names, got {_show(required)}")
+            refuse((*path, "required"), f"expected a list of names, got {show(required)}")
         for name in required:
             if name not in properties:
-                _refuse((*path, "required"), f"{_show(name)} is not among the properties")
+                refuse((*path, "required"), f"{show(name)} is not among the properties")
         others = schema.get("additionalProperties", True)
         if not isinstance(others, bool | Mapping):
             where = (*path, "additionalProperties")
-            _refuse(where, f"a schema is an object or a boolean, got {_show(others)}")
+            refuse(where, f"a schema is an object or a boolean, got {show(others)}")
         free = "properties" not in schema and others is not False
         fewest, most = _counts(schema, path, "minProperties", "maxProperties")
         if fewest > len(set(required)):
-            _refuse((*path, "minProperties"), "supported only up to the number of required ones")
+            refuse((*path, "minProperties"), "supported only up to the number of required ones")
         if most < (math.inf if free else len(properties)):
-            _refuse((*path, "maxProperties"), "supported only from the number of properties up")
+            refuse((*path, "maxProperties"), "supported only from the number of properties up")
         if free:
             return self._map(self._inside(others, (*path, "additionalProperties")))
         pairs = []
         for name, subschema in properties.items():
             where = (*path, "properties", name)
             text = self.value(subschema, where)
-            pairs.append(_literal(self._dumps(name, where) + self.colon) + text)
+            pairs.append(literal(self._dumps(name, where) + self.colon) + text)
         return rf"\{{{self._members(pairs, [name in required for name in properties])}\}}"
 
     def _members(self, pairs: Sequence[str], needed: Sequence[bool]) -> str:
@@ -405,26 +381,26 @@ class _Converter:
             return pairs[0]
         left, right = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
         rest = "".join(f"(?:{self.comma}{pair})?" for pair in right)
-        return _union([self._some(left) + rest, self._some(right)])
+        return one_of([self._some(left) + rest, self._some(right)])
 
     def _map(self, value: str) -> str:
-        pair = f'"{_TEXT.text}"{self.colon}{value}'
+        pair = f'"{TEXT.text}"{self.colon}{value}'
         return rf"\{{(?:{pair}(?:{self.comma}{pair})*)?\}}"
 
     def _array(self, schema: Mapping[str, Any], path: Path) -> str:
         low, high = _counts(schema, path, "minItems", "maxItems")
         unique = schema.get("uniqueItems", False)
         if unique is not False:
-            _refuse((*path, "uniqueItems"), f"only false is supported, got {_show(unique)}")
+            refuse((*path, "uniqueItems"), f"only false is supported, got {show(unique)}")
         where = (*path, "prefixItems")
         prefix = schema.get("prefixItems", [])
         if not isinstance(prefix, list) or ("prefixItems" in schema and not prefix):
-            _refuse(where, f"expected a list of schemas, got {_show(prefix)}")
+            refuse(where, f"expected a list of schemas, got {show(prefix)}")
         first = [self.value(each, (*where, str(i))) for i, each in enumerate(prefix)]
         items = schema.get("items", not prefix)
         if items is False:
             if low > len(prefix):
-                _refuse((*path, "minItems"), f"more than the {len(prefix)} items that there can be")
+                refuse((*path, "minItems"), f"more than the {len(prefix)} items that there can be")
             return self._list("", low, min(high, len(prefix)), first)
         return self._list(self._inside(items, (*path, "items")), low, high, first)
 
@@ -434,7 +410,7 @@ class _Converter:
         taken = max(len(first), 1)  # the items after these all follow a comma
         rest = ""
         if high > taken:
-            rest = _repeat(f"(?:{self.comma}{item})", max(low - taken, 0), high - taken)
+            rest = repeat(f"(?:{self.comma}{item})", max(low - taken, 0), high - taken)
         elements = [*first, item][:taken] if high else []
         for index, element in reversed(list(enumerate(elements))):
             rest = f"{self.comma if index else ''}{element}{rest}"
@@ -443,308 +419,25 @@ class _Converter:
 
     def _string(self, schema: Mapping[str, Any], path: Path) -> str:
         low, high = _counts(schema, path, "minLength", "maxLength")
-        piece, source = _TEXT, ""
+        piece, source = TEXT, ""
         if "format" in schema:
             name = schema["format"]
             if not isinstance(name, str) or name not in FORMATS:
-                given = f"expected one of {', '.join(FORMATS)}, got {_show(name)}"
-                _refuse((*path, "format"), given)
+                given = f"expected one of {', '.join(FORMATS)}, got {show(name)}"
+                refuse((*path, "format"), given)
             if "pattern" in schema:
-                _refuse((*path, "pattern"), "not supported beside format")
+                refuse((*path, "pattern"), "not supported beside format")
             piece, source = FORMATS[name], "format"
         elif "pattern" in schema:
-            piece, source = _Pattern(schema["pattern"], (*path, "pattern")).search(), "pattern"
+            piece, source = Pattern(schema["pattern"], (*path, "pattern")).search(), "pattern"
         if low <= piece.low and piece.high <= high:
             return f'"{piece.text}"'
         key = "minLength" if low > piece.low else "maxLength"
         if low > piece.high or high < piece.low:
-            _refuse((*path, key), f"no string of that {source} has such a length")
+            refuse((*path, key), f"no string of that {source} has such a length")
         if piece.atom is None:
-            _refuse((*path, key), f"not supported beside this {source}, whose lengths differ")
-        return f'"{_repeat(piece.atom, max(low, piece.low), min(high, piece.high))}"'
-
-
-class _Pattern:
-    """A ``pattern``, read as a regex of characters and written as one of JSON string content."""
-
-    def __init__(self, source: Any, path: Path):
-        if not isinstance(source, str):
-            _refuse(path, f"expected a regular expression, got {_show(source)}")
-        self.source, self.path, self.at = source, path, 0
-
-    def search(self) -> _Piece:
-        """The strings in which the pattern is found."""
-        branches = []
-        while True:
-            start = self._take("^")
-            branch = self._sequence()
-            end = self._take("$")
-            if not start:
-                branch = _joined([_TEXT, branch])
-            if not end:
-                branch = _joined([branch, _TEXT])
-            branches.append(branch)
-            if not self._next():
-                return _either(branches)
-            if not self._take("|"):
-                self._refuse("an anchor or a bracket out of place")
-
-    def _refuse(self, problem: str) -> NoReturn:
-        _refuse(self.path, f"{_show(self.source)} at position {self.at}: {problem}")
-
-    def _next(self) -> str:
-        return self.source[self.at : self.at + 1]
-
-    def _take(self, text: str) -> bool:
-        found = self.source.startswith(text, self.at)
-        self.at += len(text) * found
-        return found
-
-    def _read(self, regex: str) -> str:
-        """What a regex matches here; nothing where it does not."""
-        match = re.compile(regex, re.ASCII).match(self.source, self.at)
-        self.at += len(match[0]) if match else 0
-        return match[0] if match else ""
-
-    def _sequence(self) -> _Piece:
-        pieces = []
-        while self._next() not in ("", "|", ")", "$"):
-            pieces.append(self._quantified(self._atom()))
-        return _joined(pieces)
-
-    def _atom(self) -> _Piece:
-        if self._take("("):
-            if not self._take("?:") and self._next() == "?":
-                self._refuse("only (…) and (?:…) are supported, no look-around, names or flags")
-            branches = [self._sequence()]
-            while self._take("|"):
-                branches.append(self._sequence())
-            if not self._take(")"):
-                self._refuse("expected )")
-            return _either(branches)
-        if self._take("["):
-            return self._character(self._class())
-        if self._take("."):
-            return self._character(_without(_ANY, _LINE_ENDS))
-        if self._next() in "^*+?{}]":
-            self._refuse(f"{self._next()!r} out of place; write \\{self._next()} for the character")
-        return self._character(self._member()[0])
-
-    def _character(self, ranges: Ranges) -> _Piece:
-        text = _json_character(ranges)
-        if not text:
-            self._refuse("a character before this stands only in \\u escapes, which are not used")
-        return _Piece(text=text, low=1, high=1, atom=text)
-
-    def _class(self) -> Ranges:
-        negated = self._take("^")
-        if self._next() == "]":
-            self._refuse("']' out of place; write \\] for the character")
-        ranges, disputed = [], False
-        while not self._take("]"):
-            if not self._next():
-                self._refuse("expected ]")
-            low, shorthand = self._member()
-            disputed |= shorthand
-            if self._next() == "-" and self.source[self.at + 1 : self.at + 2] not in ("", "]"):
-                self.at += 1
-                high, also = self._member()
-                if shorthand or also or high[0][0] < low[0][0]:
-                    self._refuse("a range without order")
-                low = ((low[0][0], high[0][0]),)
-            ranges += low
-        if not negated:
-            return union(ranges)
-        # Outside ASCII, Python's \d, \w and \s hold more than ECMAScript's.
-        return _without(_ASCII if disputed else _ANY, union(ranges))
-
-    def _member(self) -> tuple[Ranges, bool]:
-        """A character or a shorthand, such as the one for digits, and whether it is the latter."""
-        character = self._read(r"(?s:.)")
-        code = ord(character)
-        if character == "\\":
-            letter = self._read(r"(?s:.)")
-            if letter.lower() in CATEGORIES:
-                ranges = CATEGORIES[letter.lower()]
-                return (ranges if letter.islower() else _without(_ASCII, ranges)), True
-            if letter in _HEX_DIGITS:
-                digits = self._read(f"[0-9a-fA-F]{{{_HEX_DIGITS[letter]}}}")
-                if not digits:
-                    self._refuse(f"expected {_HEX_DIGITS[letter]} hexadecimal digits")
-                code = int(digits, 16)
-            elif letter in _CONTROLS:
-                code = _CONTROLS[letter]
-            elif not letter or letter.isalnum() or not letter.isascii():
-                self._refuse(f"\\{letter} before this is not supported")
-            else:
-                code = ord(letter)
-        if 0xD800 <= code <= 0xDFFF:
-            self._refuse("half of a surrogate pair before this; write the character itself")
-        return ((code, code),), False
-
-    def _quantified(self, piece: _Piece) -> _Piece:
-        mark = self._read(r"[*+?]|\{[0-9]{1,9}(?:,(?:[0-9]{1,9})?)?\}")
-        if not mark:
-            return piece
-        if mark[0] == "{":
-            least, comma, most = mark[1:-1].partition(",")
-            low, high = int(least), int(most) if most else math.inf if comma else int(least)
-        else:
-            low, high = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[mark]
-        if low > high:
-            self._refuse("the least count before this exceeds the greatest")
-        self._take("?")  # a lazy quantifier matches the same strings
-        if self._next() and self._next() in "*+?{":
-            self._refuse("a quantifier of a quantifier, or a possessive one")
-        once = piece.low == piece.high == 1
-        return _Piece(
-            text=_repeat(piece.text if piece.atom and once else f"(?:{piece.text})", low, high),
-            low=piece.low * low,
-            high=piece.high * high if piece.high and high else 0,
-            atom=piece.atom if once else None,
-        )
-
-
-def _joined(pieces: Sequence[_Piece]) -> _Piece:
-    if len(pieces) == 1:
-        return pieces[0]
-    return _Piece(
-        text="".join(piece.text for piece in pieces),
-        low=sum(piece.low for piece in pieces),
-        high=sum(piece.high for piece in pieces),
-    )
-
-
-def _either(pieces: Sequence[_Piece]) -> _Piece:
-    if len(pieces) == 1:
-        return pieces[0]
-    return _Piece(
-        text=_union([piece.text for piece in pieces]),
-        low=min(piece.low for piece in pieces),
-        high=max(piece.high for piece in pieces),
-    )
-
-
-def _number(schema: Mapping[str, Any], path: Path, *, whole: bool) -> str:
-    """The decimals between the bounds."""
-    step = schema.get("multipleOf", 1)
-    if "multipleOf" in schema and (isinstance(step, bool) or step != 1 or not whole):
-        _refuse((*path, "multipleOf"), f"only 1 is supported, for integers, got {_show(step)}")
-    unit = 1 if whole else 10**FRACTION_DIGITS
-    bounds = {
-        key: _bound(schema[key], (*path, key), whole)
-        for key in KEYWORDS["number"]
-        if key in schema and key != "multipleOf"
-    }
-    digits = INTEGER_DIGITS
-    if any(abs(bound) >= 10**digits for bound in bounds.values()):
-        digits = BOUND_DIGITS
-    low, high = 1 - unit * 10**digits, unit * 10**digits - 1
-    for key, bound in bounds.items():
-        scaled = bound * unit
-        if key == "minimum":
-            low = max(low, math.ceil(scaled))
-        elif key == "exclusiveMinimum":
-            low = max(low, math.floor(scaled) + 1)
-        elif key == "maximum":
-            high = min(high, math.floor(scaled))
-        else:
-            high = min(high, math.ceil(scaled) - 1)
-    if low > high:
-        _refuse(path, f"no {'integer' if whole else 'number'} lies between the bounds")
-    magnitudes = _naturals if whole else _decimals
-    negative = magnitudes(max(-high, 1), -low) if low < 0 else []  # never -0
-    positive = magnitudes(max(low, 0), high) if high >= 0 else []
-    return _union([*(["-" + _union(negative)] if negative else []), *positive])
-
-
-def _bound(value: Any, path: Path, whole: bool) -> Fraction:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _refuse(path, f"expected a number, got {_show(value)}")
-    largest = 10**BOUND_DIGITS if whole else 10**INTEGER_DIGITS
-    if not whole and path[-1].startswith("exclusive"):
-        largest = EXACT + 1
-    if not abs(value) < largest:
-        _refuse(path, f"expected a magnitude below {largest}, got {_show(value)}")
-    # A fraction is what it is written as: "0.1" reads as the double that 0.1 is.
-    return Fraction(value) if value == int(value) else Fraction(repr(value))
-
-
-def _naturals(low: int, high: int) -> list[str]:
-    """Alternatives for the integers from ``low`` >= 0 to ``high``."""
-    texts, full = ["0"] if low == 0 else [], []
-    low = max(low, 1)
-    for width in range(len(str(low)), len(str(high)) + 1):
-        least, most = max(low, 10 ** (width - 1)), min(high, 10**width - 1)
-        if least == 10 ** (width - 1) and most == 10**width - 1:
-            full.append(width)
-        elif least <= most:
-            texts += [_digits(span) for span in _spans(str(least), str(most))]
-    if full:
-        texts.append("[1-9]" + _repeat("[0-9]", full[0] - 1, full[-1] - 1))
-    return texts
-
-
-def _decimals(low: int, high: int) -> list[str]:
-    """Alternatives for the decimals from ``low`` >= 0 to ``high``, in the last digit's units."""
-    unit = 10**FRACTION_DIGITS
-    (first, above), (last, below) = divmod(low, unit), divmod(high, unit)
-    if first == last:
-        return [str(first) + _fraction(above, below)]
-    texts = []
-    if above:
-        texts.append(str(first) + _fraction(above, unit - 1))
-        first += 1
-    if below != unit - 1:
-        texts.append(str(last) + _fraction(0, below))
-        last -= 1
-    if first <= last:
-        texts.append(_union(_naturals(first, last)) + _fraction(0, unit - 1))
-    return texts
-
-
-def _fraction(low: int, high: int) -> str:
-    """The point and the digits after it; trailing zeros, or all of it, may be left out."""
-    texts = []
-    for span in _spans(*(f"{bound:0{FRACTION_DIGITS}}" for bound in (low, high))):
-        kept = len(span)
-        while kept > 1 and span[kept - 1][0] == "0":
-            kept -= 1
-        if len(set(span[kept:])) == 1:
-            tail = _repeat(_digits(span[kept : kept + 1]), 0, len(span) - kept)
-        else:
-            tail = ""
-            for position in reversed(span[kept:]):
-                tail = f"(?:{_digits((position,))}{tail})?"
-        texts.append(_digits(span[:kept]) + tail)
-    return rf"(?:\.{_union(texts)})" + ("" if low else "?")
-
-
-def _spans(low: str, high: str) -> Iterator[Span]:
-    """The numbers between two of equal width, as products of digit ranges."""
-    width = len(low)
-    if set(low) <= {"0"} and set(high) <= {"9"}:
-        yield (("0", "9"),) * width
-        return
-    first, last, rest = int(low[0]), int(high[0]), width - 1
-    if first == last:
-        yield from (((low[0], low[0]), *span) for span in _spans(low[1:], high[1:]))
-        return
-    if low[1:] != "0" * rest:
-        yield from (((low[0], low[0]), *span) for span in _spans(low[1:], "9" * rest))
-        first += 1
-    if high[1:] != "9" * rest:
-        yield from (((high[0], high[0]), *span) for span in _spans("0" * rest, high[1:]))
-        last -= 1
-    if first <= last:
-        yield ((str(first), str(last)), *(("0", "9"),) * rest)
-
-
-def _digits(span: Span) -> str:
-    return "".join(
-        _repeat(low if low == high else f"[{low}-{high}]", count, count)
-        for (low, high), count in ((pair, len(list(run))) for pair, run in groupby(span))
-    )
+            refuse((*path, key), f"not supported beside this {source}, whose lengths differ")
+        return f'"{repeat(piece.atom, max(low, piece.low), min(high, piece.high))}"'
 
 
 def _counts(schema: Mapping[str, Any], path: Path, least: str, most: str) -> tuple[int, float]:
@@ -755,12 +448,12 @@ def _counts(schema: Mapping[str, Any], path: Path, least: str, most: str) -> tup
         if key in schema:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and 0 <= value <= MAX_COUNT and value == int(value)):
-                _refuse((*path, key), f"expected a count up to {MAX_COUNT}, got {_show(value)}")
+                refuse((*path, key), f"expected a count up to {MAX_COUNT}, got {show(value)}")
             value = int(value)
         ends.append(value)
     low, high = ends
     if low > high:
-        _refuse((*path, least), f"{low} exceeds {most} {high}")
+        refuse((*path, least), f"{low} exceeds {most} {high}")
     return low, high
 
 
@@ -770,7 +463,7 @@ def _listed(schema: Mapping[str, Any], key: str, path: Path) -> list[Any]:
     if key == "const":
         return [said]
     if not isinstance(said, list) or not said:
-        _refuse(path, f"expected a list of values, got {_show(said)}")
+        refuse(path, f"expected a list of values, got {show(said)}")
     return said
 
 
@@ -806,103 +499,3 @@ def _names(types: frozenset[str]) -> list[str]:
     return [
         name for name in TYPES if name in types and not (name == "integer" and "number" in types)
     ]
-
-
-def _union(texts: Iterable[str]) -> str:
-    """One of some texts, each of them once."""
-    texts = list(dict.fromkeys(texts))
-    return texts[0] if len(texts) == 1 else f"(?:{'|'.join(texts)})"
-
-
-def _repeat(atom: str, low: int, high: float) -> str:
-    if low == high:
-        return {0: "", 1: atom}.get(low, f"{atom}{{{low}}}")
-    if high == math.inf:
-        return atom + {0: "*", 1: "+"}.get(low, f"{{{low},}}")
-    return atom + ("?" if (low, high) == (0, 1) else f"{{{low},{int(high)}}}")
-
-
-def _literal(text: str) -> str:
-    return re.sub(r"[\\.^$*+?{}\[\]|()]", r"\\\g<0>", text)
-
-
-def _without(ranges: Ranges, others: Ranges) -> Ranges:
-    return complement(union([*complement(ranges), *others]))
-
-
-def _json_character(ranges: Ranges) -> str:
-    """An atom for one character of a JSON string; nothing where none can be written."""
-    raw = _without(ranges, _NOT_RAW)
-    letters = [
-        letter
-        for code, letter in _ESCAPES.items()
-        if any(low <= code <= high for low, high in ranges)
-    ]
-    escapes = union((ord(letter), ord(letter)) for letter in letters)
-    if not escapes:
-        return _written(raw) if raw else ""
-    escaped = r"\\" + _written(escapes)
-    return f"(?:{_written(raw)}|{escaped})" if raw else f"(?:{escaped})"
-
-
-def _written(ranges: Ranges) -> str:
-    """A class of characters, negated where that is shorter: where it goes on to the last one."""
-    if ranges[-1][1] == _LARGEST:
-        return f"[^{_class_members(complement(ranges))}]"
-    if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
-        return _literal(chr(ranges[0][0]))
-    return f"[{_class_members(ranges)}]"
-
-
-def _class_members(ranges: Ranges) -> str:
-    def written(code: int) -> str:
-        if code < 0x20 or code == 0x7F:
-            return f"\\x{code:02x}"
-        return ("\\" if chr(code) in r"\]^-[" else "") + chr(code)
-
-    return "".join(
-        written(low) if low == high else f"{written(low)}-{written(high)}" for low, high in ranges
-    )
-
-
-def _show(value: Any) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python does not write integers of thousands of digits
-        return "a number of too many digits"
-
-
-def _refuse(path: Path, problem: str) -> NoReturn:
-    """The path is a JSON pointer in a URI's fragment, without percent signs."""
-    tokens = [str(token).replace("~", "~0").replace("/", "~1") for token in path]
-    shown = (c if c.isprintable() else repr(c)[1:-1] for c in "/".join(["#", *tokens]))
-    raise UserError(f"{''.join(shown)}: {problem}")
-
-
-_CHARACTER = _json_character(_ANY)
-_TEXT = _Piece(text=_CHARACTER + "*", low=0, high=math.inf, atom=_CHARACTER)
-
-_YEAR = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
-_FOURS = "(?:0[48]|[2468][048]|[13579][26])"  # the multiples of 4 from 04 to 96
-_LEAP_YEAR = f"(?:[0-9]{{2}}{_FOURS}|{_FOURS}00)"
-_DATE = (
-    f"(?:{_YEAR}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
-    "|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
-    f"|{_LEAP_YEAR}-02-29)"
-)
-_CLOCK = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
-_TIME = rf"{_CLOCK}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+\-]{_CLOCK})"
-_ATOM = r"[A-Za-z0-9!#$%&'*+/=?\^_`{|}~\-]+"  # RFC 5322's atext
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9\-]*[A-Za-z0-9])?"  # at most 63 would cost 250 states
-_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-_HEX = "[0-9a-fA-F]"
-FORMATS = {
-    "date": _Piece(text=_DATE, low=10, high=10),
-    "time": _Piece(text=_TIME, low=9, high=21),
-    "date-time": _Piece(text=f"{_DATE}T{_TIME}", low=20, high=32),
-    "email": _Piece(text=rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})+", low=5, high=math.inf),
-    "uuid": _Piece(
-        text=f"{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}", low=36, high=36
-    ),
-    "ipv4": _Piece(text=rf"{_OCTET}(?:\.{_OCTET}){{3}}", low=7, high=15),
-}

@@ -3,6 +3,7 @@
 Numpy and the processor only; states × vocabulary is never formed. arXiv:2505.23061, section 4.
 """
 
+import contextlib
 import hashlib
 import io
 import zipfile
@@ -135,7 +136,8 @@ def compile_tokens(
     automaton = lift(compile_bytes(pattern), vocabulary, pattern)
     buffer = io.BytesIO()
     np.savez(buffer, **{name: getattr(automaton, name) for name in ARRAYS})
-    write_whole(path, buffer.getvalue())
+    with contextlib.suppress(UserError):  # without a place to keep it, it is compiled each time
+        write_whole(path, buffer.getvalue())
     return automaton
 
 

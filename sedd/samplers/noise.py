@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sedd.categorical import categorical
 from sedd.processes.base import at, put
 from sedd.types import Array, Bool, Float, Int, Key
 
@@ -10,16 +11,6 @@ from sedd.types import Array, Bool, Float, Int, Key
 def fold(keys_B: Key[Array, " B"], number: Int[Array, "..."] | int) -> Key[Array, " B"]:
     """Each key with a number folded in: one a key, or the same for all."""
     return jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(number, keys_B.shape))
-
-
-def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Array, "*b"]:
-    """A draw from each row, with noise that resolves probabilities of 1e-14 in float32.
-
-    JAX's default noise stops at 1e-7: it cuts the tail off a large vocabulary, which acts as a
-    hidden temperature (arXiv:2409.02908).
-    """
-    wide = jnp.promote_types(log_probs.dtype, jnp.float32)
-    return jax.random.categorical(key, log_probs.astype(wide), mode="high")
 
 
 def tokens_of(keys_B: Key[Array, " B"], log_probs_BLN: Float[Array, "B L N"]) -> Int[Array, "B L"]:

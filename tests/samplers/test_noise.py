@@ -11,11 +11,12 @@ import pytest
 from oracle import i32
 from scipy import stats
 
+from sedd.categorical import categorical
 from sedd.denoiser import Denoiser
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.samplers.event_jump import EventJump
-from sedd.samplers.noise import categorical, coins, leap, random_rank, tokens_at
+from sedd.samplers.noise import coins, leap, random_rank, tokens_at
 from sedd.schedules import LogLinear
 
 VOCABULARY = 50_257
