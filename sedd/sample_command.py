@@ -1,4 +1,4 @@
-"""What ``sample.py`` is asked for: its flags, and what of them goes with the model."""
+"""The flags of ``sample.py``, and which of them go with each other and with the model."""
 
 import dataclasses
 import json
@@ -24,6 +24,7 @@ from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.sampling import reshape_of, text_verifier
 from sedd.user_code import load_function, load_processor
 
+TITLE = "Draw text from a trained model: from nothing, after a prompt, or into gaps."
 MAX_NUM = 2**20  # more is a mistake that would fill the memory
 
 
@@ -119,7 +120,7 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
         default=SampleCommand(
             checkpoint=tyro.MISSING, sampler=sampler(), inner=inner(), innermost=innermost()
         ),
-        description=f"{__doc__}\n\n{describe(kinds)}",
+        description=f"{TITLE}\n\n{describe(kinds)}",
     )
     check_files(command)
     check_functions(command)

@@ -367,7 +367,7 @@ class Automaton(TokenAutomaton):
         fixed = np.full(length, -1) if fixed is None else np.asarray(fixed)
         final_S = self.final(budget)
         none = np.full(length, -1)
-        if not self._ways(start, none, final_S)[0][start]:
+        if not self._ways(none, final_S)[0][start]:
             needs = int(self.distance[start])
             have = f"{length} tokens are left" + (f" and {budget} after them" if budget else "")
             if needs > length + budget:
@@ -375,14 +375,14 @@ class Automaton(TokenAutomaton):
             raise UserError(f"{self.pattern!r} matches nothing of exactly that length: {have}")
         for position in np.flatnonzero(fixed >= 0):
             upto = np.where(np.arange(length) <= position, fixed, -1)
-            if not self._ways(start, upto, final_S)[0][start]:
+            if not self._ways(upto, final_S)[0][start]:
                 raise UserError(
                     f"the token {fixed[position]} that is given at position {first + position} "
                     f"contradicts {self.pattern!r}"
                 )
         if possible_LC is None:
             return
-        ways_LS = self._ways(start, fixed, final_S)
+        ways_LS = self._ways(fixed, final_S)
         reached_S = np.arange(self.num_states) == start
         for position in range(length):
             edges_E = reached_S[self.edge_source] & ways_LS[position + 1][self.edge_target]
@@ -403,15 +403,23 @@ class Automaton(TokenAutomaton):
         """The states from which exactly ``budget`` tokens, the filling ones included, can match."""
         if budget < 0:
             raise UserError(f"budget must be at least 0, got {budget}")
-        return self._ways(0, np.full(budget, -1), self.accepting)[0]
+        return self._ways(np.full(budget, -1), self.accepting)[0]
 
-    def _ways(self, start: int, fixed_L: np.ndarray, final_S: np.ndarray) -> np.ndarray:
+    def _ways(self, fixed_L: np.ndarray, final_S: np.ndarray) -> np.ndarray:
         """Which states have a way to the end before each position, [L + 1, S]."""
         ways_LS = np.zeros((len(fixed_L) + 1, self.num_states), bool)
         ways_LS[-1] = final_S
-        for position in reversed(range(len(fixed_L))):
+        given = np.flatnonzero(fixed_L >= 0)
+        position = len(fixed_L) - 1
+        while position >= 0:
             edges_E = ways_LS[position + 1][self.edge_target] & self._allowed(fixed_L[position])
             ways_LS[position, self.edge_source[edges_E]] = True
+            first = position
+            if fixed_L[position] < 0 and (ways_LS[position] == ways_LS[position + 1]).all():
+                # Settled: the same down to the next token that is given.
+                first = int(given[given < position].max(initial=-1)) + 1
+                ways_LS[first:position] = ways_LS[position]
+            position = first - 1
         return ways_LS
 
     def _allowed(self, token: int) -> np.ndarray:

@@ -269,3 +269,20 @@ def wider(automaton):
     from sedd.constraints.decode import tables
 
     return tables(automaton, (100, 90, 300, 80))
+
+
+def test_ways_over_long_spans_with_given_tokens():
+    """Where nothing changes any more positions are skipped: never one with a given token."""
+    rng = np.random.default_rng(0)
+    for seed in range(60):
+        automaton, *_ = random_case(4000 + seed)
+        table = table_of(automaton)
+        fixed = np.where(rng.random(14) < 0.2, rng.integers(0, TOKENS, 14), -1)
+        ways = np.zeros((15, automaton.num_states), bool)
+        ways[-1] = automaton.accepting
+        for position in reversed(range(14)):
+            tokens = range(TOKENS) if fixed[position] < 0 else [fixed[position]]
+            for state in range(automaton.num_states):
+                ends = [table[state, t] for t in tokens]
+                ways[position, state] = any(e >= 0 and ways[position + 1, e] for e in ends)
+        np.testing.assert_array_equal(automaton._ways(fixed, automaton.accepting), ways)
