@@ -5,7 +5,7 @@ RUN := runs/quickstart
 STEPS ?=
 export NPROC ?= 16
 
-.PHONY: install quickstart test lint lock clean
+.PHONY: install quickstart test coverage lint lock clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ quickstart: install
 	@ls -1d $(RUN)/checkpoints $(RUN)/curves.png $(RUN)/metrics.jsonl $(RUN)/trace.html
 
 test: install lint
+	$(BIN)/python -m pytest -n auto
+
+# Which lines the tests reach.
+coverage: install
 	$(BIN)/python -m pytest -n auto --cov=sedd --cov-report=term:skip-covered
 
 lint: install
