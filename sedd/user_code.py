@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from sedd.errors import UserError
-from sedd.parameterizations.base import NO_MASS
 from sedd.types import Array, Float, Int
 
 # What comes of numpy and of Python's if where JAX has no values yet.
@@ -44,8 +43,7 @@ class LogitProcessor:
     """A user's function on log probabilities [B, K, N]; see ``Reshape.logit_processor``.
 
     UserError where it raises or returns something else. What shows in the values only, inside jit,
-    is kept for ``raise_error``, and the conditional is left as it was there. A token that it
-    excludes by -inf gets the -1e6 that samplers expect.
+    is kept for ``raise_error``, and the conditional is left as it was there.
     """
 
     def __init__(self, function: Callable[..., Any], spec: str, flag: str, mask_id: int | None):
@@ -82,8 +80,7 @@ class LogitProcessor:
             (masked_BK & ~good_BK).any(), lambda: jax.debug.callback(self._fail), lambda: None
         )
         # Some samplers would never end on nan, and the error with them never show.
-        shaped_BKN = jnp.where(good_BK[..., None], shaped_BKN, log_probs_BKN)
-        return jnp.maximum(shaped_BKN, NO_MASS)
+        return jnp.where(good_BK[..., None], shaped_BKN, log_probs_BKN)
 
     def raise_error(self) -> None:
         """UserError where it excluded every token, or returned nan, since the last time."""

@@ -133,7 +133,7 @@ def walk(
 ) -> Int[Array, " L"]:
     """The likeliest string, or with keys a sample, by what is ahead; token 0 from ``length`` on.
 
-    Ties go to the smallest token. The state after each token, and the tokens.
+    Ties go to the smallest token.
     """
 
     def step(state, position):
