@@ -1,0 +1,159 @@
+"""Results as tables and pictures: for a terminal, a paper, or one HTML file that needs no other."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from sedd.files import write_whole
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of cells under column names; a float is shown to four digits, None as a dash."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"a row of {len(row)} cells under {len(self.columns)} columns")
+
+    def rich(self) -> RichTable:
+        """For a terminal."""
+        table = RichTable(title=self.title or None, title_justify="left")
+        for name, numeric in zip(self.columns, self._numeric(), strict=True):
+            table.add_column(_literal(name), justify="right" if numeric else "left")
+        for row in self.rows:
+            table.add_row(*(_literal(show(cell)) for cell in row))
+        return table
+
+    def markdown(self) -> str:
+        """GitHub's form, without the title."""
+        rule = ["---:" if numeric else "---" for numeric in self._numeric()]
+        lines = [list(self.columns), rule, *([show(cell) for cell in row] for row in self.rows)]
+        return "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+
+    def latex(self) -> str:
+        """A ``tabular`` with the rules of ``booktabs``."""
+        form = "".join("r" if numeric else "l" for numeric in self._numeric())
+        lines = [self.columns, *([show(cell) for cell in row] for row in self.rows)]
+        head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in lines)
+        rows = "\n".join(body)
+        return (
+            f"\\begin{{tabular}}{{{form}}}\n\\toprule\n{head}\n\\midrule\n{rows}\n"
+            "\\bottomrule\n\\end{tabular}"
+        )
+
+    def html(self) -> str:
+        """A ``<table>``."""
+        numeric = self._numeric()
+
+        def line(cells, tag):
+            return "".join(
+                f"<{tag}{' class=n' if right else ''}>{html.escape(show(cell))}</{tag}>"
+                for cell, right in zip(cells, numeric, strict=True)
+            )
+
+        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
+        return (
+            f"<table>{title}<thead><tr>{line(self.columns, 'th')}</tr></thead>"
+            f"<tbody>{body}</tbody></table>"
+        )
+
+    def _numeric(self) -> list[bool]:
+        """Whether each column holds numbers alone, which are set to the right."""
+        return [
+            all(isinstance(row[i], int | float | None) for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a report: what it is, its tables, its matplotlib figures, and samples of text.
+
+    ``text`` is paragraphs, divided by empty lines.
+    """
+
+    title: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    figures: Sequence[Any] = ()
+    samples: Sequence[str] = field(default=())
+
+
+def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+    """All sections in one file, figures and style within; nothing is fetched when it is opened."""
+    parts = "\n".join(map(_section, sections))
+    page = PAGE.format(title=html.escape(title), style=STYLE, sections=parts)
+    write_whole(Path(path), page.encode())
+
+
+def show(cell: Cell) -> str:
+    """A cell as text."""
+    if cell is None:
+        return "–"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _section(section: Section) -> str:
+    paragraphs = "".join(f"<p>{html.escape(p)}</p>" for p in section.text.split("\n\n") if p)
+    tables = "".join(table.html() for table in section.tables)
+    figures = "".join(map(_figure, section.figures))
+    samples = "".join(f"<pre>{html.escape(text)}</pre>" for text in section.samples)
+    return (
+        f"<section><h2>{html.escape(section.title)}</h2>{paragraphs}{tables}{figures}{samples}"
+        "</section>"
+    )
+
+
+def _figure(figure) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    return f'<img src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">'
+
+
+def _literal(text: str) -> str:
+    """Text in which rich finds no markup."""
+    return text.replace("[", "\\[")
+
+
+def _latex(text: str) -> str:
+    plain = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    math = {"≤": r"$\le$", "±": r"$\pm$", "–": "--", "σ": r"$\sigma$", "λ": r"$\lambda$"}
+    escaped = {c: f"\\{c}" for c in "&%$#_{}"}
+    return "".join((plain | math | escaped).get(c, c) for c in text)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
+th { border-bottom: 2px solid #888 } .n { text-align: right }
+img { max-width: 100%; height: auto }
+pre { background: #f6f6f6; padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>
+<body><h1>{title}</h1>
+{sections}
+</body></html>
+"""

@@ -1,0 +1,60 @@
+"""Tables and reports say what is in them, in every form, and nothing that a reader could run."""
+
+import re
+
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from sedd.evaluation.report import Section, Table, write_html
+
+TABLE = Table(
+    title="Bounds & others",
+    columns=("model", "nats ≤", "tokens"),
+    rows=[("a_b|c [bold]", 1.23456789, 1000), ("<x>", None, 7)],
+)
+
+
+def test_markdown():
+    assert TABLE.markdown().split("\n") == [
+        "| model | nats ≤ | tokens |",
+        "| --- | ---: | ---: |",
+        "| a_b\\|c [bold] | 1.235 | 1000 |",
+        "| <x> | – | 7 |",
+    ]
+
+
+def test_latex():
+    lines = TABLE.latex().split("\n")
+    assert lines[0] == r"\begin{tabular}{lrr}"
+    assert lines[2] == r"model & nats $\le$ & tokens \\"
+    assert lines[4] == r"a\_b|c [bold] & 1.235 & 1000 \\"
+
+
+def test_terminal_shows_markup_as_it_is():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(TABLE.rich())
+    text = console.export_text()
+    assert "a_b|c [bold]" in text
+    assert "Bounds & others" in text
+
+
+def test_rows_must_fit():
+    with pytest.raises(ValueError, match="a row of 1 cells under 2 columns"):
+        Table(columns=("a", "b"), rows=[("x",)])
+
+
+def test_html_is_whole_and_escaped(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    figure.add_subplot().plot([0, 1])
+    section = Section(
+        title="<script>", text="one\n\ntwo", tables=[TABLE], figures=[figure], samples=["<b>&"]
+    )
+    path = tmp_path / "report.html"
+    write_html(path, "A report", [section])
+    page = path.read_text()
+    assert "<script>" not in page
+    assert "<p>one</p><p>two</p>" in page
+    assert "<pre>&lt;b&gt;&amp;</pre>" in page
+    assert "data:image/png;base64," in page
+    assert not re.search(r'(src|href)="?http', page)
