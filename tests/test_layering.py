@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"types", "errors", "files"},
     {"categorical", "schedules", "processes", "networks", "data"},
-    {"parameterizations", "reshape", "denoiser"},
+    {"parameterizations", "reshape", "denoiser", "rows"},
     {"objectives", "samplers", "constraints"},
     {"training", "evaluation", "interop"},
 ]  # everything else, and the commands, is level 5

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sedd.networks.base import Attend, Network
 from sedd.parameterizations.base import Parameterization
+from sedd.rows import row_nats, summed_nats
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key, Params
 
@@ -61,7 +62,23 @@ class Objective(ABC):
         ``sigma_R`` is what ``corrupt`` returned: None only where that knows no time.
         """
 
-    def nats(
+    def nats(self, network: Network, params: Params, corrupted: Corrupted, x0_BL, **kwargs):
+        """Weighted nats of every position, [B, L], unreduced; not differentiable.
+
+        Their sum over L is one example's loss. ``keys_B``, one key an example, turns dropout on.
+        """
+        rows = self._rows(network, params, corrupted, x0_BL, **kwargs)
+        return row_nats(self._nats_of, *rows).reshape(x0_BL.shape)
+
+    def summed_nats(self, network: Network, params: Params, corrupted: Corrupted, x0_BL, **kwargs):
+        """The sum of ``nats`` over the batch, differentiable in ``params``."""
+        return summed_nats(self._nats_of, *self._rows(network, params, corrupted, x0_BL, **kwargs))
+
+    def _nats_of(self, raw_RV: Array, leaves: tuple[Array, ...]) -> Array:
+        x0_R, xt_R, *sigma = leaves
+        return self.row_nats(raw_RV, x0_R, xt_R, sigma[0] if sigma else None)
+
+    def _rows(
         self,
         network: Network,
         params: Params,
@@ -69,21 +86,25 @@ class Objective(ABC):
         x0_BL: Int[Array, "B L"],
         *,
         keys_B: Key[Array, " B"] | None = None,
-    ) -> Float[Array, "B L"]:
-        """Weighted nats of every position, unreduced: their sum over L is one example's loss."""
+    ):
+        """Every position as a row: its hidden state, the head, its weight, tokens and sigma."""
         sigma_B = corrupted.sigma_B
-        raw_BLV = network.raw(
+        hidden_BLD = network.hidden(
             params,
             corrupted.xt_BL,
             attend=corrupted.attend,
             sigma_B=sigma_B if network.time_conditioned else None,
             keys_B=keys_B,
         )
-        sigma_BL = None if sigma_B is None else jnp.broadcast_to(sigma_B[:, None], x0_BL.shape)
-        nats_BL = self.row_nats(raw_BLV, x0_BL, corrupted.xt_BL, sigma_BL)
-        # Where the weight is 0 the nats may be anything, infinite included: 0·inf would be nan.
-        counts_BL = corrupted.weight_BL > 0
-        return jnp.where(counts_BL, corrupted.weight_BL * jnp.where(counts_BL, nats_BL, 0.0), 0.0)
+        leaves = [x0_BL, corrupted.xt_BL]
+        if sigma_B is not None:
+            leaves.append(jnp.broadcast_to(sigma_B[:, None], x0_BL.shape))
+        return (
+            hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
+            network.head(params),
+            jnp.ravel(corrupted.weight_BL),
+            tuple(jnp.ravel(leaf) for leaf in leaves),
+        )
 
 
 def draw_uniform(

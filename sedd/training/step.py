@@ -46,7 +46,7 @@ def make_step(
         keys_B = keys_of(dropout_key, batch["index"])
 
         def summed_nats(params):
-            return objective.nats(network, params, corrupted, batch["x0"], keys_B=keys_B).sum()
+            return objective.summed_nats(network, params, corrupted, batch["x0"], keys_B=keys_B)
 
         nats, grads = jax.value_and_grad(summed_nats)(params)
         return {"grads": grads, "nats": nats, "tokens": batch["scored"].sum(dtype=jnp.int32)}

@@ -1,0 +1,196 @@
+"""A training step: its speed, its memory and its compile time, beside the plain form of the loss.
+
+The plain form computes every logit of the batch and takes optax's softmax cross entropy of them.
+Both steps run in turn, so that what else the machine does slows both.
+
+    python benchmarks/train_step.py                                    # d 256, 6 layers, V 2049
+    python benchmarks/train_step.py --shape gpt2-small --batch-size 4 --length 256
+    python benchmarks/train_step.py --depths 4 12 48                   # compile time
+"""
+
+import dataclasses
+import time
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from report import report
+
+from sedd.build import build_parts
+from sedd.components import options
+from sedd.config import Config, TrainingOptions
+from sedd.objectives.lambda_dce import LambdaDCE
+from sedd.objectives.score_entropy import ScoreEntropy
+from sedd.training.flops import peak_flops, step_flops
+from sedd.training.optimizer import OptimizerOptions, make_optimizer
+from sedd.training.state import init_state
+from sedd.training.step import make_step
+
+SHAPES = {  # hidden_dim, layers, heads, tokens
+    "small": (256, 6, 8, 2048),
+    "gpt2-small": (768, 12, 12, 50257),
+}
+LOSSES = {"lambda_dce": LambdaDCE, "score_entropy": ScoreEntropy}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured."""
+
+    shape: Literal["small", "gpt2-small"] = "small"
+    objective: Literal["lambda_dce", "score_entropy", "autoregressive"] = "lambda_dce"
+    process: Literal["absorbing", "uniform"] = "absorbing"
+    length: int = 256
+    batch_size: int = 16
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    steps: int = 5
+    """Timed steps of each form, after one that is not."""
+    depths: tuple[int, ...] = ()
+    """Measure the compile time at these numbers of layers, and nothing else."""
+
+
+def parts_of(settings: Settings, num_layers: int):
+    """The components of a run of this shape."""
+    hidden_dim, _, heads, num_tokens = SHAPES[settings.shape]
+    parameterization = {
+        "lambda_dce": "conditional",
+        "score_entropy": "score",
+        "autoregressive": "autoregressive",
+    }[settings.objective]
+    config = Config(
+        process=options("processes", settings.process),
+        parameterization=options("parameterizations", parameterization),
+        objective=options("objectives", settings.objective),
+        network=options(
+            "networks",
+            "ddit",
+            hidden_dim=hidden_dim,
+            num_layers=num_layers,
+            num_heads=heads,
+            norm_bias=True,
+            dropout=0.0,
+            dtype=settings.dtype,
+            remat=settings.remat,
+        ),
+        sampler=options("samplers", "euler"),
+        training=TrainingOptions(batch_size=settings.batch_size),
+    )
+    return build_parts(config, num_tokens)
+
+
+def plain(kind):
+    """The objective with the logits of all positions, as it is usually written."""
+
+    class Plain(kind):
+        def summed_nats(self, network, params, corrupted, x0_BL, **kwargs):
+            sigma_B = corrupted.sigma_B
+            raw_BLV = network.raw(
+                params,
+                corrupted.xt_BL,
+                attend=corrupted.attend,
+                sigma_B=sigma_B if network.time_conditioned else None,
+                **kwargs,
+            )
+            weight_BL = corrupted.weight_BL
+            if kind is ScoreEntropy:
+                sigma_BL = jnp.broadcast_to(sigma_B[:, None], x0_BL.shape)
+                nats_BL = self.row_nats(raw_BLV, x0_BL, corrupted.xt_BL, sigma_BL)
+                nats_BL = jnp.where(weight_BL > 0, nats_BL, 0.0)
+            else:
+                logits_BLN = self.parameterization.masked_logits(raw_BLV)
+                nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLN, x0_BL)
+            return (weight_BL * nats_BL).sum()
+
+    return Plain
+
+
+def compiled_step(settings: Settings, parts, objective):
+    """The step, compiled ahead, with its state, its batch, and the seconds that compiling took."""
+    optimizer = make_optimizer(OptimizerOptions(), 1000)
+    step = make_step(
+        network=parts.network,
+        objective=objective,
+        optimizer=optimizer,
+        ema_decay=0.9999,
+        batch_size=settings.batch_size,
+    )
+    state = init_state(parts.network, optimizer, 0)
+    shape = (1, settings.batch_size, settings.length)
+    tokens = np.random.default_rng(0).integers(0, SHAPES[settings.shape][3], shape, np.int32)
+    batch = {
+        "x0": jnp.asarray(tokens),
+        "scored": jnp.ones(shape, bool),
+        "index": jnp.arange(settings.batch_size)[None],
+    }
+    lowered = jax.jit(lambda s, b: step(s, b, axis_name=None), donate_argnums=0).lower(state, batch)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, state, batch, time.perf_counter() - start
+
+
+def main(settings: Settings) -> None:
+    """Print the table of the speeds, or of the compile times."""
+    if settings.depths:
+        rows = []
+        for depth in settings.depths:
+            parts = parts_of(settings, depth)
+            *_, seconds = compiled_step(settings, parts, parts.objective)
+            rows.append({"layers": depth, "compile s": seconds})
+        for row in rows:
+            row["ratio"] = row["compile s"] / rows[0]["compile s"]
+        report("compile time of a training step", rows, **about(settings))
+        return
+    depth = SHAPES[settings.shape][1]
+    parts = parts_of(settings, depth)
+    kind = LOSSES[settings.objective]
+    fields = {f.name: getattr(parts.objective, f.name) for f in dataclasses.fields(kind)}
+    forms = {"sedd": parts.objective, "plain": plain(kind)(**fields)}
+    programs, states, memory = {}, {}, {}
+    for name, objective in forms.items():
+        compiled, state, batch, _ = compiled_step(settings, parts, objective)
+        programs[name], states[name] = compiled, state
+        memory[name] = compiled.memory_analysis()
+    times = {name: [] for name in forms}
+    for i in range(settings.steps + 1):
+        for name, compiled in programs.items():
+            start = time.perf_counter()
+            states[name], metrics = compiled(states[name], batch)
+            jax.block_until_ready(metrics["loss"])
+            if i:
+                times[name].append(time.perf_counter() - start)
+    tokens = settings.batch_size * settings.length
+    flops = step_flops(parts.network, settings.batch_size, settings.length, read=tokens / 2)
+    if settings.objective == "autoregressive" or settings.process == "uniform":
+        flops = step_flops(parts.network, settings.batch_size, settings.length, read=tokens)
+    peak = peak_flops()
+    rows = []
+    for name in forms:
+        seconds = min(times[name])
+        rows.append(
+            {
+                "form": name,
+                "s/step": seconds,
+                "median": float(np.median(times[name])),
+                "tokens/s": tokens / seconds,
+                "TFLOP/s": flops / seconds / 1e12,
+                "MFU": None if peak is None else flops / seconds / peak,
+                "temporaries MB": memory[name].temp_size_in_bytes / 1e6,
+                "speed": min(times["plain"]) / seconds,
+            }
+        )
+    report("training step", rows, **about(settings))
+
+
+def about(settings: Settings) -> dict:
+    """The settings, for the caption."""
+    hidden_dim, layers, _, num_tokens = SHAPES[settings.shape]
+    shape = {"d": hidden_dim, "layers": layers, "N": num_tokens}
+    return shape | {k: v for k, v in vars(settings).items() if k not in ("shape", "depths")}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
