@@ -26,7 +26,7 @@ from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_optimizer, make_schedule
 from sedd.training.parallel import DataParallel, check_batch_size, prepare_cpu
 from sedd.training.state import TrainState, init_state
-from sedd.training.step import make_step
+from sedd.training.step import Step
 
 SAMPLES = 4  # texts drawn each time during training
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     entropy = held_out.unigram_entropy()
     parallel = DataParallel(
-        make_step(
+        Step(
             network=parts.network,
             objective=parts.objective,
             optimizer=optimizer,

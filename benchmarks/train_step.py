@@ -27,7 +27,7 @@ from sedd.objectives.score_entropy import ScoreEntropy
 from sedd.training.flops import peak_flops, step_flops
 from sedd.training.optimizer import OptimizerOptions, make_optimizer
 from sedd.training.state import init_state
-from sedd.training.step import make_step
+from sedd.training.step import Step
 
 SHAPES = {  # hidden_dim, layers, heads, tokens
     "small": (256, 6, 8, 2048),
@@ -111,7 +111,7 @@ def plain(kind):
 def compiled_step(settings: Settings, parts, objective):
     """The step, compiled ahead, with its state, its batch, and the seconds that compiling took."""
     optimizer = make_optimizer(OptimizerOptions(), 1000)
-    step = make_step(
+    step = Step(
         network=parts.network,
         objective=objective,
         optimizer=optimizer,

@@ -23,7 +23,7 @@ RowNats = Callable[[Array, tuple[Array, ...]], Array]
 
 
 def chunk_rows(num_rows: int, num_states: int) -> int:
-    """Rows read out together: within the bytes above, and not so many that a last chunk is waste."""
+    """Rows read out together: within the bytes above, and few enough to waste little at the end."""
     most = 1 << max((CHUNK_BYTES // (4 * num_states)).bit_length() - 1, 0)
     return min(num_rows, max(LEAST_ROWS, min(most, num_rows // 8)))
 
@@ -35,7 +35,7 @@ def row_nats(
     weight_M: Float[Array, " M"],
     leaves: tuple[Array, ...],
 ) -> Float[Array, " M"]:
-    """Weighted nats of every row, 0 where the weight is. Not differentiable: see ``summed_nats``."""
+    """Weighted nats of every row, 0 where the weight is; ``summed_nats`` is differentiable."""
     rows = _Rows(weight_M, head)
 
     def chunk(i, nats_M):

@@ -10,7 +10,7 @@ from sedd.denoiser import Denoiser
 from sedd.evaluation.bound import evaluate_bound
 from sedd.training.optimizer import OptimizerOptions, make_optimizer
 from sedd.training.state import init_state
-from sedd.training.step import make_step
+from sedd.training.step import Step
 
 LENGTH = 12
 # Each state mostly moves on to the next one: 0.75 nats a token, and every conditional needs both
@@ -86,7 +86,7 @@ def test_the_bound_is_above_the_entropy_and_within_5_percent_after_training(name
         OptimizerOptions(learning_rate=4e-3, warmup_steps=50, schedule="cosine", ema_decay=0.98),
         steps,
     )
-    step = make_step(
+    step = Step(
         network=network,
         objective=objective,
         optimizer=optimizer,

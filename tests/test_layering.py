@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "errors", "files"},
+    {"types", "errors", "files", "shard"},
     {"categorical", "schedules", "processes", "networks", "data"},
     {"parameterizations", "reshape", "denoiser", "rows"},
     {"objectives", "samplers", "constraints"},
@@ -18,6 +18,7 @@ BESIDE = {  # inside a level: what a family may still import
     "denoiser": {"constraints", "parameterizations", "reshape"},
     "reshape": {"parameterizations"},
     "files": {"errors"},
+    "shard": {"types"},
 }
 PROTOCOLS = {  # modules below their families, so that others of that level can use them
     "sedd.constraints.base": 2,

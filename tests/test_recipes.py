@@ -12,7 +12,7 @@ from sedd.build import build_parts
 from sedd.config import load_config
 from sedd.training.optimizer import make_optimizer
 from sedd.training.state import init_state
-from sedd.training.step import make_step
+from sedd.training.step import Step
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 NUM_TOKENS = {"gpt2": 50257, "bert-base-uncased": 30522, "text8": 27, "characters": 90}
@@ -62,7 +62,7 @@ def test_one_step_of_a_shrunken_copy(path):
     parts = build_parts(config, num_tokens)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     state = init_state(parts.network, optimizer, config.seed)
-    step = make_step(
+    step = Step(
         network=parts.network,
         objective=parts.objective,
         optimizer=optimizer,

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ class Network(ABC):
 
     num_states: int  # V: width of the embedding and of the output layer
     time_conditioned: bool  # whether ``hidden`` needs sigma
+    # Under this name parameters have an axis of layers in front, which a scan takes apart.
+    stacked: ClassVar[str | None] = None
 
     @abstractmethod
     def init(self, key: Key[Array, ""]) -> Params:
@@ -70,11 +73,12 @@ class Network(ABC):
 
         ``positions_BL`` defaults to 0..L-1. ``sigma_B`` is required when ``time_conditioned`` and
         refused (``ValueError``) otherwise. ``keys_B``, one key an example, turns dropout on.
+        Parameters that are a ``Shard`` are made whole where they are used (``sedd.shard.whole``).
         """
 
     @abstractmethod
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
-        """The output layer's matrix and bias."""
+        """The output layer's matrix and bias, whole."""
 
     def raw(self, params: Params, tokens_BL: Int[Array, "B L"], **kwargs) -> Float[Array, "B L V"]:
         """The output at every position, in float32; the arguments are those of ``hidden``."""

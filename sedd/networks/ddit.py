@@ -21,6 +21,7 @@ from einops import rearrange
 
 from sedd.networks.attention import Backend, attention
 from sedd.networks.base import Attend, Network
+from sedd.shard import has_shards, saves, whole
 from sedd.types import Array, Float, Int, Key, Params
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
@@ -41,6 +42,8 @@ class DDiT(Network):
     Those of the blocks are stacked on a leading axis of length ``num_layers``: there a bias has two
     axes. A field out of range raises ``ValueError``.
     """
+
+    stacked = "blocks"
 
     hidden_dim: int = 768  # D
     num_layers: int = 12
@@ -122,18 +125,23 @@ class DDiT(Network):
             raise ValueError("this network is not conditioned on the time: sigma_B must be None")
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
-        trunk = _Trunk(self).bind({"params": params["trunk"]})
-        return trunk(tokens_BL, positions_BL, attend, sigma_B, keys_B)
+        # The blocks are made whole one at a time, where they are scanned.
+        trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
+        return _Trunk(self, has_shards(trunk)).apply(
+            {"params": trunk}, tokens_BL, positions_BL, attend, sigma_B, keys_B
+        )
 
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
         """The output layer's matrix and bias: ``read_out(hidden, *head)`` is ``raw``."""
-        return params["head"]["kernel"], params["head"]["bias"]
+        head = whole(params["head"])
+        return head["kernel"], head["bias"]
 
 
 class _Trunk(nn.Module):
     """Everything but the output layer."""
 
     net: DDiT
+    sharded: bool = False  # whether a device holds a part of each block
 
     @nn.compact
     def __call__(self, tokens_BL, positions_BL, attend, sigma_B, keys_B):
@@ -146,8 +154,14 @@ class _Trunk(nn.Module):
         if net.time_conditioned:
             condition_BC = _SigmaMap(net.condition_dim, name="sigma_map")(sigma_B)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
+        block = _Block
+        if self.sharded:
+            block = nn.map_variables(block, "params", trans_in_fn=functools.partial(_whole, net))
         # Inside a scan nothing can be merged with the recomputation: remat needs no barrier.
-        block = nn.remat(_Block, prevent_cse=False) if net.remat else _Block
+        if net.remat:
+            block = nn.remat(block, prevent_cse=False)
+        elif self.sharded:  # gathered weights of all layers would be the model, on every device
+            block = nn.remat(block, prevent_cse=False, policy=saves)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -161,6 +175,14 @@ class _Trunk(nn.Module):
         )
         shift, scale = _modulation(net, 2, condition_BC)
         return _Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype)
+
+
+def _whole(net, variables):
+    """A block's parameters gathered: the large matrices in the type that they are used in."""
+    params = dict(variables["params"])
+    for name in ("qkv", "attention_out", "mlp_in", "mlp_out"):
+        params[name] = whole(params[name], net.dtype)
+    return {"params": whole(params)}
 
 
 class _Block(nn.Module):

@@ -1,8 +1,8 @@
 """Model FLOPs of a training step, and what share of a device's peak they are (MFU).
 
 Counted is what the mathematics needs, not what runs: recomputation (remat) adds nothing, and the
-output layer counts for the positions that the loss reads. A product of [a, b] and [b, c] is 2·a·b·c;
-the backward pass is twice the forward pass (arXiv:2204.02311, appendix B). Norms, activations,
+output layer counts for the positions that the loss reads. A product of [a, b] and [b, c] is
+2·a·b·c; the backward pass is twice the forward pass (arXiv:2204.02311, appendix B). Norms, activations,
 softmax and the optimizer are not counted.
 """
 

@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 from sedd.errors import UserError
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.metrics import Metrics, ProgressReport, plot_curves
-from sedd.training.parallel import DataParallel
-from sedd.training.state import TrainState, one_replica, to_host
+from sedd.training.parallel import DataParallel, FullySharded
+from sedd.training.state import TrainState, to_host
 from sedd.types import Params
 
 IN_FLIGHT = 8  # steps that the host runs ahead of the devices
@@ -62,7 +62,7 @@ def train(
     *,
     workdir: str | Path,
     state: TrainState,
-    parallel: DataParallel,
+    parallel: DataParallel | FullySharded,
     batches: Any,
     checkpoints: Checkpoints,
     steps: int,
@@ -112,7 +112,7 @@ def train(
         )
         try:
             with stop_requests() as stop:
-                state, step = run.go(parallel.replicate(state), step, stop)
+                state, step = run.go(parallel.place(state), step, stop)
             checkpoints.wait()
         except BaseException:
             # What is being written is still to be completed, and one error is enough.
@@ -161,7 +161,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 class _Run:
     metrics: Metrics | None
     report: ProgressReport | None
-    parallel: DataParallel
+    parallel: DataParallel | FullySharded
     batches: Any
     checkpoints: Checkpoints
     steps: int
@@ -245,7 +245,7 @@ class _Run:
         """Validate and sample with the averaged parameters, and write the held record with it."""
         record, self.held = dict(self.held or {}), None
         with self.clock.paused():
-            params = one_replica(state.ema_params)
+            params = self.parallel.for_evaluation(state.ema_params)
             if self.validate is not None and self.validates(step):
                 self.validations[step] = self.validate(params)
                 record |= {f"validation_{k}": v for k, v in self.validations[step].items()}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from sedd.networks.base import Network
 from sedd.types import Array, Float, Int, Key, Params
@@ -69,13 +70,22 @@ def one_replica(tree: Any) -> Any:
 
 
 def to_host(state: TrainState) -> TrainState:
-    """A copy in numpy of one replica, the key as its uint32 data."""
+    """A copy in numpy of the whole state, the key as its uint32 data.
+
+    Where other processes hold parts of it, all of them must call this together.
+    """
     if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         state = replace(state, key=jax.random.key_data(state.key))
+    return jax.tree.map(lambda x: _whole(x) if isinstance(x, jax.Array) else x, state)
+
+
+def _whole(x: jax.Array) -> np.ndarray:
     # A plain np.asarray would be a view of device memory on CPU, which the next step reuses.
-    return jax.tree.map(
-        lambda x: np.array(x.addressable_data(0)) if isinstance(x, jax.Array) else x, state
-    )
+    if x.is_fully_replicated:
+        return np.array(x.addressable_data(0))
+    if x.is_fully_addressable:
+        return np.array(x)
+    return np.array(multihost_utils.process_allgather(x, tiled=True))
 
 
 def from_host(state: TrainState) -> TrainState:

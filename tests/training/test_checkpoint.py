@@ -22,7 +22,7 @@ DATA, PENDING = {"next_step": 3}, {"window": {"loss": 0.1 + 0.2}, "held": None}
 def state():
     """A state with moments, after two steps."""
     state, parallel = setup(ADAMW, devices=2)
-    state, batches = parallel.replicate(state), ToyBatches()
+    state, batches = parallel.place(state), ToyBatches()
     for _ in range(2):
         state, _ = parallel(state, next(batches))
     return to_host(state)

@@ -10,10 +10,11 @@ from training_toy import ADAMW, BATCH, SGD, L, N, Toy, ToyBatches, history, obje
 from sedd.errors import UserError
 from sedd.networks.ddit import DDiT
 from sedd.objectives.base import draw_uniform
+from sedd.training import parallel
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
 from sedd.training.parallel import DataParallel, check_batch_size
 from sedd.training.state import ema_decay_at, init_state, update_ema
-from sedd.training.step import make_step, sum_over_devices
+from sedd.training.step import Step, sum_over_devices
 
 
 def leaves(tree):
@@ -39,6 +40,27 @@ def test_losses_do_not_depend_on_the_number_of_devices(on_one_device, devices):
     assert one["loss"][:20].mean() > one["loss"][-20:].mean()  # it trains
 
 
+@pytest.fixture
+def tiny_parts(monkeypatch):
+    """Arrays of a toy's size are split too."""
+    monkeypatch.setattr(parallel, "LEAST_SPLIT", 16)
+
+
+@pytest.mark.usefixtures("tiny_parts")
+def test_losses_are_the_same_with_a_part_of_the_state_on_each_device(on_one_device):
+    one, one_state = on_one_device
+    many, many_state = history(300, SGD, devices=4, fsdp=2, accumulate=2)
+    for name in ("loss", "grad_norm", "tokens"):
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-5)
+    np.testing.assert_allclose(leaves(many_state.params), leaves(one_state.params), atol=1e-5)
+    for tree in (many_state.params, many_state.ema_params):
+        for leaf, whole in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(one_state.params), strict=True
+        ):
+            parts = 2 if leaf.size >= 16 and leaf.size != 7 else 1
+            assert leaf.addressable_data(0).size == whole.size // parts
+
+
 def test_losses_do_not_depend_on_the_number_of_devices_under_adamw():
     one, _ = history(50, ADAMW, devices=1)
     many, _ = history(50, ADAMW, devices=4)
@@ -53,6 +75,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(on_one_device, devic
         np.testing.assert_allclose(many[name], one[name][:40], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("tiny_parts")
 def test_the_transformer_is_the_same_on_four_devices():
     network = DDiT(
         num_states=N + 1,
@@ -63,9 +86,10 @@ def test_the_transformer_is_the_same_on_four_devices():
         dropout=0.1,
     )
     one, _ = history(12, SGD, devices=1, network=network)
-    many, _ = history(12, SGD, devices=4, network=network)
-    np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
-    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
+    for fsdp in (None, 2):
+        many, _ = history(12, SGD, devices=4, network=network, fsdp=fsdp)
+        np.testing.assert_allclose(many["loss"], one["loss"], rtol=1e-5)
+        np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_mean_of_sums():
@@ -122,7 +146,7 @@ def test_batches_that_do_not_divide_are_refused():
 def test_a_state_can_be_used_after_it_was_replicated():
     state, parallel = setup(devices=2)
     before = leaves(state.params)
-    parallel(parallel.replicate(state), next(ToyBatches()))
+    parallel(parallel.place(state), next(ToyBatches()))
     np.testing.assert_array_equal(leaves(state.params), before)
 
 
@@ -208,7 +232,7 @@ def test_stratified_draws_can_be_turned_off():
     network, optimizer = Toy(), make_optimizer(SGD, 10)
     losses = []
     for stratified in (True, False):
-        step = make_step(
+        step = Step(
             network=network,
             objective=objective(),
             optimizer=optimizer,
@@ -216,7 +240,7 @@ def test_stratified_draws_can_be_turned_off():
             batch_size=BATCH,
             stratified=stratified,
         )
-        parallel = DataParallel(step, batch_size=BATCH, devices=jax.devices()[:1])
-        state = parallel.replicate(init_state(network, optimizer, 0))
+        parallel = DataParallel(step, devices=jax.devices()[:1])
+        state = parallel.place(init_state(network, optimizer, 0))
         losses.append(float(parallel(state, next(ToyBatches()))[1]["loss"]))
     assert losses[0] != losses[1]

@@ -21,13 +21,14 @@ from sedd.objectives.t_dce import TDCE
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.schedules import LogLinear
+from sedd.shard import whole
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
-from sedd.training.parallel import DataParallel, prepare_cpu
+from sedd.training.parallel import DataParallel, FullySharded, prepare_cpu
 from sedd.training.state import init_state
-from sedd.training.step import make_step
+from sedd.training.step import Step
 
 N, L, BATCH = 6, 8, 8
 SGD = OptimizerOptions(name="sgd", learning_rate=0.02, warmup_steps=0, ema_decay=0.99)
@@ -55,6 +56,7 @@ class Toy(Network):
     def hidden(
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
     ):
+        params = whole(params)
         h_BLD = params["embed"][tokens_BL]
         h_BLD = jnp.tanh(h_BLD + jnp.roll(h_BLD, 1, axis=1) @ params["mix"])
         if keys_B is not None and self.dropout:
@@ -65,7 +67,8 @@ class Toy(Network):
         return h_BLD
 
     def head(self, params):
-        return params["head"]["kernel"], params["head"]["bias"]
+        head = whole(params["head"])
+        return head["kernel"], head["bias"]
 
 
 class ToyBatches:
@@ -92,11 +95,13 @@ def objective():
     return TDCE(schedule=LogLinear(), parameterization=parameterization)
 
 
-def setup(options=SGD, *, steps=300, devices=1, accumulate=1, network=None, batch_size=BATCH):
-    """(state, parallel) at step 0."""
+def setup(
+    options=SGD, *, steps=300, devices=1, accumulate=1, network=None, batch_size=BATCH, fsdp=None
+):
+    """(state, parallel) at step 0; ``fsdp`` is the size of that axis, None replicates."""
     network = network or Toy()
     optimizer = make_optimizer(options, steps)
-    step = make_step(
+    step = Step(
         network=network,
         objective=objective(),
         optimizer=optimizer,
@@ -104,19 +109,15 @@ def setup(options=SGD, *, steps=300, devices=1, accumulate=1, network=None, batc
         batch_size=batch_size,
         stratified=True,
     )
-    parallel = DataParallel(
-        step,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        devices=jax.devices()[:devices],
-    )
+    some = {"accumulate": accumulate, "devices": jax.devices()[:devices]}
+    parallel = FullySharded(step, fsdp=fsdp, **some) if fsdp else DataParallel(step, **some)
     return init_state(network, optimizer, 0), parallel
 
 
 def history(num_steps, options=SGD, **kwargs):
     """The metrics of the first steps, name → [num_steps], and the last state."""
     state, parallel = setup(options, **kwargs)
-    state = parallel.replicate(state)
+    state = parallel.place(state)
     batches, seen = ToyBatches(), []
     for _ in range(num_steps):
         state, metrics = parallel(state, next(batches))
