@@ -1,6 +1,8 @@
 """One training step on one device."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ def make_step(
     ema_decay: float,
     batch_size: int,
     stratified: bool = True,
+    skip_nonfinite: bool = False,
 ) -> Step:
     """``step(state, batch, *, axis_name) -> (state, metrics)``, a pure function.
 
@@ -34,7 +37,8 @@ def make_step(
 
     What is minimised is the mean over the global batch of each sequence's summed nats. Metrics are
     those of the global batch: ``loss`` (nats per scored token), ``grad_norm`` (before clipping) and
-    ``tokens`` (scored).
+    ``tokens`` (scored). With ``skip_nonfinite`` a step whose loss or gradient is not finite changes
+    nothing but ``step``, and ``skipped`` says so (0 or 1).
     """
 
     def micro_batch(params, key, batch):
@@ -70,7 +74,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         n = state.step + 1
-        state = TrainState(
+        new_state = TrainState(
             step=n,
             params=params,
             opt_state=opt_state,
@@ -82,9 +86,18 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "tokens": totals["tokens"],
         }
-        return state, metrics
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            new_state = replace(keep_if_finite(new_state, state, finite), step=n)
+            metrics["skipped"] = 1 - finite.astype(jnp.int32)
+        return new_state, metrics
 
     return step
+
+
+def keep_if_finite(new: Any, old: Any, finite: Array) -> Any:
+    """The tree ``new`` where ``finite``, a scalar, holds, and ``old`` where it does not."""
+    return jax.tree.map(partial(jnp.where, finite), new, old)
 
 
 def keys_of(key, index_B):
