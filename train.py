@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +13,16 @@ from rich.console import Console
 
 import sedd
 from sedd.build import Data, HeldOut, Parts, build_data, build_parts
-from sedd.cli import parse_config, run
+from sedd.cli import note, parse_config, run
 from sedd.config import Config, differences
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
-from sedd.files import check_writable, write_whole
+from sedd.files import check_writable, only_writer, write_whole
 from sedd.model import read_config, read_tokenizer, text_counter
 from sedd.training.checkpoint import Checkpoints, Restored, init_params_from
-from sedd.training.loop import train
+from sedd.training.loop import leave_on_signals, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_optimizer, make_schedule
 from sedd.training.parallel import DataParallel, check_batch_size, prepare_cpu
@@ -43,14 +44,26 @@ class TrainCommand:
     """Start from the weights of another run's newest checkpoint."""
 
 
+@leave_on_signals()
 def main(arguments: Sequence[str]) -> None:
-    """Build what the configuration says, train it, and say where everything is."""
+    """Check what can be checked before any work, and train as the directory's only writer."""
     prepare_cpu()
     command = parse_config(arguments, TrainCommand, __doc__ or "")
     config, workdir = command.config, command.workdir
     build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
     check_writable(workdir / "config.json", f"--workdir {workdir}")
+    with ExitStack() as closes:
+        if jax.process_index() == 0 and not closes.enter_context(
+            only_writer(workdir, f"--workdir {workdir}")
+        ):
+            note(f"{workdir} is on a file system without locks: start no second run in it")
+        train_in(workdir, command)
+
+
+def train_in(workdir: Path, command: TrainCommand) -> None:
+    """Build what the configuration says, train it, and say where everything is."""
+    config = command.config
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
     tokenizer = None
     if checkpoints.steps():
@@ -88,6 +101,7 @@ def main(arguments: Sequence[str]) -> None:
             ema_decay=config.optimizer.ema_decay,
             batch_size=config.training.batch_size,
             stratified=config.training.stratified,
+            skip_nonfinite=config.training.nonfinite == "skip",
         ),
         batch_size=config.training.batch_size,
         accumulate=config.training.accumulate,

@@ -36,6 +36,7 @@ RESUMABLE = (
     "training.sample_every",
     "training.checkpoint_every",
     "training.keep",
+    "training.nonfinite",
     "training.wandb",
     "evaluation",
     "sampler",
@@ -88,6 +89,8 @@ class TrainingOptions:
     checkpoint_every: int | None = 5_000
     keep: int = 3
     """How many of the newest checkpoints to keep beside the best one."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite ends the run, or its update is left out."""
     wandb: str | None = None
     """A project of Weights & Biases to log to as well (extra wandb)."""
 
@@ -95,6 +98,8 @@ class TrainingOptions:
         for name in ("steps", "batch_size", "accumulate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        if self.nonfinite not in ("stop", "skip"):
+            raise ValueError(f"training.nonfinite must be stop or skip, got {self.nonfinite!r}")
         try:
             _ = self.cadence
         except ValueError as error:

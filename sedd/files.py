@@ -1,7 +1,12 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and directories of one writer."""
 
+import fcntl
 import os
+import socket
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sedd.errors import UserError
@@ -30,6 +35,57 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag}: {there} is a file, not a directory")
     if not os.access(path if path.exists() else there, os.W_OK):
         raise UserError(f"{flag}: no permission to write there")
+
+
+@contextmanager
+def only_writer(directory: Path, flag: str) -> Iterator[bool]:
+    """Nobody else writes in ``directory``, which is made, for as long as this lasts.
+
+    UserError beginning with ``flag`` where somebody does. The kernel's lock on the file ``lock`` is
+    what counts: a killed process holds nothing. The file goes at the end, and with it a new
+    directory where nothing was written. Yields False on a file system without locks.
+    """
+    path = directory / "lock"
+    try:
+        new = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        file, locked = _lock(path, flag)
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write {path}: {error.strerror or error}") from error
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield locked
+        finally:
+            with suppress(OSError):  # the directory may be gone, or no longer ours to change
+                path.unlink()
+                if new:
+                    directory.rmdir()
+
+
+def _lock(path: Path, flag: str):
+    """The open file and whether it is locked; not one that its last holder has just removed."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                time.sleep(0.1)  # it may have been taken just now, and not signed yet
+                file.seek(0)
+                other = file.read() or "another process"
+            raise UserError(
+                f"{flag}: {other} is writing there; wait for it, stop it, or choose another "
+                "directory"
+            ) from None
+        except OSError:
+            return file, False
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file, True
+        file.close()
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -2,8 +2,8 @@
 
 Counted is what the mathematics needs, not what runs: recomputation (remat) adds nothing, and the
 output layer counts for the positions that the loss reads. A product of [a, b] and [b, c] is
-2·a·b·c; the backward pass is twice the forward pass (arXiv:2204.02311, appendix B). Norms, activations,
-softmax and the optimizer are not counted.
+2·a·b·c; the backward pass is twice the forward pass (arXiv:2204.02311, appendix B). Norms,
+activations, softmax and the optimizer are not counted.
 """
 
 import jax

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from sedd.training.state import TrainState, to_host
 from sedd.types import Params
 
 IN_FLIGHT = 8  # steps that the host runs ahead of the devices
+MAX_SKIPS = 100  # updates left out in a row, after which nothing can be hoped for
 
 
 class TrainingDiverged(UserError):  # noqa: N818
@@ -76,7 +78,8 @@ def train(
 ) -> TrainResult:
     """Run updates ``state.step + 1 … steps``.
 
-    ``state`` and ``pending`` are a checkpoint's when resuming, and ``batches`` must be at its step.
+    ``state`` is placed by ``parallel``. It and ``pending`` are a checkpoint's when resuming, and
+    ``batches`` must be at its step.
     ``learning_rate`` is the schedule, to be logged. ``validate`` and ``sample`` get the averaged
     parameters on one device; ``validate`` returns at least ``nats_per_token``, and is logged under
     ``validation_…``. In ``workdir``: ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
@@ -84,7 +87,8 @@ def train(
 
     SIGTERM and SIGINT end the run after the step under way, with a checkpoint of it; so does the
     preemption of one of several processes. A second signal acts as usual. Raises TrainingDiverged,
-    and UserError where something cannot be written.
+    and UserError where something cannot be written. What ``batches``, ``validate`` or ``sample``
+    raise ends the run too, with a checkpoint of what was learned before.
     """
     step = int(state.step)
     pending = pending or {}
@@ -108,12 +112,14 @@ def train(
             validate=validate,
             sample=sample,
             window=_Window(**pending.get("window", {})),
+            skips=_Skips(**pending.get("skips", {})),
             held=pending.get("held"),
+            saved=step,
         )
         try:
             with stop_requests() as stop:
-                state, step = run.go(parallel.place(state), step, stop)
-            checkpoints.wait()
+                state, step = run.go(state, step, stop)
+                checkpoints.wait()  # a signal that comes now must not end what is being written
         except BaseException:
             # What is being written is still to be completed, and one error is enough.
             with suppress(Exception):
@@ -130,31 +136,52 @@ def train(
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Yields ``stop(step) -> bool``: whether SIGTERM or SIGINT has come.
 
-    The second signal finds the handlers that were there before. With several processes the signal
-    is the coordinator's to see, so that all stop after the same step. Outside the main thread,
-    where no handler can be set, it is never true.
+    The second signal acts as it does in any program. With several processes the signal is the
+    coordinator's to see, so that all stop after the same step. Outside the main thread, where no
+    handler can be set, it is never true.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
     requested = threading.Event()
-    before = {}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def request(number, frame):
         requested.set()
-        restore()
+        for number, handler in USUAL.items():
+            signal.signal(number, handler)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, request)
-    try:
+    with _handlers(request):
         yield lambda step: requested.is_set()
+
+
+@contextmanager
+def leave_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the program with exit code 0; for what comes before ``train``.
+
+    What is half-written by then is removed on the way out. ``train`` has handlers of its own.
+    """
+
+    def leave(number, frame):
+        print("stopped before the first step; start again to go on", flush=True)
+        sys.exit(0)
+
+    with _handlers(leave):
+        yield
+
+
+USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
+@contextmanager
+def _handlers(handler: Callable) -> Iterator[None]:
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in USUAL}
+    try:
+        yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(kw_only=True)
@@ -170,7 +197,9 @@ class _Run:
     validate: Callable[[Params], dict[str, Any]] | None
     sample: Callable[[Params], list[str]] | None
     window: "_Window"
+    skips: "_Skips"
     held: dict | None  # the record of a step that is still to be validated
+    saved: int  # the last step that was
 
     def __post_init__(self):
         self.in_flight: deque = deque()
@@ -182,8 +211,9 @@ class _Run:
         if self.held is not None:  # the run was stopped before it could validate this step
             self.evaluate(state, step)
         while step < self.steps:
+            with self.kept(state, step):
+                batch = next(self.batches)
             step += 1
-            batch = next(self.batches)
             if batch["step"] != step - 1:
                 raise ValueError(f"the loader gave batch {batch['step']} for batch {step - 1}")
             state, metrics = self.parallel(state, batch)
@@ -222,11 +252,15 @@ class _Run:
         """Look at the oldest step's metrics, which waits for them, and log where it is due."""
         step, metrics = self.in_flight.popleft()
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not math.isfinite(value):
-                raise self.diverged(step, name, value)
         tokens = int(metrics["tokens"])
-        self.window.add(loss, grad_norm, tokens)
+        figures = (("loss", loss), ("gradient norm", grad_norm))
+        wild = next(((name, x) for name, x in figures if not math.isfinite(x)), None)
+        if wild is None:
+            self.skips.in_a_row = 0
+            self.window.add(loss, grad_norm, tokens)
+        else:
+            self.skip(step, *wild, skipped=bool(metrics.get("skipped", False)))
+            self.window.skip(tokens)
         self.clock.tick(tokens)
         if self.report is not None:
             self.report.advance(step)
@@ -234,7 +268,8 @@ class _Run:
         if self.due(self.cadence.log_every, step):
             record = self.window.close()
             if self.learning_rate is not None:
-                record["learning_rate"] = float(self.learning_rate(step - 1))
+                updates = step - self.skips.total  # the schedule counts these
+                record["learning_rate"] = float(self.learning_rate(max(updates - 1, 0)))
             record |= self.clock.speeds()
         if self.validates(step) or self.samples(step):
             self.held = record or {}
@@ -243,8 +278,8 @@ class _Run:
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Validate and sample with the averaged parameters, and write the held record with it."""
-        record, self.held = dict(self.held or {}), None
-        with self.clock.paused():
+        record = dict(self.held or {})
+        with self.kept(state, step), self.clock.paused():
             params = self.parallel.for_evaluation(state.ema_params)
             if self.validate is not None and self.validates(step):
                 self.validations[step] = self.validate(params)
@@ -253,6 +288,7 @@ class _Run:
                 texts = self.sample(params)
                 if self.metrics is not None:
                     self.metrics.write_samples(step, texts)
+        self.held = None
         self.write(step, record)
 
     def write(self, step: int, record: dict) -> None:
@@ -271,9 +307,41 @@ class _Run:
         self.checkpoints.save(
             host,
             data=self.batches.state(),
-            pending={"window": self.window.sums(), "held": self.held},
+            pending={
+                "window": dict(vars(self.window)),
+                "skips": dict(vars(self.skips)),
+                "held": self.held,
+            },
             metric=self.validations.get(step, {}).get("nats_per_token"),
         )
+        self.saved = step
+
+    @contextmanager
+    def kept(self, state: TrainState, step: int) -> Iterator[None]:
+        """What has been learned outlives the failure of anything but the step itself.
+
+        A single process can save alone; of several the others know nothing of the failure.
+        """
+        try:
+            yield
+        except Exception:
+            if step > self.saved and jax.process_count() == 1:
+                with suppress(Exception):  # the first error is the one to report
+                    self.collect_all()
+                    self.save(state, step)
+                    self.checkpoints.wait()
+            raise
+
+    def skip(self, step: int, name: str, value: float, *, skipped: bool) -> None:
+        """Count an update that was left out; raises TrainingDiverged where it was not."""
+        if not skipped:
+            raise self.diverged(step, name, value)
+        self.skips.total += 1
+        self.skips.in_a_row += 1
+        if self.skips.in_a_row == MAX_SKIPS:
+            raise self.diverged(step, f"{MAX_SKIPS} updates in a row were skipped; {name}", value)
+        if self.skips.in_a_row == 1 and self.report is not None:
+            self.report.say(f"step {step}: {name} is {value}; its update is skipped")
 
     def diverged(self, step: int, name: str, value: float) -> TrainingDiverged:
         self.checkpoints.wait()
@@ -292,6 +360,7 @@ class _Window:
     loss: float = 0.0
     grad_norm: float = 0.0
     tokens: int = 0
+    skipped: int = 0
 
     def add(self, loss: float, grad_norm: float, tokens: int) -> None:
         self.steps += 1
@@ -299,18 +368,28 @@ class _Window:
         self.grad_norm += grad_norm
         self.tokens += tokens
 
-    def sums(self) -> dict[str, Any]:
-        return dict(vars(self))
+    def skip(self, tokens: int) -> None:
+        self.skipped += 1
+        self.tokens += tokens
 
     def close(self) -> dict[str, Any]:
-        """The window's means, and an empty one."""
-        record = {
-            "loss": self.loss / self.steps,
-            "grad_norm": self.grad_norm / self.steps,
-            "tokens": self.tokens,
-        }
+        """The means over the steps that were not skipped, and an empty window."""
+        record: dict[str, Any] = {"tokens": self.tokens}
+        if self.steps:
+            means = {"loss": self.loss / self.steps, "grad_norm": self.grad_norm / self.steps}
+            record = means | record
+        if self.skipped:
+            record["skipped"] = self.skipped
         self.__init__()
         return record
+
+
+@dataclass
+class _Skips:
+    """Updates that were left out since the run began, and without one between them."""
+
+    total: int = 0
+    in_a_row: int = 0
 
 
 class _Clock:

@@ -1,6 +1,7 @@
 """One training step on one device."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ class Step:
     ema_decay: float
     batch_size: int
     stratified: bool = True
+    skip_nonfinite: bool = False
 
     def __call__(
         self, state: TrainState, batch: Batch, *, axis_name: AxisNames
@@ -88,25 +90,36 @@ class Step:
         """The state after it, and metrics of the global batch.
 
         They are ``loss`` (nats per scored token), ``grad_norm`` (before clipping), ``tokens`` and
-        ``read``.
+        ``read``. With ``skip_nonfinite`` a step whose loss or gradient is not finite changes
+        nothing but ``step``, and ``skipped`` says so (0 or 1).
         """
         grads = jax.tree.map(lambda g: g / self.batch_size, totals["grads"])
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         n = state.step + 1
-        state = TrainState(
+        new_state = TrainState(
             step=n,
             params=params,
             opt_state=opt_state,
             ema_params=update_ema(state.ema_params, params, n, self.ema_decay),
             key=state.key,
         )
-        return state, {
+        metrics = {
             "loss": totals["nats"] / jnp.maximum(totals["tokens"], 1),
             "grad_norm": optax.tree.norm(grads),
             "tokens": totals["tokens"],
             "read": totals["read"],
         }
+        if self.skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            new_state = replace(keep_if_finite(new_state, state, finite), step=n)
+            metrics["skipped"] = 1 - finite.astype(jnp.int32)
+        return new_state, metrics
+
+
+def keep_if_finite(new: Any, old: Any, finite: Array) -> Any:
+    """The tree ``new`` where ``finite``, a scalar, holds, and ``old`` where it does not."""
+    return jax.tree.map(partial(jnp.where, finite), new, old)
 
 
 def keys_of(key, index_B):
