@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import tyro
 from rich.console import Console
 
 import sedd
-from sedd.build import Data, HeldOut, Parts, build_data, build_parts
+from sedd.build import Data, HeldOut, Parts, build_data, build_parallel, build_parts, build_step
 from sedd.cli import note, parse_config, run
 from sedd.config import Config, differences
 from sedd.data.loader import Batches
@@ -22,12 +23,13 @@ from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
 from sedd.model import read_config, read_tokenizer, text_counter
 from sedd.training.checkpoint import Checkpoints, Restored, init_params_from
+from sedd.training.distributed import Processes, connect
+from sedd.training.flops import step_flops
 from sedd.training.loop import leave_on_signals, train
 from sedd.training.metrics import read_metrics
-from sedd.training.optimizer import make_optimizer, make_schedule
-from sedd.training.parallel import DataParallel, check_batch_size, prepare_cpu
+from sedd.training.optimizer import make_schedule
+from sedd.training.parallel import check_batch_size, check_mesh, prepare_cpu
 from sedd.training.state import TrainState, init_state
-from sedd.training.step import Step
 
 SAMPLES = 4  # texts drawn each time during training
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -42,6 +44,13 @@ class TrainCommand:
     config: Annotated[Config, tyro.conf.arg(name="")]
     init_from: Path | None = None
     """Start from the weights of another run's newest checkpoint."""
+    profile: int | None = None
+    """Record so many steps for a profiler's viewer, into WORKDIR/profile."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
+
+    def __post_init__(self):
+        if self.profile is not None and self.profile < 1:
+            raise ValueError(f"--profile must be at least 1, got {self.profile}")
 
 
 @leave_on_signals()
@@ -49,9 +58,11 @@ def main(arguments: Sequence[str]) -> None:
     """Check what can be checked before any work, and train as the directory's only writer."""
     prepare_cpu()
     command = parse_config(arguments, TrainCommand, __doc__ or "")
+    connect(command.processes)
     config, workdir = command.config, command.workdir
     build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
+    check_mesh(jax.device_count(), config.training.fsdp or 1)
     check_writable(workdir / "config.json", f"--workdir {workdir}")
     with ExitStack() as closes:
         if jax.process_index() == 0 and not closes.enter_context(
@@ -80,10 +91,17 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
             ),
         )
     parts = build_parts(config, data.tokenizer.num_tokens)
-    optimizer = make_optimizer(config.optimizer, config.training.steps)
-    new_state = jax.eval_shape(lambda: init_state(parts.network, optimizer, config.seed))
-    restored = checkpoints.restore_latest(new_state)
-    state = restored.state if restored else fresh_state(command, parts, optimizer)
+    step = build_step(config, parts)
+    parallel = build_parallel(config, step)
+    make_state = partial(init_state, step.network, step.optimizer, config.seed)
+    restored = checkpoints.restore_latest(jax.eval_shape(make_state))
+    if restored:
+        state = parallel.place(restored.state)
+    elif command.init_from is not None:
+        expected = jax.eval_shape(parts.network.init, jax.random.key(0))
+        state = parallel.place(make_state(params=init_params_from(command.init_from, expected)))
+    else:
+        state = parallel.init(make_state)
     save_description(workdir, config, data.tokenizer)
     introduce(command, data, state, restored)
 
@@ -93,24 +111,11 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         batch_size=config.evaluation.batch_size,
     )
     entropy = held_out.unigram_entropy()
-    parallel = DataParallel(
-        Step(
-            network=parts.network,
-            objective=parts.objective,
-            optimizer=optimizer,
-            ema_decay=config.optimizer.ema_decay,
-            batch_size=config.training.batch_size,
-            stratified=config.training.stratified,
-            skip_nonfinite=config.training.nonfinite == "skip",
-        ),
-        batch_size=config.training.batch_size,
-        accumulate=config.training.accumulate,
-    )
     batches = Batches(
         data.train,
         batch_size=config.training.batch_size,
         seed=config.seed,
-        start_step=int(state.step),
+        start_step=restored.step if restored else 0,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -129,6 +134,8 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         validate=validator(config, parts, data.tokenizer, held_out),
         sample=text_sampler(config, parts, data.tokenizer),
         unigram_entropy=entropy,
+        flops=partial(step_flops, parts.network, config.training.batch_size, config.data.length),
+        profile=command.profile,
         wandb={"project": config.training.wandb} if config.training.wandb else None,
     )
     if not result.stopped:
@@ -171,15 +178,6 @@ def check_same_tokenizer(init_from: Path, config: Config) -> Tokenizer:
             f"--data.tokenizer is {config.data.tokenizer}; weights go with their tokenizer"
         )
     return read_tokenizer(init_from)
-
-
-def fresh_state(command: TrainCommand, parts: Parts, optimizer) -> TrainState:
-    """The state before the first step, from random weights or another run's."""
-    params = None
-    if command.init_from is not None:
-        expected = jax.eval_shape(parts.network.init, jax.random.key(0))
-        params = init_params_from(command.init_from, expected)
-    return init_state(parts.network, optimizer, command.config.seed, params=params)
 
 
 def save_description(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:

@@ -22,6 +22,9 @@ from sedd.processes.base import Process
 from sedd.samplers.base import Sampler
 from sedd.samplers.verifier import Verifier
 from sedd.schedules import NoiseSchedule
+from sedd.training.optimizer import make_optimizer
+from sedd.training.parallel import DataParallel, FullySharded
+from sedd.training.step import Step
 from sedd.types import Params
 
 
@@ -99,6 +102,29 @@ def build_sampler(
             raise UserError(f"inner is built already: it takes no {', '.join(options)}")
         context["inner"], options = inner, own
     return build("samplers", name, **context, **options)
+
+
+def build_step(config: Config, parts: Parts) -> Step:
+    """One training step of this configuration."""
+    return Step(
+        network=parts.network,
+        objective=parts.objective,
+        optimizer=make_optimizer(config.optimizer, config.training.steps),
+        ema_decay=config.optimizer.ema_decay,
+        batch_size=config.training.batch_size,
+        stratified=config.training.stratified,
+        skip_nonfinite=config.training.nonfinite == "skip",
+    )
+
+
+def build_parallel(
+    config: Config, step: Step, devices: Sequence[Any] | None = None
+) -> DataParallel | FullySharded:
+    """The step on ``devices``, all that there are by default, as the configuration says."""
+    options = {"accumulate": config.training.accumulate, "devices": devices}
+    if config.training.parallel == "fsdp":
+        return FullySharded(step, fsdp=config.training.fsdp, **options)
+    return DataParallel(step, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

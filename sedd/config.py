@@ -36,6 +36,8 @@ RESUMABLE = (
     "training.sample_every",
     "training.checkpoint_every",
     "training.keep",
+    "training.parallel",
+    "training.fsdp",
     "training.nonfinite",
     "training.wandb",
     "evaluation",
@@ -80,6 +82,10 @@ class TrainingOptions:
     """Sequences a step, over all devices and micro-batches."""
     accumulate: int = 1
     """Micro-batches a step; the gradient is that of the whole batch."""
+    parallel: Literal["pmap", "fsdp"] = "pmap"
+    """A replica of the state on each device, or a part of it."""
+    fsdp: int | None = None
+    """Devices that share one copy of the state under parallel fsdp; all of them by default."""
     stratified: bool = True
     """Spread the noise levels of a batch evenly, or draw each by itself."""
     log_every: int = 100
@@ -98,6 +104,13 @@ class TrainingOptions:
         for name in ("steps", "batch_size", "accumulate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        if self.parallel not in ("pmap", "fsdp"):
+            raise ValueError(f"training.parallel must be pmap or fsdp, got {self.parallel!r}")
+        if self.fsdp is not None and self.parallel != "fsdp":
+            raise ValueError(
+                f"training.fsdp is {self.fsdp}, which takes --training.parallel fsdp; it is "
+                f"{self.parallel}"
+            )
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f"training.nonfinite must be stop or skip, got {self.nonfinite!r}")
         try:

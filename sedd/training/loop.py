@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from sedd.errors import UserError
 from sedd.training.checkpoint import Checkpoints
+from sedd.training.flops import peak_flops
 from sedd.training.metrics import Metrics, ProgressReport, plot_curves
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import TrainState, to_host
@@ -74,6 +75,8 @@ def train(
     validate: Callable[[Params], dict[str, Any]] | None = None,
     sample: Callable[[Params], list[str]] | None = None,
     unigram_entropy: float | None = None,
+    flops: Callable[..., float] | None = None,
+    profile: int | None = None,
     wandb: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Run updates ``state.step + 1 … steps``.
@@ -81,9 +84,11 @@ def train(
     ``state`` is placed by ``parallel``. It and ``pending`` are a checkpoint's when resuming, and
     ``batches`` must be at its step.
     ``learning_rate`` is the schedule, to be logged. ``validate`` and ``sample`` get the averaged
-    parameters on one device; ``validate`` returns at least ``nats_per_token``, and is logged under
-    ``validation_…``. In ``workdir``: ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
-    ``curves.png``.
+    parameters as ``parallel.for_evaluation`` has them; ``validate`` returns at least
+    ``nats_per_token``, and is logged under ``validation_…``. ``flops(read=…)`` are those of a step
+    that reads out so many positions. ``profile`` steps after the first ones are recorded for a
+    profiler's viewer. In ``workdir``: ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
+    ``curves.png``, ``profile/``.
 
     SIGTERM and SIGINT end the run after the step under way, with a checkpoint of it; so does the
     preemption of one of several processes. A second signal acts as usual. Raises TrainingDiverged,
@@ -115,6 +120,8 @@ def train(
             skips=_Skips(**pending.get("skips", {})),
             held=pending.get("held"),
             saved=step,
+            clock=_Clock(flops, parallel.num_devices),
+            profile=None if profile is None else _Profile(Path(workdir) / "profile", step, profile),
         )
         try:
             with stop_requests() as stop:
@@ -200,10 +207,11 @@ class _Run:
     skips: "_Skips"
     held: dict | None  # the record of a step that is still to be validated
     saved: int  # the last step that was
+    clock: "_Clock"
+    profile: "_Profile | None"
 
     def __post_init__(self):
         self.in_flight: deque = deque()
-        self.clock = _Clock()
         self.validations: dict[int, dict] = {}
 
     def go(self, state: TrainState, step: int, stop: Callable[[int], bool]):
@@ -211,7 +219,10 @@ class _Run:
         if self.held is not None:  # the run was stopped before it could validate this step
             self.evaluate(state, step)
         while step < self.steps:
-            with self.kept(state, step):
+            if self.profile is not None and self.profile.due(step):
+                self.collect_all()
+                self.profile.toggle()
+            with self.kept(state, step), self.clock.waiting():
                 batch = next(self.batches)
             step += 1
             if batch["step"] != step - 1:
@@ -233,6 +244,9 @@ class _Run:
                 if self.report is not None:
                     self.report.say(f"stopped after step {step}; start again to go on")
                 break
+        if self.profile is not None and self.profile.running:
+            self.collect_all()
+            self.profile.toggle()
         return state, step
 
     def due(self, every: int | None, step: int) -> bool:
@@ -261,7 +275,7 @@ class _Run:
         else:
             self.skip(step, *wild, skipped=bool(metrics.get("skipped", False)))
             self.window.skip(tokens)
-        self.clock.tick(tokens)
+        self.clock.tick(tokens, int(metrics["read"]))
         if self.report is not None:
             self.report.advance(step)
         record = None
@@ -392,19 +406,49 @@ class _Skips:
     in_a_row: int = 0
 
 
+class _Profile:
+    """A recording of ``steps`` steps, from the tenth on after the start at ``first``.
+
+    The first one compiles, and those after it find the devices idle.
+    """
+
+    def __init__(self, directory: Path, first: int, steps: int):
+        self.directory = directory
+        self.between = (first + 10, first + 10 + steps)
+        self.running = False
+
+    def due(self, step: int) -> bool:
+        return step in self.between
+
+    def toggle(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+        else:
+            jax.profiler.start_trace(self.directory)
+        self.running = not self.running
+
+
 class _Clock:
     """Speed between two logs; the first step, which compiles, and pauses do not count."""
 
-    def __init__(self):
+    def __init__(self, flops: Callable[..., float] | None = None, num_devices: int = 1):
+        self.flops, self.num_devices = flops, num_devices
         self.since: float | None = None
-        self.steps = self.tokens = 0
+        self._zero()
 
-    def tick(self, tokens: int) -> None:
+    def _zero(self) -> None:
+        self.steps = self.tokens = self.read = 0
+        self.waited = 0.0
+
+    def tick(self, tokens: int, read: int) -> None:
+        """A step with so many scored tokens, of which so many positions were read out."""
         if self.since is None:
             self.since = time.perf_counter()
+            self._zero()
         else:
             self.steps += 1
             self.tokens += tokens
+            self.read += read
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -413,7 +457,15 @@ class _Clock:
         if self.since is not None:
             self.since += time.perf_counter() - start
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def speeds(self) -> dict[str, float]:
+        """Of all devices together, but FLOPs, which are one's; ``mfu`` where its peak is known."""
         if self.since is None or self.steps == 0:
             return {}
         now = time.perf_counter()
@@ -421,6 +473,13 @@ class _Clock:
         speeds = {
             "tokens_per_second": self.tokens / seconds,
             "steps_per_second": self.steps / seconds,
+            "waiting_for_data": self.waited / seconds,
         }
-        self.since, self.steps, self.tokens = now, 0, 0
+        if self.flops is not None:
+            flops = self.flops(read=self.read / self.steps) * self.steps / seconds
+            speeds["tflops_per_second"] = flops / self.num_devices / 1e12
+            if (peak := peak_flops()) is not None:
+                speeds["mfu"] = flops / self.num_devices / peak
+        self.since = now
+        self._zero()
         return speeds

@@ -119,6 +119,8 @@ class ProgressReport:
             parts.append(f"validation {nats:.4f} nats/token")
         if (speed := record.get("tokens_per_second")) is not None:
             parts.append(f"{speed:,.0f} tokens/s")
+        if (mfu := record.get("mfu")) is not None:
+            parts.append(f"MFU {mfu:.1%}")
         if (speed := record.get("steps_per_second")) is not None:
             parts.append(f"{_duration((self.steps - step) / speed)} left")
         status = "  ".join(parts)

@@ -143,8 +143,7 @@ def run(
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep)
     abstract = jax.eval_shape(lambda: state)
     restored = checkpoints.restore_latest(abstract)
-    if restored is not None:
-        state = restored.state
+    state = parallel.place(restored.state if restored else state)
     batches = batches or ToyBatches()
     batches.next_step = int(state.step)
     return train(
@@ -169,7 +168,7 @@ def fake_validation(params):
     }
 
 
-SPEEDS = ("tokens_per_second", "steps_per_second")
+SPEEDS = ("tokens_per_second", "steps_per_second", "waiting_for_data")
 
 
 def records(workdir):

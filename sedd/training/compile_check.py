@@ -1,0 +1,260 @@
+"""Compile a configuration's training step for TPUs that are not there, and say whether it fits.
+
+    python -m sedd.training.compile_check --config configs/owt_radd_small.py --topology v5e:4x4
+
+The program is the one that training runs there: what is printed is read from it. Needs the package
+libtpu (``pip install libtpu``), and no TPU.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from sedd.build import build_parallel, build_parts, build_step
+from sedd.cli import parse_config, run
+from sedd.config import Config
+from sedd.errors import UserError
+from sedd.networks.attention import refusal
+from sedd.training.flops import step_flops
+from sedd.training.parallel import DataParallel, FullySharded
+from sedd.training.state import init_state
+
+GIB = 2**30
+HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}  # a chip, by its maker
+TOKENS = {"gpt2": 50257, "text8": 27, "bytes": 257, "bert-base-uncased": 30522}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileCheckCommand:
+    """The flags, those of the configuration among them."""
+
+    topology: str
+    """GENERATION:SHAPE, such as v5e:16x16, v6e:16x16, v5p:8x8x8 or v4:4x4x4."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    num_tokens: int | None = None
+    """Size of the vocabulary, where the tokenizer's name does not tell."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What a compiled step takes, of one device unless it says otherwise."""
+
+    num_devices: int
+    arguments: int  # bytes: the state and the batch
+    temporaries: int  # bytes
+    peak: int  # bytes that must be there at once
+    flops: float  # as the compiler counts them
+    collectives: dict[str, tuple[int, int]]  # kind: how many in the program's text, and their bytes
+    text: str
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compile, print, and end with 2 where it does not fit."""
+    command = parse_config(arguments, CompileCheckCommand, __doc__ or "")
+    config = command.config
+    generation = command.topology.partition(":")[0]
+    if generation not in HBM:
+        raise UserError(
+            f"--topology {command.topology}: the generation must be one of {', '.join(HBM)}"
+        )
+    num_tokens = command.num_tokens or vocabulary_of(config)
+    devices = devices_of(command.topology)
+    console = Console(highlight=False)
+    with console.status(f"compiling for {len(devices)} devices"):
+        compiled = compile_step(config, num_tokens, devices)
+    show(console, command, compiled, num_tokens)
+    if compiled.peak > HBM[generation]:
+        raise UserError(
+            f"it does not fit: {gib(compiled.peak)} of {gib(HBM[generation])} a device. "
+            + advice(config)
+        )
+
+
+def vocabulary_of(config: Config) -> int:
+    """The number of tokens that the tokenizer's name tells; UserError where it does not."""
+    name = config.data.tokenizer
+    if name.startswith("bpe:"):
+        return int(name.removeprefix("bpe:"))
+    if name not in TOKENS:
+        raise UserError(
+            f"data.tokenizer {name} does not tell the size of its vocabulary: --num-tokens does"
+        )
+    return TOKENS[name]
+
+
+def devices_of(topology: str) -> list[Any]:
+    """Descriptions of the devices of a TPU slice; UserError where there is no such slice."""
+    if "jax_plugins" not in sys.modules:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except ModuleNotFoundError as error:
+        raise UserError("compiling for TPUs needs libtpu: pip install libtpu") from error
+    # Whatever the plugin says of a name that it does not know, or of its own absence.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        hint = "pip install libtpu" if "libtpu" in reason else "a shape is such as 4x4 or 4x4x4"
+        raise UserError(f"--topology {topology}: {reason}; {hint}") from error
+
+
+def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Compiled:
+    """The configuration's step for these devices. UserError where their memory is too small."""
+    parts = build_parts(with_attention(config, num_tokens), num_tokens)
+    step = build_step(config, parts)
+    parallel = build_parallel(config, step, devices)
+    state = jax.eval_shape(lambda: init_state(step.network, step.optimizer, 0))
+    lowered = parallel.run.lower(*abstract_inputs(config, parallel, state, devices))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"it does not fit: {exhausted(str(error))}. {advice(config)}") from error
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis() or {}
+    return Compiled(
+        num_devices=len(devices),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        flops=cost.get("flops", float("nan")),
+        collectives=collectives_of(text),
+        text=text,
+    )
+
+
+def with_attention(config: Config, num_tokens: int) -> Config:
+    """With the attention that ``auto`` means on a TPU: the device at hand is another one."""
+    network = config.network
+    if getattr(network, "attention", None) != "auto":
+        return config
+    length, heads = config.data.length, network.num_heads
+    query = jax.ShapeDtypeStruct((1, length, heads, network.hidden_dim // heads), jnp.float32)
+    backend = "xla" if refusal("splash", query, None) else "splash"
+    return dataclasses.replace(config, network=dataclasses.replace(network, attention=backend))
+
+
+def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state, devices):
+    """The shapes that the step is compiled for."""
+    size, length = config.training.batch_size, config.data.length
+    accumulate = config.training.accumulate
+    if isinstance(parallel, FullySharded):
+        rows = NamedSharding(parallel.mesh, PartitionSpec(None, ("data", "fsdp")))
+        lead = (accumulate, size // accumulate)
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            parallel.shardings,
+        )
+    else:
+        rows = None
+        lead = (len(devices), accumulate, size // (accumulate * len(devices)))
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    return state, {
+        "x0": array((*lead, length), jnp.int32),
+        "scored": array((*lead, length), bool),
+        "index": array(lead, jnp.int32),
+    }
+
+
+def collectives_of(text: str) -> dict[str, tuple[int, int]]:
+    """How often each kind stands in a program, and the bytes of what they give.
+
+    One inside a loop over layers stands there once.
+    """
+    found = dict.fromkeys(COLLECTIVES, (0, 0))
+    pattern = rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
+    for result, kind in re.findall(pattern, text):
+        count, total = found[kind]
+        found[kind] = (count + 1, total + max(sizes(result), default=0))
+    return {kind: figures for kind, figures in found.items() if figures[0]}
+
+
+def sizes(result: str) -> list[int]:
+    """Bytes of every array in the type of a result, such as ``(f32[8,16]{1,0}, u32[])``."""
+    found = []
+    for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+        count = 1
+        for size in filter(None, shape.split(",")):
+            count *= int(size)
+        found.append(count * WIDTH.get(kind, 4))
+    return found
+
+
+def exhausted(message: str) -> str:
+    """What a compiler's message says of the memory: how much is missing, and the largest arrays."""
+    used = re.search(r"Used ([\d.]+\w+) of ([\d.]+\w+) (\w+)", message)
+    head = f"{used[1]} of {used[2]} {used[3]} are needed" if used else message.splitlines()[0][:200]
+    blocks = re.findall(r"Size: ([\d.]+\w+).*?Shape: (\S+)", message, flags=re.DOTALL)
+    largest = ", ".join(f"{shape.split('{')[0]} ({size})" for size, shape in blocks[:4])
+    return f"{head}; the largest arrays are {largest}" if largest else head
+
+
+def advice(config: Config) -> str:
+    """What would make it smaller, in the order in which to try."""
+    options = []
+    if config.training.parallel != "fsdp":
+        options.append("--training.parallel fsdp")
+    if not getattr(config.network, "remat", True):
+        options.append("--network.remat")
+    accumulate = config.training.accumulate * 2
+    options += [f"--training.accumulate {accumulate}", "more devices"]
+    return f"Try {', '.join(options)}"
+
+
+def show(console: Console, command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
+    """The figures as a table."""
+    config = command.config
+    hbm = HBM[command.topology.partition(":")[0]]
+    parts = build_parts(config, num_tokens)
+    params = jax.eval_shape(parts.network.init, jax.random.key(0))
+    size, length = config.training.batch_size, config.data.length
+    model = step_flops(parts.network, size, length, read=size * length / 2) / compiled.num_devices
+    table = Table(title=f"{command.topology}, {config.training.parallel}", title_justify="left")
+    table.add_column("of one device")
+    table.add_column("", justify="right")
+    fits = "fits" if compiled.peak <= hbm else "does not fit"
+    rows = [
+        ("devices", f"{compiled.num_devices:,}"),
+        ("parameters (whole model)", f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
+        ("sequences a step", f"{size / compiled.num_devices:g} of {length:,} tokens"),
+        ("state and batch", gib(compiled.arguments)),
+        ("temporaries", gib(compiled.temporaries)),
+        ("peak", f"{gib(compiled.peak)} of {gib(hbm)}: {fits}"),
+        ("model FLOPs a step (half of the positions read out)", f"{model:.3g}"),
+        ("compiler's FLOPs (a loop's body once)", f"{compiled.flops:.3g}"),
+    ]
+    for kind, (count, total) in compiled.collectives.items():
+        rows.append((kind, f"{count} in the program, {gib(total)}"))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def gib(size: float) -> str:
+    """Bytes, readable."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    run(main)

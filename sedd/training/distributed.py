@@ -1,0 +1,100 @@
+"""Several processes, each with its own devices, as one run."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+import jax
+
+from sedd.errors import UserError
+
+HEARTBEAT_SECONDS = 30  # a peer that has been silent for so long is dead; JAX's default is 100
+CONNECT_SECONDS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Where the processes of a run find each other; nothing needs saying where it can be found out.
+
+    SLURM, Open MPI, GKE and TPU pods describe themselves in the environment. ``coordinator`` is
+    HOST:PORT of process 0.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self):
+        given = [getattr(self, name) is not None for name in FLAGS]
+        if any(given) and not all(given):
+            missing = [flag for flag, there in zip(FLAGS.values(), given, strict=True) if not there]
+            raise ValueError(f"{', '.join(FLAGS.values())} go together; {missing[0]} is missing")
+        if self.num_processes is not None and self.process_id is not None:
+            if self.num_processes < 1:
+                raise ValueError(f"--num-processes must be at least 1, got {self.num_processes}")
+            if not 0 <= self.process_id < self.num_processes:
+                raise ValueError(
+                    f"--process-id must be in [0, {self.num_processes}), got {self.process_id}"
+                )
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise ValueError(f"--coordinator must be HOST:PORT, got {self.coordinator!r}")
+
+
+FLAGS = {
+    "coordinator": "--coordinator",
+    "num_processes": "--num-processes",
+    "process_id": "--process-id",
+}
+
+
+def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
+    """Join the other processes, before anything asks JAX for its devices.
+
+    Does nothing where there is only this one. Raises UserError where the coordinator cannot be
+    reached within ``seconds``.
+    """
+    if processes.coordinator is None and not several():
+        return
+    if processes.coordinator is not None and processes.process_id != 0:
+        _await(processes.coordinator, seconds)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=processes.coordinator,
+            num_processes=processes.num_processes,
+            process_id=processes.process_id,
+            initialization_timeout=int(seconds),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"the processes of this run did not find each other: {first}") from error
+
+
+def several() -> bool:
+    """Whether the environment says that this process is one of several."""
+    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    if any(os.environ.get(name, "1") not in ("", "1") for name in counts):
+        # A shell inside an allocation is not a task of it.
+        return "SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def _await(coordinator: str, seconds: float) -> None:
+    """Until the coordinator listens: JAX would end the process without a word for the user."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--coordinator {coordinator}: nothing answers there after {seconds:.0f} s "
+                    f"({error.strerror or error}); is process 0 running, and the port open?"
+                ) from error
+            time.sleep(0.5)
