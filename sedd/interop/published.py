@@ -148,7 +148,8 @@ def save_published(
                 (partial / name).write_text(text, encoding="utf-8")
             umask = os.umask(0)
             os.umask(umask)
-            partial.chmod(0o777 & ~umask)  # mkdtemp's is the owner's alone
+            partial.chmod(0o777 & ~umask)  # what mkdtemp and save_file make is the owner's alone
+            (partial / "model.safetensors").chmod(0o666 & ~umask)
             partial.replace(path)  # an empty directory is replaced, any other is an error
         except BaseException:
             shutil.rmtree(partial)

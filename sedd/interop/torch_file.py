@@ -39,10 +39,7 @@ PASSED_OVER_NAMES = {
     "typing.Any",
     "collections.defaultdict",
     "_codecs.encode",
-    *(
-        f"__builtin__.{name}"
-        for name in ("dict", "list", "tuple", "set", "int", "str", "bytearray")
-    ),
+    *(f"__builtin__.{name}" for name in "dict list tuple set int long float str unicode".split()),
 }
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how files before 1.6 begin
 
@@ -58,7 +55,7 @@ def read_torch(path: Path) -> Any:
         archive = _Archive(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, NotImplementedError):  # of a version that there is not yet
         _refuse(path)
     return _unpickle(_Unpickler(io.BytesIO(archive.read("data.pkl")), path, archive), path)
 
@@ -208,7 +205,7 @@ def _refuse(path: Path):
             f"{path} is in the format of torch.save before PyTorch 1.6, which is not read; with "
             "PyTorch, torch.save(torch.load(FILE, weights_only=True), FILE) writes it anew"
         )
-    raise UserError(f"{path} is not a file of torch.save: it is no zip archive")
+    raise UserError(f"{path} is not a file of torch.save: it is no whole zip archive")
 
 
 class _Archive:
