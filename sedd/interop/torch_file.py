@@ -35,11 +35,12 @@ STORAGES = {
 }
 PASSED_OVER = ("omegaconf", "transformers", "tokenizers")
 # What the objects of those libraries are made of in a pickle of protocol 2.
+BUILTINS = ("dict", "list", "tuple", "set", "int", "long", "float", "str", "unicode")
 PASSED_OVER_NAMES = {
     "typing.Any",
     "collections.defaultdict",
     "_codecs.encode",
-    *(f"__builtin__.{name}" for name in "dict list tuple set int long float str unicode".split()),
+    *(f"__builtin__.{name}" for name in BUILTINS),
 }
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how files before 1.6 begin
 
