@@ -25,8 +25,8 @@ from sedd.model import text_counter
 class EvaluateCommand:
     """The flags of ``evaluate.py``."""
 
-    checkpoint: Path
-    """A run's directory."""
+    checkpoint: str
+    """A run's directory, a published checkpoint's, or hf://OWNER/NAME."""
     step: int | Literal["best"] | None = None
     """Which checkpoint: of a step, or the best by validation; the newest by default."""
     data: str
@@ -62,7 +62,10 @@ def main(arguments: Sequence[str]) -> None:
         check_writable(command.json, f"--json {command.json}")
     model = sedd.load(command.checkpoint, step=command.step)
     if model.tokenizer is None:
-        raise sedd.UserError(f"{command.checkpoint}: no tokenizer to read {command.data} with")
+        raise sedd.UserError(
+            f"checkpoint {command.checkpoint}: it has no tokenizer to read {command.data} with; "
+            "put its tokenizer.json beside its config.json"
+        )
     packed, split = pack_split(
         command.data,
         command.split or trained_on(command.data, model),
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     show(result, batches.unigram_entropy(), f"{command.data} · {split}")
     if command.json is not None:
         about = {
-            "checkpoint": str(command.checkpoint),
+            "checkpoint": command.checkpoint,
             "data": command.data,
             "split": split,
             "length": model.length,

@@ -130,7 +130,7 @@ def write_page(
             "sampler": ", ".join(options.name for options in command.samplers),
             **{k: str(v) for options in command.samplers for k, v in values(options).items()},
             "network calls": str(max(a.calls for a in answers)),
-            "checkpoint": str(command.checkpoint),
+            "checkpoint": command.checkpoint,
         },
         times_T1=None if answers[0].times is None else answers[0].times.tolist(),
     )

@@ -1,5 +1,6 @@
 """A trained model: loaded, asked for its scores, and evaluated."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,13 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.build import Parts, build_parts
-from sedd.config import Config
-from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
+from sedd.components import options, options_type
+from sedd.config import Config, DataOptions, default_cache_dir
+from sedd.data.tokenizers import Pretrained, Tokenizer, build_tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.evaluation.bound import BoundResult, evaluate_bound
+from sedd.interop.hub import fetch
+from sedd.interop.layouts import find_config
+from sedd.interop.published import Published, load_published
 from sedd.training.checkpoint import find_checkpoints
 from sedd.types import Array, Float, Int, Key
+
+GPT2_TOKENS = 50257
+UNKNOWN = "unknown"  # what a published configuration does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +79,19 @@ _log_conditional = jax.jit(Denoiser.log_conditional)
 
 
 def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Model:
-    """The model of a run's directory, with a checkpoint's averaged (EMA) parameters.
+    """The model of a run's directory, or of a published checkpoint's; averaged (EMA) parameters.
 
-    The newest whole checkpoint by default, ``"best"`` by validation, or that of a step. UserError
-    when there is none, it is damaged, or it is of another configuration than the directory's.
+    Of a run the newest whole checkpoint by default, ``"best"`` by validation, or that of a step.
+    ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION`` is a published one on the Hugging Face hub.
+    UserError when there is none, it is damaged, or it does not fit its configuration.
     """
-    path = Path(path)
+    source, path = str(path), fetch(str(path))
     if not path.is_dir():
         raise UserError(f"checkpoint {path}: no such directory")
+    if find_config(path) is not None:
+        if step is not None:
+            raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
+        return _from_published(load_published(path), path, source)
     config = read_config(path)
     if config is None:
         above = [p for p in path.absolute().parents[:2] if (p / "config.json").exists()]
@@ -98,14 +111,83 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
         parts=parts,
         config=config,
         tokenizer=tokenizer,
-        source=str(path),
+        source=source,
     )
+
+
+def _from_published(published: Published, path: Path, source: str) -> Model:
+    """A published checkpoint as the model of a configuration that describes it."""
+    network, what = published.network, published.description
+    tokenizer = _published_tokenizer(path, what.num_tokens)
+    conditional = what.parameterization == "conditional"
+    if conditional:
+        timed = network.time_conditioned
+        reading = options("parameterizations", "conditional", time_independent=not timed)
+        objective = "mdlm" if timed else "lambda_dce"
+    else:
+        reading, objective = options("parameterizations", "score"), "score_entropy"
+    fields = [field.name for field in dataclasses.fields(options_type("networks", "ddit"))]
+    schedule = dict(what.schedule)
+    config = Config(
+        data=DataOptions(
+            corpus=what.corpus or UNKNOWN,
+            tokenizer=UNKNOWN if tokenizer is None else tokenizer.name,
+            length=what.length,
+        ),
+        process=options("processes", what.process),
+        schedule=options("schedules", schedule.pop("name"), **schedule),
+        parameterization=reading,
+        network=options("networks", "ddit", **{name: getattr(network, name) for name in fields}),
+        objective=options("objectives", objective),
+    )
+    parts = build_parts(config, what.num_tokens)
+    return Model(
+        denoiser=parts.denoiser(jax.device_put(published.params)),
+        parts=parts,
+        config=config,
+        tokenizer=tokenizer,
+        source=source,
+    )
+
+
+def _published_tokenizer(path: Path, num_tokens: int) -> Tokenizer | None:
+    """That of the directory, or GPT-2's where the vocabulary is of its size, or None."""
+    file = path / "tokenizer.json"
+    if file.is_file():
+        # Ours, or as Hugging Face's library writes it.
+        tokenizer = _read_json(
+            file,
+            lambda data: (
+                tokenizer_from_json(data)
+                if "kind" in data
+                else Pretrained.of(file.name, json.dumps(data))
+            ),
+        )
+    elif num_tokens == GPT2_TOKENS:
+        tokenizer = build_tokenizer("gpt2", None, cache_dir=Path(default_cache_dir()).expanduser())
+    else:
+        return None
+    if tokenizer.num_tokens != num_tokens:
+        raise UserError(
+            f"{file}: it has {tokenizer.num_tokens} tokens, and the checkpoint {num_tokens} beside "
+            "the mask: it is not the tokenizer that the model was trained with"
+        )
+    return tokenizer
 
 
 def read_config(workdir: Path) -> Config | None:
     """The configuration that a run was started with, or None where there is no run."""
     path = workdir / "config.json"
-    return _read_json(path, Config.from_json) if path.exists() else None
+    return _read_json(path, _run_config) if path.exists() else None
+
+
+def _run_config(data: dict[str, Any]) -> Config:
+    if data and not data.keys() & {field.name for field in dataclasses.fields(Config)}:
+        raise UserError(
+            f"an unknown layout, with the keys {', '.join(data)}: expected the configuration of a "
+            "run, or the published one of SEDD, RADD or MDLM"
+        )
+    return Config.from_json(data)
 
 
 def read_tokenizer(workdir: Path) -> Tokenizer:

@@ -42,8 +42,8 @@ def unset(metavar: str) -> Any:
 class SampleCommand:
     """The flags of ``sample.py``; the sampler's own (--steps) are among them."""
 
-    checkpoint: Path
-    """A run's directory."""
+    checkpoint: Annotated[str, unset("DIR|hf://OWNER/NAME")]
+    """A run's directory, or a published checkpoint's."""
     step: Annotated[int | Literal["best"] | None, unset("INT|best")] = None
     """Which checkpoint: of a step, or the best by validation; the newest by default."""
     num: int = 1
@@ -241,7 +241,10 @@ def build_command_sampler(
 def requested(command: SampleCommand, model: sedd.Model) -> tuple[list[Asked], list[UserError]]:
     """The requests of the file or of the flags, and the lines of the file that were refused."""
     if model.tokenizer is None:
-        raise UserError(f"{command.checkpoint}: it has no tokenizer, so there is no text to draw")
+        raise UserError(
+            f"checkpoint {command.checkpoint}: it has no tokenizer, so there is no text to draw; "
+            "put its tokenizer.json beside its config.json"
+        )
     cache_dir = Path(default_cache_dir()).expanduser()
     if command.requests is None:
         requests = [

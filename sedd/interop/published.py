@@ -1,13 +1,16 @@
-"""Published PyTorch checkpoints of SEDD, RADD and MDLM, read without PyTorch.
+"""Published PyTorch checkpoints of SEDD, RADD and MDLM, read and written without PyTorch.
 
-A checkpoint is a directory with ``config.json`` and ``model.safetensors``, as the hub serves
-``JingyangOu/radd-lambda-dce``, ``JingyangOu/radd-t-dce`` and ``kuleshov-group/mdlm-owt``, and
-``louaaron/sedd-small`` and ``louaaron/sedd-medium`` once their ``pytorch_model.bin`` is converted.
+A checkpoint is a directory with a configuration (see ``sedd.interop.layouts``) and its tensors: as
+the hub serves ``louaaron/sedd-small``, ``JingyangOu/radd-lambda-dce`` or
+``kuleshov-group/mdlm-owt``, or as the published training code leaves it.
 """
 
 import dataclasses
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,90 +19,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sedd.errors import UserError
+from sedd.interop.layouts import (
+    IGNORED,
+    Description,
+    Layout,
+    config_of,
+    find_config,
+    from_published,
+    names_of,
+    read_layout,
+    reason,
+    to_published,
+)
+from sedd.interop.torch_file import Tensor, read_torch
 from sedd.networks.ddit import DDiT, sigma_features
 from sedd.types import Params
 
-SCHEDULES = {"loglinear": "log_linear", "geometric": "geometric"}  # theirs: ours
-PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}
-
-# Our parameters under the published names; {} is the number of the block. PyTorch's linear weights
-# are [out, in], our kernels [in, out].
-TENSORS = {
-    "trunk/embed/embedding": "vocab_embed.embedding",
-    "trunk/sigma_map/in/kernel": "sigma_map.mlp.0.weight",
-    "trunk/sigma_map/in/bias": "sigma_map.mlp.0.bias",
-    "trunk/sigma_map/out/kernel": "sigma_map.mlp.2.weight",
-    "trunk/sigma_map/out/bias": "sigma_map.mlp.2.bias",
-    "trunk/blocks/norm_attention/scale": "blocks.{}.norm1.weight",
-    "trunk/blocks/norm_attention/bias": "blocks.{}.norm1.bias",
-    "trunk/blocks/qkv/kernel": "blocks.{}.attn_qkv.weight",
-    "trunk/blocks/attention_out/kernel": "blocks.{}.attn_out.weight",
-    "trunk/blocks/norm_mlp/scale": "blocks.{}.norm2.weight",
-    "trunk/blocks/norm_mlp/bias": "blocks.{}.norm2.bias",
-    "trunk/blocks/mlp_in/kernel": "blocks.{}.mlp.0.weight",
-    "trunk/blocks/mlp_in/bias": "blocks.{}.mlp.0.bias",
-    "trunk/blocks/mlp_out/kernel": "blocks.{}.mlp.2.weight",
-    "trunk/blocks/mlp_out/bias": "blocks.{}.mlp.2.bias",
-    "trunk/blocks/modulation/kernel": "blocks.{}.adaLN_modulation.weight",
-    "trunk/blocks/modulation/bias": "blocks.{}.adaLN_modulation.bias",
-    "trunk/norm/scale": "output_layer.norm_final.weight",
-    "trunk/norm/bias": "output_layer.norm_final.bias",
-    "trunk/modulation/kernel": "output_layer.adaLN_modulation.weight",
-    "trunk/modulation/bias": "output_layer.adaLN_modulation.bias",
-    "head/kernel": "output_layer.linear.weight",
-    "head/bias": "output_layer.linear.bias",
-}
-IGNORED = "rotary_emb.inv_freq"  # a constant that PyTorch saved along
-_KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+# Where the tensors are, the safest first: on the hub, and beside a run of SEDD, RADD and MDLM.
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "checkpoints-meta/checkpoint.pth",
+    "checkpoint.pth",
+    "checkpoints/last.ckpt",
+    "last.ckpt",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published checkpoint in this library's terms.
-
-    ``params`` are float32 arrays in host memory. ``description`` has the keys
-
-    - ``process``: "absorbing" or "uniform";
-    - ``parameterization``: "score" (SEDD) or "conditional" (RADD, MDLM), which depends on the time
-      where ``network.time_conditioned``;
-    - ``schedule``: ``{"name": "log_linear"}`` or ``{"name": "geometric", "sigma_min": …,
-      "sigma_max": …}``, ``None`` where the configuration states none;
-    - ``num_tokens``: N, the real tokens, without the mask;
-    - ``length``: that of the training sequences.
-    """
+    """A published checkpoint in this library's terms; ``params`` are float32, in host memory."""
 
     network: DDiT
     params: Params
-    description: dict[str, Any]
+    description: Description
 
 
 def load_published(path: str | os.PathLike) -> Published:
     """Read the checkpoint in the directory ``path``.
 
     The network computes in float32; ``dataclasses.replace(network, dtype="bfloat16")`` does as the
-    published code does on a GPU. Raises ``UserError`` where a file or a key of the configuration is
-    missing or not understood, and where tensors are missing, unexpected or of the wrong shape: all
-    of them are listed.
+    published code does on a GPU. Raises ``UserError`` where keys of the configuration are missing
+    or not understood, and where tensors are missing, unexpected, transposed or of the wrong shape:
+    all of them are listed.
 
     MDLM without ``time_conditioning`` holds a network that is conditioned on σ but always runs at
     σ = 0. It is returned as the network without a condition that it is a longer spelling of (see
     ``at_constant_sigma``), so that nothing downstream has to know of a σ that is not one.
     """
     directory = Path(path)
-    config = _Config(directory / "config.json")
-    if config.data.get("model_type") == "mdlm":
-        network, description = _mdlm(config)
-        prefix = "backbone."
-    else:
-        network, description = _sedd(config) if "graph" in config.data else _radd(config)
-        prefix = ""
-    params = _read_params(directory / "model.safetensors", network, prefix)
-    if prefix and not config.get("time_conditioning", bool):
-        network, params = at_constant_sigma(network, params, 0.0)
-    return Published(network=network, params=params, description=description)
+    layout = read_layout(find_config(directory) or directory / "config.json")
+    found = [directory / name for name in WEIGHTS if (directory / name).is_file()]
+    if not found:
+        raise UserError(f"{directory}: it has no tensors: none of {', '.join(WEIGHTS)}")
+    network, params = layout.network, _read_params(found[0], layout)
+    if layout.constant_sigma is not None:
+        network, params = at_constant_sigma(network, params, layout.constant_sigma)
+    return Published(network=network, params=params, description=layout.description)
 
 
 def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT, Params]:
@@ -147,172 +126,141 @@ def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT
     return network, jax.tree.map(lambda x: x.astype(np.float32), params)
 
 
-class _Config:
-    """``config.json``, whose keys are asked for by their dotted name."""
+def save_published(
+    path: Path, layout: Layout, params: Params, *, beside: Mapping[str, str]
+) -> None:
+    """Write a checkpoint to the directory ``path``, whole or not at all.
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: {_reason(error)}; expected a published configuration"
-            ) from None
-        if not isinstance(self.data, dict):
-            raise UserError(f"{path}: expected a JSON object, got {type(self.data).__name__}")
-
-    def get(self, name: str, kind: type = int) -> Any:
-        value = self.data
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise UserError(f"{self.path}: the key {name} is missing")
-            value = value[part]
-        try:
-            converted = kind(value)  # YAML reads 1e-4 as a string, and some configurations kept it
-        except (TypeError, ValueError):
-            converted = None
-        if converted is None or (kind is int and converted != value):
-            raise UserError(f"{self.path}: {name} must be {_KINDS[kind]}, got {value!r}")
-        return converted
-
-    def choice(self, name: str, choices: dict[str, str]) -> str:
-        value = self.get(name, str)
-        if value not in choices:
-            raise UserError(
-                f"{self.path}: {name} must be one of {', '.join(choices)}, got {value!r}"
-            )
-        return choices[value]
-
-    def network(self, **options) -> DDiT:
-        try:
-            return DDiT(**options)
-        except ValueError as error:
-            raise UserError(f"{self.path}: {error}") from None
-
-
-def _sedd(config: _Config) -> tuple[DDiT, dict[str, Any]]:
-    process = config.choice("graph.type", PROCESSES)
-    absorbing = process == "absorbing"
-    scaled = config.get("model.scale_by_sigma", bool)
-    if scaled != absorbing:
-        raise UserError(
-            f"{config.path}: model.scale_by_sigma must be {str(absorbing).lower()} where the graph "
-            f"is {process}, got {str(scaled).lower()}"
-        )
-    network = config.network(
-        num_states=config.get("tokens") + absorbing,
-        time_conditioned=True,
-        condition_dim=config.get("model.cond_dim"),
-        **_sizes(config),
-    )
-    return network, _description(config, process, "score")
-
-
-def _radd(config: _Config) -> tuple[DDiT, dict[str, Any]]:
-    network = config.network(
-        num_states=config.get("tokens") + 1,
-        time_conditioned=False,
-        norm_bias=True,
-        **_sizes(config),
-    )
-    return network, _description(config, "absorbing", "conditional")
-
-
-def _mdlm(config: _Config) -> tuple[DDiT, dict[str, Any]]:
-    network = config.network(
-        num_states=config.get("vocab_size"),
-        time_conditioned=True,
-        hidden_dim=config.get("hidden_dim"),
-        condition_dim=config.get("cond_dim"),
-        num_layers=config.get("n_blocks"),
-        num_heads=config.get("n_heads"),
-        dropout=config.get("dropout", float),
-    )
-    description = {
-        "process": "absorbing",
-        "parameterization": "conditional",
-        "schedule": None,
-        "num_tokens": config.get("vocab_size") - 1,
-        "length": config.get("model_length"),
-    }
-    return network, description
-
-
-def _sizes(config: _Config) -> dict[str, Any]:
-    return {
-        "hidden_dim": config.get("model.hidden_size"),
-        "num_layers": config.get("model.n_blocks"),
-        "num_heads": config.get("model.n_heads"),
-        "dropout": config.get("model.dropout", float),
-    }
-
-
-def _description(config: _Config, process: str, parameterization: str) -> dict[str, Any]:
-    schedule = None
-    if "noise" in config.data:
-        schedule = {"name": config.choice("noise.type", SCHEDULES)}
-        if schedule["name"] == "geometric":
-            for name in ("sigma_min", "sigma_max"):
-                schedule[name] = config.get(f"noise.{name}", float)
-    return {
-        "process": process,
-        "parameterization": parameterization,
-        "schedule": schedule,
-        "num_tokens": config.get("tokens"),
-        "length": config.get("model.length"),
-    }
-
-
-def _read_params(path: Path, network: DDiT, prefix: str) -> Params:
+    ``beside`` are further files, name to text. ``UserError`` where there is something already, and
+    where it cannot be written.
+    """
+    check_free(path)
+    tensors = {}
+    for key, array in _flat(params):
+        tensors |= to_published(key, np.asarray(array), layout.prefix)
     try:
-        tensors = load_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            texts = {"config.json": json.dumps(config_of(layout), indent=2) + "\n", **beside}
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o777 & ~umask)  # what mkdtemp and save_file make is the owner's alone
+            (partial / "model.safetensors").chmod(0o666 & ~umask)
+            partial.replace(path)  # an empty directory is replaced, any other is an error
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
     except (OSError, SafetensorError) as error:
-        hint = ""
-        if not path.exists() and (path.parent / "pytorch_model.bin").exists():
-            hint = "; pytorch_model.bin is a pickle, which is not read: convert it to safetensors"
-        raise UserError(f"{path}: {_reason(error)}{hint}") from None
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
 
-    tensors = {name: value for name, value in tensors.items() if not name.endswith(IGNORED)}
-    ours, treedef = jax.tree_util.tree_flatten_with_path(
-        jax.eval_shape(network.init, jax.random.key(0))
-    )
-    params, missing, misshapen, known = [], [], [], set()
-    for key_path, leaf in ours:
-        key = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        template = prefix + TENSORS[key]
-        stacked = "{}" in template
-        names = [template.format(i) for i in range(leaf.shape[0])] if stacked else [template]
-        transposed = key.endswith("kernel")
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if transposed else shape
-        known.update(names)
-        missing += [name for name in names if name not in tensors]
-        present = [name for name in names if name in tensors]
-        misshapen += [
-            f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
-            for name in present
-            if tensors[name].shape != shape
-        ]
-        if missing or misshapen:
+
+def check_free(path: Path) -> None:
+    """UserError where something is at ``path``, but for an empty directory."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise UserError(f"{path}: it {what}; nothing is replaced, name another directory")
+
+
+def with_norm_bias(network: DDiT, params: Params) -> tuple[DDiT, Params]:
+    """The same network with biases in its norms, of 0 where it had none."""
+    if network.norm_bias:
+        return network, params
+    trunk, blocks = params["trunk"], params["trunk"]["blocks"]
+
+    def biased(norm):
+        return {**norm, "bias": np.zeros_like(norm["scale"])}
+
+    blocks = blocks | {name: biased(blocks[name]) for name in ("norm_attention", "norm_mlp")}
+    trunk = trunk | {"blocks": blocks, "norm": biased(trunk["norm"])}
+    return dataclasses.replace(network, norm_bias=True), params | {"trunk": trunk}
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves by name, as in ``layouts.TENSORS``."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def _read_params(path: Path, layout: Layout) -> Params:
+    tensors = {
+        name: tensor for name, tensor in _read_tensors(path).items() if not name.endswith(IGNORED)
+    }
+    ours = jax.eval_shape(layout.network.init, jax.random.key(0))
+    wanted = {key: names_of(key, leaf.shape, layout.prefix) for key, leaf in _flat(ours)}
+    shapes = {name: shape for names, shape in wanted.values() for name in names}
+    transposed, misshapen = [], []
+    for name in sorted(shapes.keys() & tensors.keys()):
+        here, there = list(shapes[name]), list(tensors[name].shape)
+        if there == here:
             continue
-        values = [tensors[name].astype(np.float32) for name in names]
-        values = [value.T for value in values] if transposed else values
-        params.append(np.stack(values) if stacked else values[0])
-
+        if there == here[::-1] and len(here) > 1:
+            transposed.append(f"{name} is transposed: {there}, not {here}")
+        else:
+            misshapen.append(f"{name} is {there}, not {here}")
     problems = []
-    if missing:
+    if missing := [name for name in shapes if name not in tensors]:
         problems.append("missing " + ", ".join(missing))
-    if unexpected := sorted(set(tensors) - known):
+    if unexpected := sorted(tensors.keys() - shapes.keys()):
         problems.append("unexpected " + ", ".join(unexpected))
+    problems += transposed
     if misshapen:
         problems.append("wrong shape: " + ", ".join(misshapen))
     if problems:
-        raise UserError(f"{path} does not fit its config.json: {'; '.join(problems)}")
-    return jax.tree_util.tree_unflatten(treedef, params)
+        raise UserError(f"{path} does not fit its configuration: {'; '.join(problems)}")
+    params = [
+        from_published(key, [np.asarray(tensors[name]).astype(np.float32) for name in names])
+        for key, (names, _) in wanted.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(ours), params)
 
 
-def _reason(error: Exception) -> str:
-    """The error in one line, without the path that an ``OSError`` repeats."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0]
+def _read_tensors(path: Path) -> Mapping[str, np.ndarray | Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: {reason(error)}") from None
+    saved = read_torch(path)
+    tensors = saved
+    if isinstance(saved, dict):
+        # SEDD's and RADD's training code, Lightning, or a state dict itself.
+        tensors = next((saved[key] for key in ("model", "state_dict") if key in saved), saved)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise UserError(f"{path}: it holds no tensors by name, nor a training run's checkpoint")
+    if tensors is saved or not saved.get("ema"):  # MDLM's code can train without an average
+        return tensors
+    return _averaged(path, tensors, saved["ema"])
+
+
+def _averaged(path: Path, tensors: dict[str, Tensor], ema: Any) -> dict[str, Tensor]:
+    """The averaged parameters under their names.
+
+    The average is a list in the order of PyTorch's parameters, which is that of the state dict
+    without its buffers.
+    """
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    names = [name for name in tensors if not name.endswith(IGNORED)]
+    if not isinstance(shadow, list) or not all(isinstance(each, Tensor) for each in shadow):
+        raise UserError(f"{path}: its average, ema, has no list of tensors shadow_params")
+    if len(shadow) != len(names):
+        raise UserError(
+            f"{path}: its average, ema.shadow_params, has {len(shadow)} tensors, and its model "
+            f"{len(names)} parameters"
+        )
+    if wrong := [
+        f"{name} is {list(tensors[name].shape)}, its average {list(each.shape)}"
+        for name, each in zip(names, shadow, strict=True)
+        if each.shape != tensors[name].shape
+    ]:
+        raise UserError(f"{path}: its average does not fit its model: {', '.join(wrong)}")
+    return dict(zip(names, shadow, strict=True))

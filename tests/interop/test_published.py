@@ -1,3 +1,4 @@
+import collections
 import functools
 import json
 import shutil
@@ -9,8 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torch_writer import View, write
 
 from sedd.errors import UserError
+from sedd.interop.layouts import Description, read_layout
 from sedd.interop.published import at_constant_sigma, load_published
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -67,13 +70,14 @@ def test_sedd_gives_the_published_numbers(graph):
             ours -= np.log(np.expm1(sigma))[:, None, None] + np.log(97)
         np.put_along_axis(ours, x[..., None], 0, axis=-1)
         np.testing.assert_allclose(ours, log_score, atol=TOLERANCE, rtol=0)
-    assert published.description == {
-        "process": {"absorb": "absorbing", "uniform": "uniform"}[graph],
-        "parameterization": "score",
-        "schedule": None,
-        "num_tokens": 97,
-        "length": 24,
-    }
+    assert published.description == Description(
+        process={"absorb": "absorbing", "uniform": "uniform"}[graph],
+        parameterization="score",
+        schedule={"name": "log_linear"},
+        num_tokens=97,
+        length=24,
+        corpus=None,
+    )
 
 
 @pytest.mark.parametrize("loss", ["t_DSE", "t_DCE", "lambda_DCE", "k_DCE"])
@@ -83,8 +87,8 @@ def test_radd_gives_the_published_numbers(loss):
     log_cond = jax.nn.log_softmax(raw(published, golden[f"{loss}/x"])[..., :97], axis=-1)
     theirs = golden[f"{loss}/log_cond"][..., :97]
     np.testing.assert_allclose(log_cond, theirs, atol=TOLERANCE, rtol=0)
-    assert published.description["process"] == "absorbing"
-    assert published.description["parameterization"] == "conditional"
+    assert published.description.process == "absorbing"
+    assert published.description.parameterization == "conditional"
     assert published.network.dropout == 0.02
 
 
@@ -93,13 +97,14 @@ def test_mdlm_gives_the_published_numbers_without_a_sigma():
     golden = np.load(GOLDEN / "mdlm.npz")
     assert not published.network.time_conditioned
     np.testing.assert_allclose(raw(published, golden["xt"]), golden["raw"], atol=TOLERANCE, rtol=0)
-    assert published.description == {
-        "process": "absorbing",
-        "parameterization": "conditional",
-        "schedule": None,
-        "num_tokens": 97,
-        "length": 24,
-    }
+    assert published.description == Description(
+        process="absorbing",
+        parameterization="conditional",
+        schedule={"name": "log_linear"},
+        num_tokens=97,
+        length=24,
+        corpus=None,
+    )
 
 
 def test_a_constant_sigma_folds_into_the_norms(copy):
@@ -133,7 +138,7 @@ def test_a_constant_sigma_folds_into_the_norms(copy):
 )
 def test_a_stated_schedule_is_read(copy, noise, schedule):
     path = copy("sedd_absorb", config=lambda c: c.update(noise=noise))
-    assert load_published(path).description["schedule"] == schedule
+    assert load_published(path).description.schedule == schedule
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -163,7 +168,7 @@ def test_all_tensors_that_do_not_fit_are_named(copy):
     assert "\n" not in message
     assert "missing blocks.1.norm2.weight, vocab_embed.embedding;" in message
     assert "unexpected blocks.2.norm1.weight, lm_head;" in message
-    assert "blocks.0.attn_qkv.weight is [64, 192], not [192, 64]" in message
+    assert "blocks.0.attn_qkv.weight is transposed: [64, 192], not [192, 64];" in message
     assert "output_layer.linear.bias is [5], not [98]" in message
 
 
@@ -179,8 +184,16 @@ def test_mdlm_tensors_are_named_with_their_prefix(copy):
         ("sedd_absorb", lambda c: c.pop("tokens"), "the key tokens is missing"),
         ("sedd_absorb", lambda c: c["model"].pop("cond_dim"), "the key model.cond_dim is missing"),
         ("sedd_absorb", lambda c: c["graph"].update(type="roulette"), "absorb, uniform, got 'rou"),
-        ("sedd_absorb", lambda c: c.update(tokens="many"), "tokens must be an integer, got 'many'"),
-        ("sedd_absorb", lambda c: c.update(tokens=9.5), "tokens must be an integer, got 9.5"),
+        (
+            "sedd_absorb",
+            lambda c: c.update(tokens="many"),
+            "tokens must be a positive integer, got 'many'",
+        ),
+        (
+            "sedd_absorb",
+            lambda c: c.update(tokens=9.5),
+            "tokens must be a positive integer, got 9.5",
+        ),
         ("sedd_absorb", lambda c: c.update(noise={"type": "cubic"}), "noise.type must be one of"),
         (
             "sedd_uniform",
@@ -189,6 +202,19 @@ def test_mdlm_tensors_are_named_with_their_prefix(copy):
         ),
         ("radd", lambda c: c["model"].update(n_heads=5), "hidden_dim .* got 64 with 5 heads"),
         ("radd", lambda c: c.update(model=3), "the key model.hidden_size is missing"),
+        ("radd", lambda c: c["model"].update(length=0), "model.length must be a positive integer"),
+        ("radd", lambda c: c.update(tokens=True), "tokens must be a positive integer, got True"),
+        (
+            "sedd_absorb",
+            lambda c: (c.pop("tokens"), c["model"].update(n_heads="4", dropout=[])),
+            "model.n_heads must be .*'4'; model.dropout must be a number.*; the key tokens is miss",
+        ),
+        ("mdlm", lambda c: c.update(time_conditioning=0), "must be true or false, got 0"),
+        (
+            "mdlm",
+            lambda c: c.update(model_type="gpt2"),
+            "an unknown layout, with .* 'gpt2': expect",
+        ),
         ("mdlm", lambda c: c.pop("vocab_size"), "the key vocab_size is missing"),
     ],
 )
@@ -213,6 +239,147 @@ def test_files_that_are_missing_or_damaged_are_named(copy, tmp_path):
     (path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(UserError, match=r"model.safetensors: "):
         load_published(path)
-    (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle, .* convert it"):
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no tensors: none of model.safetensors, pytorch_mod"):
         load_published(path)
+
+
+# ------------------------------------------------------- full sizes
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "parameters"),
+    [
+        ("sedd", {"hidden_size": 768, "n_blocks": 12, "n_heads": 12}, 169_627_218),
+        ("sedd", {"hidden_size": 1024, "n_blocks": 24, "n_heads": 16}, 424_477_010),
+        ("radd", {"hidden_size": 768, "n_blocks": 12, "n_heads": 12}, 162_265_682),
+        ("radd", {"hidden_size": 1024, "n_blocks": 24, "n_heads": 16}, 405_191_762),
+    ],
+)
+def test_published_sizes_have_the_published_numbers_of_parameters(
+    tmp_path, kind, sizes, parameters
+):
+    config = {
+        "tokens": 50257,
+        "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
+        "model": {"cond_dim": 128, "length": 1024, "dropout": 0.1, **sizes},
+    }
+    if kind == "sedd":
+        config["graph"] = {"type": "absorb", "file": "data", "report_all": False}
+        config["model"] |= {"type": "ddit", "scale_by_sigma": True}
+    else:
+        config["model"] |= {"type": "ddit_wot", "use_checkpoint": False, "dtype": "float16"}
+    _write_json(config, tmp_path / "config.json")
+    network = read_layout(tmp_path / "config.json").network
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+# ------------------------------------------------------- PyTorch's own files
+
+
+ORDER = ("vocab_embed", "sigma_map", "rotary_emb", "blocks", "output_layer")  # as PyTorch registers
+INSIDE = ("norm", "attn_qkv", "attn_out", "mlp", "linear", "adaLN")
+
+
+def registered(name):
+    """The tensors of a golden checkpoint in the order of the published module's state dict."""
+
+    def place(full):
+        top, *rest = full.removeprefix("backbone.").split(".")
+        block = int(rest.pop(0)) if top == "blocks" else 0
+        second = next((i for i, part in enumerate(INSIDE) if rest[0].startswith(part)), 0)
+        if rest[0] == "norm2":
+            second = 2.5
+        return ORDER.index(top), block, second, rest[1:-1], rest[-1] != "weight"
+
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    return collections.OrderedDict(
+        (full, View.of(tensors[full], parameter=not full.endswith("inv_freq")))
+        for full in sorted(tensors, key=place)
+    )
+
+
+def saved(path, name, content, *, config="config.json"):
+    """A directory with a golden checkpoint's configuration and a file of torch.save."""
+    directory, file = path
+    text = (GOLDEN / name / "config.json").read_text()  # JSON is YAML
+    (directory / config).parent.mkdir(parents=True, exist_ok=True)
+    (directory / config).write_text(text)
+    write(directory / file, content)
+    return directory
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("name", ["sedd_absorb", "radd", "mdlm"])
+def test_a_torch_file_holds_the_same_tensors(tmp_path, name):
+    directory = saved((tmp_path, "pytorch_model.bin"), name, registered(name))
+    equal(load_published(directory).params, load_published(GOLDEN / name).params)
+
+
+def training(name, **changes):
+    """What SEDD's and RADD's code saves: raw weights of -1, and the golden ones as the average."""
+    state = registered(name)
+    shadow = [view for full, view in state.items() if not full.endswith("inv_freq")]
+    raw = {k: View.of(np.full(v.arguments[1], -1, np.float32)) for k, v in state.items()}
+    content = {
+        "optimizer": {"state": {0: {"step": View.of(np.float32(2)), "exp_avg": shadow[0]}}},
+        "model": collections.OrderedDict(raw),
+        "ema": {"decay": 0.9999, "num_updates": 2, "shadow_params": shadow},
+        "step": 2,
+    }
+    return content | changes
+
+
+@pytest.mark.parametrize("name", ["sedd_absorb", "radd"])
+@pytest.mark.parametrize("file", ["checkpoints-meta/checkpoint.pth", "checkpoint.pth"])
+def test_a_training_run_gives_its_average(tmp_path, name, file):
+    directory = saved((tmp_path, file), name, training(name), config=".hydra/config.yaml")
+    equal(load_published(directory).params, load_published(GOLDEN / name).params)
+
+
+def test_a_lightning_checkpoint_gives_its_average(tmp_path):
+    content = training("mdlm")
+    content["state_dict"] = content.pop("model")
+    directory = saved((tmp_path, "checkpoints/last.ckpt"), "mdlm", content)
+    equal(load_published(directory).params, load_published(GOLDEN / "mdlm").params)
+
+
+def test_a_run_without_an_average_gives_its_weights(tmp_path):
+    content = {"state_dict": registered("mdlm"), "ema": None}
+    directory = saved((tmp_path, "last.ckpt"), "mdlm", content)
+    equal(load_published(directory).params, load_published(GOLDEN / "mdlm").params)
+
+
+def shadowed(change):
+    content = training("radd")
+    change(content["ema"]["shadow_params"])
+    return content
+
+
+def swap(shadow):
+    shadow[0], shadow[1] = shadow[1], shadow[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda: shadowed(list.pop), "has 24 tensors, and its model 25 parameters"),
+        (
+            lambda: shadowed(swap),
+            r"embedding is \[98, 64\], its average \[64\], blocks.0.norm1.weight is \[64\]",
+        ),
+        (lambda: training("radd", ema={"decay": 0.9}), "has no list of tensors shadow_params"),
+        (lambda: training("radd", ema=[1]), "has no list of tensors shadow_params"),
+        (lambda: training("radd", model=3), "it holds no tensors by name, nor a training run's"),
+        (lambda: [1], "it holds no tensors by name, nor a training run's"),
+        (lambda: {"a": 1}, "it holds no tensors by name, nor a training run's"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, content, words):
+    directory = saved((tmp_path, "checkpoint.pth"), "radd", content())
+    with pytest.raises(UserError, match=f"checkpoint.pth: .*{words}"):
+        load_published(directory)

@@ -1,0 +1,191 @@
+"""``python -m sedd.interop export``: a run's model in the published layout that holds it."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+import sedd
+from sedd.cli import note, parse, run
+from sedd.components import Options, values
+from sedd.data.tokenizers import Pretrained, Tokenizer
+from sedd.errors import UserError
+from sedd.interop.layouts import Description, Layout, layout_for
+from sedd.interop.published import check_free, save_published, with_norm_bias
+from sedd.model import UNKNOWN
+from sedd.networks.ddit import DDiT
+from sedd.training.checkpoint import find_checkpoints
+from sedd.training.metrics import read_metrics
+
+TITLE = "Write a model as a published checkpoint: model.safetensors, config.json, a model card."
+CODE = {  # what else reads a layout
+    "SEDD": "the code of SEDD (arXiv:2310.16834)",
+    "RADD": "the code of RADD (arXiv:2406.03736)",
+    "MDLM": "the code of MDLM (arXiv:2406.07524)",
+}
+
+FIGURES = ("validation_nats_per_token", "validation_standard_error", "validation_perplexity")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """The flags of ``export``."""
+
+    checkpoint: str
+    """A run's directory, or a published checkpoint's."""
+    output: Path
+    """A directory that does not exist, or is empty."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint: of a step, or the best by validation; the newest by default."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Load, find the layout, write it, and say what it could not hold."""
+    if not arguments or arguments[0] != "export":
+        if not {"-h", "--help"} & set(arguments):
+            raise UserError("expected: python -m sedd.interop export --checkpoint DIR --output DIR")
+        arguments = ["export", *arguments]
+    command = parse(ExportCommand, arguments[1:], description=TITLE)
+    try:
+        check_free(command.output)
+    except UserError as error:
+        raise UserError(f"--output {error}") from error
+    model, step = load(command)
+    layout, params, notes = publishable(model)
+    tokenizer = {} if model.tokenizer is None else {"tokenizer.json": written(model.tokenizer)}
+    bound = validation(Path(command.checkpoint), step)
+    save_published(
+        command.output,
+        layout,
+        params,
+        beside={**tokenizer, "README.md": card(model, layout, step, bound)},
+    )
+    for line in notes:
+        note(line)
+    print(f"wrote {command.output} in the layout of {layout.name}")
+
+
+def load(command: ExportCommand) -> tuple[sedd.Model, int | None]:
+    """The model, and the step that it is of where it is a run's."""
+    step = command.step
+    if step is None or step == "best":
+        try:
+            checkpoints = find_checkpoints(command.checkpoint)
+            step = checkpoints.latest_good() if step is None else checkpoints.best()
+        except UserError:  # a published one has none; what is wrong with others, ``sedd.load`` says
+            pass
+    model = sedd.load(command.checkpoint, step=command.step if step is None else step)
+    return model, step if isinstance(step, int) else None
+
+
+def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
+    """The layout that holds the model, its parameters there, and what it does not keep.
+
+    UserError with the reasons where no layout holds it.
+    """
+    network = model.denoiser.network
+    if not isinstance(network, DDiT):
+        name = model.config.network.name
+        raise UserError(f"the published layouts hold the network ddit, and this one is {name}")
+    params = jax.tree.map(np.asarray, model.denoiser.params)
+    schedule = model.config.schedule
+    description = Description(
+        process=model.config.process.name,
+        parameterization=model.config.parameterization.name,
+        schedule={"name": schedule.name, **values(schedule)},
+        num_tokens=model.process.num_tokens,
+        length=model.length,
+        corpus=None if model.config.data.corpus == UNKNOWN else model.config.data.corpus,
+    )
+    notes = []
+    if network.dtype != "float32":
+        notes.append(
+            f"network.dtype {network.dtype} is not kept: sedd.load computes in float32 what it "
+            "reads from a published layout"
+        )
+    if network.attention != "auto" or network.remat:
+        notes.append("network.attention and network.remat are not kept: they change no result")
+    layout = layout_for(network, description)
+    if layout.name == "RADD" and not network.norm_bias:
+        notes.append("RADD's norms have biases: they are written as 0, which changes no result")
+        network, params = with_norm_bias(network, params)
+        layout = dataclasses.replace(layout, network=network)
+    return layout, params, notes
+
+
+def written(tokenizer: Tokenizer) -> str:
+    """``tokenizer.json``: as Hugging Face's library has it where it came from there, else ours."""
+    return (
+        tokenizer.source if isinstance(tokenizer, Pretrained) else json.dumps(tokenizer.to_json())
+    )
+
+
+def validation(directory: Path, step: int | None) -> dict[str, Any] | None:
+    """The record of a run's validation at exactly this step, if there is one."""
+    if step is None or not (directory / "metrics.jsonl").is_file():
+        return None
+    for record in reversed(read_metrics(directory)):
+        figures = [record.get(name) for name in FIGURES]
+        if record["step"] == step and None not in figures:
+            return record
+    return None
+
+
+def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, Any] | None) -> str:
+    """The model card: what the model is, how it was trained, how good it is, how to load it."""
+    config = model.config
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.denoiser.params))
+    rows = {
+        "process": described(config.process),
+        "schedule": described(config.schedule),
+        "parameterization": described(config.parameterization),
+        "network": described(config.network),
+        "parameters": f"{parameters:,}",
+        "vocabulary": f"{model.process.num_tokens:,} tokens"
+        + ("" if model.process.mask_id is None else " and the mask, the last id"),
+        "tokenizer": "none" if model.tokenizer is None else model.tokenizer.name,
+        "trained on sequences of": f"{model.length} tokens",
+    }
+    if step is not None:
+        rows["training step"] = f"{step:,}, averaged (EMA) parameters"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    parts = [
+        "---\nlibrary_name: sedd\npipeline_tag: text-generation\ntags:\n- discrete-diffusion\n"
+        f"- {layout.name.lower()}\n---",
+        "# A discrete diffusion language model",
+        f"Exported by sedd {sedd.__version__} in the layout of {CODE[layout.name]}.",
+        f"| | |\n|---|---|\n{table}",
+    ]
+    if bound is not None:
+        parts.append(
+            "## Validation\n\nAn upper bound on the negative log likelihood of the corpus's "
+            f"validation split, after this step: {bound['validation_nats_per_token']:.4f} ± "
+            f"{bound['validation_standard_error']:.4f} nats per token (standard error over "
+            f"sequences), perplexity at most {bound['validation_perplexity']:.3f}."
+        )
+    parts.append(
+        '## Use\n\n```python\nimport sedd\n\nmodel = sedd.load("DIRECTORY")  # or hf://OWNER/NAME\n'
+        "```\n\n```\npython sample.py --checkpoint DIRECTORY\n```"
+    )
+    if step is not None:  # of other checkpoints the training is not known
+        plain = config.to_json()
+        del plain["data"]["cache_dir"]  # says nothing of the model, and much of the machine
+        dump = json.dumps(plain, indent=2)
+        parts.append(f"## Training configuration\n\n```json\n{dump}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def described(options: Options) -> str:
+    """A component's name and options, on a line."""
+    each = ", ".join(f"{name} {value}" for name, value in values(options).items())
+    return f"{options.name} ({each})" if each else options.name
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "python -m sedd.interop export"
+    run(main)
