@@ -115,17 +115,17 @@ def train(
             held=pending.get("held"),
             saved=step,
         )
+        stop = closes.enter_context(stop_requests())  # until all is written
         try:
-            with stop_requests() as stop:
-                state, step = run.go(parallel.replicate(state), step, stop)
-                checkpoints.wait()  # a signal that comes now must not end what is being written
+            state, step = run.go(parallel.replicate(state), step, stop)
+            checkpoints.wait()
         except BaseException:
             # What is being written is still to be completed, and one error is enough.
             with suppress(Exception):
                 checkpoints.wait()
             raise
-    if jax.process_index() == 0:
-        plot_curves(workdir, unigram_entropy=unigram_entropy)
+        if jax.process_index() == 0:
+            plot_curves(workdir, unigram_entropy=unigram_entropy)
     return TrainResult(
         state=state, step=step, stopped=step < steps, validation=run.validations.get(step)
     )
@@ -173,7 +173,7 @@ USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handl
 
 @contextmanager
 def _handlers(handler: Callable) -> Iterator[None]:
-    before = {}
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in USUAL}
     try:
@@ -298,6 +298,8 @@ class _Run:
         self.checkpoints.check()
 
     def save(self, state: TrainState, step: int) -> None:
+        if self.metrics is not None:
+            self.metrics.check()  # a directory that is gone would be made again, without the rest
         host = to_host(state)
         for path, array in jax.tree_util.tree_flatten_with_path(host)[0]:
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():

@@ -92,7 +92,17 @@ def objective():
     return TDCE(schedule=LogLinear(), parameterization=parameterization)
 
 
-def setup(options=SGD, *, steps=300, devices=1, accumulate=1, network=None, batch_size=BATCH):
+def setup(
+    options=SGD,
+    *,
+    steps=300,
+    devices=1,
+    accumulate=1,
+    network=None,
+    batch_size=BATCH,
+    objective=objective,
+    skip_nonfinite=False,
+):
     """(state, parallel) at step 0."""
     network = network or Toy()
     optimizer = make_optimizer(options, steps)
@@ -103,6 +113,7 @@ def setup(options=SGD, *, steps=300, devices=1, accumulate=1, network=None, batc
         ema_decay=options.ema_decay,
         batch_size=batch_size,
         stratified=True,
+        skip_nonfinite=skip_nonfinite,
     )
     parallel = DataParallel(
         step,
@@ -135,10 +146,19 @@ def run(
     keep=3,
     of_steps=None,
     network=None,
+    objective=objective,
+    skip_nonfinite=False,
     **kwargs,
 ):
     """Train in ``workdir``, from its checkpoint if it holds one."""
-    state, parallel = setup(options, steps=of_steps or steps, devices=devices, network=network)
+    state, parallel = setup(
+        options,
+        steps=of_steps or steps,
+        devices=devices,
+        network=network,
+        objective=objective,
+        skip_nonfinite=skip_nonfinite,
+    )
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep)
     abstract = jax.eval_shape(lambda: state)
     restored = checkpoints.restore_latest(abstract)
