@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -79,3 +80,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", without_locks)
     with only_writer(tmp_path, "it") as locked:
         assert not locked
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """The limit on the size of a file stands for a full disk: it refuses writes in the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(UserError) as caught, only_writer(tmp_path, "--workdir run"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value) == f"--workdir run: cannot write {tmp_path}/lock: File too large"
