@@ -140,7 +140,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     handler can be set, it is never true.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        with _handlers({signal.SIGINT: USUAL[signal.SIGINT]}):
+            yield multihost_utils.reached_preemption_sync_point
         return
     requested = threading.Event()
 
@@ -149,7 +150,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         for number, handler in USUAL.items():
             signal.signal(number, handler)
 
-    with _handlers(request):
+    with _handlers(dict.fromkeys(USUAL, request)):
         yield lambda step: requested.is_set()
 
 
@@ -164,7 +165,7 @@ def leave_on_signals() -> Iterator[None]:
         print("stopped before the first step; start again to go on", flush=True)
         sys.exit(0)
 
-    with _handlers(leave):
+    with _handlers(dict.fromkeys(USUAL, leave)):
         yield
 
 
@@ -172,15 +173,16 @@ USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handl
 
 
 @contextmanager
-def _handlers(handler: Callable) -> Iterator[None]:
-    before: dict[int, Any] = {}
+def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in USUAL}
+        before = {number: signal.signal(number, new) for number, new in handlers.items()}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None is one that was not set from Python
+                signal.signal(number, handler)
 
 
 @dataclass(kw_only=True)
