@@ -53,9 +53,6 @@ def only_writer(directory: Path, flag: str) -> Iterator[bool]:
     except OSError as error:
         raise UserError(f"{flag}: cannot write {path}: {error.strerror or error}") from error
     with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         try:
             yield locked
         finally:
@@ -68,23 +65,27 @@ def only_writer(directory: Path, flag: str) -> Iterator[bool]:
 def _lock(path: Path, flag: str):
     """The open file and whether it is locked; not one that its last holder has just removed."""
     while True:
-        file = path.open("a+")
+        file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
                 time.sleep(0.1)  # it may have been taken just now, and not signed yet
                 file.seek(0)
-                other = file.read() or "another process"
+                other = file.read().decode() or "another process"
             raise UserError(
                 f"{flag}: {other} is writing there; wait for it, stop it, or choose another "
                 "directory"
             ) from None
         except OSError:
-            return file, False
-        with suppress(OSError):
+            locked = False
+        else:
+            locked = True
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file, True
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return file, locked
         file.close()
 
 

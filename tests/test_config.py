@@ -130,6 +130,7 @@ def test_differences_name_what_departs(path, value):
         ("training.sample_every", 7),
         ("training.checkpoint_every", 7),
         ("training.keep", 7),
+        ("training.nonfinite", "skip"),
         ("training.wandb", "x"),
         ("evaluation.draws", 8),
         ("sampler.steps", 7),

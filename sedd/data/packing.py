@@ -5,6 +5,7 @@ documents are joined, since both only say where rows begin.
 """
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -50,6 +51,7 @@ class Packed:
     pad_id: int
     tokens: np.ndarray  # every document followed by its end, where the tokenizer has one
     spans: tuple[np.ndarray, np.ndarray] | None  # first token and size of each row, if not equal
+    file: "Mapped | None" = None  # that of ``tokens``; None where they are in memory
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens ``x0_BL`` (int32), and ``scored_BL``: False on the padding after a document."""
@@ -58,6 +60,8 @@ class Packed:
             raise IndexError(
                 f"rows are 0..{self.num_rows - 1}, got {indices.min()}..{indices.max()}"
             )
+        if self.file is not None:
+            self.file.check()
         if self.spans is None:
             tokens_SL = self.tokens[: self.num_rows * self.length].reshape(-1, self.length)
             x0_BL = tokens_SL[indices].astype(np.int32)
@@ -75,6 +79,35 @@ class Packed:
         It is what the best model that looks at no context attains on these rows.
         """
         return unigram_entropy(self.counts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mapped:
+    """A file in memory."""
+
+    path: Path
+    content: mmap.mmap
+
+    @classmethod
+    def of(cls, path: Path) -> "Mapped":
+        """All of a file that is not empty, to read."""
+        with path.open("rb") as file:
+            return cls(path=path, content=mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def check(self) -> None:
+        """UserError where the file has shrunk: to read what is gone would kill the process.
+
+        One that was deleted keeps its content until it is closed.
+        """
+        try:
+            size = self.content.size()
+        except OSError:  # of a network's file system, where it does not
+            size = 0
+        if size < len(self.content):
+            raise UserError(
+                f"the packed tokens {self.path} were cut or removed by another program: start "
+                "again, and they are made anew"
+            )
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -147,7 +180,8 @@ def _open(
     ends = np.load(folder / "ends.npy", mmap_mode="r")
     if not total:
         raise UserError(f"{name} holds no text")
-    tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(total,))
+    file = Mapped.of(folder / "tokens.bin")
+    tokens = np.frombuffer(file.content, dtype=meta["dtype"])
     counts = np.array(meta["counts"], np.int64)
     if wrap:
         num_rows, spans = total // length, None
@@ -177,6 +211,7 @@ def _open(
         pad_id=tokenizer.pad_id,
         tokens=tokens,
         spans=spans,
+        file=file,
     )
 
 

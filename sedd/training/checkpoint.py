@@ -30,6 +30,8 @@ from sedd.types import Params
 
 # Orbax logs a failed write's traceback once a thread, and raises the failure besides.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+# Reads of other arrays that fail beside the first are reported by nobody but asyncio, in full.
+logging.getLogger("asyncio").addFilter(lambda record: '"zarr3" driver' not in record.getMessage())
 
 
 def _drop_late_reports(report: Any = sys.unraisablehook) -> None:
@@ -160,7 +162,7 @@ class Checkpoints:
                 data=description["data"],
                 pending=description["pending"],
             )
-        if steps:
+        if any(self.directory.glob("*.bad*")):  # also those of an earlier start
             raise UserError(
                 f"no checkpoint in {self.directory} is whole; bad ones end in .bad: start anew in "
                 "another directory"

@@ -123,17 +123,17 @@ def train(
             clock=_Clock(flops, parallel.num_devices),
             profile=None if profile is None else _Profile(Path(workdir) / "profile", step, profile),
         )
+        stop = closes.enter_context(stop_requests())  # until all is written
         try:
-            with stop_requests() as stop:
-                state, step = run.go(state, step, stop)
-                checkpoints.wait()  # a signal that comes now must not end what is being written
+            state, step = run.go(state, step, stop)
+            checkpoints.wait()
         except BaseException:
             # What is being written is still to be completed, and one error is enough.
             with suppress(Exception):
                 checkpoints.wait()
             raise
-    if jax.process_index() == 0:
-        plot_curves(workdir, unigram_entropy=unigram_entropy)
+        if jax.process_index() == 0:
+            plot_curves(workdir, unigram_entropy=unigram_entropy)
     return TrainResult(
         state=state, step=step, stopped=step < steps, validation=run.validations.get(step)
     )
@@ -148,7 +148,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     handler can be set, it is never true.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        with _handlers({signal.SIGINT: USUAL[signal.SIGINT]}):
+            yield multihost_utils.reached_preemption_sync_point
         return
     requested = threading.Event()
 
@@ -157,7 +158,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         for number, handler in USUAL.items():
             signal.signal(number, handler)
 
-    with _handlers(request):
+    with _handlers(dict.fromkeys(USUAL, request)):
         yield lambda step: requested.is_set()
 
 
@@ -172,7 +173,7 @@ def leave_on_signals() -> Iterator[None]:
         print("stopped before the first step; start again to go on", flush=True)
         sys.exit(0)
 
-    with _handlers(leave):
+    with _handlers(dict.fromkeys(USUAL, leave)):
         yield
 
 
@@ -180,15 +181,16 @@ USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handl
 
 
 @contextmanager
-def _handlers(handler: Callable) -> Iterator[None]:
+def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in USUAL}
+        before = {number: signal.signal(number, new) for number, new in handlers.items()}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None is one that was not set from Python
+                signal.signal(number, handler)
 
 
 @dataclass(kw_only=True)
@@ -313,6 +315,8 @@ class _Run:
         self.checkpoints.check()
 
     def save(self, state: TrainState, step: int) -> None:
+        if self.metrics is not None:
+            self.metrics.check()  # a directory that is gone would be made again, without the rest
         host = to_host(state)
         for path, array in jax.tree_util.tree_flatten_with_path(host)[0]:
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():

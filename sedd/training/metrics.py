@@ -48,6 +48,11 @@ class Metrics:
             start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
             self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
+    def check(self) -> None:
+        """UserError where the file is gone: it would take what is written, and keep nothing."""
+        with _Writable(self.path):
+            self.path.stat()
+
     def write(self, step: int, record: dict[str, Any]) -> None:
         """One record; what is not finite is written as null."""
         plain = {
@@ -55,6 +60,7 @@ class Metrics:
             for name, value in record.items()
         }
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        self.check()
         with _Writable(self.path):
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
             self._file.flush()
@@ -257,7 +263,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: Path, step: int) -> None:
     records = _records(path)
-    if records:
+    if path.exists():  # an only line that was cut off goes too
         kept = [json.dumps(r) + "\n" for r in records if r["step"] <= step]
         write_whole(path, "".join(kept).encode())
 

@@ -3,6 +3,8 @@
 import json
 import math
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from sedd.data import base, packing
 from sedd.data.base import Corpus, digest
+from sedd.data.loader import Batches
 from sedd.data.packing import pack, validation_rows
 from sedd.data.tokenizers import LETTERS, Bytes, Characters, Tokenizer, build_tokenizer
 from sedd.errors import UserError
@@ -280,6 +283,23 @@ def test_damaged_tokens_are_built_again_and_said_so(tmp_path, capsys, damage):
     assert "damaged: made again" in capsys.readouterr().err
     assert rows.tokens.tolist() == stream(TEXTS, Bytes())
     assert len(folders(tmp_path)) == 1
+
+
+def test_tokens_that_another_program_cuts_are_an_error_and_not_the_end_of_the_process(tmp_path):
+    rows = packed(tmp_path)
+    (folder,) = folders(tmp_path)
+    os.truncate(folder / "tokens.bin", 10)
+    batches = Batches([(rows, 1.0)], batch_size=2, seed=0)
+    with pytest.raises(UserError, match=f"{folder}/tokens.bin were cut .*: start again, and"):
+        next(batches)
+
+
+def test_tokens_that_another_program_removes_are_read_on(tmp_path):
+    rows = packed(tmp_path)
+    (folder,) = folders(tmp_path)
+    shutil.rmtree(folder)
+    x0_BL, _ = rows.rows(np.arange(rows.num_rows))
+    assert x0_BL.ravel().tolist() == stream(TEXTS, Bytes())[: x0_BL.size]
 
 
 def build_at_once(cache, barrier, results):

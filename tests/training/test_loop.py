@@ -6,14 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_toy
 from training_toy import ADAMW, Toy, ToyBatches, fake_validation, records, run
 
+from sedd.errors import UserError
+from sedd.objectives.t_dce import TDCE
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, TrainingDiverged, stop_requests
 from sedd.training.metrics import read_metrics
@@ -107,6 +111,150 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted):
     result = run(tmp_path, STEPS, validate=fake_validation)
     assert records(tmp_path) == records(whole)
     assert bits(result.state) == bits(expected.state)
+
+
+def test_a_signal_during_the_last_save_does_not_end_it(tmp_path, monkeypatch, uninterrupted):
+    wait = Checkpoints.wait
+
+    def signalled(self):
+        if 60 not in self.steps() and self._saving is not None and (tmp_path / "last").exists():
+            (tmp_path / "last").unlink()
+            signal.raise_signal(signal.SIGTERM)
+        wait(self)
+
+    class Last(ToyBatches):
+        def __next__(self):
+            if self.next_step == STEPS - 1:
+                checkpoints_of_before = Checkpoints(tmp_path / "checkpoints")
+                while 50 not in checkpoints_of_before.steps():
+                    time.sleep(0.01)
+                (tmp_path / "last").touch()
+            return super().__next__()
+
+    monkeypatch.setattr(Checkpoints, "wait", signalled)
+    result = run(tmp_path, STEPS, batches=Last(), validate=fake_validation)
+    assert not (tmp_path / "last").exists()
+    assert not result.stopped
+    assert Checkpoints(tmp_path / "checkpoints").latest_good() == STEPS
+    assert records(tmp_path) == records(uninterrupted[0])
+
+
+def test_what_was_learned_outlives_data_that_cannot_be_read(tmp_path, uninterrupted):
+    class Vanishes(ToyBatches):
+        def __next__(self):
+            if self.next_step == 33:
+                raise UserError("the data are gone")
+            return super().__next__()
+
+    with pytest.raises(UserError, match="the data are gone"):
+        run(tmp_path, STEPS, batches=Vanishes(), validate=fake_validation)
+    assert Checkpoints(tmp_path / "checkpoints").latest_good() == 33
+    result = run(tmp_path, STEPS, validate=fake_validation)
+    assert records(tmp_path) == records(uninterrupted[0])
+    assert bits(result.state) == bits(uninterrupted[1].state)
+
+
+def test_what_was_learned_outlives_a_failed_validation(tmp_path, uninterrupted):
+    def fails(params):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, STEPS, validate=fails)
+    assert Checkpoints(tmp_path / "checkpoints").latest_good() == 20
+    result = run(tmp_path, STEPS, validate=fake_validation)
+    assert records(tmp_path) == records(uninterrupted[0])
+    assert bits(result.state) == bits(uninterrupted[1].state)
+
+
+# 25: a checkpoint is being written, and may make its folders again; 30: none is.
+@pytest.mark.parametrize("at", [25, 30])
+def test_a_directory_that_vanishes_ends_the_run(tmp_path, at):
+    workdir = tmp_path / "run"
+    checkpoints = Checkpoints(workdir / "checkpoints")
+
+    class Removes(ToyBatches):
+        def __next__(self):
+            if self.next_step == at:
+                while at == 30 and checkpoints.steps() != [25]:
+                    time.sleep(0.01)
+                workdir.rename(tmp_path / "elsewhere")
+            return super().__next__()
+
+    with pytest.raises(UserError, match=f"cannot write .*{workdir}.*: No such file or directory"):
+        run(workdir, STEPS, batches=Removes(), validate=fake_validation)
+    assert not (workdir / "metrics.jsonl").exists()
+    assert at == 25 or not workdir.exists()
+    assert Checkpoints(tmp_path / "elsewhere" / "checkpoints").latest_good() in (None, 25)
+
+
+class Poisoned(TDCE):
+    """Batches of nothing but zeros have an infinite loss."""
+
+    def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
+        corrupted = super().corrupt(keys_B, u_B, x0_BL, scored_BL)
+        poison_BL = (x0_BL == 0).all() & (corrupted.weight_BL > 0)
+        return replace(corrupted, weight_BL=jnp.where(poison_BL, jnp.inf, corrupted.weight_BL))
+
+
+def poisoned():
+    return Poisoned(**vars(training_toy.objective()))
+
+
+class Poison(StopsAt):
+    def __init__(self, poisoned_steps, stop_at=0):
+        super().__init__(stop_at)
+        self.poisoned_steps = poisoned_steps
+
+    def __next__(self):
+        batch = super().__next__()
+        if batch["step"] + 1 in self.poisoned_steps:
+            batch["x0"] = np.zeros_like(batch["x0"])
+        return batch
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(tmp_path, capsys):
+    def go(name, batches):
+        return run(
+            *(tmp_path / name, 21),
+            batches=batches,
+            objective=poisoned,
+            skip_nonfinite=True,
+            cadence=Cadence(log_every=7, eval_every=None, checkpoint_every=3),
+            keep=100,
+        )
+
+    steps = {5, 6, *range(8, 15), 20}
+    whole = go("whole", Poison(steps))
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert said == [f"step {n}: loss is inf; its update is skipped" for n in (5, 8, 20)]
+    lines = read_metrics(tmp_path / "whole")
+    assert [line.get("skipped") for line in lines] == [2, 7, 1]
+    assert "loss" not in lines[1]
+    assert all(np.isfinite(lines[n]["loss"]) and lines[n]["tokens"] for n in (0, 2))
+    # The optimizer has made 21 - 10 updates, and its warm-up is that far.
+    assert lines[2]["learning_rate"] == pytest.approx(ADAMW.learning_rate)
+    assert lines[0]["learning_rate"] == pytest.approx(ADAMW.learning_rate * 0.5)
+    checkpoints = Checkpoints(tmp_path / "whole" / "checkpoints")
+    for ema in (True, False):  # from step 7 on none is applied until 15
+        a, b, c = (checkpoints.restore_params(step, ema=ema) for step in (9, 12, 15))
+        assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
+        assert not jax.tree.all(jax.tree.map(np.array_equal, b, c))
+
+    assert go("halves", Poison(steps, stop_at=10)).stopped
+    second = go("halves", Poison(steps))
+    assert records(tmp_path / "halves") == records(tmp_path / "whole")
+    assert bits(second.state) == bits(whole.state)
+
+
+def test_too_many_skips_in_a_row_end_the_run(tmp_path):
+    with pytest.raises(TrainingDiverged, match=r"at step 103: 100 updates in a row were skipped"):
+        run(
+            *(tmp_path, 300),
+            batches=Poison(range(4, 300)),
+            objective=poisoned,
+            skip_nonfinite=True,
+            cadence=Cadence(log_every=7, eval_every=None, checkpoint_every=None),
+        )
 
 
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, uninterrupted):

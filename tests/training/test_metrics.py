@@ -63,6 +63,14 @@ def test_a_resume_drops_what_came_later(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
+def test_an_only_line_that_was_cut_off_spoils_no_other(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')
+    metrics = Metrics(tmp_path)
+    metrics.write(1, {"loss": 2.0})
+    metrics.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut, for good
     log = Metrics(tmp_path)

@@ -14,7 +14,7 @@ from sedd.training import parallel
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
 from sedd.training.parallel import DataParallel, check_batch_size
 from sedd.training.state import ema_decay_at, init_state, update_ema
-from sedd.training.step import Step, sum_over_devices
+from sedd.training.step import Step, keep_if_finite, sum_over_devices
 
 
 def leaves(tree):
@@ -242,3 +242,15 @@ def test_stratified_draws_can_be_turned_off():
         state = parallel.place(init_state(network, optimizer, 0))
         losses.append(float(parallel(state, next(ToyBatches()))[1]["loss"]))
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_keep_if_finite_takes_one_of_two_trees(finite):
+    new = {"a": jnp.array([1.0, jnp.nan]), "key": jax.random.key(1), "n": jnp.int32(3)}
+    old = {"a": jnp.array([4.0, 5.0]), "key": jax.random.key(2), "n": jnp.int32(2)}
+    kept = jax.jit(keep_if_finite)(new, old, jnp.array(finite))
+    expected = new if finite else old
+    for name in expected:
+        np.testing.assert_array_equal(
+            *(jax.random.key_data(x) if name == "key" else x for x in (kept[name], expected[name]))
+        )

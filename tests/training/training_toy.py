@@ -96,7 +96,16 @@ def objective():
 
 
 def setup(
-    options=SGD, *, steps=300, devices=1, accumulate=1, network=None, batch_size=BATCH, fsdp=None
+    options=SGD,
+    *,
+    steps=300,
+    devices=1,
+    accumulate=1,
+    network=None,
+    batch_size=BATCH,
+    fsdp=None,
+    objective=objective,
+    skip_nonfinite=False,
 ):
     """(state, parallel) at step 0; ``fsdp`` is the size of that axis, None replicates."""
     network = network or Toy()
@@ -108,6 +117,7 @@ def setup(
         ema_decay=options.ema_decay,
         batch_size=batch_size,
         stratified=True,
+        skip_nonfinite=skip_nonfinite,
     )
     some = {"accumulate": accumulate, "devices": jax.devices()[:devices]}
     parallel = FullySharded(step, fsdp=fsdp, **some) if fsdp else DataParallel(step, **some)
@@ -136,10 +146,19 @@ def run(
     keep=3,
     of_steps=None,
     network=None,
+    objective=objective,
+    skip_nonfinite=False,
     **kwargs,
 ):
     """Train in ``workdir``, from its checkpoint if it holds one."""
-    state, parallel = setup(options, steps=of_steps or steps, devices=devices, network=network)
+    state, parallel = setup(
+        options,
+        steps=of_steps or steps,
+        devices=devices,
+        network=network,
+        objective=objective,
+        skip_nonfinite=skip_nonfinite,
+    )
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep)
     abstract = jax.eval_shape(lambda: state)
     restored = checkpoints.restore_latest(abstract)

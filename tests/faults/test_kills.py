@@ -1,0 +1,160 @@
+"""A run that is killed, stopped and damaged at random, again and again, is the run that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from faults.campaign import KILLS, SIGNALS, chance
+from tiny_run import ROOT, TINY, text
+
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+EVERY = 2  # steps between checkpoints: most moments are near one that is being written
+STEPS = 20 * (KILLS + SIGNALS)
+FLAGS = [
+    *TINY,
+    *("--network.dropout", "0.1", "--optimizer.learning-rate", "1e-2"),
+    *("--optimizer.warmup-steps", "2", "--training.steps", STEPS, "--training.log-every", "7"),
+    *("--training.eval-every", "20", "--training.sample-every", "None"),
+    *("--training.checkpoint-every", EVERY, "--evaluation.max-sequences", "8"),
+    *("--evaluation.batch-size", "8", "--evaluation.draws", "4", "--sampler.steps", "2"),
+]
+SPEEDS = ("tokens_per_second", "steps_per_second")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """``train.py`` in a process of its own, in ``place/name``."""
+
+    place: Path
+    name: str
+    flags: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.workdir = self.place / self.name
+        self.checkpoints = Checkpoints(self.workdir / "checkpoints")
+
+    def start(self) -> subprocess.Popen:
+        command = [sys.executable, "train.py", *FLAGS, "--data.corpus", self.place / "text.txt"]
+        return subprocess.Popen(
+            [str(part) for part in [*command, "--workdir", self.workdir, *self.flags]],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "SEDD_CACHE": str(self.place / f"{self.name}-cache"),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "JAX_COMPILATION_CACHE_DIR": str(self.place / "programs"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            },
+        )
+
+    def records(self):
+        lines = read_metrics(self.workdir)
+        return [{k: v for k, v in line.items() if k not in SPEEDS} for line in lines]
+
+    def saving(self) -> bool:
+        directory = self.checkpoints.directory
+        return directory.is_dir() and any("tmp" in path.name for path in directory.iterdir())
+
+    def newest(self) -> int:
+        return max(self.checkpoints.steps(), default=-1)
+
+    def description(self) -> dict:
+        """Of the newest checkpoint: where the data stand, and every array's checksum."""
+        path = self.checkpoints.path(self.newest()) / "_CHECKPOINT_METADATA"
+        return json.loads(path.read_text())["custom_metadata"]["sedd"]
+
+
+def until(process, happened, seconds=600.0):
+    """Wait, at most until the process ends."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def wait_for_moment(
+    draw: random.Random, run: Run, process: subprocess.Popen, start_seconds: float
+) -> str:
+    """Until a random moment of a random kind, which is returned."""
+    kind = draw.choice(["start", "save", "save", "step", "step"])
+    if kind == "start":
+        time.sleep(draw.uniform(0.1, 0.9) * start_seconds)
+        return kind
+    before = run.newest()
+    until(process, lambda: run.newest() > before)
+    if kind == "save":
+        until(process, run.saving)
+        time.sleep(draw.uniform(0, 0.05))
+    else:
+        time.sleep(draw.uniform(0, 0.3))
+    return kind
+
+
+def test_a_run_survives_kills_signals_and_damage(tmp_path):
+    draw = chance("a run")
+    (tmp_path / "text.txt").write_text(text())
+    whole, run = Run(place=tmp_path, name="whole"), Run(place=tmp_path, name="run")
+    began, uninterrupted = time.monotonic(), whole.start()
+    until(uninterrupted, lambda: whole.newest() > 0)
+    start_seconds = time.monotonic() - began
+    events = [signal.SIGKILL] * KILLS + [signal.SIGTERM] * SIGNALS
+    draw.shuffle(events)
+    counts: dict[str, int] = {}
+    for event in events:
+        good = run.newest()
+        process = run.start()
+        kind = wait_for_moment(draw, run, process, start_seconds)
+        process.send_signal(event)
+        out, err = process.communicate(timeout=600)
+        assert err == ""
+        saving = run.saving()
+        if event == signal.SIGKILL:
+            assert process.returncode in (-signal.SIGKILL, 0)
+            kind += ", within a save" if saving else ""
+        else:
+            assert not saving
+            # Until Python has loaded it, the command has no say in how it ends.
+            assert process.returncode == (-signal.SIGTERM if out == "" else 0), out
+            if "stopped after step " in out:
+                assert run.newest() == int(out.rpartition("stopped after step ")[2].split(";")[0])
+            else:
+                kind += ", before the first step"
+                assert out == "" or "stopped before the first step" in out or run.newest() == STEPS
+        if process.returncode == 0 and run.newest() == STEPS:
+            kind = "after the end"
+        assert run.newest() >= good
+        counts[f"{event.name} {kind}"] = counts.get(f"{event.name} {kind}", 0) + 1
+
+    damaged = run.newest()
+    for path in run.checkpoints.path(damaged).rglob("d/*"):
+        os.truncate(path, path.stat().st_size // 2)
+    process = run.start()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert err.startswith(f"warning: checkpoint {run.checkpoints.path(damaged)} is bad: ")
+    assert err.count("\n") == 1
+    assert "validation bound" in out
+
+    out, err = uninterrupted.communicate(timeout=600)
+    assert (uninterrupted.returncode, err) == (0, "")
+    assert run.checkpoints.latest_good() == whole.checkpoints.latest_good() == STEPS
+    assert run.description() == whole.description()
+    assert run.records() == whole.records()
+    print(json.dumps(counts, indent=1, sort_keys=True))
+    late = [n for what, n in counts.items() if what.endswith("after the end")]
+    assert sum(late) <= len(events) // 4  # or little was tried
