@@ -212,12 +212,12 @@ class Consistency:
             title="Joints derived from the conditionals",
             columns=(
                 "joint",
-                "pairwise perplexity",
-                "nats a token above a first",
+                "pair perplexity",
+                "Δ nats",
                 "±",
-                "unary perplexity",
-                "KL, true context",
-                "KL, all contexts",
+                "token perplexity",
+                "KL, true",
+                "KL, all",
             ),
             rows=[
                 ("the model's conditionals", None, None, None, model, 0.0, 0.0),
@@ -314,12 +314,14 @@ class Consistency:
         time = "" if self.sigma is None else f" The model was asked at σ = {self.sigma:.4g}."
         return (
             f"{len(self.positions)} pairs of positions a < b, {apart}, both masked and the rest "
-            f"given. {tokens}{time}\n\nPerplexities are per token: pairwise of the true pair under "
-            "the joint, unary of one token given the other. KL, in nats, is from the model's "
-            "conditional of one token given the other to the joint's: 0 for a faithful joint. "
-            "Conditionals of one joint would make every joint that one, except the independent "
-            "joint and the two products, and the last table 0.\n\nOne more iteration would move no "
-            f"Arnold–Gokhale joint by more than {self.residual.max():.1g} in total variation."
+            f"given. {tokens}{time}\n\nPair perplexity is a token's, of the true pair under the "
+            "joint; Δ is its nats a token above the chain that draws a first. Token perplexity is "
+            "that of one true token given the other. KL is from the model's conditional of one "
+            "token given the other to the joint's, in nats, where the other is the true one or, "
+            "evenly, any: 0 for a faithful joint. Conditionals of one joint would make every joint "
+            "that one, except the independent joint and the two products, and the last table 0."
+            "\n\nOne more fixed-point iteration would move no Arnold–Gokhale joint by more than "
+            f"{self.residual.max():.1g} in total variation."
         )
 
 
