@@ -1,0 +1,126 @@
+"""How varied and how repetitive samples are, counted on token ids. ``docs/sample_quality.md``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sedd.data.packing import unigram_entropy
+from sedd.evaluation.report import Cell
+
+Estimate = tuple[float, float | None]  # a mean over samples, and its standard error if there is one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """Of S samples, in tokens of ``tokenization``.
+
+    ``entropy`` is that of a sample's own token frequencies, in nats, at most log of its length.
+    ``distinct[n - 1]`` is the share of distinct n-grams among those of all samples together
+    (arXiv:1510.03055); it falls as samples are added. ``repeated_4grams`` is the share of a
+    sample's 4-grams that it has had before (arXiv:1908.04319). ``longest_repeat`` is the length of
+    the longest stretch that occurs twice in a sample, as a share of it; the two may overlap.
+    """
+
+    tokenization: str
+    num_samples: int
+    num_tokens: int
+    length: Estimate
+    entropy: Estimate
+    distinct: tuple[float, float, float, float]
+    repeated_4grams: Estimate
+    longest_repeat: Estimate
+    entropy_S: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; an estimate is [mean over samples, its standard error]."""
+        return {
+            "tokenization": self.tokenization,
+            "num_samples": self.num_samples,
+            "num_tokens": self.num_tokens,
+            "length": list(self.length),
+            "entropy": list(self.entropy),
+            "distinct": list(self.distinct),
+            "repeated_4grams": list(self.repeated_4grams),
+            "longest_repeat": list(self.longest_repeat),
+        }
+
+    def rows(self) -> list[tuple[Cell, ...]]:
+        """(name, value, standard error) of every figure."""
+        return [
+            ("length, tokens", *self.length),
+            ("entropy of a sample, nats", *self.entropy),
+            *((f"distinct-{n}", share, None) for n, share in enumerate(self.distinct, start=1)),
+            ("repeated 4-grams (rep-4)", *self.repeated_4grams),
+            ("longest repeat / length", *self.longest_repeat),
+        ]
+
+
+def measure_diversity(sequences: Sequence[np.ndarray], *, tokenization: str) -> Diversity:
+    """Count on the ids of each sample; at least one sample."""
+    if not sequences:
+        raise ValueError("there is no sample")
+    length_S = np.array([len(ids) for ids in sequences])
+    flat = np.concatenate([np.asarray(ids, np.int64) for ids in sequences])
+    owner = np.repeat(np.arange(len(sequences)), length_S)
+    left = np.repeat(np.cumsum(length_S), length_S) - np.arange(len(flat))  # to the sample's end
+    code, distinct, repeated_S = np.zeros(len(flat), np.int64), [], np.zeros(len(sequences))
+    ids = np.unique(flat, return_inverse=True)[1]
+    for n in range(1, 5):
+        following = ids[n - 1 :]
+        pair = code[: len(following)] * (len(flat) + 1) + following
+        code = np.unique(pair, return_inverse=True)[1]  # of the n-gram that starts here
+        within = left[: len(code)] >= n
+        distinct.append(len(np.unique(code[within])) / max(within.sum(), 1))
+        if n == 4:
+            own = np.unique(owner[: len(code)][within] * (len(flat) + 1) + code[within])
+            fresh_S = np.bincount(own // (len(flat) + 1), minlength=len(sequences))
+            repeated_S = 1 - fresh_S / np.maximum(length_S - 3, 1)
+            repeated_S[length_S < 4] = 0
+    entropy_S = np.array(
+        [unigram_entropy(np.unique(ids, return_counts=True)[1]) for ids in sequences]
+    )
+    repeat_S = np.array([longest_repeat(ids) / max(len(ids), 1) for ids in sequences])
+    return Diversity(
+        tokenization=tokenization,
+        num_samples=len(sequences),
+        num_tokens=len(flat),
+        length=estimate(length_S),
+        entropy=estimate(entropy_S),
+        distinct=(distinct[0], distinct[1], distinct[2], distinct[3]),
+        repeated_4grams=estimate(repeated_S),
+        longest_repeat=estimate(repeat_S),
+        entropy_S=entropy_S,
+    )
+
+
+def longest_repeat(ids: np.ndarray) -> int:
+    """The length of the longest stretch of ids that occurs at two places, which may overlap."""
+    # ranks[k][i] names the 2^k ids from i on; any length is two of these, overlapping.
+    ranks = [np.unique(ids, return_inverse=True)[1].astype(np.int64)]
+
+    def occurs_twice(length):
+        k = length.bit_length() - 1
+        while len(ranks) <= k:
+            pairs = _pairs(ranks[-1], 1 << (len(ranks) - 1), len(ids))
+            ranks.append(np.unique(pairs, return_inverse=True)[1].astype(np.int64))
+        pairs = _pairs(ranks[k], length - (1 << k), len(ids))
+        return len(np.unique(pairs)) < len(pairs)
+
+    low, high = 0, max(len(ids) - 1, 0)
+    while low < high:  # what occurs twice has parts that do
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if occurs_twice(middle) else (low, middle - 1)
+    return low
+
+
+def _pairs(rank, shift, size):
+    return rank[: len(rank) - shift] * size + rank[shift:]
+
+
+def estimate(values_S: np.ndarray) -> Estimate:
+    """The mean, and its standard error where there are at least two values."""
+    size = len(values_S)
+    error = float(values_S.std(ddof=1) / np.sqrt(size)) if size > 1 else None
+    return float(values_S.mean()), error

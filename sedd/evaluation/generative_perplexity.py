@@ -1,0 +1,214 @@
+"""Perplexity of samples under another model, and how varied they are beside it.
+
+Text that repeats itself is likely: alone, this figure can be improved by making samples worse. See
+``docs/sample_quality.md``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sedd.data.packing import unigram_entropy
+from sedd.evaluation.diversity import Diversity, Estimate, estimate, measure_diversity
+from sedd.evaluation.judges import Judge, Judgement
+from sedd.evaluation.report import Cell, Section, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedTexts:
+    """Perplexities of S texts, with standard errors over texts, and their diversity.
+
+    ``mean_of_nats`` is exp(all nats / all tokens), the perplexity of the texts as one corpus;
+    ``mean_of_perplexities`` the mean of each text's own, which is larger and which few bad texts
+    rule. Texts without a scored token enter neither.
+    """
+
+    mean_of_nats: Estimate
+    mean_of_perplexities: Estimate
+    num_tokens: int
+    num_unscored: int
+    judgement: Judgement
+    diversity: Diversity
+
+    @property
+    def perplexities(self) -> np.ndarray:
+        """Each text's own; nan without a scored token."""
+        tokens_S = np.where(self.judgement.tokens_S, self.judgement.tokens_S, np.nan)
+        return np.exp(self.judgement.nats_S / tokens_S)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; an estimate is [value, standard error]."""
+        return {
+            "mean_of_nats": list(self.mean_of_nats),
+            "mean_of_perplexities": list(self.mean_of_perplexities),
+            "num_tokens": self.num_tokens,
+            "num_unscored": self.num_unscored,
+            "diversity": self.diversity.to_json(),
+        }
+
+    def rows(self) -> list[tuple[Cell, ...]]:
+        """(name, value, standard error) of every figure."""
+        return [
+            ("perplexity, mean of nats", *self.mean_of_nats),
+            ("perplexity, mean of perplexities", *self.mean_of_perplexities),
+            *self.diversity.rows(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerativePerplexity:
+    """Samples under a judge, with real text under the same judge where it was given."""
+
+    judge: str
+    first_token: str
+    samples: JudgedTexts
+    reference: JudgedTexts | None
+    warnings: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, and the warnings."""
+        return {
+            "judge": self.judge,
+            "first_token": self.first_token,
+            "samples": self.samples.to_json(),
+            "reference": None if self.reference is None else self.reference.to_json(),
+            "warnings": list(self.warnings),
+        }
+
+    def section(self) -> Section:
+        """A table with both texts, and a picture of perplexity against entropy."""
+        about = (
+            f"Judged by {self.judge}; the first token of a text is {self.first_token}. Entropy, "
+            f"n-grams and lengths are of tokens of {self.samples.diversity.tokenization}. Standard "
+            "errors are over texts."
+        )
+        return Section(
+            title="Generative perplexity",
+            text="\n\n".join([about, *(f"Warning: {warning}." for warning in self.warnings)]),
+            tables=[self.table()],
+            figures=[self.figure()],
+        )
+
+    def table(self) -> Table:
+        """A row a figure."""
+        none = [(None, None, None)] * len(self.samples.rows())
+        reference = none if self.reference is None else self.reference.rows()
+        return Table(
+            columns=("", "samples", "± s.e.", "real text", "± s.e."),
+            rows=[
+                (*mine, *real[1:])
+                for mine, real in zip(self.samples.rows(), reference, strict=True)
+            ],
+        )
+
+    def figure(self):
+        """Every text by its own entropy and perplexity: what is gamed lies left of real text."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        texts = [("samples", "#d1602b", self.samples)]
+        if self.reference is not None:
+            texts.insert(0, ("real text", "#555555", self.reference))
+        for name, colour, judged in texts:
+            axes.scatter(
+                judged.diversity.entropy_S,
+                judged.perplexities,
+                s=18,
+                color=colour,
+                alpha=0.6,
+                linewidths=0,
+                label=name,
+            )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+        axes.yaxis.set_minor_formatter(lambda y, _: f"{y:,g}" if f"{y:e}"[0] in "25" else "")
+        axes.tick_params(which="both", labelsize=8)
+        axes.set_xlabel("unigram entropy of the text, nats")
+        axes.set_title(f"Perplexity under {self.judge}, a point a text", loc="left", fontsize=10)
+        axes.grid(color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
+        return figure
+
+
+def generative_perplexity(
+    samples: Sequence[str], judge: Judge, *, reference: Sequence[str] | None = None
+) -> GenerativePerplexity:
+    """Judge samples, and real text beside them: ``reference``, cut to the samples' length.
+
+    ``ValueError`` where no sample has a token that the judge scores.
+    """
+    judged = judge_texts(samples, judge)
+    real = None if reference is None else judge_texts(reference, judge)
+    return GenerativePerplexity(
+        judge=judge.name,
+        first_token=judge.first_token,
+        samples=judged,
+        reference=real,
+        warnings=_warnings(judge, samples, reference, judged, real),
+    )
+
+
+def judge_texts(texts: Sequence[str], judge: Judge) -> JudgedTexts:
+    """The perplexities of texts, and their diversity in the judge's tokens."""
+    judgement = judge.judge(texts)
+    scored_S = judgement.tokens_S > 0
+    if not scored_S.any():
+        raise ValueError(f"{judge.name} scores no token of these {len(texts)} texts")
+    nats, tokens = judgement.nats_S[scored_S], judgement.tokens_S[scored_S]
+    return JudgedTexts(
+        mean_of_nats=pooled_perplexity(nats, tokens),
+        mean_of_perplexities=estimate(np.exp(nats / tokens)),
+        num_tokens=int(tokens.sum()),
+        num_unscored=int((~scored_S).sum()),
+        judgement=judgement,
+        diversity=measure_diversity(judge.encode(texts), tokenization=judge.name),
+    )
+
+
+def pooled_perplexity(nats_S: np.ndarray, tokens_S: np.ndarray) -> Estimate:
+    """exp(all nats / all tokens), with the error of a ratio of sums over texts carried through."""
+    rate, size = nats_S.sum() / tokens_S.sum(), len(nats_S)
+    perplexity = float(np.exp(rate))
+    if size < 2:
+        return perplexity, None
+    residual_S = nats_S - rate * tokens_S
+    error = np.sqrt(size / (size - 1) * (residual_S**2).sum()) / tokens_S.sum()
+    return perplexity, float(perplexity * error)
+
+
+def _warnings(judge, samples, reference, judged, real) -> list[str]:
+    found = []
+    if judged.num_unscored:
+        found.append(f"{judged.num_unscored} samples have no token to score and are left out")
+    if real is None:
+        found.append(
+            "no real text was judged beside the samples: nothing says which perplexity and entropy "
+            "are right"
+        )
+        return found
+    lengths = [text.diversity.length[0] for text in (judged, real)]
+    if not 0.9 < lengths[0] / lengths[1] < 1.1:
+        found.append(
+            f"samples have {lengths[0]:.0f} tokens on average and real texts {lengths[1]:.0f}: "
+            "figures other than the perplexity depend on the length"
+        )
+    encoded = [judge.encode(texts) for texts in (samples, reference)]
+    first = int(min(np.median([len(ids) for ids in texts]) for texts in encoded))
+    mine, theirs = ([_entropy(ids[:first]) for ids in texts] for texts in encoded)
+    low = float(np.percentile(theirs, 5))
+    if np.mean(mine) < low:
+        found.append(
+            f"the entropy of samples (mean {np.mean(mine):.2f} nats in {first} tokens) is far "
+            f"below that of real text (mean {np.mean(theirs):.2f}, 5 % below {low:.2f}): they "
+            "repeat themselves, and their perplexity says nothing of their quality"
+        )
+    return found
+
+
+def _entropy(ids: np.ndarray) -> float:
+    return unigram_entropy(np.unique(ids, return_counts=True)[1])

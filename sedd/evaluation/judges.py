@@ -1,0 +1,92 @@
+"""Judges of text: autoregressive models that give texts their likelihood."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from sedd.types import bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Of S texts: -log p in nats, and how many tokens that is of."""
+
+    nats_S: np.ndarray
+    tokens_S: np.ndarray
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Texts to their nats. ``first_token`` says how the first token of a text is treated."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def first_token(self) -> str: ...
+
+    def encode(self, texts: Sequence[str], /) -> list[np.ndarray]:
+        """The judge's own ids of each text, without special tokens."""
+        ...
+
+    def judge(self, texts: Sequence[str]) -> Judgement:
+        """Nats of each text; of an empty text 0 nats of 0 tokens."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowJudge:
+    """A judge made of any function that gives rows of ids their exact likelihood.
+
+    ``nats(ids_BL, scored_BL) -> nats_B`` is -log p of the scored tokens of each row, each given all
+    that is before it in the row. A text of more than ``context`` tokens is cut into windows,
+    each by itself. ``scores_first``: whether the model has a law for the first token of a row; if
+    not, it is given, and not counted.
+    """
+
+    name: str
+    encode: Callable[[Sequence[str]], list[np.ndarray]]
+    nats: Callable[[np.ndarray, np.ndarray], Any]
+    context: int
+    scores_first: bool
+    pad_id: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self):
+        if self.context < 2 or self.batch_size < 1:
+            raise ValueError(
+                f"context must be at least 2 and batch_size 1, got {self.context} and "
+                f"{self.batch_size}"
+            )
+
+    @property
+    def first_token(self) -> str:
+        """For people."""
+        return "scored" if self.scores_first else "given, not scored"
+
+    def judge(self, texts: Sequence[str]) -> Judgement:
+        """Nats of each text, all windows of it together."""
+        windows, owner = [], []
+        for text, ids in enumerate(self.encode(texts)):
+            for start in range(0, len(ids), self.context):
+                windows.append(ids[start : start + self.context])
+                owner.append(text)
+        nats_S, tokens_S = np.zeros(len(texts)), np.zeros(len(texts), int)
+        if not windows:
+            return Judgement(nats_S=nats_S, tokens_S=tokens_S)
+        length = min(bucket(max(map(len, windows))), self.context)
+        size = self.batch_size
+        for first in range(0, len(windows), size):
+            ids_BL = np.full((size, length), self.pad_id, np.int32)  # a short last batch too:
+            scored_BL = np.zeros((size, length), bool)  # it compiles nothing new
+            batch = windows[first : first + size]
+            for row, ids in enumerate(batch):
+                ids_BL[row, : len(ids)] = ids
+                scored_BL[row, 0 if self.scores_first else 1 : len(ids)] = True
+            nats_B = np.asarray(self.nats(ids_BL, scored_BL), np.float64)
+            here = owner[first : first + size]
+            np.add.at(nats_S, here, nats_B[: len(batch)])
+            np.add.at(tokens_S, here, scored_BL.sum(1)[: len(batch)])
+        return Judgement(nats_S=nats_S, tokens_S=tokens_S)
