@@ -1,7 +1,10 @@
 """Several processes, each with its own devices, as one run."""
 
+import atexit
 import os
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -11,6 +14,10 @@ from sedd.errors import UserError
 
 HEARTBEAT_SECONDS = 30  # a peer that has been silent for so long is dead; JAX's default is 100
 CONNECT_SECONDS = 120
+GONE = (
+    "error: this process did not come to its end: most likely another process of the run is gone. "
+    "Start all of them again; they go on from the newest checkpoint"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,7 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
         return
     if processes.coordinator is not None and processes.process_id != 0:
         _await(processes.coordinator, seconds)
+    _explain_abort()
     try:
         jax.distributed.initialize(
             coordinator_address=processes.coordinator,
@@ -71,6 +79,25 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"the processes of this run did not find each other: {first}") from error
+
+
+def _explain_abort() -> None:
+    """Have another process say why this one ended, should it not come to its end.
+
+    When a peer dies JAX aborts, from a thread of C++: no code of ours runs any more. What it prints
+    is a stack trace.
+    """
+    watch = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if not sys.stdin.read():\n"
+        f"    print({GONE!r}, file=sys.stderr, flush=True)\n"
+    )
+    watcher = subprocess.Popen([sys.executable, "-S", "-E", "-c", watch], stdin=subprocess.PIPE)
+    assert watcher.stdin is not None
+    stdin = watcher.stdin.fileno()
+    atexit.register(lambda: os.write(stdin, b"."))
 
 
 def several() -> bool:

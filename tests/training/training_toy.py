@@ -148,6 +148,7 @@ def run(
     network=None,
     objective=objective,
     skip_nonfinite=False,
+    fsdp=None,
     **kwargs,
 ):
     """Train in ``workdir``, from its checkpoint if it holds one."""
@@ -158,6 +159,7 @@ def run(
         network=network,
         objective=objective,
         skip_nonfinite=skip_nonfinite,
+        fsdp=fsdp,
     )
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep)
     abstract = jax.eval_shape(lambda: state)

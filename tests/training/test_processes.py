@@ -1,0 +1,141 @@
+"""Two processes are one run: the same losses, checkpoints that move, and an end when one dies."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training_toy import SGD, history, run
+
+from sedd.errors import UserError
+from sedd.training import parallel
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.distributed import Processes, connect
+from sedd.training.loop import Cadence
+from sedd.training.metrics import read_metrics
+
+SCRIPT = Path(__file__).with_name("one_of_two.py")
+EACH = Cadence(log_every=1, eval_every=None, checkpoint_every=25)
+
+
+def start(workdir, steps, fsdp):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(i), str(port), workdir, str(steps), str(fsdp)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes, seconds=300):
+    try:
+        return [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture
+def tiny_parts(monkeypatch):
+    monkeypatch.setattr(parallel, "LEAST_SPLIT", 16)
+
+
+@pytest.mark.usefixtures("tiny_parts")
+def test_a_run_moves_between_devices_and_processes(tmp_path):
+    """One device, four, parts on two by two, two processes of two: the losses are one run's."""
+    reference, _ = history(300, SGD)
+    for steps, where in (
+        (60, {"devices": 4}),
+        (120, 2),
+        (180, {"devices": 4, "fsdp": 2}),
+        (240, 0),
+        (300, {"devices": 1}),
+    ):
+        if isinstance(where, dict):
+            run(tmp_path, steps, SGD, of_steps=300, cadence=EACH, **where)
+            continue
+        processes = start(tmp_path, steps, where)
+        outputs = finish(processes)
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    losses = [record["loss"] for record in read_metrics(tmp_path)]
+    np.testing.assert_allclose(losses, reference["loss"], rtol=1e-5)
+
+
+def wait_for(workdir, step, seconds=120):
+    end = time.monotonic() + seconds
+    while not any(s >= step for s in Checkpoints(workdir / "checkpoints").steps()):
+        assert time.monotonic() < end, "no checkpoint came"
+        time.sleep(0.1)
+
+
+def test_a_signal_to_one_process_stops_both(tmp_path):
+    processes = start(tmp_path, 1_000_000, 0)
+    try:
+        wait_for(tmp_path, 25)
+        processes[1].send_signal(signal.SIGTERM)
+    finally:
+        outputs = finish(processes, 60)
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "stopped after step" in outputs[0][0]
+    step = int(outputs[0][0].rsplit("stopped after step", 1)[1].split(";")[0])
+    assert Checkpoints(tmp_path / "checkpoints").latest_good() == step
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_the_death_of_one_process_ends_the_other(tmp_path, dies):
+    processes = start(tmp_path, 1_000_000, 0)
+    try:
+        wait_for(tmp_path, 25)
+        processes[dies].kill()
+        before = time.monotonic()
+        processes[1 - dies].wait(60)
+        assert time.monotonic() - before < 60
+    finally:
+        outputs = finish(processes)
+    other = processes[1 - dies]
+    assert other.returncode not in (0, None)
+    assert "another process of the run is gone" in outputs[1 - dies][1], outputs[1 - dies]
+    assert Checkpoints(tmp_path / "checkpoints").latest_good() >= 25
+
+
+def test_a_coordinator_that_is_not_there_is_waited_for_and_named():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    others = Processes(coordinator=address, num_processes=2, process_id=1)
+    before = time.monotonic()
+    with pytest.raises(UserError, match=f"{address}: nothing answers there after 2 s"):
+        connect(others, seconds=2)
+    assert time.monotonic() - before < 20
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "host:1234"}, "go together; --num-processes is missing"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "must be HOST:PORT"),
+        ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, r"must be in \[0, 2\)"),
+        ({"coordinator": "h:1", "num_processes": 0, "process_id": 0}, "at least 1, got 0"),
+    ],
+)
+def test_processes_say_what_is_wrong(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Processes(**fields)
+
+
+def test_a_process_alone_connects_to_nobody(monkeypatch):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    connect(Processes())
+    assert jax.process_count() == 1
