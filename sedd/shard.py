@@ -41,17 +41,6 @@ def whole(tree: Any, dtype: Any = None) -> Any:
     )
 
 
-def has_shards(tree: Any) -> bool:
-    """Whether anything of it is split."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Shard))
-    return any(isinstance(leaf, Shard) for leaf in leaves)
-
-
-def saves(primitive, *_, **__) -> bool:
-    """A policy of ``jax.checkpoint``: keep every value for the backward pass but gathered ones."""
-    return primitive.name != "all_gather"
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gather(axis, over, dtype, part):
     # Narrowed before it travels: half the bytes.

@@ -12,7 +12,7 @@ autocast.
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ from einops import rearrange
 
 from sedd.networks.attention import Backend, attention
 from sedd.networks.base import Attend, Network
-from sedd.shard import has_shards, saves, whole
+from sedd.shard import whole
 from sedd.types import Array, Float, Int, Key, Params
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
@@ -127,7 +127,7 @@ class DDiT(Network):
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
         # The blocks are made whole one at a time, where they are scanned.
         trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
-        return _Trunk(self, has_shards(trunk)).apply(
+        return _Trunk(self).apply(
             {"params": trunk}, tokens_BL, positions_BL, attend, sigma_B, keys_B
         )
 
@@ -141,7 +141,6 @@ class _Trunk(nn.Module):
     """Everything but the output layer."""
 
     net: DDiT
-    sharded: bool = False  # whether a device holds a part of each block
 
     @nn.compact
     def __call__(self, tokens_BL, positions_BL, attend, sigma_B, keys_B):
@@ -154,14 +153,8 @@ class _Trunk(nn.Module):
         if net.time_conditioned:
             condition_BC = _SigmaMap(net.condition_dim, name="sigma_map")(sigma_B)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
-        block = _Block
-        if self.sharded:
-            block = nn.map_variables(block, "params", trans_in_fn=functools.partial(_whole, net))
         # Inside a scan nothing can be merged with the recomputation: remat needs no barrier.
-        if net.remat:
-            block = nn.remat(block, prevent_cse=False)
-        elif self.sharded:  # gathered weights of all layers would be the model, on every device
-            block = nn.remat(block, prevent_cse=False, policy=saves)
+        block = nn.remat(_Block, prevent_cse=False) if net.remat else _Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -175,14 +168,6 @@ class _Trunk(nn.Module):
         )
         shift, scale = _modulation(net, 2, condition_BC)
         return _Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype)
-
-
-def _whole(net, variables):
-    """A block's parameters gathered: the large matrices in the type that they are used in."""
-    params = dict(variables["params"])
-    for name in ("qkv", "attention_out", "mlp_in", "mlp_out"):
-        params[name] = whole(params[name], net.dtype)
-    return {"params": whole(params)}
 
 
 class _Block(nn.Module):
@@ -202,7 +187,9 @@ class _Block(nn.Module):
             branch_BLD = branch_BLD.astype(jnp.float32)
             return x_BLD + (branch_BLD if gate_B1D is None else gate_B1D * branch_BLD)
 
-        h_BLD = _Norm(net.norm_bias, name="norm_attention")(x_BLD, shift_a, scale_a)
+        h_BLD = _gathered(_Norm, jnp.float32)(net.norm_bias, name="norm_attention")(
+            x_BLD, shift_a, scale_a
+        )
         qkv_BLD = _dense(net, 3 * width, width, "qkv", bias=False)(h_BLD)
         q_BLHK, k_BLHK, v_BLHK = rearrange(
             qkv_BLD, "b l (three h k) -> three b l h k", three=3, h=net.num_heads
@@ -213,7 +200,9 @@ class _Block(nn.Module):
         h_BLD = _dense(net, width, width, "attention_out", bias=False)(h_BLD)
         x_BLD = add(x_BLD, h_BLD, gate_a, 0)
 
-        h_BLD = _Norm(net.norm_bias, name="norm_mlp")(x_BLD, shift_m, scale_m)
+        h_BLD = _gathered(_Norm, jnp.float32)(net.norm_bias, name="norm_mlp")(
+            x_BLD, shift_m, scale_m
+        )
         h_BLF = _dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD)
         h_BLD = _dense(net, width, net.mlp_ratio * width, "mlp_out")(gelu(h_BLF))
         return add(x_BLD, h_BLD, gate_m, 1), None
@@ -322,9 +311,22 @@ def _uniform(fan_in: int):
 
 def _dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = True) -> nn.Dense:
     init = _uniform(fan_in)
-    return nn.Dense(
+    return _gathered(nn.Dense, net.dtype)(
         features, use_bias=bias, dtype=net.dtype, kernel_init=init, bias_init=init, name=name
     )
+
+
+def _gathered(layer: type[nn.Module], dtype) -> Any:
+    """The layer, made whole in ``dtype`` where it is used, and again in its backward pass.
+
+    Kept for the backward pass, the weights of all layers would be the model, on every device.
+    """
+
+    def apply(variables):
+        return whole(variables, dtype)
+
+    layer = nn.map_variables(layer, "params", trans_in_fn=apply, init=True)
+    return nn.remat(layer, prevent_cse=False)
 
 
 def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
@@ -332,7 +334,8 @@ def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
     if condition_BC is None:
         return [None] * parts
     zeros = nn.initializers.zeros
-    layer = nn.Dense(parts * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
+    dense = _gathered(nn.Dense, jnp.float32)
+    layer = dense(parts * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
     return jnp.split(layer(condition_BC)[:, None], parts, axis=-1)
 
 

@@ -7,10 +7,12 @@ libtpu (``pip install libtpu``), and no TPU.
 """
 
 import dataclasses
+import math
 import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -24,6 +26,7 @@ from sedd.build import build_parallel, build_parts, build_step
 from sedd.cli import parse_config, run
 from sedd.config import Config
 from sedd.errors import UserError
+from sedd.files import check_writable, write_whole
 from sedd.networks.attention import refusal
 from sedd.training.flops import step_flops
 from sedd.training.parallel import DataParallel, FullySharded
@@ -33,6 +36,7 @@ GIB = 2**30
 HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}  # a chip, by its maker
 TOKENS = {"gpt2": 50257, "text8": 27, "bytes": 257, "bert-base-uncased": 30522}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = {"i1": "pred", "i8": "s8", "i32": "s32", "ui32": "u32", "i64": "s64"}  # StableHLO's names
 WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 
 
@@ -45,6 +49,8 @@ class CompileCheckCommand:
     config: Annotated[Config, tyro.conf.arg(name="")]
     num_tokens: int | None = None
     """Size of the vocabulary, where the tokenizer's name does not tell."""
+    program: Path | None = None
+    """Write the compiled program (HLO) here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,8 @@ def main(arguments: Sequence[str]) -> None:
     """Compile, print, and end with 2 where it does not fit."""
     command = parse_config(arguments, CompileCheckCommand, __doc__ or "")
     config = command.config
+    if command.program is not None:
+        check_writable(command.program, f"--program {command.program}")
     generation = command.topology.partition(":")[0]
     if generation not in HBM:
         raise UserError(
@@ -74,6 +82,8 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(highlight=False)
     with console.status(f"compiling for {len(devices)} devices"):
         compiled = compile_step(config, num_tokens, devices)
+    if command.program is not None:
+        write_whole(command.program, compiled.text.encode())
     show(console, command, compiled, num_tokens)
     if compiled.peak > HBM[generation]:
         raise UserError(
@@ -123,7 +133,9 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"it does not fit: {exhausted(str(error))}. {advice(config)}") from error
+        raise UserError(
+            f"it does not fit: {exhausted(str(error), lowered.as_text())}. {advice(config)}"
+        ) from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}
     return Compiled(
@@ -201,13 +213,19 @@ def sizes(result: str) -> list[int]:
     return found
 
 
-def exhausted(message: str) -> str:
-    """What a compiler's message says of the memory: how much is missing, and the largest arrays."""
-    used = re.search(r"Used ([\d.]+\w+) of ([\d.]+\w+) (\w+)", message)
-    head = f"{used[1]} of {used[2]} {used[3]} are needed" if used else message.splitlines()[0][:200]
-    blocks = re.findall(r"Size: ([\d.]+\w+).*?Shape: (\S+)", message, flags=re.DOTALL)
-    largest = ", ".join(f"{shape.split('{')[0]} ({size})" for size, shape in blocks[:4])
-    return f"{head}; the largest arrays are {largest}" if largest else head
+def exhausted(message: str, program: str) -> str:
+    """What a compiler's message says is missing, and the largest arrays of the program before it."""
+    first = " ".join(message.splitlines()[0].split()).removeprefix("RESOURCE_EXHAUSTED: ")
+    shapes = set(re.findall(r"tensor<((?:\d+x)+[a-z]+\d+)>", program))
+    largest = sorted(shapes, key=tensor_bytes, reverse=True)[:4]
+    named = ", ".join(f"{shape} ({gib(tensor_bytes(shape))})" for shape in largest)
+    return f"{first.rstrip('.')}; the largest arrays are {named}"
+
+
+def tensor_bytes(shape: str) -> int:
+    """Bytes of an array written as ``8x1024xbf16``."""
+    *dimensions, kind = shape.split("x")
+    return math.prod(map(int, dimensions)) * WIDTH.get(KINDS.get(kind, kind), 4)
 
 
 def advice(config: Config) -> str:

@@ -19,7 +19,7 @@ from sedd.types import Params
 
 AXIS, DATA, FSDP = "devices", "data", "fsdp"
 BATCH = ("x0", "scored", "index")  # what of a batch goes to the devices
-LEAST_SPLIT = 2**12  # entries; to gather less costs more than to keep it
+LEAST_SPLIT = 2**17  # entries; to gather less costs more than to keep it
 
 
 def prepare_cpu() -> None:

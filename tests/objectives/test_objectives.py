@@ -332,7 +332,7 @@ def test_infinite_nats_do_not_leak_from_positions_that_do_not_count():
     assert not np.isfinite(nats_BL[0, 1])
     finite = raw.at[0, 1, 1].set(-1e30)
     value, gradient = jax.value_and_grad(
-        lambda r: objective.nats(network, r, corrupted, x0_BL).sum()
+        lambda r: objective.summed_nats(network, r, corrupted, x0_BL)
     )(finite)
     assert value == pytest.approx(math.log(3), rel=1e-6)
     assert np.isfinite(gradient).all()

@@ -36,9 +36,7 @@ if __name__ == "__main__":
     process_id, port, workdir, steps, fsdp = sys.argv[1:]
     try:
         connect(
-            Processes(
-                coordinator=f"localhost:{port}", num_processes=2, process_id=int(process_id)
-            ),
+            Processes(coordinator=f"localhost:{port}", num_processes=2, process_id=int(process_id)),
             seconds=60,
         )
         print("ready", flush=True)

@@ -90,6 +90,7 @@ def test_the_transformer_is_the_same_on_four_devices():
         np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("tiny_parts")
 def test_the_gradient_is_that_of_the_mean_of_sums():
     """Against the objective written out; a wrong reduction is N× too large on N devices."""
     network, batch = Toy(), next(ToyBatches())
@@ -104,17 +105,20 @@ def test_the_gradient_is_that_of_the_mean_of_sums():
             fold(corruption, index_B), u_B, batch["x0"], batch["scored"]
         )
         keys_B = fold(dropout, index_B)
-        nats_BL = objective().nats(network, params, corrupted, batch["x0"], keys_B=keys_B)
+        raw_BLV = network.raw(params, corrupted.xt_BL, keys_B=keys_B)
+        nats_BL = corrupted.weight_BL * objective().row_nats(
+            raw_BLV, batch["x0"], corrupted.xt_BL, None
+        )
         return nats_BL.sum(-1).mean(), nats_BL.sum() / batch["scored"].sum()
 
     gradient = jax.jit(jax.value_and_grad(mean_of_sums, has_aux=True))
     (_, loss), grads = gradient(state.params)
     # Unclipped SGD: the parameters move by the gradient itself.
-    for devices in (1, 4):
+    for devices, fsdp in ((1, None), (4, None), (4, 2)):
         options = OptimizerOptions(
             name="sgd", learning_rate=0.5, warmup_steps=0, clip_norm=None, ema_decay=0
         )
-        seen, after = history(1, options, devices=devices)
+        seen, after = history(1, options, devices=devices, fsdp=fsdp)
         moved = jax.tree.map(lambda a, b: (a - b) / 0.5, state.params, after.params)
         np.testing.assert_allclose(leaves(moved), leaves(grads), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(seen["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
