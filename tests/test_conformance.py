@@ -159,18 +159,22 @@ def test_process_draws_and_scores(name):
     process = make("processes", name, MODELS["radd"])
     x0_BL = i32(np.random.default_rng(0).integers(0, N, (B, L)))
     sigma_B = f32([0.1, 1.0, 3.0])
-    for drawn in (process.corrupt(keys(0, B), x0_BL, sigma_B), process.sample_prior(keys(0, B), L)):
+    corrupt, sample_prior = (
+        jax.jit(process.corrupt),
+        jax.jit(process.sample_prior, static_argnums=1),
+    )
+    xt_BL = corrupt(keys(0, B), x0_BL, sigma_B)
+    for drawn in (xt_BL, sample_prior(keys(0, B), L)):
         assert drawn.shape == (B, L)
         assert drawn.dtype == jnp.int32
         assert ((drawn >= 0) & (drawn < process.num_states)).all()
-    xt_BL = process.corrupt(keys(0, B), x0_BL, sigma_B)
     log_score = jax.random.normal(jax.random.key(1), (B, L, process.num_states))
     log_score = jnp.where(jax.nn.one_hot(xt_BL, process.num_states) > 0, 0, log_score)
-    entropy = process.score_entropy(log_score, xt_BL, x0_BL, sigma_B[:, None])
+    entropy = jax.jit(process.score_entropy)(log_score, xt_BL, x0_BL, sigma_B[:, None])
     assert entropy.shape == (B, L)
     assert (entropy >= 0).all()
     assert (entropy > 0).any()
-    rate = process.reverse_rate(log_score, xt_BL)
+    rate = jax.jit(process.reverse_rate)(log_score, xt_BL)
     np.testing.assert_allclose(rate.sum(-1), 0, atol=1e-4)
     assert (process.prior_kl(f32([0.5, 5.0])) > 0).all()
 
@@ -284,14 +288,15 @@ def test_sampler(name):
 def test_network(name, label):
     reading = MODELS[label]
     network = make("networks", name, reading)
-    params = network.init(jax.random.key(0))
+    params = jax.jit(network.init)(jax.random.key(0))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     tokens_BL = i32(np.random.default_rng(0).integers(0, network.num_states, (B, L)))
     sigma = {"sigma_B": f32([0.1, 1.0, 3.0])}
     right, wrong = (sigma, {}) if network.time_conditioned else ({}, sigma)
-    raw_BLV = network.raw(params, tokens_BL, **right)
+    raw = jax.jit(network.raw)
+    raw_BLV = raw(params, tokens_BL, **right)
     assert raw_BLV.shape == (B, L, network.num_states)
     assert raw_BLV.dtype == jnp.float32
     assert np.isfinite(raw_BLV).all()
     with pytest.raises(ValueError, match="sigma_B"):
-        network.raw(params, tokens_BL, **wrong)
+        raw(params, tokens_BL, **wrong)

@@ -12,7 +12,7 @@ from sedd.training.optimizer import OptimizerOptions, make_optimizer
 from sedd.training.state import init_state
 from sedd.training.step import Step
 
-LENGTH = 12
+LENGTH = 8
 # Each state mostly moves on to the next one: 0.75 nats a token, and every conditional needs both
 # neighbours.
 CHAIN = np.array([[0.1, 0.75, 0.15], [0.1, 0.1, 0.8], [0.7, 0.2, 0.1]])
@@ -61,7 +61,9 @@ MODELS = {
 def test_the_bound_is_above_the_entropy_and_within_5_percent_after_training(name):
     process_name, parameterization_name, objective_name, options = MODELS[name]
     process = build("processes", process_name, num_tokens=3)
-    schedule = build("schedules", "log_linear")
+    uniform = process_name == "uniform"
+    # Under log-linear noise rare draws carry much of a uniform bound: its error would hide a miss.
+    schedule = build("schedules", "geometric" if uniform else "log_linear")
     parameterization = build("parameterizations", parameterization_name, process=process)
     objective = build(
         "objectives",
@@ -75,15 +77,15 @@ def test_the_bound_is_above_the_entropy_and_within_5_percent_after_training(name
         "ddit",
         num_states=process.num_states,
         time_conditioned=not parameterization.time_independent,
-        hidden_dim=48,
+        hidden_dim=32,
         num_layers=2,
         num_heads=2,
         condition_dim=32,
         dropout=0.0,
     )
-    steps, batch = 500, 128
+    steps, batch = 500, 128 if uniform else 64
     optimizer = make_optimizer(
-        OptimizerOptions(learning_rate=4e-3, warmup_steps=50, schedule="cosine", ema_decay=0.98),
+        OptimizerOptions(learning_rate=5e-3, warmup_steps=50, schedule="cosine", ema_decay=0.98),
         steps,
     )
     step = Step(

@@ -108,7 +108,7 @@ def assert_all_match(result, patterns=REGEXES):
     ("name", "steps"),
     [(name, steps) for name, options in SAMPLERS.items() for steps in ([4] if options else [None])]
     # Each is a program of its own; benchmarks/constrained.py goes through all.
-    + [(name, steps) for name in ("event_jump", "tweedie") for steps in (1, LENGTH)],
+    + [("event_jump", 1), ("tweedie", LENGTH)],
 )
 def test_every_sampler_always_matches(model, automata, name, steps):
     options = {} if steps is None else {"steps": steps}
@@ -232,18 +232,17 @@ SCHEMAS = [
 ]
 
 
-@pytest.mark.parametrize("steps", [1, 6])
-def test_json(model, steps):
+def test_json(model):
     automata = [
         compile_json_schema(schema, BYTES.token_bytes(), eos_id=BYTES.eos_id) for schema in SCHEMAS
     ]
     result = sedd.sample(
         model,
-        jax.random.key(steps),
+        jax.random.key(0),
         num=50,
         length=24,
         sampler="event_jump",
-        steps=steps,
+        steps=3,
         constraint=automata * 10,
     )
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
@@ -314,8 +313,8 @@ def test_one_call_draws_from_the_product_restricted_to_the_language(model):
 
 def test_a_request_does_not_depend_on_its_batch(model, automata):
     """Its regex alone, and beside others of other sizes."""
-    keys = oracle.keys(3, 6)
-    chosen = [automata[i] for i in (0, 10, 11, 21, 40, 49)]
+    keys = oracle.keys(3, 3)
+    chosen = [automata[i] for i in (0, 11, 49)]
     options = {"sampler": "event_jump", "length": LENGTH, "steps": 4}
     together = sedd.sample(model, keys, constraint=chosen, **options)
     for i, automaton in enumerate(chosen):
