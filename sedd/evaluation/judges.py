@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from sedd.errors import UserError
 from sedd.types import bucket
 
 
@@ -90,3 +91,54 @@ class WindowJudge:
             np.add.at(nats_S, here, nats_B[: len(batch)])
             np.add.at(tokens_S, here, scored_BL.sum(1)[: len(batch)])
         return Judgement(nats_S=nats_S, tokens_S=tokens_S)
+
+
+def hugging_face_judge(
+    name: str = "gpt2-large",
+    *,
+    context: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> WindowJudge:
+    """A causal language model of the Hugging Face hub, or of a folder in its format.
+
+    The first token is given and not scored, as in the published evaluations: no beginning of text
+    is put before it. ``context`` is the model's own by default, ``device`` a GPU where there is
+    one. ``UserError`` where the extra is not installed or there is no such model.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        from transformers import (  # pyright: ignore[reportMissingImports]
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )
+    except ImportError as error:
+        raise UserError(f"judge {name!r} needs PyTorch: pip install 'sedd[judge]'") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"judge {name!r} cannot be loaded: {reason}") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return [np.array(ids, np.int32) for ids in encoded]
+
+    @torch.no_grad()
+    def nats(ids_BL, scored_BL):
+        ids = torch.from_numpy(ids_BL).long().to(device)
+        logits = model(ids).logits[:, :-1].float()  # padding comes last: nothing looks at it
+        log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return -(log_probs * torch.from_numpy(scored_BL[:, 1:]).to(device)).sum(-1).cpu().numpy()
+
+    return WindowJudge(
+        name=name,
+        encode=encode,
+        nats=nats,
+        context=context or model.config.max_position_embeddings,
+        scores_first=False,
+        batch_size=batch_size,
+    )
