@@ -24,9 +24,15 @@ def ordered_nats(
     random orders is what k-DCE estimates. arXiv:2406.03736, section 3.3.
 
     Network calls: as many as the most scored positions of a sequence. Raises ValueError where the
-    model has no such law: on a process without a mask, and on a time-dependent model.
+    model has no such law: on a process without a mask, on a time-dependent model, and on an
+    autoregressive one, whose only order takes one call (evaluate_bound).
     """
     mask_id = denoiser.mask_id
+    if denoiser.causal:
+        raise ValueError(
+            "an autoregressive model has one order, from left to right: evaluate_bound gives its "
+            "exact NLL in one call"
+        )
     if not denoiser.time_independent:
         raise ValueError(
             "an order of reveals has no noise level, on which this model depends: its likelihood "
