@@ -120,11 +120,8 @@ def describe(kinds: Sequence[type[Options]]) -> str:
     ]
     if len(kinds) > 1:
         lines += ["", f"--inner NAME picks what {kinds[0].name} wraps (default {INNER})."]
-    head = [
-        f"--sampler NAME picks how (default {DEFAULT}, or ordered for an autoregressive",
-        "run), and which flags:",
-    ]
-    return "\n".join([*head, *lines])
+    lines += ["", "Of an autoregressive run the default is ordered."]
+    return "\n".join([f"--sampler NAME picks how (default {DEFAULT}), and which flags:", *lines])
 
 
 def _headline(make: type) -> str:

@@ -34,6 +34,7 @@ def test_sampling_prints_a_table_and_a_line(capsys):
     assert {"jax", "device", "steps"} <= line.keys()
 
 
+@pytest.mark.slow
 def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     """Its commands in this process: they are what compiles."""
     compare = importlib.import_module("compare")
