@@ -113,7 +113,10 @@ def trained_on(data: str, model: sedd.Model) -> str | None:
 
 def show(result: BoundResult, unigram_entropy: float, what: str) -> None:
     """Print the figures as a table."""
-    title = f"Upper bound on the negative log likelihood: {escape(what)}"
+    title = (
+        "Negative log likelihood" if result.exact else "Upper bound on the negative log likelihood"
+    )
+    title, at_most = f"{title}: {escape(what)}", "" if result.exact else " ≤"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
@@ -123,20 +126,21 @@ def show(result: BoundResult, unigram_entropy: float, what: str) -> None:
     )
     table.add_row("", "", f"{result.standard_error_draws:.4f} (draws)")
     table.add_row(
-        "perplexity ≤",
+        f"perplexity{at_most}",
         f"{result.perplexity:.3f}",
         f"{result.perplexity * result.standard_error:.3f}",
     )
     for name, value in (
-        ("bits per character ≤", result.bits_per_character),
-        ("bits per byte ≤", result.bits_per_byte),
+        (f"bits per character{at_most}", result.bits_per_character),
+        (f"bits per byte{at_most}", result.bits_per_byte),
     ):
         if value is not None:
             error = value * result.standard_error / result.nats_per_token
             table.add_row(name, f"{value:.4f}", f"{error:.4f}")
-    table.add_section()
-    for name in ("prior", "diffusion", "reconstruction"):
-        table.add_row(f"  {name}", f"{getattr(result, name):.4f}", "")
+    if not result.exact:
+        table.add_section()
+        for name in ("prior", "diffusion", "reconstruction"):
+            table.add_row(f"  {name}", f"{getattr(result, name):.4f}", "")
     table.add_section()
     table.add_row("unigram entropy of the data", f"{unigram_entropy:.4f}", "")
     table.add_row("sequences · tokens", f"{result.num_sequences:,} · {result.num_tokens:,}", "")

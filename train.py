@@ -139,7 +139,7 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         wandb={"project": config.training.wandb} if config.training.wandb else None,
     )
     if not result.stopped:
-        conclude(workdir, entropy)
+        conclude(workdir, entropy, "NLL" if parts.parameterization.causal else "bound")
 
 
 def check_same_run(workdir: Path, config: Config) -> Tokenizer:
@@ -249,8 +249,11 @@ def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
     return sample
 
 
-def conclude(workdir: Path, entropy: float) -> None:
-    """The last validation beside what a model without context would reach, and the files."""
+def conclude(workdir: Path, entropy: float, what: str) -> None:
+    """The last validation beside what a model without context would reach, and the files.
+
+    ``what`` was validated: a bound on the NLL, or the NLL itself.
+    """
     validated = [r for r in read_metrics(workdir) if r.get("validation_nats_per_token") is not None]
     if not validated:
         console.print(f"\n{workdir} has no validation in its metrics.jsonl any more")
@@ -258,9 +261,9 @@ def conclude(workdir: Path, entropy: float) -> None:
     last = validated[-1]
     bound, error = last["validation_nats_per_token"], last["validation_standard_error"]
     console.print(
-        f"\nvalidation bound  {bound:.4f} ± {error:.4f} nats per token (standard error), "
-        f"perplexity ≤ {last['validation_perplexity']:.3f}\n"
-        f"unigram entropy   {entropy:.4f} nats per token of the same tokens; the bound plus three "
+        f"\n{f'validation {what}':18}{bound:.4f} ± {error:.4f} nats per token (standard error), "
+        f"perplexity {'≤' if what == 'bound' else '='} {last['validation_perplexity']:.3f}\n"
+        f"unigram entropy   {entropy:.4f} nats per token of the same tokens; the {what} plus three "
         f"standard errors is {(bound + 3 * error) / entropy:.3f} of it\n"
         f"written to {workdir}: checkpoints/, curves.png, metrics.jsonl, samples/, tensorboard/"
     )

@@ -69,6 +69,11 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
     return parts
 
 
+def default_sampler(parameterization: Parameterization | type[Parameterization]) -> str:
+    """The sampler where none is named: one that works on every model of this kind."""
+    return "ordered" if parameterization.causal else "tweedie"
+
+
 def build_sampler(
     name: str,
     schedule: NoiseSchedule,

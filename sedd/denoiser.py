@@ -47,6 +47,11 @@ class Denoiser:
         return self.parameterization.time_independent
 
     @property
+    def causal(self) -> bool:
+        """Whether it is p(x_i | x_<i): it has one order, and its likelihood takes one call."""
+        return self.parameterization.causal
+
+    @property
     def guided(self) -> bool:
         """Whether a reading takes two network calls: with what is given, and without."""
         return self.reshape is not None and self.reshape.guidance > 0 and self.given_BL is not None
@@ -74,7 +79,7 @@ class Denoiser:
     def log_conditional(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"] | None = None
     ) -> Float[Array, "B L N"]:
-        """log p(x0_i = y | x), normalised over the real tokens.
+        """log p(x0_i = y | x), normalised over the real tokens; of a causal model, given x_<i.
 
         A revealed position is 0 at its token and -1e6 elsewhere. Raises ValueError on a process
         without a mask, and without ``sigma_B`` on a time-dependent model.
@@ -93,12 +98,13 @@ class Denoiser:
             sigma_B = None
         elif sigma_B is None:
             raise ValueError("this model depends on the time: sigma_B is required")
-        inputs = [x_BL]
+        each = [x_BL]
         if self.guided and self.given_BL is not None:
-            inputs.append(jnp.where(self.given_BL, self.mask_id, x_BL))
+            each.append(jnp.where(self.given_BL, self.mask_id, x_BL))
+        inputs = [self.parameterization.inputs(tokens_BL, self.attend) for tokens_BL in each]
         return tuple(
-            self.network.hidden(self.params, tokens, attend=self.attend, sigma_B=sigma_B)
-            for tokens in inputs
+            self.network.hidden(self.params, tokens_BL, attend=attend, sigma_B=sigma_B)
+            for tokens_BL, attend in inputs
         )
 
     def log_conditional_at(

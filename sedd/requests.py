@@ -13,7 +13,7 @@ import numpy as np
 
 from sedd.components import did_you_mean
 from sedd.constraints import Automaton, compile_regex
-from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_prompt
+from sedd.constraints.clamp import MAX_LENGTH, Clamp, check_prefix, from_infill, from_prompt
 from sedd.constraints.json_schema import schema_to_regex
 from sedd.constraints.spans import Given, Span, spans_of
 from sedd.data.packing import unigram_entropy
@@ -117,10 +117,17 @@ class Asked(NamedTuple):
 
 
 def ask(
-    request: Request, tokenizer: Tokenizer, default_length: int, cache_dir: Path | None = None
+    request: Request,
+    tokenizer: Tokenizer,
+    default_length: int,
+    cache_dir: Path | None = None,
+    *,
+    causal: bool = False,
 ) -> Asked:
-    """The request in tokens; UserError where it does not fit."""
+    """The request in tokens; UserError where it does not fit, or not with a ``causal`` model."""
     clamp = request.clamp(tokenizer, default_length)
+    if causal:
+        check_prefix(clamp)
     return Asked(request, clamp, request.constraint(clamp, tokenizer, cache_dir))
 
 
@@ -130,6 +137,8 @@ def read_requests(
     default_length: int,
     seed: int = 0,
     cache_dir: Path | None = None,
+    *,
+    causal: bool = False,
 ) -> Iterator[Asked | UserError]:
     """Each line's request, or the error that names the line.
 
@@ -148,7 +157,8 @@ def read_requests(
         if not line.strip():
             continue
         try:
-            yield ask(_parse(line, number, seed), tokenizer, default_length, cache_dir)
+            request = _parse(line, number, seed)
+            yield ask(request, tokenizer, default_length, cache_dir, causal=causal)
         except UserError as error:
             yield UserError(f"{path}, line {number}: {error}")
 

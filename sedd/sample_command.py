@@ -9,15 +9,24 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sedd
-from sedd.build import build_sampler
+from sedd.build import build_sampler, default_sampler
 from sedd.cli import parse, take
-from sedd.components import Options, makers, values
+from sedd.components import Options, maker, makers, values
 from sedd.config import default_cache_dir
 from sedd.errors import UserError
 from sedd.files import check_writable
+from sedd.model import read_config
 from sedd.requests import Asked, Request, ask, read_requests
 from sedd.reshape import Reshape
-from sedd.sampler_flags import as_flags, describe, fields_of, pick, refuse_flags_of_others, shown
+from sedd.sampler_flags import (
+    DEFAULT,
+    as_flags,
+    describe,
+    fields_of,
+    pick,
+    refuse_flags_of_others,
+    shown,
+)
 from sedd.samplers.base import Sampler
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
@@ -110,7 +119,7 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
     """The flags, those of the picked samplers among them, and what is wrong with them alone."""
     name, rest = take(arguments, "--sampler")
     inner, rest = take(rest, "--inner")
-    kinds = pick(name, inner)
+    kinds = pick(sampler_for(rest) if name is None else name, inner)
     if not {"-h", "--help"} & set(rest):
         refuse_flags_of_others(rest, SampleCommand, kinds)
     sampler, inner, innermost, *_ = [*map(shown, kinds), NoOptions, NoOptions]
@@ -125,6 +134,15 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
     check_files(command)
     check_functions(command)
     return command
+
+
+def sampler_for(arguments: Sequence[str]) -> str:
+    """The default sampler: what the run named by --checkpoint needs, if there is one."""
+    checkpoint, _ = take(arguments, "--checkpoint")
+    config = None if checkpoint is None else read_config(Path(checkpoint))
+    if config is None:
+        return DEFAULT
+    return default_sampler(maker("parameterizations", config.parameterization.name))
 
 
 def check_files(command: SampleCommand) -> None:
@@ -245,7 +263,7 @@ def requested(command: SampleCommand, model: sedd.Model) -> tuple[list[Asked], l
             f"checkpoint {command.checkpoint}: it has no tokenizer, so there is no text to draw; "
             "put its tokenizer.json beside its config.json"
         )
-    cache_dir = Path(default_cache_dir()).expanduser()
+    cache_dir, causal = Path(default_cache_dir()).expanduser(), model.denoiser.causal
     if command.requests is None:
         requests = [
             Request(
@@ -260,10 +278,14 @@ def requested(command: SampleCommand, model: sedd.Model) -> tuple[list[Asked], l
             )
             for i in range(command.num)
         ]
-        first = ask(requests[0], model.tokenizer, model.length, cache_dir)
+        first = ask(requests[0], model.tokenizer, model.length, cache_dir, causal=causal)
         return [first._replace(request=request) for request in requests], []
     length = model.length if command.length is None else command.length
-    found = list(read_requests(command.requests, model.tokenizer, length, command.seed, cache_dir))
+    found = list(
+        read_requests(
+            command.requests, model.tokenizer, length, command.seed, cache_dir, causal=causal
+        )
+    )
     refused = [line for line in found if isinstance(line, UserError)]
     return [line for line in found if not isinstance(line, UserError)], refused
 

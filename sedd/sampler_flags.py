@@ -10,10 +10,12 @@ from typing import Annotated, get_args
 
 import tyro
 
+from sedd.build import default_sampler
 from sedd.components import Options, maker, makers, options_type
 from sedd.errors import UserError
+from sedd.parameterizations.base import Parameterization
 
-DEFAULT = "tweedie"
+DEFAULT = default_sampler(Parameterization)  # but for autoregressive models
 INNER = "event_jump"  # what a sampler wraps, where nothing else is said
 
 
@@ -118,6 +120,7 @@ def describe(kinds: Sequence[type[Options]]) -> str:
     ]
     if len(kinds) > 1:
         lines += ["", f"--inner NAME picks what {kinds[0].name} wraps (default {INNER})."]
+    lines += ["", "Of an autoregressive run the default is ordered."]
     return "\n".join([f"--sampler NAME picks how (default {DEFAULT}), and which flags:", *lines])
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.build import build_sampler
-from sedd.constraints.clamp import Clamp, free
+from sedd.build import build_sampler, default_sampler
+from sedd.constraints.clamp import Clamp, check_prefix, free
 from sedd.constraints.spans import Given, Rule, Span, batch_spans, spans_of
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
@@ -106,7 +106,7 @@ def sample(
     *,
     num: int = 1,
     length: int | None = None,
-    sampler: str | Sampler = "tweedie",
+    sampler: str | Sampler | None = None,
     clamp: Clamp | Sequence[Clamp] | None = None,
     constraint: Given | Sequence[Given] = None,
     rule: Rule = "joint",
@@ -123,6 +123,8 @@ def sample(
     the first free position to the last, or a list with one or None for each gap. ``rule`` says how
     a step draws under it, see ``Spans``; temperature 0 takes the likeliest string. What comes back
     always matches.
+    ``sampler`` is tweedie by default, and ordered for an autoregressive model, which takes no other
+    and no tokens after free ones.
     ``options`` are the sampler's, such as ``steps=128``, and those of ``Reshape``, such as
     ``temperature=0.9`` or ``top_p=0.95``. A sampler that wraps another one takes ``inner``, and the
     options that are not its own are that one's; a search takes a ``verifier``, a function from a
@@ -149,8 +151,13 @@ def sample(
     constraints = list(constraint) if one_each else [constraint] * num
     if len(constraints) != num:
         raise UserError(f"{len(constraints)} constraints for {num} sequences")
+    if model.denoiser.causal:
+        for c in clamps:
+            check_prefix(c)
     spans = [spans_of(c, given) for c, given in zip(clamps, constraints, strict=True)]
     reshape = reshape_of({name: options.pop(name) for name in RESHAPES & options.keys()})
+    if sampler is None:
+        sampler = default_sampler(model.parts.parameterization)
     if isinstance(sampler, str):
         scorer = None if verifier is None else text_verifier(model, verifier)
         sampler = build_sampler(sampler, model.schedule, inner=inner, verifier=scorer, **options)

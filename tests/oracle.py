@@ -16,6 +16,7 @@ from scipy import stats
 
 from sedd.denoiser import Denoiser
 from sedd.networks.base import Network
+from sedd.parameterizations.autoregressive import Autoregressive
 from sedd.parameterizations.conditional import Conditional
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
@@ -157,6 +158,15 @@ class Oracle:
         table = np.log(np.maximum(self.conditional(), 1e-30))
         return table_denoiser(np.concatenate([table, np.zeros((*table.shape[:2], 1))], -1), N)
 
+    def autoregressive_denoiser(self):
+        """Its factors p(x_i | x_<i), read from the table of the exact conditionals."""
+        exact = self.conditional_denoiser()
+        return Denoiser(
+            params=exact.params,
+            network=PrefixNetwork(num_states=self.V, time_conditioned=False),
+            parameterization=Autoregressive(process=self.process),
+        )
+
 
 def neighbours(states, size):
     """[V^L, L, V]: the index of each sequence with y put at position i."""
@@ -198,6 +208,22 @@ class TableNetwork(_Direct):
         if self.time_conditioned:
             raw_BLV = raw_BLV + params["slope"][index_B] * jnp.sin(jnp.log(sigma_B))[:, None, None]
         return raw_BLV
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixNetwork(_Direct):
+    """The table's row i of (x_<i, masks), from tokens that are shifted by one: [mask, x_0, …]."""
+
+    def hidden(
+        self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
+    ):
+        assert attend is not None
+        assert attend.rank_q_BL is not None
+        place_L, mask = jnp.arange(tokens_BL.shape[1]), self.num_states - 1
+        x_BL = jnp.roll(tokens_BL, -1, axis=1)
+        before_1LL = (place_L[None, :] < place_L[:, None])[None]
+        index_BL = jax.vmap(self._index, 1, 1)(jnp.where(before_1LL, x_BL[:, None], mask))
+        return params["table"][index_BL, place_L[None]]
 
 
 @dataclass(frozen=True, kw_only=True)

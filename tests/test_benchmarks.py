@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,6 +32,40 @@ def test_sampling_prints_a_table_and_a_line(capsys):
         assert row["s/sample"] == pytest.approx(row["network"] + row["rest"])
     assert line["rows"][0]["calls"] == 4
     assert {"jax", "device", "steps"} <= line.keys()
+
+
+@pytest.mark.slow
+def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
+    """Its commands in this process: they are what compiles."""
+    compare = importlib.import_module("compare")
+
+    def command(name, flags, *, quiet=False):
+        outcome = tiny_run.call(name, *flags)
+        assert outcome.code == 0, outcome.err
+
+    monkeypatch.setattr(compare, "command", command)
+    (tmp_path / "text.txt").write_text(tiny_run.text())
+    shape = {"length": 8, "batch_size": 8, "hidden_dim": 8, "num_layers": 1, "num_heads": 1}
+    settings = compare.Settings(
+        workdir=tmp_path / "runs",
+        corpus=str(tmp_path / "text.txt"),
+        models=("ar", "sedd"),
+        markdown=tmp_path / "results.md",
+        **{"steps": 10, "draws": 4, "max_sequences": 16},
+        **shape,
+    )
+    compare.main(settings)
+    ar, sedd = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert (ar["figure"], sedd["figure"]) == ("exact NLL", "bound")
+    assert ar["± draws"] == 0 < sedd["± draws"]
+    assert ar["training tokens"] == sedd["training tokens"] == 10 * 8 * 8
+    assert ar["parameters"] < sedd["parameters"]
+    page = (tmp_path / "results.md").read_text()
+    assert f"| autoregressive | exact NLL | {ar['nats/token']:.4g} |" in page
+    assert "--models ar sedd" in page
+    assert "16 sequences" in page
+    with pytest.raises(ValueError, match="'rad'"):
+        compare.Settings(workdir=tmp_path, models=("rad",))
 
 
 def witten_bell(text, train, order, num_tokens):

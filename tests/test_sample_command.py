@@ -65,7 +65,7 @@ def strict(log_probs, tokens, positions):
 def place(tmp_path_factory):
     """A run, one of each other kind, and a file of functions."""
     top = tmp_path_factory.mktemp("place")
-    for kind in ("radd", "sedd", "uniform"):
+    for kind in ("radd", "sedd", "uniform", "ar"):
         (top / kind).mkdir()
         tiny_run.make_run(top / kind, tiny_run.config(kind, length=LENGTH))
     (top / "code.py").write_text(CODE)
@@ -92,6 +92,39 @@ def read(path):
 
 def vowels(text):
     return sum(character in "aeiou" for character in text) + len(text) / 10
+
+
+# ------------------------------------------------------- autoregressive models
+
+
+def test_an_autoregressive_run_brings_its_sampler(place, tmp_path):
+    lines = [{"prompt": "the "}, {"suffix": "."}, {"infill": "a {mask:3}"}]
+    lines = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "requests.jsonl").write_text(lines)
+    flags = ("--requests", tmp_path / "requests.jsonl", "--output", tmp_path / "out.jsonl")
+    result = draw(place, "--top-p 0.9", *flags, kind="ar", code=2)
+    assert result.errors == [
+        f"error: {tmp_path}/requests.jsonl, line 2: this model is autoregressive and sees what is "
+        "before a position only: it takes a prompt, and no text after free tokens (a suffix, or "
+        "text behind a gap)"
+    ]
+    assert [(a["id"], a["calls"]) for a in read(tmp_path / "out.jsonl")] == [(1, 8), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--suffix end", "sees what is before"),
+        ("--infill {{mask:3}}end", "sees what is before"),
+        ("--sampler tweedie", "--sampler ordered --order forward"),
+        ("--steps 3", "--sampler ordered --order forward, without steps"),
+        ("--prompt a --guidance 1", "guidance and constraints"),
+        ("--regex [a-z]*", "guidance and constraints"),
+    ],
+)
+def test_what_an_autoregressive_run_refuses(place, flags, message):
+    (error,) = draw(place, flags, kind="ar", code=2).errors
+    assert message in error
 
 
 # ------------------------------------------------------- constraints

@@ -53,7 +53,14 @@ def text(words: int = 2000, seed: int = 0) -> str:
 
 
 def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> Config:
-    """The smallest model: absorbing "radd" or "sedd", or "uniform" SEDD."""
+    """The smallest model: absorbing "radd" or "sedd", "uniform" SEDD, or autoregressive "ar"."""
+    if kind == "ar":
+        return dataclasses.replace(
+            config("radd", corpus=corpus, length=length),
+            parameterization=options("parameterizations", "autoregressive"),
+            objective=options("objectives", "autoregressive"),
+            sampler=options("samplers", "ordered"),
+        )
     score = kind != "radd"
     return Config(
         data=DataOptions(corpus=corpus, length=length),

@@ -33,6 +33,15 @@ def free(length: int) -> Clamp:
     return Clamp(tokens_L=np.zeros(length, np.int32), fixed_L=np.zeros(length, bool))
 
 
+def check_prefix(clamp: Clamp) -> None:
+    """UserError where a token is given after a free one: an autoregressive model never sees it."""
+    if not clamp.fixed_L[: clamp.fixed_L.sum()].all():
+        raise UserError(
+            "this model is autoregressive and sees what is before a position only: it takes a "
+            "prompt, and no text after free tokens (a suffix, or text behind a gap)"
+        )
+
+
 def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: str = "") -> Clamp:
     """A prompt at the start and a suffix at the end of ``length`` tokens.
 

@@ -3,6 +3,7 @@
 Time-independent absorbing models: the expected NLL over all orders, estimated by stratified k-DCE;
 it has no other terms. Every other model: KL of the prior, the integral of the score entropy over
 t in [t_min, 1], and the reconstruction at t_min; left out, any of them makes it no bound at all.
+Autoregressive models have no bound but the likelihood itself, in one call.
 """
 
 import math
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.denoiser import Denoiser
+from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.base import Objective
 from sedd.objectives.k_dce import KDCE
 from sedd.objectives.score_entropy import ScoreEntropy
@@ -29,7 +31,10 @@ REPLICATES = 4  # independent estimates of each sequence's bound; their spread i
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SequenceNats:
-    """Estimates of one sequence's bound, its three terms apart, in nats for R replicates."""
+    """Estimates of one sequence's bound, its three terms apart, in nats for R replicates.
+
+    Where the NLL is exact it is the diffusion term of each replicate, and the others are 0.
+    """
 
     prior_B: Float[Array, " B"]
     diffusion_BR: Float[Array, "B R"]
@@ -49,9 +54,12 @@ def sequence_nats(
     """The bound of each sequence by itself: positions not scored are given, not modelled.
 
     The ``draws`` noise levels form 4 independent replicates; within one they are stratified.
-    Network calls: ``draws``, and 4 more for models with a reconstruction term.
+    Network calls: ``draws``, and 4 more for models with a reconstruction term; 1 where the NLL is
+    exact.
     """
     check_draws(draws)
+    if denoiser.causal:
+        return _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL)
     strata = draws // REPLICATES
     process, parameterization = denoiser.process, denoiser.parameterization
     exact_ends = is_any_order(denoiser)
@@ -99,9 +107,30 @@ def sequence_nats(
     )
 
 
+def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
+    """-log p(x0) of an autoregressive model, of which every replicate is the same."""
+    objective = Autoregressive(schedule=schedule, parameterization=denoiser.parameterization)
+    zero_B = jnp.zeros(len(x0_BL))
+    corrupted = objective.corrupt(keys_B, zero_B, x0_BL, scored_BL)
+    nats_BL = objective.nats(denoiser.network, denoiser.params, corrupted, x0_BL)
+    return SequenceNats(
+        prior_B=zero_B,
+        diffusion_BR=jnp.repeat(nats_BL.sum(-1)[:, None], REPLICATES, 1),
+        reconstruction_BR=jnp.zeros((len(x0_BL), REPLICATES)),
+    )
+
+
+def estimator_of(denoiser: Denoiser) -> str:
+    """How the NLL is found: "exact", or a bound on it by "k_dce" or "score_entropy"."""
+    if denoiser.causal:
+        return "exact"
+    return "k_dce" if is_any_order(denoiser) else "score_entropy"
+
+
 def is_any_order(denoiser: Denoiser) -> bool:
     """Whether the bound is the expected NLL over all orders, without prior or reconstruction."""
-    return denoiser.process.mask_id is not None and denoiser.time_independent
+    masks = denoiser.process.mask_id is not None
+    return masks and denoiser.time_independent and not denoiser.causal
 
 
 def check_draws(draws: int) -> None:
@@ -113,6 +142,8 @@ def check_draws(draws: int) -> None:
 @dataclass(frozen=True, kw_only=True)
 class BoundResult:
     """A bound on the negative log likelihood of a corpus, in nats, and how far to trust it.
+
+    Of an autoregressive model it is the likelihood itself, all of it in ``diffusion``.
 
     Per-token figures divide by the scored tokens. ``standard_error`` is of ``nats_per_token`` over
     sequences (it contains the Monte-Carlo noise; with a single sequence it is that noise alone);
@@ -128,15 +159,20 @@ class BoundResult:
     nats_per_sequence: float
     num_sequences: int
     num_tokens: int
-    draws: int
-    estimator: str  # "k_dce" or "score_entropy"
+    draws: int  # 0 where it is exact
+    estimator: str  # "k_dce", "score_entropy", or "exact": then it is no bound but the NLL itself
     num_characters: int | None = None  # of the scored text, where the tokenizer knows
     num_bytes: int | None = None
     sequence_nats: np.ndarray | None = None  # [S], each sequence's bound
 
     @property
+    def exact(self) -> bool:
+        """Whether it is the negative log likelihood itself, and no bound on it."""
+        return self.estimator == "exact"
+
+    @property
     def perplexity(self) -> float:
-        """exp(nats per token); an upper bound, infinite where it is beyond a float."""
+        """exp(nats per token): an upper bound unless ``exact``, infinite beyond a float."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
@@ -241,8 +277,8 @@ def evaluate_bound(
         nats_per_sequence=float(total_S.mean()),
         num_sequences=first,
         num_tokens=int(num_tokens),
-        draws=draws,
-        estimator="k_dce" if is_any_order(denoiser) else "score_entropy",
+        draws=0 if denoiser.causal else draws,
+        estimator=estimator_of(denoiser),
         num_characters=characters if count_text is not None else None,
         num_bytes=num_bytes if count_text is not None else None,
         sequence_nats=total_S,

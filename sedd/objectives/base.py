@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,16 @@ class Objective(ABC):
 
     schedule: NoiseSchedule
     parameterization: Parameterization
+    causal: ClassVar[bool] = False  # the kind of parameterization that it trains
+
+    def __post_init__(self):
+        if self.causal and not self.parameterization.causal:
+            raise ValueError("it needs the parameterization autoregressive")
+        if self.parameterization.causal and not self.causal:
+            raise ValueError(
+                "it corrupts tokens anywhere, and the parameterization autoregressive sees those "
+                "before a position alone: the objective autoregressive trains it"
+            )
 
     @property
     def process(self):
@@ -125,6 +136,7 @@ class DenoisingCrossEntropy(Objective):
     """Weighted -log c(x0_i | xt) over masked positions; the weighting names the subclass."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.process.mask_id is None:
             raise ValueError("it needs an absorbing process; score_entropy works on any")
         if not self.parameterization.normalised:

@@ -18,6 +18,7 @@ class ScoreEntropy(Objective):
     t_min: float = 1e-3
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.t_min < 1:
             raise ValueError(f"t_min must be in (0, 1), got {self.t_min}")
 

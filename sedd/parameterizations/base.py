@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sedd.networks.base import Attend
 from sedd.processes.base import Process, put
 from sedd.types import Array, Float, Int
 
@@ -24,6 +25,13 @@ class Parameterization(ABC):
     process: Process
     time_independent: bool
     normalised: ClassVar[bool]  # whether adding a constant to a row of raw output changes nothing
+    causal: ClassVar[bool] = False  # whether a position's output depends on those before it alone
+
+    def inputs(
+        self, x_BL: Int[Array, "B L"], attend: Attend | None = None
+    ) -> tuple[Int[Array, "B L"], Attend | None]:
+        """What the network is given for the tokens x: tokens, and which positions see which."""
+        return x_BL, attend
 
     @abstractmethod
     def log_score(

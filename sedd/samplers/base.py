@@ -40,6 +40,11 @@ class Sampler(ABC):
     caveat: ClassVar[str] = ""  # what a user of it has to know: that it is biased, and how
 
     @property
+    def left_to_right(self) -> bool:
+        """Whether it draws each position given those before it alone: for autoregressive models."""
+        return False
+
+    @property
     def width(self) -> int:
         """Sequences that it holds at once for one that it returns."""
         return 1
@@ -56,6 +61,17 @@ class Sampler(ABC):
             raise UserError(
                 f"sampler {name!r} needs a time-independent model: this one depends on the noise "
                 "level (euler, tweedie and remdm work on it)"
+            )
+        if denoiser.causal and not self.left_to_right:
+            raise UserError(
+                f"sampler {name!r} cannot draw from this model, which is autoregressive: use "
+                "--sampler ordered --order forward, without steps"
+            )
+        guidance = 0.0 if denoiser.reshape is None else denoiser.reshape.guidance
+        if denoiser.causal and (guidance or denoiser.constraint is not None):
+            raise UserError(
+                "guidance and constraints read positions that follow masks, of which this model, "
+                "an autoregressive one, knows nothing"
             )
         for what, given in (
             ("temperature, top-k, top-p, guidance and logit processors", denoiser.reshape),

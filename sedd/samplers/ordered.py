@@ -14,7 +14,8 @@ class Ordered(Revealing):
 
     One position a call is the joint of that order's conditionals, exactly: an any-order model's own
     law. With ``steps`` the positions are spread over that many calls, and those of one call do not
-    see each other. Positions that a given order leaves out follow from left to right.
+    see each other. Positions that a given order leaves out follow from left to right. Forward, one
+    position a call, is also the law of an autoregressive model, given what stands before.
     """
 
     order: str = "forward"
@@ -38,6 +39,10 @@ class Ordered(Revealing):
     def positions(self) -> list[int]:
         """Those of a given order."""
         return [int(word) for word in self.order.split(",")]
+
+    @property
+    def left_to_right(self):
+        return self.order == "forward" and self.steps is None
 
     def make_plan(self, keys_B, free_BL):
         place_L = jnp.arange(free_BL.shape[1])

@@ -153,7 +153,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) -> Path | None:
-    """Draw ``curves.png``: training loss, validation bound ± 1 standard error, in nats per token.
+    """Draw ``curves.png``: training loss, validation ± 1 standard error, in nats per token.
 
     ``unigram_entropy`` (nats per token) is what a model that knows only frequencies would score.
     Returns the picture's path; None where nothing has been recorded. Raises UserError where it
@@ -196,7 +196,7 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
             markersize=4.5,
             linewidth=1.5,
             capsize=3,
-            label="validation bound ± 1 standard error",
+            label="validation ± 1 standard error",
         )
         heights += [*(nats - errors), *(nats + errors)]
         axes.annotate(

