@@ -23,6 +23,7 @@ BESIDE = {  # inside a level: what a family may still import
 PROTOCOLS = {  # modules of another level than their families, so that others can use them
     "sedd.constraints.base": 2,
     "sedd.evaluation.bound": 3.5,  # for the training loop; above the objectives it estimates
+    "sedd.training.compile_check": 5,
     "sedd.interop.__main__": 5,  # a command
 }
 

@@ -127,9 +127,8 @@ class DDiT(Network):
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
         # The blocks are made whole one at a time, where they are scanned.
         trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
-        return _Trunk(self).apply(
-            {"params": trunk}, tokens_BL, positions_BL, attend, sigma_B, keys_B
-        )
+        bound = _Trunk(self).bind({"params": trunk})
+        return bound(tokens_BL, positions_BL, attend, sigma_B, keys_B)
 
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
         """The output layer's matrix and bias: ``read_out(hidden, *head)`` is ``raw``."""

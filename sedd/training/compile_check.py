@@ -136,7 +136,8 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
         raise UserError(
             f"it does not fit: {exhausted(str(error), lowered.as_text())}. {advice(config)}"
         ) from error
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     cost = compiled.cost_analysis() or {}
     return Compiled(
         num_devices=len(devices),
@@ -154,11 +155,11 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
 
 def with_attention(config: Config, num_tokens: int) -> Config:
     """With the attention that ``auto`` means on a TPU: the device at hand is another one."""
-    network = config.network
+    network: Any = config.network
     if getattr(network, "attention", None) != "auto":
         return config
     length, heads = config.data.length, network.num_heads
-    query = jax.ShapeDtypeStruct((1, length, heads, network.hidden_dim // heads), jnp.float32)
+    query: Any = jax.ShapeDtypeStruct((1, length, heads, network.hidden_dim // heads), jnp.float32)
     backend = "xla" if refusal("splash", query, None) else "splash"
     return dataclasses.replace(config, network=dataclasses.replace(network, attention=backend))
 
@@ -194,7 +195,7 @@ def collectives_of(text: str) -> dict[str, tuple[int, int]]:
 
     One inside a loop over layers stands there once.
     """
-    found = dict.fromkeys(COLLECTIVES, (0, 0))
+    found: dict[str, tuple[int, int]] = dict.fromkeys(COLLECTIVES, (0, 0))
     pattern = rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
     for result, kind in re.findall(pattern, text):
         count, total = found[kind]
@@ -214,7 +215,7 @@ def sizes(result: str) -> list[int]:
 
 
 def exhausted(message: str, program: str) -> str:
-    """What a compiler's message says is missing, and the largest arrays of the program before it."""
+    """What a compiler's message says is missing, and the largest arrays of its program."""
     first = " ".join(message.splitlines()[0].split()).removeprefix("RESOURCE_EXHAUSTED: ")
     shapes = set(re.findall(r"tensor<((?:\d+x)+[a-z]+\d+)>", program))
     largest = sorted(shapes, key=tensor_bytes, reverse=True)[:4]

@@ -3,16 +3,9 @@
 ``one_of_two.py ID PORT WORKDIR STEPS FSDP``, FSDP 0 for a replica on each device. Of 300 steps.
 """
 
-import os
 import sys
 
-os.environ.setdefault("NPROC", "16")
-
 import jax
-
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_disable_most_optimizations", True)  # as in the tests
-
 from training_toy import SGD, ToyBatches, run
 
 from sedd.errors import UserError

@@ -1,5 +1,6 @@
 """Two processes are one run: the same losses, checkpoints that move, and an end when one dies."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ def start(workdir, steps, fsdp):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=dict(os.environ, JAX_NUM_CPU_DEVICES="2", JAX_DISABLE_MOST_OPTIMIZATIONS="1"),
         )
         for i in range(2)
     ]

@@ -1,0 +1,38 @@
+"""RADD with 7 billion parameters: no published result, but one that fits.
+
+Every device of a TPU slice holds a part of the state. ``docs/training.md`` shows what the compiler
+says of it on v5e:16x16.
+"""
+
+from sedd.components import options
+from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.training.optimizer import OptimizerOptions
+
+
+def get_config() -> Config:
+    """The configuration of this recipe."""
+    return Config(
+        aim="no published figure: arXiv:2406.03736 at 7B, which fits v5e:16x16",
+        data=DataOptions(corpus="openwebtext", tokenizer="gpt2", length=1024),
+        process=options("processes", "absorbing"),
+        schedule=options("schedules", "log_linear"),
+        parameterization=options("parameterizations", "conditional"),
+        objective=options("objectives", "lambda_dce"),
+        network=options(
+            "networks",
+            "ddit",
+            hidden_dim=4096,
+            num_layers=32,
+            num_heads=32,
+            norm_bias=True,
+            dropout=0.0,
+            dtype="bfloat16",
+            remat=True,
+        ),
+        optimizer=OptimizerOptions(
+            learning_rate=1.5e-4, warmup_steps=2500, schedule="cosine", weight_decay=0.1, beta2=0.95
+        ),
+        training=TrainingOptions(
+            steps=100_000, batch_size=1024, parallel="fsdp", eval_every=None, sample_every=None
+        ),
+    )

@@ -1,0 +1,91 @@
+"""The real step compiles for a TPU that is not there, and moves what it must and nothing else."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sedd.errors import UserError
+from sedd.training import compile_check
+from sedd.training.compile_check import collectives_of, exhausted, sizes, tensor_bytes
+
+ROOT = Path(__file__).parents[2]
+LENGTH, ROWS = 384, 3  # a length that is no width of the model
+
+
+def check(*arguments):
+    flags = "--config configs/owt_radd_small.py --data.length 384 --training.batch-size 12".split()
+    return subprocess.run(
+        [sys.executable, "-m", "sedd.training.compile_check", *flags, *map(str, arguments)],
+        cwd=ROOT,
+        env=dict(os.environ, TPU_SKIP_MDS_QUERY="1"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
+def test_gpt2_small_fits_four_chips_and_no_hidden_state_travels(parallel, tmp_path):
+    program = tmp_path / "program.txt"
+    ran = check("--topology", "v5e:2x2", "--training.parallel", parallel, "--program", program)
+    assert ran.returncode == 0, ran.stderr
+    assert "fits" in ran.stdout
+    assert "162,265,682" in ran.stdout
+    text = program.read_text()
+    kinds = collectives_of(text)
+    assert ("all-gather" in kinds) == (parallel == "fsdp")
+    assert ("reduce-scatter" in kinds) == (parallel == "fsdp")
+    moved = re.findall(r"= (.+?) (?:all-reduce|all-gather|reduce-scatter)(?:-start)?\(", text)
+    shapes = {int(n) for result in moved for n in re.findall(r"[\[,](\d+)(?=[\],])", result)}
+    assert 50258 in shapes  # the output layer's, of its weights
+    assert not shapes & {LENGTH, ROWS * LENGTH, 4 * ROWS * LENGTH}
+    # Of hidden states nothing, and of parameters no more than each once in each direction.
+    total = sum(size for _, size in kinds.values())
+    assert total < 3 * 4 * 162_265_682
+
+
+def test_a_slice_that_does_not_exist_is_one_line():
+    ran = check("--topology", "v5e:3x5")
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1].startswith("error: --topology v5e:3x5: ")
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--topology", "v9:2x2"), "--topology v9:2x2: the generation must be one of v4, v5e"),
+        (
+            ("--topology", "v5e:2x2", "--data.tokenizer", "characters"),
+            "--num-tokens does",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        compile_check.main(["--config", str(ROOT / "configs/owt_radd_small.py"), *arguments])
+
+
+def test_what_a_program_moves_is_counted():
+    text = """
+      %a = f32[8,16]{1,0:T(8,128)} all-reduce(%x), channel_id=1
+      %b = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%y), dimensions={0}
+      %c = bf16[32]{0} all-gather-done(%b)
+      %d = f32[2]{0} add(%x, %y)
+    """
+    assert collectives_of(text) == {"all-reduce": (1, 512), "all-gather": (1, 64)}
+    assert sizes("(f32[2,3]{1,0}, u32[], pred[7]{0})") == [24, 4, 7]
+
+
+def test_lack_of_memory_names_the_largest_arrays():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM (32G) exceeds (15G).\nmore"
+    program = "%0 : tensor<8x1024xbf16>, tensor<64x1024x3072xbf16> tensor<4xf32> tensor<f32>"
+    assert tensor_bytes("8x1024xbf16") == 2**14
+    assert exhausted(message, program) == (
+        "Ran out of memory on HBM (32G) exceeds (15G); the largest arrays are "
+        "64x1024x3072xbf16 (0.38 GiB), 8x1024xbf16 (0.0 MiB), 4xf32 (0.0 MiB)"
+    )
