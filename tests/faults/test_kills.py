@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,7 @@ class Run:
 
     place: Path
     name: str
-    flags: list = field(default_factory=list)
+    start_seconds: float = 0.0  # that a start took lately until its first checkpoint
 
     def __post_init__(self):
         self.workdir = self.place / self.name
@@ -47,7 +47,7 @@ class Run:
     def start(self) -> subprocess.Popen:
         command = [sys.executable, "train.py", *FLAGS, "--data.corpus", self.place / "text.txt"]
         return subprocess.Popen(
-            [str(part) for part in [*command, "--workdir", self.workdir, *self.flags]],
+            [str(part) for part in [*command, "--workdir", self.workdir]],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -61,6 +61,12 @@ class Run:
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             },
         )
+
+    def wait_for_checkpoint(self, process) -> None:
+        """The first of a process that has just been started."""
+        began, before = time.monotonic(), self.newest()
+        until(process, lambda: self.newest() > before)
+        self.start_seconds = time.monotonic() - began
 
     def records(self):
         lines = read_metrics(self.workdir)
@@ -87,38 +93,35 @@ def until(process, happened, seconds=600.0):
         time.sleep(0.002)
 
 
-def wait_for_moment(
-    draw: random.Random, run: Run, process: subprocess.Popen, start_seconds: float
-) -> str:
-    """Until a random moment of a random kind, which is returned."""
-    kind = draw.choice(["start", "save", "save", "step", "step"])
+def wait_for_moment(kind: str, draw: random.Random, run: Run, process: subprocess.Popen) -> None:
+    """Until a random moment of the start, of a save or of the steps."""
     if kind == "start":
-        time.sleep(draw.uniform(0.1, 0.9) * start_seconds)
-        return kind
-    before = run.newest()
-    until(process, lambda: run.newest() > before)
+        time.sleep(draw.uniform(0.05, 1) * run.start_seconds)
+        return
+    run.wait_for_checkpoint(process)
     if kind == "save":
         until(process, run.saving)
         time.sleep(draw.uniform(0, 0.05))
     else:
         time.sleep(draw.uniform(0, 0.3))
-    return kind
 
 
 def test_a_run_survives_kills_signals_and_damage(tmp_path):
     draw = chance("a run")
     (tmp_path / "text.txt").write_text(text())
     whole, run = Run(place=tmp_path, name="whole"), Run(place=tmp_path, name="run")
-    began, uninterrupted = time.monotonic(), whole.start()
-    until(uninterrupted, lambda: whole.newest() > 0)
-    start_seconds = time.monotonic() - began
-    events = [signal.SIGKILL] * KILLS + [signal.SIGTERM] * SIGNALS
+    uninterrupted = whole.start()
+    whole.wait_for_checkpoint(uninterrupted)  # and the others need not compile
+    run.start_seconds = whole.start_seconds
+    kinds = ("start", "save", "save", "step")
+    events = [(signal.SIGKILL, kinds[n % 4]) for n in range(KILLS)]
+    events += [(signal.SIGTERM, kinds[n % 4]) for n in range(SIGNALS)]
     draw.shuffle(events)
     counts: dict[str, int] = {}
-    for event in events:
+    for event, kind in events:
         good = run.newest()
         process = run.start()
-        kind = wait_for_moment(draw, run, process, start_seconds)
+        wait_for_moment(kind, draw, run, process)
         process.send_signal(event)
         out, err = process.communicate(timeout=600)
         assert err == ""
