@@ -17,9 +17,10 @@ LENGTH, ROWS = 384, 3  # a length that is no width of the model
 
 
 def check(*arguments):
-    flags = "--config configs/owt_radd_small.py --data.length 384 --training.batch-size 12".split()
+    flags = ["--config", "configs/owt_radd_small.py", "--data.length", str(LENGTH)]
+    flags += ["--training.batch-size", str(4 * ROWS), *map(str, arguments)]
     return subprocess.run(
-        [sys.executable, "-m", "sedd.training.compile_check", *flags, *map(str, arguments)],
+        [sys.executable, "-m", "sedd.training.compile_check", *flags],
         cwd=ROOT,
         env=dict(os.environ, TPU_SKIP_MDS_QUERY="1"),
         capture_output=True,
