@@ -235,6 +235,8 @@ class Comparison:
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
         for panel in panels.flat[:2]:
+            if not any(len(line.get_xdata()) for line in panel.lines):  # all texts too short
+                continue
             panel.set_xscale("log")
             panel.set_yscale("log")
             panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from sedd.data.corpora import open_corpus
+from sedd.evaluation.report import write_html
 from sedd.evaluation.statistics import (
     CHECKPOINTS,
     compare,
@@ -162,6 +163,13 @@ def test_too_little_to_test():
         compare_documents(documents, np.arange(4) < 1)
     with pytest.raises(ValueError, match="permutations must be at least 899"):
         compare_documents(documents, np.arange(4) < 2, permutations=500)
+
+
+def test_texts_of_few_words_make_a_report_too(tmp_path):
+    for samples, reference in ((["a b.", "", "x"], ["the c", "d d d"]), (["", ""], ["", ""])):
+        found = compare(samples, reference)
+        assert not found.differs
+        write_html(tmp_path / "report.html", "short", [found.section()])
 
 
 def test_result_as_section_and_json(pieces):
