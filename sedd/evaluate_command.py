@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -18,8 +19,17 @@ from sedd.data.corpora import NAMES, Mapped, open_corpus, parse_mixture
 from sedd.data.detokenizers import DETOKENIZERS
 from sedd.data.packing import Packed, pack, unigram_entropy, validation_rows
 from sedd.errors import UserError
-from sedd.evaluation.bound import BoundResult, resolve, score_sequences, summarise
+from sedd.evaluation.bound import (
+    REPLICATES,
+    BoundResult,
+    MonteCarlo,
+    SequenceNats,
+    resolve,
+    score_sequences,
+    summarise,
+)
 from sedd.evaluation.journal import Journal
+from sedd.evaluation.ordered import make_order, ordered_nats
 from sedd.evaluation.protocols import (
     PROTOCOLS,
     SPLITS,
@@ -29,11 +39,12 @@ from sedd.evaluation.protocols import (
     describe,
     protocol,
 )
-from sedd.evaluation.report import Table
-from sedd.files import check_writable, write_whole
+from sedd.evaluation.report import Cell, Table
+from sedd.files import check_writable
 from sedd.model import Model, text_counter
 
 TITLE = "Bound the perplexity of a trained model on data sets or files, with standard errors."
+ALL = "zeroshot"
 SUFFIXES = (".md", ".tex")
 
 
@@ -63,6 +74,10 @@ class EvaluateCommand:
     """Of the noise: the same seed, the same figures."""
     json: Annotated[Path | None, unset("FILE.json")] = None
     """Write every figure here."""
+    order: Annotated[
+        Literal["forward", "backward", "random"] | None, unset("forward|backward|random")
+    ] = None
+    """The exact likelihood of this order of the tokens, by a network call for each, not a bound."""
     table: Annotated[Path | None, unset("FILE.md|FILE.tex")] = None
     """Write the table here, in Markdown or LaTeX."""
     resume: Annotated[Path | None, unset("FILE.jsonl")] = None
@@ -132,16 +147,11 @@ class DataSet:
     digest: str
     unigram_entropy: float
 
-    def batches(self, size: int, first: int = 0) -> list[np.ndarray]:
-        """The row numbers from place ``first`` on."""
-        return [self.rows[i : i + size] for i in range(first, len(self.rows), size)]
-
 
 def open_data_set(spec: str, command: EvaluateCommand, model: Model) -> DataSet:
     """Read, clean, tokenise and cut as the protocol says; UserError where that fails."""
     chosen, tokenizer, config = command.protocol, model.tokenizer, model.config.data
-    if tokenizer is None:
-        raise UserError(f"{model.source}: no tokenizer to read {spec} with")
+    assert tokenizer is not None  # Evaluation checks it
     label, equals, source = spec.partition("=")
     if not equals or label not in NAMES:
         label = source = spec
@@ -149,7 +159,9 @@ def open_data_set(spec: str, command: EvaluateCommand, model: Model) -> DataSet:
     cache_dir = (command.cache_dir or Path(config.cache_dir)).expanduser()
     corpus = open_corpus(source, cache_dir=cache_dir)
     published = SPLITS.get(command.protocol_name, {}).get(label)
-    split = command.split or (published if published in corpus.splits else None)
+    # A file in a data set's place is that split, whole.
+    declared = published in corpus.splits and "all" not in corpus.splits
+    split = command.split or (published if declared else None)
     split = split or trained_on(spec, model) or corpus.evaluation_split
     if chosen.detokenize and label in DETOKENIZERS:
         function = DETOKENIZERS[label]
@@ -203,63 +215,215 @@ def trained_on(data: str, model: Model) -> str | None:
     return "validation" if data.removeprefix("corpus:") in parts else None
 
 
-def evaluate_all(
-    command: EvaluateCommand, model: Model
-) -> tuple[list[tuple[DataSet, BoundResult]], list[str]]:
-    """Every data set that can be had with its figures, and a line for each that cannot.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InOrder:
+    """The exact NLL of one order of a sequence's tokens, in the place of an estimate."""
 
-    UserError where the protocol does not fit the model, and where the only data set fails.
-    """
-    chosen, name = command.protocol, command.protocol_name
-    has = model.tokenizer.name if model.tokenizer is not None else "none"
-    check_fit(
-        name, chosen, tokenizer=has, length=model.length, spelled_out=command.spelled_out
-    )
-    try:
-        estimator = resolve(chosen.estimator, model.denoiser)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
-    specs = [n for spec in command.data for n in (ZEROSHOT if spec == "zeroshot" else [spec])]
-    sets, failed = [], []
-    for spec in dict.fromkeys(specs):
+    order: str
+
+    def __call__(self, denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
+        order_BL = make_order(self.order, keys_B, scored_BL)
+        nats_B = ordered_nats(denoiser, order_BL, x0_BL, scored_BL)
+        nats_BR = jnp.repeat(nats_B[:, None], REPLICATES, 1)
+        zero_BR = jnp.zeros_like(nats_BR)
+        return SequenceNats(prior_B=zero_BR[:, 0], diffusion_BR=nats_BR, reconstruction_BR=zero_BR)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A command on a loaded model, checked against each other."""
+
+    command: EvaluateCommand
+    model: Model
+
+    def __post_init__(self):
+        command, model = self.command, self.model
+        if model.tokenizer is None:
+            raise UserError(f"{model.source}: no tokenizer to read text with")
+        check_fit(
+            command.protocol_name,
+            command.protocol,
+            tokenizer=model.tokenizer.name,
+            length=model.length,
+            spelled_out=command.spelled_out,
+        )
         try:
-            sets.append(open_data_set(spec, command, model))
-        except UserError as error:
-            if len(specs) == 1:
-                raise
-            failed.append(f"{spec}: {error}")
-    results = [(data, evaluate(data, command, model)) for data in ()]
-    journal = None
-    if command.journal is not None and sets:
-        journal = Journal(command.journal, about(command, model, sets))
-    for data in sets:
+            _ = self.estimator
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+
+    @property
+    def estimator(self) -> str:
+        """What is computed, in a word."""
+        if self.command.order is None:
+            return resolve(self.command.protocol.estimator, self.model.denoiser)
+        if not self.model.time_independent or self.model.process.mask_id is None:
+            raise ValueError("order needs a time-independent absorbing model")
+        return f"{self.command.order} order"
+
+    @property
+    def draws(self) -> int:
+        """Noise levels a sequence; an order has none."""
+        return self.command.protocol.draws if self.command.order is None else 0
+
+    def open_all(self) -> tuple[list[DataSet], list[str]]:
+        """The data sets that can be had, and a line for each that cannot."""
+        opened, failed = [], []
+        named = [n for spec in self.command.data for n in (ZEROSHOT if spec == ALL else [spec])]
+        for spec in dict.fromkeys(named):
+            try:
+                opened.append(open_data_set(spec, self.command, self.model))
+            except UserError as error:
+                failed.append(f"{spec}: {error}")
+        return opened, failed
+
+    def about(self, opened: Sequence[DataSet]) -> dict[str, Any]:
+        """All that the terms of the sequences depend on."""
+        return {
+            "evaluation": 1,
+            "model": parameters_digest(self.model),
+            "estimator": self.estimator,
+            "protocol": self.command.protocol.to_json(),
+            "seed": self.command.seed,
+            "data": {data.label: data.digest for data in opened},
+        }
+
+    def run(self, data: DataSet, journal: Journal | None) -> BoundResult:
+        """The figures of one data set; what the journal has is not computed again."""
+        command, model, chosen = self.command, self.model, self.command.protocol
         done = journal.done(data.label) if journal is not None else None
         scored = [] if done is None else [done]
         first = sum(map(len, scored))
-        batches = (data.packed.rows(rows) for rows in data.batches(command.batch_size, first))
-        progress = shown(batches, data.label, len(data.batches(command.batch_size, first)))
-        for batch in score_sequences(
+        starts = range(first, len(data.rows), command.batch_size)
+        console = Console(stderr=True)
+        batches = track(
+            (data.packed.rows(data.rows[i : i + command.batch_size]) for i in starts),
+            data.label,
+            total=len(starts),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,  # it would leave an empty line
+        )
+        estimate = MonteCarlo(draws=chosen.draws, t_min=chosen.t_min, estimator=chosen.estimator)
+        for part in score_sequences(
             model.denoiser,
             model.schedule,
             jax.random.key(command.seed),
-            progress,
+            batches,
+            estimate if command.order is None else InOrder(order=command.order),
             first=first,
-            draws=chosen.draws,
-            t_min=chosen.t_min,
-            estimator=chosen.estimator,
             count_text=text_counter(model.tokenizer),
         ):
-            scored.append(batch)
+            scored.append(part)
             if journal is not None:
-                journal.add(data.label, batch)
-        result = summarise(
+                journal.add(data.label, part)
+        return summarise(
             scored,
-            draws=chosen.draws,
-            estimator=estimator,
+            draws=self.draws,
+            estimator=self.estimator,
             t_min=chosen.t_min,
             outer_terms=chosen.outer_terms,
         )
-        results.append((data, result))
-    if journal is not None:
-        journal.close()
-    return results, failed
+
+    def run_all(self) -> tuple[list[tuple[DataSet, BoundResult]], list[str]]:
+        """The data sets with their figures, and a line for each that could not be had."""
+        opened, failed = self.open_all()
+        path = self.command.journal
+        if path is None or not opened:
+            return [(data, self.run(data, None)) for data in opened], failed
+        journal = Journal(path, self.about(opened))
+        try:
+            return [(data, self.run(data, journal)) for data in opened], failed
+        finally:
+            journal.close()
+
+    def to_json(self, results: Sequence[tuple[DataSet, BoundResult]]) -> dict[str, Any]:
+        """Every figure and how it came about; of several data sets a list."""
+        command, model = self.command, self.model
+        protocol = {"name": command.protocol_name, **command.protocol.to_json()}
+        about = {
+            "checkpoint": str(command.checkpoint),
+            "tokenizer": model.tokenizer and model.tokenizer.name,
+            "length": row_length(command, model),
+            "seed": command.seed,
+            "max_sequences": command.max_sequences,
+            "protocol": protocol,
+        }
+        each = [
+            {
+                "data": data.label,
+                "split": data.split,
+                "unigram_entropy": data.unigram_entropy,
+                **result.to_json(),
+            }
+            for data, result in results
+        ]
+        return about | (each[0] if len(each) == 1 else {"results": each})
+
+    def table(self, results: Sequence[tuple[DataSet, BoundResult]]) -> Table:
+        """A row a data set."""
+        at_most = "" if self.command.order or not results[0][1].is_bound else " ≤"
+        how = describe(self.command.protocol_name, self.command.protocol)
+        rows = [
+            (
+                data.label,
+                data.split,
+                result.nats_per_token,
+                result.standard_error,
+                result.perplexity,
+                result.perplexity * result.standard_error,
+                result.num_sequences,
+                result.num_tokens,
+                self.draws or None,
+                how,
+            )
+            for data, result in results
+        ]
+        columns = ("data", "split", f"nats/token{at_most}", "± s.e.", f"perplexity{at_most}")
+        columns += ("± s.e.", "sequences", "tokens", "draws", "protocol")
+        return Table(columns=columns, rows=rows, title=self.title(results[0][1]))
+
+    def title(self, result: BoundResult) -> str:
+        """What the figures are, above all whether they are bounds."""
+        if self.command.order is not None:
+            return f"Exact negative log likelihood of the tokens in one order ({self.estimator})"
+        if result.is_bound:
+            return "Upper bound on the negative log likelihood"
+        return "NOT a bound: the prior and the reconstruction are left out, as the protocol says"
+
+    def detail(self, data: DataSet, result: BoundResult) -> Table:
+        """All figures of one data set, one below the other."""
+        left_out = "" if result.is_bound else ", left out"
+        at_most = "" if self.command.order or not result.is_bound else " ≤"
+        nats, error = result.nats_per_token, result.standard_error
+        rows: list[tuple[Cell, Cell, Cell]] = [
+            (f"nats per token{at_most}, error over sequences", nats, error),
+            (f"nats per token{at_most}, error over draws", nats, result.standard_error_draws),
+            (f"perplexity{at_most}", result.perplexity, result.perplexity * error),
+        ]
+        for name in ("bits_per_character", "bits_per_byte"):
+            value = getattr(result, name)
+            if value is not None:
+                rows.append((name.replace("_", " ") + at_most, value, value * error / nats))
+        rows += [
+            (f"  prior{left_out}", result.prior, None),
+            ("  diffusion", result.diffusion, None),
+            (f"  reconstruction{left_out}", result.reconstruction, None),
+            ("unigram entropy of the data", data.unigram_entropy, None),
+            ("sequences", result.num_sequences, None),
+            ("tokens", result.num_tokens, None),
+            (f"draws ({result.estimator})", self.draws or None, None),
+        ]
+        how = describe(self.command.protocol_name, self.command.protocol)
+        title = f"{self.title(result)}: {data.label} · {data.split} · protocol {how}"
+        return Table(columns=("", "value", "± standard error"), rows=rows, title=title)
+
+
+def parameters_digest(model: Model) -> str:
+    """A hash of what the model computes with."""
+    digest = hashlib.blake2b(digest_size=16)
+    config = {**model.config.to_json(), "data": None, "training": None, "sampler": None}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(model.denoiser.params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

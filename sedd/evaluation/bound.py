@@ -6,7 +6,7 @@ t in [t_min, 1], and the reconstruction at t_min; left out, any of them makes it
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
 from sedd.objectives.score_entropy import ScoreEntropy
 from sedd.processes.base import at
+from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
@@ -64,6 +65,11 @@ def sequence_nats(
     else:
         objective = ScoreEntropy(schedule=schedule, parameterization=parameterization, t_min=t_min)
     scored_B = scored_BL.sum(-1)
+    masks = process.mask_id is not None
+    period_B = scored_B if any_order else jnp.ones_like(scored_B)
+    # The probability λ of a mask, from t_min to 1; float32 ends a little below 1.
+    low, high = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))
+    high = jnp.minimum(high, 1 - 2.0**-22)
 
     def replicate(r):
         replicate_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, r)
@@ -72,26 +78,33 @@ def sequence_nats(
         )(replicate_keys_B)
         shared_u_B = jax.vmap(jax.random.uniform)(u_key_B)
         if any_order:
-            place_BL = jax.vmap(random_rank)(place_key_B, scored_BL)
+            place_BL = random_rank(place_key_B, scored_BL)
         else:
             place_BL = jax.vmap(lambda key: jax.random.uniform(key, x0_BL.shape[1:]))(place_key_B)
 
         def draw(carry, k):
             total_B, begin_B = carry
-            u_B, density_B = level(shared_u_B, k, strata)
+            u_B, density_B = level(shared_u_B, k, strata), 1.0
+            if masks and strata > 1:
+                u_B, density_B = toward_few_masks(u_B)
             if any_order:
+                sigma_B = None
                 size_B = jnp.minimum(1 + jnp.floor(u_B * scored_B), scored_B)
-                period_B, weight_B, sigma_B = scored_B, scored_B / jnp.maximum(size_B, 1), None
+                weight_B = scored_B / jnp.maximum(size_B, 1)
+            elif masks:
+                # The integral of rate dt = dσ = dλ/(1 - λ), whatever the schedule.
+                size_B = low + (high - low) * u_B
+                sigma_B, weight_B = -jnp.log1p(-size_B), (high - low) / (1 - size_B)
             else:
                 t_B = t_min + (1 - t_min) * u_B
-                sigma_B, weight_B = schedule.sigma(t_B), schedule.rate(t_B)
-                period_B, size_B = jnp.ones_like(u_B), -jnp.expm1(-sigma_B)
-            if process.mask_id is None:
-                draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
-                xt_BL = jnp.where(scored_BL, process.corrupt(draw_keys_B, x0_BL, sigma_B), x0_BL)
-            else:
+                size_B = jnp.zeros_like(u_B)
+                sigma_B, weight_B = schedule.sigma(t_B), (1 - t_min) * schedule.rate(t_B)
+            if masks:
                 masked_BL = scored_BL & tile(place_BL, period_B, begin_B, size_B)
                 xt_BL = jnp.where(masked_BL, process.mask_id, x0_BL)
+            else:
+                draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
+                xt_BL = jnp.where(scored_BL, process.corrupt(draw_keys_B, x0_BL, sigma_B), x0_BL)
             counts_BL = scored_BL & process.can_move(xt_BL)
             corrupted = Corrupted(
                 xt_BL=xt_BL,
@@ -113,7 +126,7 @@ def sequence_nats(
         log_probs_BLV = process.denoise(log_score_BLV, xt_BL, sigma_B[:, None])
         unknown_BL = scored_BL & process.can_move(xt_BL)
         reconstruction_B = -jnp.where(unknown_BL, at(log_probs_BLV, x0_BL), 0.0).sum(-1)
-        return (1 - t_min) * mean_B, reconstruction_B
+        return mean_B, reconstruction_B
 
     diffusion_RB, reconstruction_RB = jax.lax.map(replicate, jnp.arange(REPLICATES))
     per_token = 0.0 if any_order else process.prior_kl(schedule.sigma(jnp.float32(1.0)))
@@ -124,28 +137,21 @@ def sequence_nats(
     )
 
 
-def level(
-    shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """The k-th of ``strata`` ascending draws in [0, 1), and the weight that makes it count evenly.
+def level(shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int) -> Float[Array, " B"]:
+    """The k-th of ``strata`` ascending draws in [0, 1).
 
-    Strata come in antithetic pairs (u and 1 - u from their beginnings), in which what is linear
-    cancels. Their density is 1/(2√u): the mean of few masked positions, at small u, is the noisiest
-    (its variance is about 1/u). A single draw has no partner to cancel the weight's own spread, and
-    is uniform.
+    Strata come in antithetic pairs (u and 1 - u from their beginnings): what is linear cancels.
     """
-    if strata == 1:
-        return shared_u_B, jnp.ones_like(shared_u_B)
-    within_B = jnp.where(k % 2 == 0, shared_u_B, 1 - shared_u_B)
-    root_B = (k + within_B) / strata
-    return jnp.minimum(root_B**2, 1 - 2**-24), 2 * root_B
+    return (k + jnp.where(k % 2 == 0, shared_u_B, 1 - shared_u_B)) / strata
 
 
-def random_rank(key: Key[Array, ""], scored_L: Bool[Array, " L"]) -> Int[Array, " L"]:
-    """A random order of the scored positions, 0 to their number; the others come after them."""
-    # Ranks from a permutation: float32 draws tie at long lengths.
-    order_L = jax.random.permutation(key, scored_L.shape[0])
-    return jnp.argsort(jnp.argsort(jnp.where(scored_L, order_L, scored_L.shape[0])))
+def toward_few_masks(u_B: Float[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Levels of density 1/(2√u) from uniform ones, and the weight that makes them count evenly.
+
+    The mean loss of few masked positions is the noisiest: its variance goes with 1/u. (A single
+    draw has no others to cancel the spread of the weight itself.)
+    """
+    return jnp.minimum(u_B**2, 1 - 2.0**-24), 2 * u_B
 
 
 def tile(
@@ -258,11 +264,26 @@ class Scored:
         return cls(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
-@partial(jax.jit, static_argnames=("mesh", "schedule", "draws", "t_min", "estimator"))
-def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, mesh, **options):
+@dataclass(frozen=True, kw_only=True)
+class MonteCarlo:
+    """``sequence_nats`` with its options, as a value that compiled programs are kept for."""
+
+    draws: int = 16
+    t_min: float = 1e-3
+    estimator: Estimator = "auto"
+
+    def __post_init__(self):
+        check_draws(self.draws)
+
+    def __call__(self, denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
+        return sequence_nats(denoiser, schedule, keys_B, x0_BL, scored_BL, **vars(self))
+
+
+@partial(jax.jit, static_argnames=("mesh", "schedule", "estimate"))
+def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, mesh, estimate):
     def on_device(denoiser, key, index_B, x0_BL, scored_BL):
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
-        return sequence_nats(denoiser, schedule, keys_B, x0_BL, scored_BL, **options)
+        return estimate(denoiser, schedule, keys_B, x0_BL, scored_BL)
 
     # Sequences know nothing of each other: no device waits for another.
     rows = PartitionSpec("devices")
@@ -280,20 +301,18 @@ def score_sequences(
     schedule: NoiseSchedule,
     key: Key[Array, ""],
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    estimate: Callable[..., SequenceNats],
     *,
     first: int = 0,
-    draws: int = 16,
-    t_min: float = 1e-3,
-    estimator: Estimator = "auto",
     count_text=None,
     devices: Sequence[Any] | None = None,
 ) -> Iterator[Scored]:
     """Each of the batches (x0_BL, scored_BL), estimated on all local devices (or ``devices``).
 
-    ``first`` is the place of the first sequence in the whole: a sequence's draws depend on its
-    place, never on the batches or the devices.
+    ``estimate`` is hashable and has the arguments of ``sequence_nats``. ``first`` is the place of
+    the first sequence in the whole: a sequence's draws depend on its place, never on the batches or
+    the devices.
     """
-    check_draws(draws)
     devices = jax.local_devices() if devices is None else devices
     mesh = Mesh(np.asarray(devices), ("devices",))
     denoiser = jax.device_put(denoiser, NamedSharding(mesh, PartitionSpec()))
@@ -313,9 +332,7 @@ def score_sequences(
             jnp.asarray(x0_BL[rows]),
             jnp.asarray(scored_BL[rows]),
             mesh=mesh,
-            draws=draws,
-            t_min=t_min,
-            estimator=estimator,
+            estimate=estimate,
         )
         counted = [(0, 0)] * size
         if count_text is not None:
@@ -404,16 +421,9 @@ def evaluate_bound(
     same for every batch size and number of devices, up to the last bits. ``count_text(ids) ->
     (characters, bytes)``, if given, counts the text of the scored tokens.
     """
+    estimate = MonteCarlo(draws=draws, t_min=t_min, estimator=estimator)
     scored = score_sequences(
-        denoiser,
-        schedule,
-        key,
-        batches,
-        draws=draws,
-        t_min=t_min,
-        estimator=estimator,
-        count_text=count_text,
-        devices=devices,
+        denoiser, schedule, key, batches, estimate, count_text=count_text, devices=devices
     )
     return summarise(
         list(scored),

@@ -21,7 +21,7 @@ class Protocol:
     """What is evaluated, and how."""
 
     estimator: Estimator = "auto"
-    """auto: k_dce (the mean over orders) for time-independent absorbing models, else score_entropy."""
+    """auto: k_dce (the mean over orders) for time-independent absorbing models, else the other."""
     outer_terms: bool = True
     """Add the prior and the reconstruction to a score entropy. Left out, the figure is no bound: it
     is the mean of the loss over t in [t_min, 1]."""
@@ -34,8 +34,8 @@ class Protocol:
     tokenizer: str | None = None
     """The tokenizer that the model must have; any by default."""
     cut: Literal["as_trained", "wrapped", "truncated"] = "as_trained"
-    """wrapped: documents joined, each with its end, cut into rows. truncated: a document a row, what
-    is too long cut off."""
+    """wrapped: documents joined, each with its end, cut into rows. truncated: a document a row, its
+    rest cut off."""
     drop_every: int | None = None
     """Documents after which the remainder is dropped; once at the end by default (wrapped)."""
     specials: bool = False
