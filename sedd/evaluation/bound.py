@@ -65,7 +65,7 @@ def sequence_nats(
     else:
         objective = ScoreEntropy(schedule=schedule, parameterization=parameterization, t_min=t_min)
     scored_B = scored_BL.sum(-1)
-    masks = process.mask_id is not None
+    mask_id = process.mask_id
     period_B = scored_B if any_order else jnp.ones_like(scored_B)
     # The probability λ of a mask, from t_min to 1; float32 ends a little below 1.
     low, high = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))
@@ -85,26 +85,25 @@ def sequence_nats(
         def draw(carry, k):
             total_B, begin_B = carry
             u_B, density_B = level(shared_u_B, k, strata), 1.0
-            if masks and strata > 1:
+            if mask_id is not None and strata > 1:
                 u_B, density_B = toward_few_masks(u_B)
-            if any_order:
-                sigma_B = None
-                size_B = jnp.minimum(1 + jnp.floor(u_B * scored_B), scored_B)
-                weight_B = scored_B / jnp.maximum(size_B, 1)
-            elif masks:
-                # The integral of rate dt = dσ = dλ/(1 - λ), whatever the schedule.
-                size_B = low + (high - low) * u_B
-                sigma_B, weight_B = -jnp.log1p(-size_B), (high - low) / (1 - size_B)
-            else:
+            size_B = jnp.zeros_like(u_B)
+            if mask_id is None:
                 t_B = t_min + (1 - t_min) * u_B
-                size_B = jnp.zeros_like(u_B)
                 sigma_B, weight_B = schedule.sigma(t_B), (1 - t_min) * schedule.rate(t_B)
-            if masks:
-                masked_BL = scored_BL & tile(place_BL, period_B, begin_B, size_B)
-                xt_BL = jnp.where(masked_BL, process.mask_id, x0_BL)
-            else:
                 draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
                 xt_BL = jnp.where(scored_BL, process.corrupt(draw_keys_B, x0_BL, sigma_B), x0_BL)
+            else:
+                sigma_B = None
+                if any_order:
+                    size_B = jnp.minimum(1 + jnp.floor(u_B * scored_B), scored_B)
+                    weight_B = scored_B / jnp.maximum(size_B, 1)
+                else:
+                    # The integral of rate dt = dσ = dλ/(1 - λ), whatever the schedule.
+                    size_B = low + (high - low) * u_B
+                    sigma_B, weight_B = -jnp.log1p(-size_B), (high - low) / (1 - size_B)
+                masked_BL = scored_BL & tile(place_BL, period_B, begin_B, size_B)
+                xt_BL = jnp.where(masked_BL, mask_id, x0_BL)
             counts_BL = scored_BL & process.can_move(xt_BL)
             corrupted = Corrupted(
                 xt_BL=xt_BL,
@@ -120,13 +119,7 @@ def sequence_nats(
         mean_B = total_B / strata
         if any_order:
             return mean_B, jnp.zeros_like(mean_B)
-        sigma_B = jnp.full(x0_BL.shape[0], schedule.sigma(jnp.float32(t_min)))
-        xt_BL = jnp.where(scored_BL, process.corrupt(end_key_B, x0_BL, sigma_B), x0_BL)
-        log_score_BLV = denoiser.log_score(xt_BL, sigma_B)
-        log_probs_BLV = process.denoise(log_score_BLV, xt_BL, sigma_B[:, None])
-        unknown_BL = scored_BL & process.can_move(xt_BL)
-        reconstruction_B = -jnp.where(unknown_BL, at(log_probs_BLV, x0_BL), 0.0).sum(-1)
-        return mean_B, reconstruction_B
+        return mean_B, _reconstruction(denoiser, schedule, end_key_B, x0_BL, scored_BL, t_min)
 
     diffusion_RB, reconstruction_RB = jax.lax.map(replicate, jnp.arange(REPLICATES))
     per_token = 0.0 if any_order else process.prior_kl(schedule.sigma(jnp.float32(1.0)))
@@ -137,6 +130,17 @@ def sequence_nats(
     )
 
 
+def _reconstruction(denoiser, schedule, keys_B, x0_BL, scored_BL, t_min) -> Float[Array, " B"]:
+    """-log p(x0 | x at t_min) by the samplers' last step."""
+    process = denoiser.process
+    sigma_B = jnp.full(x0_BL.shape[0], schedule.sigma(jnp.float32(t_min)))
+    xt_BL = jnp.where(scored_BL, process.corrupt(keys_B, x0_BL, sigma_B), x0_BL)
+    log_score_BLV = denoiser.log_score(xt_BL, sigma_B)
+    log_probs_BLV = process.denoise(log_score_BLV, xt_BL, sigma_B[:, None])
+    unknown_BL = scored_BL & process.can_move(xt_BL)
+    return -jnp.where(unknown_BL, at(log_probs_BLV, x0_BL), 0.0).sum(-1)
+
+
 def level(shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int) -> Float[Array, " B"]:
     """The k-th of ``strata`` ascending draws in [0, 1).
 
@@ -145,13 +149,13 @@ def level(shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int) -> Flo
     return (k + jnp.where(k % 2 == 0, shared_u_B, 1 - shared_u_B)) / strata
 
 
-def toward_few_masks(u_B: Float[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+def toward_few_masks(u: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Levels of density 1/(2√u) from uniform ones, and the weight that makes them count evenly.
 
     The mean loss of few masked positions is the noisiest: its variance goes with 1/u. (A single
     draw has no others to cancel the spread of the weight itself.)
     """
-    return jnp.minimum(u_B**2, 1 - 2.0**-24), 2 * u_B
+    return jnp.minimum(u**2, 1 - 2.0**-24), 2 * u
 
 
 def tile(

@@ -267,7 +267,7 @@ def test_the_exact_conditional_gives_the_exact_likelihood():
 def test_levels_have_the_mean_of_uniform_ones(strata):
     """Over the shared number, here a fine grid of midpoints, for functions of different shapes."""
     shared_B = (jnp.arange(2000) + 0.5) / 2000
-    u = np.stack([level(shared_B, jnp.int32(k), strata) for k in range(strata)])
+    u = jnp.stack([level(shared_B, jnp.int32(k), strata) for k in range(strata)])
     assert (np.diff(u, axis=0) > 0).all()
     for levels, weight in ((u, 1.0), toward_few_masks(u)):
         assert (levels >= 0).all()
