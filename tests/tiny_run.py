@@ -72,12 +72,14 @@ def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> C
     )
 
 
-def make_run(directory: Path, config: Config, *, steps=(4,), metric: float | None = 1.0) -> Path:
+def make_run(
+    directory: Path, config: Config, *, steps=(4,), metric: float | None = 1.0, seed: int = 0
+) -> Path:
     """What ``train.py`` leaves, with random weights."""
     parts = build_parts(config, TOKENIZER.num_tokens)
     params = jax.jit(parts.network.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)
-    noise = np.random.default_rng(0)
+    noise = np.random.default_rng(seed)
     leaves = [leaf + 0.1 * noise.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     state = init_state(parts.network, optimizer, 0, params=treedef.unflatten(leaves))

@@ -24,6 +24,13 @@ BENCHMARKS = {
     "openwebtext": ("OpenWebText", OPENWEBTEXT),
 }
 
+# Benchmarks that others keep: the texts that published zero-shot evaluations read.
+ELSEWHERE = {
+    "ag_news": "hf:fancyzhx/ag_news:text",
+    "pubmed": "tfds:scientific_papers/pubmed:article",
+    "arxiv": "tfds:scientific_papers/arxiv:article",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkCorpus(Corpus):

@@ -8,6 +8,7 @@ from pathlib import Path
 from sedd.data.base import Corpus, HeldOut, Mapped, Mixture
 from sedd.data.catalogue import (
     BENCHMARKS,
+    ELSEWHERE,
     BenchmarkCorpus,
     BillionWords,
     CatalogueCorpus,
@@ -19,7 +20,7 @@ from sedd.errors import UserError
 
 __all__ = ["NAMES", "Corpus", "Mapped", "Mixture", "open_corpus", "parse_mixture"]
 
-NAMES = ("sotu", "stdlib", *BENCHMARKS, "lm1b")
+NAMES = ("sotu", "stdlib", *BENCHMARKS, "lm1b", *ELSEWHERE)
 FORMS = "tfds:NAME, hf:OWNER/NAME, or the path of a file, a folder or a pattern"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf"
 WEIGHTED = re.compile(rf"(?P<name>.*)\*\s*(?P<weight>{NUMBER})", re.IGNORECASE)
@@ -45,6 +46,8 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
         return StandardLibrary(name=spec)
     if name == "lm1b":
         return BillionWords.of(spec, "lm1b:text", cache_dir)
+    if name in ELSEWHERE:
+        return open_corpus(ELSEWHERE[name], cache_dir=cache_dir)
     if name in BENCHMARKS:
         return BenchmarkCorpus.of(name, cache_dir)
     if name == spec and name and (corpus := open_files(spec)) is not None:

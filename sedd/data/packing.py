@@ -52,6 +52,7 @@ class Packed:
     tokens: np.ndarray  # every document followed by its end, where the tokenizer has one
     spans: tuple[np.ndarray, np.ndarray] | None  # first token and size of each row, if not equal
     file: "Mapped | None" = None  # that of ``tokens``; None where they are in memory
+    around: tuple[int, int] | None = None  # what opens and closes every row, scored
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens ``x0_BL`` (int32), and ``scored_BL``: False on the padding after a document."""
@@ -66,12 +67,17 @@ class Packed:
             tokens_SL = self.tokens[: self.num_rows * self.length].reshape(-1, self.length)
             x0_BL = tokens_SL[indices].astype(np.int32)
             return x0_BL, np.ones(x0_BL.shape, bool)
-        offsets_L = np.arange(self.length)
         first, size = self.spans
-        scored_BL = offsets_L < size[indices][:, None]
-        positions_BL = np.where(scored_BL, first[indices][:, None] + offsets_L, 0)
-        x0_BL = self.tokens[positions_BL].astype(np.int32)
-        return np.where(scored_BL, x0_BL, np.int32(self.pad_id)), scored_BL
+        first_B1, size_B1 = first[indices][:, None], size[indices][:, None]
+        offsets_L = np.arange(self.length) - (self.around is not None)
+        text_BL = (offsets_L >= 0) & (offsets_L < size_B1)
+        x0_BL = self.tokens[np.where(text_BL, first_B1 + offsets_L, 0)].astype(np.int32)
+        x0_BL = np.where(text_BL, x0_BL, np.int32(self.pad_id))
+        if self.around is None:
+            return x0_BL, text_BL
+        x0_BL = np.where(offsets_L < 0, self.around[0], x0_BL)
+        x0_BL = np.where(offsets_L == size_B1, self.around[1], x0_BL)
+        return x0_BL.astype(np.int32), np.asarray(offsets_L <= size_B1)
 
     def unigram_entropy(self) -> float:
         """Entropy of the scored tokens' frequencies, in nats per token.
@@ -127,12 +133,17 @@ def pack(
     workers: int | None = None,
     progress: Progress | None = None,
     max_documents: int | None = None,
+    drop_every: int | None = None,
+    around: tuple[int, int] | None = None,
+    truncate: bool = False,
 ) -> Packed:
     """Rows of ``length`` tokens of a split, tokenised in ``workers`` threads the first time.
 
     With ``wrap`` documents are joined, each followed by the end of a document where the tokenizer
-    has one, and cut into rows; the remainder is dropped. Without, a document begins a row, fills as
-    many as it needs, and the last is filled up with ``tokenizer.pad_id``, unscored.
+    has one, and cut into rows; the remainder is dropped, once or after each ``drop_every``
+    documents. Without, a document begins a row, fills as many as it needs (with ``truncate`` one,
+    and the rest of it is dropped), and the last is filled up with ``tokenizer.pad_id``, unscored.
+    ``around`` are ids that open and close every row, within ``length``; they are scored.
 
     The tokens are kept in ``cache_dir/packed``, under a hash of everything that they come from.
     They appear there whole or not at all; processes that need the same ones build them once.
@@ -162,7 +173,8 @@ def pack(
             raise UserError(f"cannot write the packed tokens {folder}: {error.strerror}") from error
     if meta is None:
         raise UserError(f"{folder} cannot be read back; is the disk full?")
-    return _open(folder, meta, f"{corpus.name} ({split})", tokenizer, length, wrap)
+    name = f"{corpus.name} ({split})"
+    return _open(folder, meta, name, tokenizer, length, wrap, drop_every, around, truncate)
 
 
 def validation_rows(packed: Packed, max_rows: int | None) -> np.ndarray:
@@ -174,7 +186,15 @@ def validation_rows(packed: Packed, max_rows: int | None) -> np.ndarray:
 
 
 def _open(
-    folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer, length: int, wrap: bool
+    folder: Path,
+    meta: dict[str, Any],
+    name: str,
+    tokenizer: Tokenizer,
+    length: int,
+    wrap: bool,
+    drop_every: int | None,
+    around: tuple[int, int] | None,
+    truncate: bool,
 ) -> Packed:
     total = meta["num_tokens"]
     ends = np.load(folder / "ends.npy", mmap_mode="r")
@@ -183,23 +203,31 @@ def _open(
     file = Mapped.of(folder / "tokens.bin")
     tokens = np.frombuffer(file.content, dtype=meta["dtype"])
     counts = np.array(meta["counts"], np.int64)
+    inside = length - (0 if around is None else 2)
+    if inside < 1:
+        raise UserError(f"length {length} leaves no room between what opens and closes a row")
     if wrap:
-        num_rows, spans = total // length, None
-        remainder = np.asarray(tokens[num_rows * length :], np.int64)
-        counts = counts - np.bincount(remainder, minlength=len(counts))
+        spans, dropped = _wrapped(ends, total, inside, drop_every)
     else:
-        spans = _spans(ends, length, 0 if tokenizer.eos_id is None else 1)
-        num_rows = len(spans[0])
-        if tokenizer.eos_id is not None:
+        eos = 0 if tokenizer.eos_id is None else 1
+        spans, dropped = _spans(ends, inside, eos, truncate)
+        if eos:
             counts[tokenizer.eos_id] -= len(ends)
+    num_rows = len(spans[0])
+    for begin, end in zip(*dropped, strict=True):
+        counts -= np.bincount(np.asarray(tokens[begin:end], np.int64), minlength=len(counts))
+    for special in around or ():
+        counts[special] += num_rows
     if not num_rows:
         raise UserError(
             f"length {length} is longer than the data: {name} has {total:,} tokens, "
             f"{len(ends):,} ends of documents included"
+            + (f", and no {drop_every:,} documents fill a row" if drop_every else "")
             if wrap
             else f"{name} holds no text"
         )
     characters, size = _text_size(meta, counts, tokenizer)
+    equal = wrap and drop_every is None and around is None
     return Packed(
         name=name,
         num_rows=num_rows,
@@ -210,22 +238,45 @@ def _open(
         counts=counts,
         pad_id=tokenizer.pad_id,
         tokens=tokens,
-        spans=spans,
+        spans=None if equal else spans,
         file=file,
+        around=around,
     )
 
 
-def _spans(ends: np.ndarray, length: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """First token and size of each row where no row holds two documents."""
+Ranges = tuple[np.ndarray, np.ndarray]
+
+
+def _wrapped(
+    ends: np.ndarray, total: int, length: int, drop_every: int | None
+) -> tuple[Ranges, Ranges]:
+    """First token and size of each row of joined documents, and what is dropped, from and to."""
+    stops = (
+        np.array([total])
+        if drop_every is None
+        else np.append(ends[drop_every - 1 :: drop_every], total)
+    )
+    begins = np.concatenate([[0], stops[:-1]])
+    rows_of = (stops - begins) // length
+    rank = np.arange(rows_of.sum()) - np.repeat(np.cumsum(rows_of) - rows_of, rows_of)
+    first = np.repeat(begins, rows_of) + rank * length
+    return (first, np.full(len(first), length, np.int32)), (begins + rows_of * length, stops)
+
+
+def _spans(ends: np.ndarray, length: int, eos: int, truncate: bool) -> tuple[Ranges, Ranges]:
+    """First token and size of each row where no row holds two documents, and what is dropped."""
     ends = np.asarray(ends)
     begins = np.concatenate([[0], ends[:-1]])
     sizes = ends - begins - eos
+    long = sizes > length if truncate else np.zeros(len(sizes), bool)
+    dropped = begins[long] + length, begins[long] + sizes[long]
+    sizes = np.where(long, length, sizes)
     rows_of = -(-sizes // length)
     document = np.repeat(np.arange(len(ends)), rows_of)
     rank = np.arange(len(document)) - np.repeat(np.cumsum(rows_of) - rows_of, rows_of)
     done = rank * length
     size = np.minimum(sizes[document] - done, length)
-    return begins[document] + done, size.astype(np.int32)
+    return (begins[document] + done, size.astype(np.int32)), dropped
 
 
 def _text_size(meta: dict[str, Any], counts: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:

@@ -38,6 +38,7 @@ BYTE_OF_CHARACTER = {
 GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_NAMES = (EOS_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "[SEP]")
+BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]")
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>")
 FORMS = "characters, text8, bytes, bpe:SIZE, gpt2, bert-base-uncased, or a tokenizer's JSON file"
 
@@ -59,6 +60,11 @@ class Tokenizer(ABC):
     def pad_id(self) -> int:
         """The id that fills a row after its text: the end of a document, or 0 where none is."""
         return 0 if self.eos_id is None else self.eos_id
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that opens a row where one is wanted: as in GPT-2, the end of a document."""
+        return self.eos_id
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -243,6 +249,7 @@ class Pretrained(Tokenizer):
     source: str = field(repr=False)  # the file's text
     backend: Any = field(repr=False, compare=False)
     padding: int | None
+    begin: int | None = None
 
     @classmethod
     def of(cls, name: str, source: str) -> "Pretrained":
@@ -276,12 +283,18 @@ class Pretrained(Tokenizer):
             source=source,
             backend=backend,
             padding=next((ids[pad] for pad in PAD_NAMES if pad in ids), None),
+            begin=next((ids[begin] for begin in BEGIN_NAMES if begin in ids), None),
         )
 
     @property
     def pad_id(self) -> int:
         """The tokenizer's own padding where it has one."""
         return super().pad_id if self.padding is None else self.padding
+
+    @property
+    def bos_id(self) -> int | None:
+        """The tokenizer's own beginning where it has one."""
+        return super().bos_id if self.begin is None else self.begin
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)

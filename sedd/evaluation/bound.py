@@ -7,24 +7,27 @@ Autoregressive models have no bound but the likelihood itself, in one call.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.denoiser import Denoiser
 from sedd.objectives.autoregressive import Autoregressive
-from sedd.objectives.base import Objective
+from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
 from sedd.objectives.score_entropy import ScoreEntropy
 from sedd.processes.base import at
+from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
+Estimator = Literal["auto", "k_dce", "score_entropy", "exact"]
 REPLICATES = 4  # independent estimates of each sequence's bound; their spread is the draws' error
 
 
@@ -50,58 +53,86 @@ def sequence_nats(
     *,
     draws: int,
     t_min: float = 1e-3,
+    estimator: Estimator = "auto",
 ) -> SequenceNats:
     """The bound of each sequence by itself: positions not scored are given, not modelled.
 
-    The ``draws`` noise levels form 4 independent replicates; within one they are stratified.
-    Network calls: ``draws``, and 4 more for models with a reconstruction term; 1 where the NLL is
-    exact.
+    The ``draws`` noise levels form 4 independent replicates. Within one they are stratified, and
+    their masks tile the sequence. Network calls: ``draws``, and 4 more for a reconstruction term;
+    1 where the NLL is exact. ValueError on an estimator that the model does not have.
     """
     check_draws(draws)
-    if denoiser.causal:
+    estimator = resolve(estimator, denoiser)
+    if estimator == "exact":
         return _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL)
     strata = draws // REPLICATES
     process, parameterization = denoiser.process, denoiser.parameterization
-    exact_ends = is_any_order(denoiser)
-    objective: Objective = (
-        KDCE(schedule=schedule, parameterization=parameterization)
-        if exact_ends
-        else ScoreEntropy(schedule=schedule, parameterization=parameterization, t_min=t_min)
-    )
+    any_order = estimator == "k_dce"
+    if any_order:
+        objective = KDCE(schedule=schedule, parameterization=parameterization)
+    else:
+        objective = ScoreEntropy(schedule=schedule, parameterization=parameterization, t_min=t_min)
+    scored_B = scored_BL.sum(-1)
+    mask_id = process.mask_id
+    period_B = scored_B if any_order else jnp.ones_like(scored_B)
+    # The probability λ of a mask, from t_min to 1; float32 ends a little below 1.
+    low, high = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))
+    high = jnp.minimum(high, 1 - 2.0**-22)
 
     def replicate(r):
         replicate_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, r)
-        u_key_B, draw_key_B, end_key_B = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(
-            replicate_keys_B
-        )
+        u_key_B, place_key_B, draw_key_B, end_key_B = jax.vmap(
+            lambda key: jax.random.split(key, 4), out_axes=1
+        )(replicate_keys_B)
         shared_u_B = jax.vmap(jax.random.uniform)(u_key_B)
+        if any_order:
+            place_BL = random_rank(place_key_B, scored_BL)
+        else:
+            place_BL = jax.vmap(lambda key: jax.random.uniform(key, x0_BL.shape[1:]))(place_key_B)
 
-        def draw(total_B, k):
-            corrupted = objective.corrupt(
-                jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k),
-                (shared_u_B + k / strata) % 1.0,
-                x0_BL,
-                scored_BL,
+        def draw(carry, k):
+            total_B, begin_B = carry
+            u_B, density_B = level(shared_u_B, k, strata), 1.0
+            if mask_id is not None and strata > 1:
+                u_B, density_B = toward_few_masks(u_B)
+            size_B = jnp.zeros_like(u_B)
+            if mask_id is None:
+                t_B = t_min + (1 - t_min) * u_B
+                sigma_B, weight_B = schedule.sigma(t_B), (1 - t_min) * schedule.rate(t_B)
+                draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
+                xt_BL = jnp.where(scored_BL, process.corrupt(draw_keys_B, x0_BL, sigma_B), x0_BL)
+            else:
+                sigma_B = None
+                if any_order:
+                    size_B = jnp.minimum(1 + jnp.floor(u_B * scored_B), scored_B)
+                    weight_B = scored_B / jnp.maximum(size_B, 1)
+                else:
+                    # The integral of rate dt = dσ = dλ/(1 - λ), whatever the schedule.
+                    size_B = low + (high - low) * u_B
+                    sigma_B, weight_B = -jnp.log1p(-size_B), (high - low) / (1 - size_B)
+                masked_BL = scored_BL & tile(place_BL, period_B, begin_B, size_B)
+                xt_BL = jnp.where(masked_BL, mask_id, x0_BL)
+            counts_BL = scored_BL & process.can_move(xt_BL)
+            corrupted = Corrupted(
+                xt_BL=xt_BL,
+                weight_BL=jnp.where(counts_BL, weight_B[:, None], 0.0),
+                sigma_B=sigma_B,
             )
             nats_BL = objective.nats(denoiser.network, denoiser.params, corrupted, x0_BL)
-            return total_B + nats_BL.sum(-1), None
+            end_B = (begin_B + size_B) % jnp.maximum(period_B, 1)
+            return (total_B + density_B * nats_BL.sum(-1), end_B), None
 
-        total_B, _ = jax.lax.scan(draw, jnp.zeros(x0_BL.shape[0]), jnp.arange(strata))
+        nothing_B = jnp.zeros(x0_BL.shape[0])
+        (total_B, _), _ = jax.lax.scan(draw, (nothing_B, nothing_B), jnp.arange(strata))
         mean_B = total_B / strata
-        if exact_ends:
+        if any_order:
             return mean_B, jnp.zeros_like(mean_B)
-        sigma_B = jnp.full(x0_BL.shape[0], schedule.sigma(jnp.float32(t_min)))
-        xt_BL = jnp.where(scored_BL, process.corrupt(end_key_B, x0_BL, sigma_B), x0_BL)
-        log_score_BLV = denoiser.log_score(xt_BL, sigma_B)
-        log_probs_BLV = process.denoise(log_score_BLV, xt_BL, sigma_B[:, None])
-        unknown_BL = scored_BL & process.can_move(xt_BL)
-        reconstruction_B = -jnp.where(unknown_BL, at(log_probs_BLV, x0_BL), 0.0).sum(-1)
-        return (1 - t_min) * mean_B, reconstruction_B
+        return mean_B, _reconstruction(denoiser, schedule, end_key_B, x0_BL, scored_BL, t_min)
 
     diffusion_RB, reconstruction_RB = jax.lax.map(replicate, jnp.arange(REPLICATES))
-    per_token = 0.0 if exact_ends else process.prior_kl(schedule.sigma(jnp.float32(1.0)))
+    per_token = 0.0 if any_order else process.prior_kl(schedule.sigma(jnp.float32(1.0)))
     return SequenceNats(
-        prior_B=per_token * scored_BL.sum(-1),
+        prior_B=per_token * scored_B,
         diffusion_BR=diffusion_RB.T,
         reconstruction_BR=reconstruction_RB.T,
     )
@@ -120,17 +151,65 @@ def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
     )
 
 
-def estimator_of(denoiser: Denoiser) -> str:
-    """How the NLL is found: "exact", or a bound on it by "k_dce" or "score_entropy"."""
+def _reconstruction(denoiser, schedule, keys_B, x0_BL, scored_BL, t_min) -> Float[Array, " B"]:
+    """-log p(x0 | x at t_min) by the samplers' last step."""
+    process = denoiser.process
+    sigma_B = jnp.full(x0_BL.shape[0], schedule.sigma(jnp.float32(t_min)))
+    xt_BL = jnp.where(scored_BL, process.corrupt(keys_B, x0_BL, sigma_B), x0_BL)
+    log_score_BLV = denoiser.log_score(xt_BL, sigma_B)
+    log_probs_BLV = process.denoise(log_score_BLV, xt_BL, sigma_B[:, None])
+    unknown_BL = scored_BL & process.can_move(xt_BL)
+    return -jnp.where(unknown_BL, at(log_probs_BLV, x0_BL), 0.0).sum(-1)
+
+
+def level(shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int) -> Float[Array, " B"]:
+    """The k-th of ``strata`` ascending draws in [0, 1).
+
+    Strata come in antithetic pairs (u and 1 - u from their beginnings): what is linear cancels.
+    """
+    return (k + jnp.where(k % 2 == 0, shared_u_B, 1 - shared_u_B)) / strata
+
+
+def toward_few_masks(u: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """Levels of density 1/(2√u) from uniform ones, and the weight that makes them count evenly.
+
+    The mean loss of few masked positions is the noisiest: its variance goes with 1/u. (A single
+    draw has no others to cancel the spread of the weight itself.)
+    """
+    return jnp.minimum(u**2, 1 - 2.0**-24), 2 * u
+
+
+def tile(
+    place_BL: Float[Array, "B L"] | Int[Array, "B L"],
+    period_B: Float[Array, " B"] | Int[Array, " B"],
+    begin_B: Float[Array, " B"],
+    size_B: Float[Array, " B"],
+) -> Bool[Array, "B L"]:
+    """The positions whose place is within ``size`` after ``begin``, around a circle.
+
+    Where places are a random order it is a random subset of that size, and where they are uniform
+    every position by itself, wherever it begins. Masks that begin where the last one ended cover
+    all positions equally often: those that are hard to guess no more than the others.
+    """
+    around_BL = (place_BL - begin_B[:, None]) % jnp.maximum(period_B, 1)[:, None]
+    return around_BL < size_B[:, None]
+
+
+def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
+    """What "auto" stands for, or what was asked for; ValueError where the model does not have it.
+
+    An autoregressive model has "exact" alone, whatever a protocol says of bounds.
+    """
     if denoiser.causal:
         return "exact"
-    return "k_dce" if is_any_order(denoiser) else "score_entropy"
-
-
-def is_any_order(denoiser: Denoiser) -> bool:
-    """Whether the bound is the expected NLL over all orders, without prior or reconstruction."""
-    masks = denoiser.process.mask_id is not None
-    return masks and denoiser.time_independent and not denoiser.causal
+    if estimator == "exact":
+        raise ValueError("estimator exact needs an autoregressive model")
+    any_order = denoiser.process.mask_id is not None and denoiser.time_independent
+    if estimator == "k_dce" and not any_order:
+        raise ValueError("estimator k_dce needs a time-independent absorbing model")
+    if estimator == "auto":
+        return "k_dce" if any_order else "score_entropy"
+    return estimator
 
 
 def check_draws(draws: int) -> None:
@@ -147,7 +226,9 @@ class BoundResult:
 
     Per-token figures divide by the scored tokens. ``standard_error`` is of ``nats_per_token`` over
     sequences (it contains the Monte-Carlo noise; with a single sequence it is that noise alone);
-    ``standard_error_draws`` is over the Monte-Carlo draws for these very sequences.
+    ``standard_error_draws`` is over the Monte-Carlo draws for these very sequences. Where the outer
+    terms were left out on request (``is_bound`` is False), ``nats_per_token`` is the diffusion term
+    alone, as a mean over [t_min, 1], and the others are given all the same.
     """
 
     nats_per_token: float
@@ -161,6 +242,7 @@ class BoundResult:
     num_tokens: int
     draws: int  # 0 where it is exact
     estimator: str  # "k_dce", "score_entropy", or "exact": then it is no bound but the NLL itself
+    is_bound: bool = True
     num_characters: int | None = None  # of the scored text, where the tokenizer knows
     num_bytes: int | None = None
     sequence_nats: np.ndarray | None = None  # [S], each sequence's bound
@@ -190,20 +272,173 @@ class BoundResult:
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, ready for ``json.dump``; the per-sequence nats are left out."""
-        fields = {k: v for k, v in vars(self).items() if k != "sequence_nats"}
-        fields |= {
+        figures = {k: v for k, v in vars(self).items() if k != "sequence_nats"}
+        figures |= {
             "perplexity": self.perplexity,
             "bits_per_character": self.bits_per_character,
             "bits_per_byte": self.bits_per_byte,
         }
         # JSON knows no infinity.
-        return {k: None if v in (math.inf, -math.inf) else v for k, v in fields.items()}
+        return {k: None if v in (math.inf, -math.inf) else v for k, v in figures.items()}
 
 
-@partial(jax.jit, static_argnames=("schedule", "draws", "t_min"))
-def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, draws, t_min):
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
-    return sequence_nats(denoiser, schedule, keys_B, x0_BL, scored_BL, draws=draws, t_min=t_min)
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What was estimated for S sequences: all that a result is made of, in float64."""
+
+    prior_S: np.ndarray
+    diffusion_SR: np.ndarray
+    reconstruction_SR: np.ndarray
+    tokens_S: np.ndarray
+    characters_S: np.ndarray  # 0 where nobody counted
+    bytes_S: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prior_S)
+
+    @classmethod
+    def join(cls, parts: Sequence["Scored"]) -> "Scored":
+        """One after the other."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonteCarlo:
+    """``sequence_nats`` with its options, as a value that compiled programs are kept for."""
+
+    draws: int = 16
+    t_min: float = 1e-3
+    estimator: Estimator = "auto"
+
+    def __post_init__(self):
+        check_draws(self.draws)
+
+    def __call__(self, denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
+        return sequence_nats(denoiser, schedule, keys_B, x0_BL, scored_BL, **vars(self))
+
+
+@partial(jax.jit, static_argnames=("mesh", "schedule", "estimate"))
+def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, mesh, estimate):
+    def on_device(denoiser, key, index_B, x0_BL, scored_BL):
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
+        return estimate(denoiser, schedule, keys_B, x0_BL, scored_BL)
+
+    # Sequences know nothing of each other: no device waits for another.
+    rows = PartitionSpec("devices")
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), rows, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )(denoiser, key, index_B, x0_BL, scored_BL)
+
+
+def score_sequences(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    key: Key[Array, ""],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    estimate: Callable[..., SequenceNats],
+    *,
+    first: int = 0,
+    count_text=None,
+    devices: Sequence[Any] | None = None,
+) -> Iterator[Scored]:
+    """Each of the batches (x0_BL, scored_BL), estimated on all local devices (or ``devices``).
+
+    ``estimate`` is hashable and has the arguments of ``sequence_nats``. ``first`` is the place of
+    the first sequence in the whole: a sequence's draws depend on its place, never on the batches or
+    the devices.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    mesh = Mesh(np.asarray(devices), ("devices",))
+    denoiser = jax.device_put(denoiser, NamedSharding(mesh, PartitionSpec()))
+    padded = 0
+    for x0_BL, scored_BL in batches:
+        size = len(x0_BL)
+        if not size:
+            continue
+        # A short last batch compiles nothing new, and every device has as many rows.
+        padded = max(padded, -(-size // len(devices)) * len(devices))
+        rows = np.resize(np.arange(size), padded)
+        nats = _batch_nats(
+            denoiser,
+            schedule,
+            key,
+            jnp.asarray(first + rows),
+            jnp.asarray(x0_BL[rows]),
+            jnp.asarray(scored_BL[rows]),
+            mesh=mesh,
+            estimate=estimate,
+        )
+        counted = [(0, 0)] * size
+        if count_text is not None:
+            counted = [
+                count_text(x0_L[scored_L]) for x0_L, scored_L in zip(x0_BL, scored_BL, strict=True)
+            ]
+        terms = (nats.prior_B, nats.diffusion_BR, nats.reconstruction_BR)
+        prior_S, diffusion_SR, reconstruction_SR = (np.asarray(a, np.float64)[:size] for a in terms)
+        yield Scored(
+            prior_S=prior_S,
+            diffusion_SR=diffusion_SR,
+            reconstruction_SR=reconstruction_SR,
+            tokens_S=scored_BL.sum(-1).astype(np.float64),
+            characters_S=np.array([c for c, _ in counted], np.float64),
+            bytes_S=np.array([b for _, b in counted], np.float64),
+        )
+        first += size
+
+
+def summarise(
+    scored: Sequence[Scored],
+    *,
+    draws: int,
+    estimator: str,
+    t_min: float = 1e-3,
+    outer_terms: bool = True,
+) -> BoundResult:
+    """The figures of a corpus; ``estimator`` is what ``resolve`` returned.
+
+    ``outer_terms=False`` leaves out the prior and the reconstruction of a score entropy, which is
+    then no bound. Other estimators have neither. ValueError where no token is scored.
+    """
+    if not sum(map(len, scored)):
+        raise ValueError("there is no sequence to evaluate")
+    s = Scored.join(scored)
+    is_bound = outer_terms or estimator != "score_entropy"
+    diffusion_SR = s.diffusion_SR if is_bound else s.diffusion_SR / (1 - t_min)
+    total_SR = diffusion_SR
+    if is_bound:
+        total_SR = s.prior_S[:, None] + diffusion_SR + s.reconstruction_SR
+    total_S, num, num_tokens = total_SR.mean(-1), len(s), s.tokens_S.sum()
+    if not num_tokens:
+        raise ValueError("no token of these sequences is scored")
+    per_token = total_S.sum() / num_tokens
+    error_draws = math.sqrt((total_SR.var(-1, ddof=1) / REPLICATES).sum()) / num_tokens
+    if num > 1:  # of the ratio of two sums over sequences
+        residual_S = total_S - per_token * s.tokens_S
+        error = math.sqrt(num / (num - 1) * (residual_S**2).sum()) / num_tokens
+    else:
+        error = error_draws
+    return BoundResult(
+        nats_per_token=float(per_token),
+        standard_error=float(error),
+        standard_error_draws=float(error_draws),
+        prior=float(s.prior_S.sum() / num_tokens),
+        diffusion=float(diffusion_SR.mean(-1).sum() / num_tokens),
+        reconstruction=float(s.reconstruction_SR.mean(-1).sum() / num_tokens),
+        nats_per_sequence=float(total_S.mean()),
+        num_sequences=num,
+        num_tokens=int(num_tokens),
+        draws=0 if estimator == "exact" else draws,
+        estimator=estimator,
+        is_bound=is_bound,
+        num_characters=int(s.characters_S.sum()) or None,
+        num_bytes=int(s.bytes_S.sum()) or None,
+        sequence_nats=total_S,
+    )
 
 
 def evaluate_bound(
@@ -214,72 +449,25 @@ def evaluate_bound(
     *,
     draws: int = 16,
     t_min: float = 1e-3,
+    estimator: Estimator = "auto",
+    outer_terms: bool = True,
     count_text=None,
+    devices: Sequence[Any] | None = None,
 ) -> BoundResult:
     """The bound over batches of (x0_BL, scored_BL), each of any size; no sequence is dropped.
 
     A sequence's draws depend on its place in the whole, never on the batches: the result is the
-    same for every batch size, up to the last bits. ``count_text(ids) -> (characters, bytes)``, if
-    given, counts the text of the scored tokens.
+    same for every batch size and number of devices, up to the last bits. ``count_text(ids) ->
+    (characters, bytes)``, if given, counts the text of the scored tokens.
     """
-    check_draws(draws)
-    totals, tokens, priors, diffusions, reconstructions = [], [], [], [], []
-    characters = num_bytes = 0
-    first, padded = 0, 0
-    for x0_BL, scored_BL in batches:
-        if not len(x0_BL):
-            continue
-        size, padded = len(x0_BL), max(padded, len(x0_BL))
-        rows = np.resize(np.arange(size), padded)  # a short last batch compiles nothing new
-        nats = _batch_nats(
-            denoiser,
-            schedule,
-            key,
-            jnp.asarray(first + rows),
-            jnp.asarray(x0_BL[rows]),
-            jnp.asarray(scored_BL[rows]),
-            draws=draws,
-            t_min=t_min,
-        )
-        prior_B, diffusion_BR, reconstruction_BR = (
-            np.asarray(a, np.float64)[:size]
-            for a in (nats.prior_B, nats.diffusion_BR, nats.reconstruction_BR)
-        )
-        totals.append(prior_B[:, None] + diffusion_BR + reconstruction_BR)
-        priors.append(prior_B)
-        diffusions.append(diffusion_BR.mean(-1))
-        reconstructions.append(reconstruction_BR.mean(-1))
-        tokens.append(scored_BL.sum(-1))
-        if count_text is not None:
-            counted = count_text(x0_BL[scored_BL])
-            characters, num_bytes = characters + counted[0], num_bytes + counted[1]
-        first += size
-    if not first:
-        raise ValueError("there is no sequence to evaluate")
-    total_SR, tokens_S = np.concatenate(totals), np.concatenate(tokens).astype(np.float64)
-    total_S, num_tokens = total_SR.mean(-1), tokens_S.sum()
-    if not num_tokens:
-        raise ValueError("no token of these sequences is scored")
-    per_token = total_S.sum() / num_tokens
-    error_draws = math.sqrt((total_SR.var(-1, ddof=1) / REPLICATES).sum()) / num_tokens
-    if first > 1:  # of the ratio of two sums over sequences
-        residual_S = total_S - per_token * tokens_S
-        error = math.sqrt(first / (first - 1) * (residual_S**2).sum()) / num_tokens
-    else:
-        error = error_draws
-    return BoundResult(
-        nats_per_token=float(per_token),
-        standard_error=float(error),
-        standard_error_draws=float(error_draws),
-        prior=float(np.concatenate(priors).sum() / num_tokens),
-        diffusion=float(np.concatenate(diffusions).sum() / num_tokens),
-        reconstruction=float(np.concatenate(reconstructions).sum() / num_tokens),
-        nats_per_sequence=float(total_S.mean()),
-        num_sequences=first,
-        num_tokens=int(num_tokens),
-        draws=0 if denoiser.causal else draws,
-        estimator=estimator_of(denoiser),
-        num_characters=characters if count_text is not None else None,
-        num_bytes=num_bytes if count_text is not None else None,
-        sequence_nats=total_S,
+    estimate = MonteCarlo(draws=draws, t_min=t_min, estimator=estimator)
+    scored = score_sequences(
+        denoiser, schedule, key, batches, estimate, count_text=count_text, devices=devices
+    )
+    return summarise(
+        list(scored),
+        draws=draws,
+        estimator=resolve(estimator, denoiser),
+        t_min=t_min,
+        outer_terms=outer_terms,
     )

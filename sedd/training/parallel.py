@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.errors import UserError
 from sedd.shard import Shard
-from sedd.training.state import TrainState, init_state, one_replica
+from sedd.training.state import TrainState, init_state, one_replica, whole_on_host
 from sedd.training.step import Batch, Step
 from sedd.types import Params
 
@@ -169,8 +169,8 @@ class FullySharded:
         return replace(placed, key=jax.random.wrap_key_data(placed.key))
 
     def for_evaluation(self, params: Params) -> Params:
-        """Parameters of a placed state as they are: programs that use them are partitioned."""
-        return params
+        """Parameters of a placed state, whole, in the host's memory."""
+        return jax.tree.map(whole_on_host, params)
 
     def shard(self, batch: dict) -> dict[str, jax.Array]:
         """Rows [B_local, …] of this process as its part of a global [A, b, …]."""

@@ -76,10 +76,11 @@ def to_host(state: TrainState) -> TrainState:
     """
     if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         state = replace(state, key=jax.random.key_data(state.key))
-    return jax.tree.map(lambda x: _whole(x) if isinstance(x, jax.Array) else x, state)
+    return jax.tree.map(lambda x: whole_on_host(x) if isinstance(x, jax.Array) else x, state)
 
 
-def _whole(x: jax.Array) -> np.ndarray:
+def whole_on_host(x: jax.Array) -> np.ndarray:
+    """A copy of the whole array; where other processes hold parts of it, all must call this."""
     # A plain np.asarray would be a view of device memory on CPU, which the next step reuses.
     if x.is_fully_replicated:
         return np.array(x.addressable_data(0))

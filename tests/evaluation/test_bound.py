@@ -13,7 +13,18 @@ import pytest
 from oracle import L, N, i32, keys
 from scipy import integrate, special, stats
 
-from sedd.evaluation.bound import evaluate_bound, sequence_nats
+from sedd.evaluation.bound import (
+    MonteCarlo,
+    Scored,
+    evaluate_bound,
+    level,
+    resolve,
+    score_sequences,
+    sequence_nats,
+    summarise,
+    tile,
+    toward_few_masks,
+)
 from sedd.schedules import Geometric, LogLinear
 
 CLEAN = oracle.all_states(N)
@@ -249,6 +260,79 @@ def test_the_exact_conditional_gives_the_exact_likelihood():
     assert_means(diffusion, -np.log(here.joint.ravel()))
 
 
+# ---------------------------------------------------------------- how draws are spread
+
+
+@pytest.mark.parametrize("strata", [1, 2, 5, 16])
+def test_levels_have_the_mean_of_uniform_ones(strata):
+    """Over the shared number, here a fine grid of midpoints, for functions of different shapes."""
+    shared_B = (jnp.arange(2000) + 0.5) / 2000
+    u = jnp.stack([level(shared_B, jnp.int32(k), strata) for k in range(strata)])
+    assert (np.diff(u, axis=0) > 0).all()
+    for levels, weight in ((u, 1.0), toward_few_masks(u)):
+        assert (levels >= 0).all()
+        assert (levels < 1).all()
+        for power in (0, 0.5, 1, 3):
+            mean = (weight * levels**power).mean() if power else np.mean(weight)
+            assert mean == pytest.approx(1 / (power + 1), rel=1e-4)
+    if strata % 2 == 0:  # what is linear cancels for every shared number
+        np.testing.assert_allclose(u.mean(0), 0.5, rtol=1e-6)
+
+
+def test_tiles_are_uniformly_random_subsets():
+    """Over all 24 orders, from wherever they begin: each k-subset of 4 equally often."""
+    orders = jnp.asarray(list(itertools.permutations(range(4))))
+    for begin, size in itertools.product(range(4), range(1, 5)):
+        ones_B = jnp.ones(24)
+        masked = np.asarray(tile(orders, 4 * ones_B, begin * ones_B, size * ones_B))
+        assert (masked.sum(-1) == size).all()
+        _, counts = np.unique(masked, axis=0, return_counts=True)
+        assert (counts == 24 / math.comb(4, size)).all()
+        assert len(counts) == math.comb(4, size)
+
+
+def test_the_estimate_is_unbiased_by_enumeration():
+    """The mean over all orders and a grid of shared numbers, from the masks that are drawn."""
+    strata, length, grid = 3, 4, 240
+    orders = np.array(list(itertools.permutations(range(length))))
+    nats = np.random.default_rng(0).random((2**length, length))  # of a position, given the masks
+    shared_B = jnp.repeat((jnp.arange(grid) + 0.5) / grid, len(orders))
+    place_BL = jnp.asarray(np.tile(orders, (grid, 1)))
+    begin_B, total = jnp.zeros(len(place_BL)), 0.0
+    for k in range(strata):
+        u_B, weight_B = toward_few_masks(level(shared_B, jnp.int32(k), strata))
+        size_B = 1 + jnp.floor(u_B * length)
+        masked = np.asarray(tile(place_BL, jnp.full_like(size_B, length), begin_B, size_B))
+        loss = (nats[masked @ 2 ** np.arange(length)] * masked).sum(-1)
+        total += (weight_B * length / size_B * loss).mean() / strata
+        begin_B = (begin_B + size_B) % length
+    exact = 0.0
+    for masked in itertools.product((False, True), repeat=length):
+        masked, k = np.array(masked), sum(masked)
+        if k:
+            loss = (nats[masked @ 2 ** np.arange(length)] * masked).sum()
+            exact += length / k * loss / math.comb(length, k) / length
+    # The grid resolves u to 1/(strata·grid), and with it where k changes.
+    assert total == pytest.approx(exact, rel=5e-3)
+
+
+def test_masks_that_tile_count_every_position_as_often():
+    """Where nothing but the position matters, 16 masked in turns cost always the same."""
+    cost_L = np.random.default_rng(2).random(16)
+    orders = np.stack([np.random.default_rng(n).permutation(16) for n in range(100)])
+    total, begin = np.zeros(100), 0
+    for size in (1, 2, 5, 8):
+        masked = tile(
+            *map(
+                jnp.asarray,
+                (orders, np.full(100, 16.0), np.full(100, begin, float), np.full(100, float(size))),
+            )
+        )
+        total += (np.asarray(masked) * cost_L).sum(-1)
+        begin = (begin + size) % 16
+    np.testing.assert_allclose(total, cost_L.sum(), rtol=1e-6)
+
+
 # ---------------------------------------------------------------- scores
 
 
@@ -360,6 +444,49 @@ def test_the_batch_size_changes_nothing(denoiser):
     assert results[0].num_tokens == scored_SL.sum()
 
 
+def test_the_number_of_devices_changes_nothing():
+    """A short batch is filled up: 7 sequences on 4 devices, 3 at a time."""
+    rng = np.random.default_rng(3)
+    x0_SL, scored_SL = rng.integers(0, N, (7, L)), rng.random((7, L)) < 0.7
+    one, four = (
+        evaluate_bound(
+            oracle.Oracle("absorbing").score_denoiser(),
+            LogLinear(),
+            jax.random.key(0),
+            batches(x0_SL, 3, scored_SL),
+            devices=jax.local_devices()[:count],
+        )
+        for count in (1, 4)
+    )
+    assert len(jax.local_devices()) == 4
+    assert four.num_tokens == one.num_tokens == scored_SL.sum()
+    np.testing.assert_allclose(four.sequence_nats, one.sequence_nats, rtol=1e-5)
+    assert four.standard_error_draws == pytest.approx(one.standard_error_draws, rel=1e-4)
+
+
+def test_outer_terms_that_are_left_out_are_shown_apart():
+    denoiser = oracle.Oracle("absorbing").score_denoiser()
+    arguments = (denoiser, LogLinear(), jax.random.key(1), batches(CLEAN[::5], 6))
+    bound = evaluate_bound(*arguments)
+    mean = evaluate_bound(*arguments, outer_terms=False)
+    assert bound.is_bound
+    assert not mean.is_bound
+    assert mean.nats_per_token == mean.diffusion
+    assert mean.diffusion == pytest.approx(bound.diffusion / (1 - T_MIN))
+    assert (mean.prior, mean.reconstruction) == (bound.prior, bound.reconstruction)
+    assert mean.prior > 0
+    any_order = evaluate_bound(DENOISER, *arguments[1:], outer_terms=False)
+    assert any_order.is_bound  # it has none to leave out
+
+
+def test_an_estimator_that_the_model_does_not_have():
+    timed = oracle.Oracle("absorbing").score_denoiser()
+    with pytest.raises(ValueError, match="k_dce needs a time-independent absorbing model"):
+        resolve("k_dce", timed)
+    assert resolve("score_entropy", DENOISER) == "score_entropy"
+    assert resolve("auto", DENOISER) == "k_dce"
+
+
 def test_figures_add_up():
     x0_SL = CLEAN[::5]
     result = evaluate_bound(
@@ -383,34 +510,64 @@ def test_figures_add_up():
     assert result.estimator == "score_entropy"
 
 
-def coverage(exact, field, sequences):
-    """How many of 200 evaluations lie within 3 of the errors that they report."""
+# ---------------------------------------------------------------- coverage, on V = 4 and L = 6
+
+LONG = 6
+
+
+@functools.cache
+def long_world():
+    """A random conditional table for 6 positions, 729 sequences, and their exact mean over orders.
+
+    The mean over orders is that over k = 1..6 of 6/k times the sum over a random k-subset: here
+    over all 63 of them.
+    """
+    clean = oracle.all_states(N, LONG)
+    states = oracle.all_states(N + 1, LONG)
+    table = 1.5 * np.random.default_rng(4).standard_normal((len(states), LONG, N + 1))
+    log_c = table[..., :N] - special.logsumexp(table[..., :N], axis=-1, keepdims=True)
+    exact = np.zeros(len(clean))
+    for k in range(1, LONG + 1):
+        for masked in itertools.combinations(range(LONG), k):
+            xt = clean.copy()
+            xt[:, list(masked)] = N
+            row = oracle.state_index(xt, N + 1)
+            nats = -sum(log_c[row, i, clean[:, i]] for i in masked)
+            exact += LONG / k * nats / math.comb(LONG, k) / LONG
+    return oracle.table_denoiser(table, N), clean, exact
+
+
+def coverage(field, number_BS, shift=0.0):
+    """How many of B evaluations of S sequences lie within 3 of the errors that they report."""
+    denoiser, clean, exact = long_world()
+    repeats, size = number_BS.shape
+    x0 = clean[number_BS.ravel()]
+    parts = score_sequences(
+        denoiser, LogLinear(), jax.random.key(7), [(x0, x0 >= 0)], MonteCarlo(draws=8)
+    )
+    [whole] = parts
+    target = exact[number_BS] if field == "standard_error_draws" else exact
     inside = 0
-    for repeat, x0_SL in enumerate(sequences):
-        result = evaluate_bound(
-            DENOISER,
-            LogLinear(),
-            jax.random.key(1000 + repeat),
-            batches(x0_SL, len(x0_SL)),
-            draws=8,
-        )
-        inside += abs(result.nats_per_token - exact) <= 3 * getattr(result, field)
-    return inside
+    for repeat in range(repeats):
+        here = slice(repeat * size, (repeat + 1) * size)
+        own = Scored(**{k: v[here] for k, v in vars(whole).items()})
+        result = summarise([own], draws=8, estimator="k_dce")
+        mean = (target[repeat] if field == "standard_error_draws" else target).mean() / LONG
+        inside += abs(result.nats_per_token - mean - shift) <= 3 * getattr(result, field)
+    return inside / repeats
 
 
 def test_the_error_over_draws_covers():
-    """For these very sequences: 16 sequences of 4 replicates leave 48 degrees of freedom."""
-    x0_SL = CLEAN[::5][:16]
-    exact = order_nll().mean(-1)[::5][:16].mean() / L
-    assert coverage(exact, "standard_error_draws", [x0_SL] * 200) >= 194
-    assert coverage(exact + 1, "standard_error_draws", [x0_SL] * 20) == 0  # the control
+    """For these very sequences: 16 of 4 replicates leave 48 degrees of freedom."""
+    number_BS = np.tile(np.arange(0, 729, 46), (300, 1))
+    assert coverage("standard_error_draws", number_BS) >= 0.97
+    assert coverage("standard_error_draws", number_BS[:20], shift=1.0) == 0  # the control
 
 
 def test_the_error_over_sequences_covers():
-    """For the population that the sequences come from, here uniform over all 81."""
-    rng = np.random.default_rng(1)
-    sequences = [CLEAN[rng.integers(0, 81, 32)] for _ in range(200)]
-    assert coverage(order_nll().mean() / L, "standard_error", sequences) >= 194
+    """For the population that the sequences come from, here uniform over all 729."""
+    number_BS = np.random.default_rng(1).integers(0, 729, (300, 32))
+    assert coverage("standard_error", number_BS) >= 0.97
 
 
 def test_error_of_a_single_sequence_is_that_of_its_draws():

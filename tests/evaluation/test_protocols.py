@@ -1,0 +1,385 @@
+"""Each protocol against a straightforward computation from the documents, and the command."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import TOKENIZER, call
+
+import sedd
+from sedd import evaluate_command
+from sedd.data import corpora
+from sedd.data.detokenizers import lm1b, wikitext
+from sedd.errors import UserError
+from sedd.evaluate_command import Evaluation, read_command
+from sedd.evaluation.protocols import PROTOCOLS, ZEROSHOT, check_fit, describe, protocol
+
+LENGTH = 12
+EOS = TOKENIZER.eos_id
+EPS = 1e-3  # of the log-linear schedule
+T_MIN = 1e-3
+WORDS = ["the cat . ", "sat : on", "a mat", "and saw my dog", "", "far away : run , a : b"]
+
+
+def documents(count=1100):
+    """Short ones, some empty, some longer than a row; separated words for the detokenizer."""
+    rng = np.random.default_rng(0)
+    texts = ("".join(rng.choice(WORDS, rng.integers(0, 5))) for _ in range(count))
+    return [text.replace(",", "{").replace("'", "") for text in texts]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two models whose tokens have the same probabilities everywhere, and documents."""
+    place = tmp_path_factory.mktemp("protocols")
+    for kind in ("radd", "sedd"):
+        (place / kind).mkdir()
+        tiny_run.make_run(place / kind, tiny_run.config(kind))
+    lines = (json.dumps({"text": text}) for text in documents())
+    (place / "rows.jsonl").write_text("\n".join(lines))
+    (place / "text.txt").write_text(tiny_run.text(300))
+    return place
+
+
+def log_probs():
+    """[N], the probabilities of the constant models."""
+    logits = np.random.default_rng(1).standard_normal(TOKENIZER.num_tokens)
+    return logits - np.log(np.exp(logits).sum())
+
+
+def constant_model(place, kind):
+    """A network of the usual shape whose output is its bias; a score of SEDD's size and form."""
+    model = sedd.load(place / kind)
+    bias = np.append(log_probs(), 0.0)
+    if kind == "sedd":
+        bias[:-1] += math.log(TOKENIZER.num_tokens)
+
+    def leaf(path, value):
+        name = jax.tree_util.keystr(path)
+        if "head" not in name:
+            return value
+        return jnp.zeros_like(value) if value.ndim > 1 else jnp.asarray(bias, value.dtype)
+
+    params = jax.tree_util.tree_map_with_path(leaf, model.denoiser.params)
+    return dataclasses.replace(model, denoiser=dataclasses.replace(model.denoiser, params=params))
+
+
+def encode(text):
+    return TOKENIZER.encode_batch([text])[0].tolist()
+
+
+def wrapped(texts, size):
+    stream = list(itertools.chain(*([*encode(t), EOS] for t in texts)))
+    return [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+
+
+def rows_of(name, texts):
+    """The scored tokens of every row, straight from what each protocol says."""
+    by_thousand = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
+    if name == "sedd":
+        return [row for part in by_thousand for row in wrapped(map(wikitext, part), LENGTH)]
+    if name == "mdlm":
+        inner = [row for part in by_thousand for row in wrapped(map(wikitext, part), LENGTH - 2)]
+        return [[EOS, *row, EOS] for row in inner]
+    if name == "lm1b":
+        return [encode(wikitext(t))[:LENGTH] for t in texts if encode(wikitext(t))]
+    return wrapped(texts, LENGTH)  # text8, default
+
+
+def expected(name, kind, tokens):
+    """Nats per token of the constant model, by hand.
+
+    A mask is there with probability λ = (1 - ε)t and costs -log c, weighted by 1/t: the mean over t
+    is (1 - ε)·H. The prior is ε·log N and the reconstruction (1 - ε)·t_min·H.
+    """
+    entropy = -log_probs()[tokens].mean()
+    if kind == "radd" and name not in ("sedd", "mdlm"):
+        return entropy  # the mean over orders
+    if name in ("sedd", "mdlm"):
+        return (1 - EPS) * entropy
+    prior = EPS * math.log(TOKENIZER.num_tokens)
+    return prior + (1 - T_MIN) * (1 - EPS) * entropy + (1 - EPS) * T_MIN * entropy
+
+
+def evaluation(place, kind, *arguments):
+    command = read_command(
+        [
+            *("--checkpoint", str(place / kind), "--cache-dir", str(place / "cache")),
+            *("--draws", "16", "--batch-size", "64"),
+            *arguments,
+        ]
+    )
+    return Evaluation(command=command, model=constant_model(place, kind))
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("kind", ["radd", "sedd"])
+def test_a_protocol_is_what_it_says(place, kind, name):
+    """Rows exactly; the figure within 4 of its errors, which are small."""
+    case = evaluation(
+        *(place, kind, "--data", f"wikitext2={place}/rows.jsonl", "--protocol", name),
+        *("--tokenizer", "characters", "--length", str(LENGTH), "--max-sequences", "400"),
+    )
+    [data], failed = case.open_all()
+    assert not failed
+    rows = rows_of(name, documents())
+    x0, scored = data.packed.rows(np.arange(data.packed.num_rows))
+    assert [x[s].tolist() for x, s in zip(x0, scored, strict=True)] == rows
+    tokens = np.concatenate(rows)
+    assert data.packed.num_tokens_total == len(tokens)
+    np.testing.assert_array_equal(data.packed.counts, np.bincount(tokens, minlength=EOS + 1))
+    result = case.run(data, None)
+    tokens = np.concatenate([rows[i] for i in data.rows])
+    exact = expected(name, kind, tokens)
+    assert result.num_tokens == len(tokens)
+    assert abs(result.nats_per_token - exact) < 4 * result.standard_error_draws
+    assert result.standard_error_draws < 0.02
+    assert result.is_bound == (name not in ("sedd", "mdlm"))
+
+
+def test_protocols_differ_on_the_same_model(place):
+    figures = {n: expected(n, "sedd", np.concatenate(rows_of(n, documents()))) for n in PROTOCOLS}
+    assert figures.pop("text8") == figures["default"]  # they differ in length, tokenizer and split
+    assert np.diff(sorted(figures.values())).min() > 0.002
+
+
+def test_what_published_protocols_expect():
+    sedd_, mdlm, text8, lm1b_ = (PROTOCOLS[n] for n in ("sedd", "mdlm", "text8", "lm1b"))
+    assert (sedd_.tokenizer, sedd_.length, sedd_.drop_every) == ("gpt2", 1024, 1000)
+    assert (sedd_.draws, sedd_.t_min, sedd_.outer_terms) == (1000, 1e-3, False)
+    assert (mdlm.tokenizer, mdlm.length, mdlm.specials) == ("gpt2", 1024, True)
+    assert (text8.tokenizer, text8.length) == ("text8", 256)
+    assert (lm1b_.tokenizer, lm1b_.length, lm1b_.cut) == ("bert-base-uncased", 128, "truncated")
+    check_fit("sedd", sedd_, tokenizer="gpt2", length=1024)
+    assert describe("sedd", sedd_) == "sedd"
+    assert describe("sedd", dataclasses.replace(sedd_, draws=64)) == "sedd (draws 64)"
+
+
+def test_splits(place, monkeypatch):
+    """WikiText-2 on its train split under sedd, and on validation otherwise."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class StandIn(corpora.Corpus):
+        name: str = "wikitext2"
+        splits: tuple[str, ...] = ("train", "validation", "test")
+
+        def _documents(self, split):
+            return iter([split * 10])
+
+        def fingerprint(self):
+            return "stand-in"
+
+    monkeypatch.setattr(evaluate_command, "open_corpus", lambda spec, cache_dir: StandIn())
+    for name, split in (("sedd", "train"), ("mdlm", "validation"), ("default", "validation")):
+        fit = ("--tokenizer", "characters", "--length", str(LENGTH))
+        case = evaluation(place, "sedd", "--data", "wikitext2", "--protocol", name, *fit)
+        assert case.open_all()[0][0].split == split
+
+
+# ---------------------------------------------------------------- the command
+
+
+def evaluate(place, *arguments, kind="radd"):
+    return call(
+        *("evaluate", "--checkpoint", place / kind, "--cache-dir", place / "cache", "--draws", 4),
+        *arguments,
+    )
+
+
+def test_several_data_sets_make_one_table(place, tmp_path):
+    """One that cannot be had is named, and the others are evaluated."""
+    standing = [f"{name}={place}/text.txt" for name in ZEROSHOT if name != "pubmed"]
+    json_file, table = tmp_path / "a.json", tmp_path / "a.md"
+    result = evaluate(
+        *(place, "--data", *standing, f"pubmed={place}/none.txt", "--max-sequences", 8),
+        *("--protocol", "sedd", "--draws", 4, "--tokenizer", "characters", "--length", LENGTH),
+        *("--json", json_file, "--table", table),
+    )
+    assert result.code == 2
+    assert len(result.errors) == 1
+    assert f"pubmed={place}/none.txt: no such file" in result.errors[0]
+    assert "NOT a bound" in result.out
+    assert "sedd (draws 4, length 12, tokenizer characters)" in result.out
+    lines = table.read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        name for name in ZEROSHOT if name != "pubmed"
+    ]
+    assert lines[0].count("|") == 11
+    figures = json.loads(json_file.read_text())
+    assert [row["data"] for row in figures["results"]] == [n for n in ZEROSHOT if n != "pubmed"]
+    assert all(row["is_bound"] is False for row in figures["results"])
+    assert figures["protocol"]["name"] == "sedd"
+    assert figures["protocol"]["outer_terms"] is False
+    assert figures["protocol"]["drop_every"] == 1000
+    assert len(figures["failed"]) == 1
+
+
+def test_one_data_set_shows_its_terms(place, tmp_path):
+    table = tmp_path / "a.tex"
+    result = evaluate(
+        *(place, "--data", place / "text.txt", "--max-sequences", 4, "--table", table), kind="sedd"
+    )
+    assert result.code == 0
+    for words in ("nats per token ≤", "prior", "reconstruction", "over draws", "perplexity ≤"):
+        assert words in result.out
+    assert "left out" not in result.out
+    assert r"\begin{tabular}" in table.read_text()
+    fit = ("--protocol", "mdlm", "--tokenizer", "characters", "--length", LENGTH)
+    result = evaluate(
+        *(place, "--data", place / "text.txt", "--max-sequences", 4, *fit), kind="sedd"
+    )
+    assert "NOT a bound" in result.out
+    assert "prior, left out" in result.out
+    assert "≤" not in result.out
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "random"])
+def test_the_likelihood_of_one_order(place, order):
+    """The constant model costs the same in every order."""
+    case = evaluation(
+        *(place, "radd", "--data", f"{place}/text.txt", "--order", order, "--max-sequences", "9")
+    )
+    [data], _ = case.open_all()
+    result = case.run(data, None)
+    x0, scored = data.packed.rows(data.rows)
+    assert result.nats_per_token == pytest.approx(-log_probs()[x0[scored]].mean(), rel=1e-5)
+    assert result.estimator == f"{order} order"
+    assert result.standard_error_draws == 0
+    with pytest.raises(UserError, match="order needs a time-independent absorbing model"):
+        evaluation(place, "sedd", "--data", "x", "--order", order)
+
+
+# ---------------------------------------------------------------- going on
+
+
+def interrupted(monkeypatch, after):
+    """Evaluations that stop after some batches."""
+    score = evaluate_command.score_sequences
+
+    def stops(*args, **kwargs):
+        for number, part in enumerate(score(*args, **kwargs)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(evaluate_command, "score_sequences", stops)
+
+
+def test_an_interrupted_evaluation_goes_on(place, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    arguments = (place, "--data", place / "text.txt", place / "rows.jsonl", "--max-sequences", 30)
+    arguments += ("--batch-size", 8, "--json", path)
+    assert evaluate(*arguments).code == 0
+    whole = path.read_text()
+    path.unlink()
+    kept = tmp_path / "a.json.partial"
+    assert not kept.exists()
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=2)
+        assert evaluate(*arguments).code == 130
+    assert not path.exists()
+    assert len(kept.read_text().splitlines()) == 1 + 16
+    kept.write_bytes(kept.read_bytes()[:-5])  # killed in the middle of a line
+    assert evaluate(*arguments).code == 0
+    assert path.read_text() == whole
+    assert not kept.exists()
+
+
+def test_what_is_done_is_not_done_again(place, tmp_path, monkeypatch):
+    kept = tmp_path / "kept.jsonl"
+    arguments = (place, "--data", place / "text.txt", "--max-sequences", 8, "--resume", kept)
+    first = evaluate(*arguments)
+    interrupted(monkeypatch, after=0)
+    assert evaluate(*arguments).out == first.out
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments"),
+    [
+        ("seed", ["--seed", 1]),
+        ("protocol", ["--draws", 8]),
+        ("data", ["--max-sequences", 7]),
+        ("model", ["--checkpoint", "{place}/other"]),
+    ],
+)
+def test_the_file_of_another_evaluation_is_refused(place, tmp_path, what, arguments):
+    if not (place / "other").exists():
+        (place / "other").mkdir()
+        tiny_run.make_run(place / "other", tiny_run.config("radd"), seed=1)
+    kept = tmp_path / "kept.jsonl"
+    before = (place, "--data", place / "text.txt", "--max-sequences", 8, "--resume", kept)
+    assert evaluate(*before).code == 0
+    text = kept.read_text()
+    given = [str(a).format(place=place) for a in arguments]
+    result = evaluate(*before, *given)
+    assert result.code == 2
+    assert result.errors == [
+        f"error: {kept} holds the results of another evaluation ({what} differs): remove it, or "
+        "name another file"
+    ]
+    assert kept.read_text() == text
+
+
+def test_a_file_that_is_not_an_evaluations_is_left_alone(place, tmp_path):
+    kept = tmp_path / "notes.txt"
+    kept.write_text("my notes\n")
+    result = evaluate(place, "--data", place / "text.txt", "--resume", kept)
+    assert result.errors == [f"error: {kept} is not the file of an evaluation"]
+    assert kept.read_text() == "my notes\n"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("radd", "--protocol sed", "unknown protocol 'sed', did you mean 'sedd'?"),
+        (
+            "radd",
+            "--protocol sedd",
+            "protocol sedd expects tokenizer gpt2 and length 1024, and the model has characters "
+            "and 12; with --tokenizer characters --length 12 it is departed from",
+        ),
+        ("radd", "--protocol sedd --length 12", "expects tokenizer gpt2, and the model has"),
+        ("radd", "--protocol text8 --length 64 --tokenizer gpt2", "expects tokenizer gpt2"),
+        ("sedd", "--estimator k_dce", "--estimator k_dce needs a time-independent absorbing"),
+        ("radd", "--draws 0", "draws must be a positive multiple of 4, got 0"),
+        ("radd", "--max-sequences 0", "max_sequences must be at least 1, got 0"),
+        ("radd", "--t-min 0", "t_min must be in (0, 1), got 0.0"),
+        ("radd", "--drop-every 10", "drop_every is a rule of wrapped text"),
+        ("radd", "--specials --length 2", "leaves no room between what opens and closes a row"),
+        ("radd", "--length 100000", "length 100000 is longer than the data"),
+        ("radd", "--table x.html", "--table x.html: the name must end in .md or .tex"),
+    ],
+)
+def test_a_mistake_is_one_line(place, kind, arguments, message):
+    result = call(
+        *("evaluate", "--checkpoint", place / kind, "--cache-dir", place / "cache"),
+        *("--data", place / "text.txt", *arguments.split()),
+    )
+    assert (result.code, len(result.errors)) == (2, 1)
+    assert message in result.errors[0]
+    assert result.out == ""
+
+
+def test_an_unknown_data_set_gets_a_suggestion(place):
+    result = evaluate(place, "--data", "agnews")
+    assert result.code == 2
+    assert "unknown corpus 'agnews', did you mean 'ag_news'?" in result.errors[0]
+
+
+def test_unknown_protocol():
+    with pytest.raises(UserError, match="did you mean 'text8'"):
+        protocol("tex8")
+
+
+def test_detokenizers_change_what_is_read():
+    assert any(wikitext(t) != t for t in documents())
+    assert lm1b("a , b") == "a, b"
