@@ -9,6 +9,7 @@ from rich.console import Console
 import sedd
 from sedd.cli import fail, run
 from sedd.evaluate_command import Evaluation, read_command
+from sedd.evaluation_report import beyond_perplexity, write_report
 from sedd.files import write_whole
 
 
@@ -21,12 +22,18 @@ def main(arguments: Sequence[str]) -> int:
         table = evaluation.table(results)
         shown = table if len(results) > 1 else evaluation.detail(*results[0])
         # Where no terminal sets the width, no column is cut.
-        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(shown.rich())
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        console.print(shown.rich())
+        sections, more = beyond_perplexity(evaluation, results)
+        for section in sections:
+            console.print(*(table.rich() for table in section.tables))
+        if command.report is not None:
+            write_report(command, evaluation, results, sections)
         if command.table is not None:
             text = table.markdown() if command.table.suffix == ".md" else table.latex()
             write_whole(command.table, f"{text}\n".encode())
         if command.json is not None:
-            figures = evaluation.to_json(results) | ({"failed": failed} if failed else {})
+            figures = evaluation.to_json(results) | more | ({"failed": failed} if failed else {})
             write_whole(command.json, json.dumps(figures, indent=2).encode())
             if command.resume is None and command.journal is not None and not failed:
                 command.journal.unlink()

@@ -80,6 +80,14 @@ class EvaluateCommand:
     """The exact likelihood of this order of the tokens, by a network call for each, not a bound."""
     table: Annotated[Path | None, unset("FILE.md|FILE.tex")] = None
     """Write the table here, in Markdown or LaTeX."""
+    samples: Annotated[Path | None, unset("FILE.jsonl")] = None
+    """Compare these samples (of sample.py --output) with the first data set's text."""
+    judge: Annotated[str | None, unset("NAME|DIR")] = None
+    """Generative perplexity of the samples under smollm2, hf:NAME, or an autoregressive run."""
+    consistency: Annotated[int | None, unset("PAIRS")] = None
+    """Compare the joints that the conditionals imply at so many pairs of positions."""
+    report: Annotated[Path | None, unset("FILE.html")] = None
+    """Write all of it to one page."""
     resume: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Keep what is done here, and go on from it; beside --json by default, until all is done."""
     cache_dir: Annotated[Path | None, unset("DIR")] = None
@@ -89,7 +97,7 @@ class EvaluateCommand:
     spelled_out: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self):
-        for name in ("batch_size", "max_sequences"):
+        for name in ("batch_size", "max_sequences", "consistency"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -97,6 +105,10 @@ class EvaluateCommand:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.data == ():
             raise ValueError("--data needs a value")
+        if self.judge is not None and self.samples is None:
+            raise ValueError(
+                f"--judge {self.judge}: it judges --samples FILE.jsonl, which is missing"
+            )
         if self.table is not None and self.table.suffix not in SUFFIXES:
             raise ValueError(f"--table {self.table}: the name must end in .md or .tex")
 
@@ -127,7 +139,8 @@ def read_command(arguments: Sequence[str]) -> EvaluateCommand:
         description=f"{TITLE}\n\n--protocol {{{','.join(PROTOCOLS)}}} says how, and is the default "
         "of the flags below it.",
     )
-    for flag, path in (("json", command.json), ("table", command.table)):
+    written = (("json", command.json), ("table", command.table), ("report", command.report))
+    for flag, path in written:
         if path is not None:
             check_writable(path, f"--{flag} {path}")
     if command.journal is not None:

@@ -83,7 +83,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a report: what it is, its tables, its matplotlib figures, and samples of text.
+    """A part of a report: what it is, its tables, its figures (matplotlib's or PNG files), texts.
 
     ``text`` is paragraphs, divided by empty lines.
     """
@@ -123,9 +123,13 @@ def _section(section: Section) -> str:
 def _figure(figure) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return f'<img src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">'
+    if isinstance(figure, Path):
+        data = figure.read_bytes()
+    else:
+        image = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(image)
+        data = image.getvalue()
+    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
 def _literal(text: str) -> str:
