@@ -106,9 +106,7 @@ class EvaluateCommand:
         if self.data == ():
             raise ValueError("--data needs a value")
         if self.judge is not None and self.samples is None:
-            raise ValueError(
-                f"--judge {self.judge}: it judges --samples FILE.jsonl, which is missing"
-            )
+            raise ValueError(f"--judge {self.judge} takes --samples FILE.jsonl, which is missing")
         if self.table is not None and self.table.suffix not in SUFFIXES:
             raise ValueError(f"--table {self.table}: the name must end in .md or .tex")
 

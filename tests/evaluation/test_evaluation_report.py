@@ -54,7 +54,7 @@ def test_an_exact_likelihood_is_called_no_bound(place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--judge", "smollm2"), "--judge smollm2 judges --samples FILE.jsonl, which is missing"),
+        (("--judge", "smollm2"), "--judge smollm2 takes --samples FILE.jsonl, which is missing"),
         (("--consistency", 0), "consistency must be at least 1, got 0"),
         (("--samples", "none.jsonl"), "--samples none.jsonl: No such file"),
     ],
