@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from report import machine, report
 
 from sedd.build import build_parts
+from sedd.cli import parse, run
+from sedd.errors import UserError
 from sedd.evaluation.report import Table
-from sedd.files import write_whole
+from sedd.files import check_writable, write_whole
 from sedd.model import read_config, read_tokenizer
 from sedd.training.metrics import read_metrics
 
@@ -94,14 +95,14 @@ def training_flags(settings: Settings, name: str) -> list[str]:
 
 def evaluation_flags(settings: Settings, name: str) -> list[str]:
     """The flags of ``evaluate.py`` for a model."""
-    run = settings.workdir / name
+    folder = settings.workdir / name
     shared = {
-        "checkpoint": run,
+        "checkpoint": folder,
         "data": settings.corpus,
         "draws": settings.draws,
         "max-sequences": settings.max_sequences,
         "seed": settings.seed,
-        "json": run / "evaluation.json",
+        "json": folder / "evaluation.json",
     }
     return [word for flag, value in shared.items() for word in (f"--{flag}", str(value))]
 
@@ -114,14 +115,14 @@ def command(name: str, flags: list[str], *, quiet: bool = False) -> None:
         sys.exit(code)
 
 
-def figures(run: Path, name: str) -> dict[str, Any]:
+def figures(folder: Path, name: str) -> dict[str, Any]:
     """A row of the table, from what the two commands left."""
-    config, tokenizer = read_config(run), read_tokenizer(run)
+    config, tokenizer = read_config(folder), read_tokenizer(folder)
     assert config is not None
     network = build_parts(config, tokenizer.num_tokens).network
     parameters = jax.eval_shape(network.init, jax.random.key(0))
-    logged = [record for record in read_metrics(run) if record.get("tokens") is not None]
-    result = json.loads((run / "evaluation.json").read_text())
+    logged = [record for record in read_metrics(folder) if record.get("tokens") is not None]
+    result = json.loads((folder / "evaluation.json").read_text())
     return {
         "model": MODELS[name][0],
         "figure": "exact NLL" if result["estimator"] == "exact" else "bound",
@@ -139,11 +140,13 @@ def figures(run: Path, name: str) -> dict[str, Any]:
 
 def main(settings: Settings) -> None:
     """Train what is not trained, evaluate, and print the table."""
+    if settings.markdown is not None:
+        check_writable(settings.markdown, f"--markdown {settings.markdown}")
     for name in settings.models:
         command("train", training_flags(settings, name))
         last = read_metrics(settings.workdir / name)[-1]["step"]
         if last < settings.steps:
-            sys.exit(f"{name} was stopped at step {last}: the same command goes on")
+            raise UserError(f"{name} was stopped at step {last}: the same command goes on")
     for name in settings.models:
         command("evaluate", evaluation_flags(settings, name), quiet=True)
     rows = [figures(settings.workdir / name, name) for name in settings.models]
@@ -199,4 +202,4 @@ jax {about["jax"]}.
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run(lambda arguments: main(parse(Settings, arguments, description=__doc__ or "")))

@@ -39,9 +39,12 @@ def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     """Its commands in this process: they are what compiles."""
     compare = importlib.import_module("compare")
 
+    said = []
+
     def command(name, flags, *, quiet=False):
         outcome = tiny_run.call(name, *flags)
         assert outcome.code == 0, outcome.err
+        said.append(outcome.out)
 
     monkeypatch.setattr(compare, "command", command)
     (tmp_path / "text.txt").write_text(tiny_run.text())
@@ -57,6 +60,9 @@ def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     compare.main(settings)
     ar, sedd = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
     assert (ar["figure"], sedd["figure"]) == ("exact NLL", "bound")
+    assert "validation NLL " in said[0]
+    assert "validation bound " in said[1]
+    assert "bound" not in said[0] + said[2]
     assert ar["± draws"] == 0 < sedd["± draws"]
     assert ar["training tokens"] == sedd["training tokens"] == 10 * 8 * 8
     assert ar["parameters"] < sedd["parameters"]
