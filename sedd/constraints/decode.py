@@ -446,7 +446,16 @@ class Automaton(TokenAutomaton):
             raise UserError(f"start must be a state, 0 to {self.num_states - 1}, got {start}")
         bad_L = np.asarray(jnp.isnan(log_probs_LN).any(1))
         if bad_L.any():
-            raise UserError(f"position {bad_L.argmax()}: the log probabilities hold nan")
+            position, reached_S = int(bad_L.argmax()), np.arange(self.num_states) == start
+            for _ in range(position):
+                reached_S = np.bincount(
+                    self.edge_target[reached_S[self.edge_source]], minlength=self.num_states
+                ).astype(bool)
+            states = ", ".join(map(str, np.flatnonzero(reached_S)[:5]))
+            raise UserError(
+                f"position {position}: the log probabilities hold nan, in state {states} of "
+                f"{self.pattern!r}"
+            )
         more = bucket(max(length, 8)) - length
         fixed_L = np.full(length + more, -1, np.int32)
         fixed_L[:length] = -1 if fixed is None else fixed
