@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     prepare_cpu()
     command = parse_config(arguments, TrainCommand, __doc__ or "")
     connect(command.processes)
+    console.quiet = jax.process_index() > 0  # one of several speaks for all
     config, workdir = command.config, command.workdir
     build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
