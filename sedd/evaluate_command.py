@@ -289,7 +289,10 @@ class Evaluation:
         named = [n for spec in self.command.data for n in (ZEROSHOT if spec == ALL else [spec])]
         for spec in dict.fromkeys(named):
             try:
-                opened.append(open_data_set(spec, self.command, self.model))
+                data = open_data_set(spec, self.command, self.model)
+                if data.label in [other.label for other in opened]:
+                    raise UserError(f"there is a {data.label} already")
+                opened.append(data)
             except UserError as error:
                 failed.append(f"{spec}: {error}")
         return opened, failed

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
+from tiny_run import make_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -123,3 +124,30 @@ def test_json_schemas_counts_what_is_refused(tmp_path, capsys):
     compiled, refused = line["rows"]
     assert (compiled["schemas"], refused["schemas"]) == (1, 1)
     assert refused["outcome"].startswith("refused: multipleOf: ")
+
+
+def test_the_variance_of_the_bound(tmp_path, monkeypatch, capsys):
+    variance = importlib.import_module("bound_variance")
+    monkeypatch.setattr(variance, "SCHEMES", dict([*variance.SCHEMES.items()][-1:]))
+    monkeypatch.setenv("SEDD_CACHE", str(tmp_path / "cache"))
+    texts = tmp_path / "text.txt"
+    texts.write_text(tiny_run.text(400))
+    make_run(tmp_path, tiny_run.config("radd", corpus=str(texts)))
+    sizes = {"sequences": 2, "repeats": 8, "draws": 2}
+    variance.main(variance.Settings(checkpoint=tmp_path, data=str(texts), **sizes))
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["estimator"] for row in line["rows"]] == ["k_dce"] * 2 + ["score_entropy"] * 2
+    assert all(row["s.d. of a sequence"] > 0 for row in line["rows"])
+
+
+def test_the_training_step_beside_its_plain_form(monkeypatch, capsys):
+    train_step = importlib.import_module("train_step")
+    monkeypatch.setitem(train_step.SHAPES, "small", (16, 1, 2, 11))
+    small = {"length": 8, "batch_size": 4, "steps": 1}
+    train_step.main(train_step.Settings(**small, objective="score_entropy", process="uniform"))
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["form"] for row in line["rows"]] == ["sedd", "plain"]
+    assert all(row["tokens/s"] > 0 for row in line["rows"])
+    train_step.main(train_step.Settings(**small, depths=(1, 2)))
+    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["layers"] for row in line["rows"]] == [1, 2]

@@ -39,22 +39,21 @@ class Journal:
             data = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if not data:
+            return 0
         whole = data.rfind(b"\n") + 1
-        lines = data[:whole].splitlines()
         try:
-            first, *rest = map(json.loads, lines)
+            first, *rest = (json.loads(line) for line in data[:whole].splitlines())
+            other = [k for k in sorted({*about, *first}) if first.get(k) != about.get(k)]
             for record in rest:
                 self._done.setdefault(record["data"], []).append(record)
-        except (ValueError, KeyError, TypeError) as error:
-            if not lines and not data:
-                return 0
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path} is not the file of an evaluation") from error
-        if first != about:
-            keys = {*about, *first} if isinstance(first, dict) else about
-            other = [k for k in sorted(keys) if first.get(k) != about.get(k)] if keys else []
+        if other:
+            verb = "differs" if len(other) == 1 else "differ"
             raise UserError(
-                f"{self.path} holds the results of another evaluation ({', '.join(other)} differ"
-                f"{'s' if len(other) == 1 else ''}): remove it, or name another file"
+                f"{self.path} holds the results of another evaluation ({', '.join(other)} {verb}): "
+                "remove it, or name another file"
             )
         return whole
 

@@ -219,7 +219,10 @@ def test_budget_against_the_whole_by_brute_force():
             lambda a: a.most_likely(uniform(5), fixed=[-1, 3, -1, -1, -1]),
             "token 3 that is given at position 1 contradicts",
         ),
-        (lambda a: a.marginals(bad(uniform(3), 1, np.nan)), r"position 1: .* hold nan, in state \d"),
+        (
+            lambda a: a.marginals(bad(uniform(3), 1, np.nan)),
+            r"position 1: .* hold nan, in state \d",
+        ),
         (
             lambda a: a.log_partition(bad(uniform(3), 1, -np.inf)),
             "position 1: .*in state 1.*probability 0",

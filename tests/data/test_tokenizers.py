@@ -5,6 +5,7 @@ import json
 import sys
 import types
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,13 +220,22 @@ def test_a_tokenizers_file_by_its_path(cache):
         build_tokenizer(str(file), None, cache_dir=cache)
 
 
-def word_pieces():
-    vocabulary = {t: n for n, t in enumerate(["[PAD]", "[UNK]", "[SEP]", "the", "cat", "##s"])}
+def word_pieces(*more):
+    names = ["[PAD]", "[UNK]", "[SEP]", "the", "cat", "##s", *more]
+    vocabulary = {t: n for n, t in enumerate(names)}
     backend = Backend(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     return backend.to_str()
+
+
+def test_what_opens_a_row():
+    """A tokenizer's own beginning, else the end of a document, as in GPT-2."""
+    assert Pretrained.of("bert", word_pieces("[CLS]")).bos_id == 6
+    assert Pretrained.of("bert", word_pieces()).bos_id == 2
+    assert build_tokenizer("bytes", None, cache_dir=Path()).bos_id == 256
+    assert build_tokenizer("text8", None, cache_dir=Path()).bos_id is None
 
 
 @pytest.mark.parametrize("source", [word_pieces(), byte_level(normalizer=normalizers.Lowercase())])

@@ -375,6 +375,13 @@ def test_an_unknown_data_set_gets_a_suggestion(place):
     assert "unknown corpus 'agnews', did you mean 'ag_news'?" in result.errors[0]
 
 
+def test_a_data_set_that_is_named_twice(place):
+    twice = [f"ptb={place}/text.txt", f"ptb={place}/rows.jsonl"]
+    opened, failed = evaluation(place, "radd", "--data", *twice).open_all()
+    assert [data.label for data in opened] == ["ptb"]
+    assert failed == [f"{twice[1]}: there is a ptb already"]
+
+
 def test_unknown_protocol():
     with pytest.raises(UserError, match="did you mean 'text8'"):
         protocol("tex8")
