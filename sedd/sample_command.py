@@ -139,7 +139,10 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
 def sampler_for(arguments: Sequence[str]) -> str:
     """The default sampler: what the run named by --checkpoint needs, if there is one."""
     checkpoint, _ = take(arguments, "--checkpoint")
-    config = None if checkpoint is None else read_config(Path(checkpoint))
+    try:
+        config = None if checkpoint is None else read_config(Path(checkpoint))
+    except UserError:  # a published one; of others ``sedd.load`` says what is wrong
+        config = None
     if config is None:
         return DEFAULT
     return default_sampler(maker("parameterizations", config.parameterization.name))

@@ -227,8 +227,9 @@ def test_objective(name):
 
         def loss(raw_BLV, objective=objective, network=network, x0_BL=x0_BL, scored_BL=scored_BL):
             corrupted = objective.corrupt(keys(0, B), f32([0.1, 0.5, 0.95]), x0_BL, scored_BL)
-            nats_BL = objective.nats(network, raw_BLV, corrupted, x0_BL)
-            return nats_BL.sum(), (corrupted, nats_BL)
+            nats_BL = objective.nats(network, jax.lax.stop_gradient(raw_BLV), corrupted, x0_BL)
+            total = objective.summed_nats(network, raw_BLV, corrupted, x0_BL)
+            return total, (corrupted, nats_BL)
 
         raw_BLV = jax.random.normal(jax.random.key(0), (B, L, process.num_states))
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -238,6 +239,7 @@ def test_objective(name):
         assert np.isfinite(nats_BL).all()
         assert np.isfinite(gradient).all()
         assert total > 0
+        assert total == pytest.approx(nats_BL.sum(), rel=1e-5)
         assert np.abs(gradient).max() > 0
         clean_BL, _ = reading.inputs(x0_BL)
         np.testing.assert_array_equal(corrupted.xt_BL[~scored_BL], clean_BL[~scored_BL])

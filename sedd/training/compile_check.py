@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,8 +105,9 @@ def vocabulary_of(config: Config) -> int:
 
 def devices_of(topology: str) -> list[Any]:
     """Descriptions of the devices of a TPU slice; UserError where there is no such slice."""
-    if "jax_plugins" not in sys.modules:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nothing is asked of a TPU: no metadata server, no lock that keeps others from it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:

@@ -29,7 +29,12 @@ FLAGS = [
     *("--training.checkpoint-every", EVERY, "--evaluation.max-sequences", "8"),
     *("--evaluation.batch-size", "8", "--evaluation.draws", "4", "--sampler.steps", "2"),
 ]
-SPEEDS = ("tokens_per_second", "steps_per_second")
+SPEEDS = (
+    "tokens_per_second",
+    "steps_per_second",
+    "waiting_for_data",
+    "tflops_per_second",
+)
 
 
 @dataclass(kw_only=True)
