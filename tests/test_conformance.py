@@ -239,7 +239,7 @@ def test_objective(name):
         assert np.isfinite(nats_BL).all()
         assert np.isfinite(gradient).all()
         assert total > 0
-        assert total == pytest.approx(nats_BL.sum(), rel=1e-5)
+        assert float(total) == pytest.approx(float(nats_BL.sum()), rel=1e-5)
         assert np.abs(gradient).max() > 0
         clean_BL, _ = reading.inputs(x0_BL)
         np.testing.assert_array_equal(corrupted.xt_BL[~scored_BL], clean_BL[~scored_BL])
