@@ -22,6 +22,7 @@ from report import report
 from sedd.build import build_parts
 from sedd.components import options
 from sedd.config import Config, TrainingOptions
+from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.lambda_dce import LambdaDCE
 from sedd.objectives.score_entropy import ScoreEntropy
 from sedd.training.flops import peak_flops, step_flops
@@ -33,7 +34,7 @@ SHAPES = {  # hidden_dim, layers, heads, tokens
     "small": (256, 6, 8, 2048),
     "gpt2-small": (768, 12, 12, 50257),
 }
-LOSSES = {"lambda_dce": LambdaDCE, "score_entropy": ScoreEntropy}
+LOSSES = {"lambda_dce": LambdaDCE, "score_entropy": ScoreEntropy, "autoregressive": Autoregressive}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ def parts_of(settings: Settings, num_layers: int):
         "score_entropy": "score",
         "autoregressive": "autoregressive",
     }[settings.objective]
+    autoregressive = settings.objective == "autoregressive"
     config = Config(
         process=options("processes", settings.process),
         parameterization=options("parameterizations", parameterization),
@@ -76,7 +78,7 @@ def parts_of(settings: Settings, num_layers: int):
             dtype=settings.dtype,
             remat=settings.remat,
         ),
-        sampler=options("samplers", "euler"),
+        sampler=options("samplers", "ordered" if autoregressive else "euler"),
         training=TrainingOptions(batch_size=settings.batch_size),
     )
     return build_parts(config, num_tokens)
