@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import jax
@@ -27,6 +28,7 @@ def run(
     ``--debug`` shows the traceback instead. ``interrupted`` is how it exits after Ctrl-C.
     """
     leave = sys.exit
+    leave_libtpu_alone()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -54,6 +56,17 @@ def run(
         code, leave = 130, interrupted
     sys.stdout.flush()
     leave(code)
+
+
+def leave_libtpu_alone() -> None:
+    """Where there is no TPU, libtpu is there to compile for one: JAX shall not try to start it.
+
+    It would fall back to the CPU all the same, after an error message of many lines.
+    """
+    # Importing JAX has set the first where it found no chips; the package holds plugins for GPUs.
+    no_chips = os.environ.get("TPU_SKIP_MDS_QUERY") == "1"
+    if no_chips and "JAX_PLATFORMS" not in os.environ and not find_spec("jax_plugins"):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def first_line(error: Exception) -> str:
