@@ -6,7 +6,7 @@ GPT-2-small's shape on the same 64 tokens. `temporary` is what the compiled step
 beside its arguments; states × vocabulary in float32 would be `dense`.
 
     python benchmarks/constrained.py
-    python benchmarks/constrained.py --checkpoint runs/quickstart
+    python benchmarks/constrained.py --checkpoint runs/quickstart --length 32
 """
 
 import dataclasses
@@ -93,7 +93,6 @@ class Settings:
     num_layers: int = 12
     checkpoint: Path | None = None
     """Draw with this model instead, and count what matches."""
-    num: int = 50
 
 
 def steps(automaton: Automaton, length: int, repeats: int):
@@ -172,46 +171,122 @@ def measure(settings: Settings) -> None:
     )
 
 
-REGEXES = [
-    r"\d{4}-\d\d-\d\d",
-    "[A-Z][a-z]+ [A-Z][a-z]+",
-    r"(Mr|Mrs|Dr)\. [A-Z][a-z]{2,10}",
-    r"\$\d{1,3}(,\d{3})*( million| billion)?",
-    r"The [a-z ]{5,30} of the [a-z]+\.",
-    '"[^"]*"',
-    "(yes|no)(, (yes|no))*",
-    r"[a-z]+@[a-z]+\.(gov|org)",
-    r"\(\d+( [-+*] \d+)*\)",
-    r"[^aeiou]+",
-]
+# Over the quick start's 106 characters, a dozen of them of several bytes.
+REGEXES = r"""
+\d{4}-\d\d-\d\d
+\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])
+(January|February|March) \d{1,2}, 1[89]\d\d
+[01]\d:[0-5]\d
+\d{3}-\d{3}-\d{4}
+\d+(\.\d+)?
+-?(0|[1-9]\d*)
+\$\d{1,3}(,\d{3})*( million| billion)?
+[$£]\d+
+\d+¢
+(\d|[1-9]\d|100) per cent
+\(\d+( [-+*/] \d+)*\)
+\d+( [-+*] \d+)* = \d+
+\d+[¼½]
+\d+°
+[IVXLCDM]+
+(0|1)+
+(a|b)*abb
+(ab|cd)*
+(a?){5}
+((a|b)(c|d)){1,4}
+a{0}b
+x?y?z?
+.*
+.{32}
+.
+|a
+[^a]+
+[^aeiou]+
+[A-Z]+
+[A-Z][a-z]+ [A-Z][a-z]+
+(Mr|Mrs|Dr)\. [A-Z][a-z]{2,10}
+The [a-z ]{5,20} of the [a-z]+\.
+(we|the people|Congress) (shall|must|will) [a-z]+
+(yes|no)(, (yes|no))*
+true|false|null
+no+!
+"[^"]*"
+“[^“”]*”
+'\w+'
+\w+(—|–)\w+
+[áéíó]+
+caf(é|e)s?
+[^\x00-\x7f]{1,8}
+(• \w+)+
+\[(\d+(, \d+)*)?\]
+[a-z]+(-[a-z]+)*
+\s*\w\s*
+\W{2,6}
+[\w.]+\?
+""".strip().split("\n")
+
+
+def shorter(texts: list[str]) -> list[float]:
+    """The verifier of those that search."""
+    return [-len(text) / 10 for text in texts]
+
+
+SAMPLERS: dict[str, dict] = {  # what each is built with, beside its steps
+    "euler": {},
+    "tweedie": {},
+    "event_jump": {},
+    "ordered": {},
+    "confidence": {},
+    "entropy_bounded": {},
+    "token_confidence": {},
+    "remdm": {},
+    "semi_autoregressive": {"inner": "event_jump", "block_length": 8},
+    "best_of_n": {"inner": "event_jump", "n": 2, "verifier": shorter},
+    "particle": {"inner": "event_jump", "particles": 2, "verifier": shorter},
+}
 
 
 def match(settings: Settings, checkpoint: Path) -> None:
-    """How much of what a trained model draws matches, by sampler and steps; all of it should."""
+    """How much of what a model draws matches, by sampler and steps; all of it should."""
     model = sedd.load(checkpoint)
     assert model.tokenizer is not None
     vocabulary, eos_id = model.tokenizer.token_bytes(), model.tokenizer.eos_id
-    patterns = [REGEXES[i % len(REGEXES)] for i in range(settings.num)]
-    automata = {p: compile_regex(p, vocabulary, eos_id=eos_id) for p in set(patterns)}
+    automata = [compile_regex(pattern, vocabulary, eos_id=eos_id) for pattern in REGEXES]
+
+    def matches(model: sedd.Model, sampler: str, steps: int | None) -> str:
+        options = SAMPLERS[sampler] | ({} if steps is None else {"steps": steps})
+        result = sedd.sample(
+            model,
+            jax.random.key(0),
+            num=len(automata),
+            length=settings.length,
+            sampler=sampler,
+            constraint=automata,
+            **options,
+        )
+        assert result.text is not None
+        pairs = zip(REGEXES, result.text, strict=True)
+        good = sum(re.fullmatch(p, text, re.ASCII) is not None for p, text in pairs)
+        return f"{good}/{len(automata)}"
+
+    models = {"trained": model, "random": with_noise(model)}
     rows = []
-    for sampler in ("tweedie", "euler", "event_jump", "confidence", "token_confidence", "remdm"):
-        for count in (1, 4, settings.length):
-            result = sedd.sample(
-                model,
-                jax.random.key(0),
-                num=settings.num,
-                length=settings.length,
-                sampler=sampler,
-                steps=count,
-                constraint=[automata[p] for p in patterns],
-            )
-            assert result.text is not None
-            good = sum(
-                re.fullmatch(p, text, re.ASCII) is not None
-                for p, text in zip(patterns, result.text, strict=True)
-            )
-            rows.append({"sampler": sampler, "steps": count, "match": f"{good}/{settings.num}"})
+    for sampler in SAMPLERS:
+        # It chooses its own number of steps.
+        counts = (None,) if sampler == "entropy_bounded" else (1, 4, settings.length)
+        for count in counts:
+            found = {name: matches(model, sampler, count) for name, model in models.items()}
+            rows.append({"sampler": sampler, "steps": count, **found})
+            print(*rows[-1].values(), flush=True)
     report("Samples that match their regex", rows, checkpoint=str(checkpoint))
+
+
+def with_noise(model: sedd.Model) -> sedd.Model:
+    """The model with weights that are hardly more than noise."""
+    leaves, tree = jax.tree.flatten(model.denoiser.params)
+    rng = np.random.default_rng(0)
+    leaves = [jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
+    return dataclasses.replace(model, denoiser=model.parts.denoiser(tree.unflatten(leaves)))
 
 
 def main(settings: Settings) -> None:

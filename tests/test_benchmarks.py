@@ -151,3 +151,42 @@ def test_the_training_step_beside_its_plain_form(monkeypatch, capsys):
     train_step.main(train_step.Settings(**small, depths=(1, 2)))
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [row["layers"] for row in line["rows"]] == [1, 2]
+
+
+def test_the_training_run_beside_its_steps(tmp_path, monkeypatch, capsys):
+    training_run = importlib.import_module("training_run")
+    monkeypatch.setenv("SEDD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(tiny_run.text(2000))
+    shape = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "length": 8, "batch_size": 4}
+    loader = {"loader_length": 16, "loader_batch_size": 8, "loader_batches": 3}
+    training_run.main(
+        training_run.Settings(
+            **shape, **loader, steps_between=2, saves=2, corpus=str(tmp_path / "text.txt")
+        )
+    )
+    loader, run = (
+        json.loads(line)["rows"]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("{")
+    )
+    assert loader[0]["Mtokens/s"] > 0
+    figures = {row["what"]: row["figure"] for row in run}
+    assert figures["parameters"] > 1000
+    assert figures["checkpoint MB"] > 4 * figures["parameters"] / 1e6  # zeros take no room
+    assert all(figure > 0 for figure in figures.values())
+
+
+def test_scaling_reads_what_devices_hold_and_send(monkeypatch, capsys):
+    scaling = importlib.import_module("scaling")
+    monkeypatch.setattr(scaling, "simulate", lambda number: None)  # the tests have four already
+    shape = {"hidden_dim": 32, "num_layers": 2, "num_heads": 2, "num_tokens": 4096, "length": 8}
+    scaling.main(scaling.Settings(**shape, devices=(1, 4)))
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    one, pmap, alone, fsdp = rows
+    assert one["all-reduce MB"] == alone["all-reduce MB"] == one["all-gather MB"] == 0
+    # The gradient, the loss and the counts.
+    grads = (pmap["state MB"] * 1e6 / 4) * (1 - 1e-3)
+    assert grads < pmap["all-reduce MB"] * 1e6 < 1.01 * grads
+    assert pmap["all-gather MB"] == 0 < fsdp["all-gather MB"]
+    assert fsdp["all-reduce MB"] < pmap["all-reduce MB"]
+    assert fsdp["state MB"] < pmap["state MB"] / 2

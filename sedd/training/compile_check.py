@@ -61,7 +61,7 @@ class Compiled:
     temporaries: int  # bytes
     peak: int  # bytes that must be there at once
     flops: float  # as the compiler counts them
-    collectives: dict[str, tuple[int, int]]  # kind: how many in the program's text, and their bytes
+    collectives: dict[str, tuple[int, int]]  # kind: how many a step, and their bytes
     text: str
 
 
@@ -191,16 +191,50 @@ def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state
 
 
 def collectives_of(text: str) -> dict[str, tuple[int, int]]:
-    """How often each kind stands in a program, and the bytes of what they give.
+    """How often a compiled program does each kind of collective, and the bytes of what they give.
 
-    One inside a loop over layers stands there once.
+    What is in a loop counts as often as the loop runs, once where the program does not say.
     """
     found: dict[str, tuple[int, int]] = dict.fromkeys(COLLECTIVES, (0, 0))
-    pattern = rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
-    for result, kind in re.findall(pattern, text):
-        count, total = found[kind]
-        found[kind] = (count + 1, total + max(sizes(result), default=0))
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    entry = lines
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            lines = computations.setdefault(head[2], [])
+            entry = lines if head[1] else entry
+        lines.append(line)
+
+    def visit(lines: Sequence[str], times: int) -> None:
+        for line in lines:
+            if moved := re.search(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line):
+                if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", line):
+                    continue  # each device alone
+                result, kind, starts = moved.groups()
+                arrays = [size for size in sizes(result) if size]
+                if (
+                    starts and kind != "all-reduce"
+                ):  # then what goes in stands before what comes out
+                    arrays = arrays[len(arrays) // 2 :]
+                count, total = found[kind]
+                found[kind] = (count + times, total + times * sum(arrays))
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            loops = int(trips[1]) if trips and " while(" in line else 1
+            for name in called(line):
+                visit(computations.get(name, ()), times * loops)
+
+    visit(entry, 1)
     return {kind: figures for kind, figures in found.items() if figures[0]}
+
+
+def called(line: str) -> list[str]:
+    """The computations that an instruction runs; not those that combine two numbers."""
+    names = re.findall(r"(?:body|calls|(?:true|false)_computation)=%?([\w.-]+)", line)
+    if branches := re.search(r"branch_computations=\{(.*?)\}", line):
+        names += [name.strip().lstrip("%") for name in branches[1].split(",")]
+    if " call(" in line:
+        names += re.findall(r"to_apply=%?([\w.-]+)", line)
+    return names
 
 
 def sizes(result: str) -> list[int]:
@@ -264,7 +298,7 @@ def show(console: Console, command: CompileCheckCommand, compiled: Compiled, num
         ("compiler's FLOPs (a loop's body once)", f"{compiled.flops:.3g}"),
     ]
     for kind, (count, total) in compiled.collectives.items():
-        rows.append((kind, f"{count} in the program, {gib(total)}"))
+        rows.append((kind, f"{count} a step, {gib(total)}"))
     for row in rows:
         table.add_row(*row)
     console.print(table)

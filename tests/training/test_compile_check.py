@@ -71,12 +71,34 @@ def test_flags_that_cannot_be_are_refused(arguments, message):
 
 def test_what_a_program_moves_is_counted():
     text = """
-      %a = f32[8,16]{1,0:T(8,128)} all-reduce(%x), channel_id=1
-      %b = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%y), dimensions={0}
-      %c = bf16[32]{0} all-gather-done(%b)
-      %d = f32[2]{0} add(%x, %y)
-    """
-    assert collectives_of(text) == {"all-reduce": (1, 512), "all-gather": (1, 64)}
+HloModule jit_run, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%gather.1 (x: bf16[4]) -> bf16[32] {
+  ROOT %b = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%x), dimensions={0}
+}
+
+%body.2 (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %a = f32[8,16]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add
+  %f = bf16[32]{0} fusion(%x), kind=kLoop, calls=%gather.1
+}
+
+%never (p: f32[]) -> f32[] {
+  %a = f32[99]{0} all-reduce(%x), to_apply=%add
+}
+
+ENTRY %main.3 (p: f32[8,16]) -> f32[2] {
+  %w = (s32[], f32[8,16]{1,0}) while(%t), condition=%cond, body=%body.2, backend_config={"known_trip_count":{"n":"12"}}
+  %v = (s32[], f32[8,16]{1,0}) while(%t), condition=%cond, body=%body.2
+  %e = f32[7]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
+  %g = f32[7]{0} all-reduce(%x), replica_groups=[2,1]<=[2], to_apply=%add
+  ROOT %d = (f32[2]{0}, f32[6]{0}) all-reduce(%x, %y), replica_groups={{0,1}}, to_apply=%add
+}
+"""  # noqa: E501
+    assert collectives_of(text) == {"all-reduce": (14, 13 * 512 + 32), "all-gather": (13, 13 * 64)}
     assert sizes("(f32[2,3]{1,0}, u32[], pred[7]{0})") == [24, 4, 7]
 
 

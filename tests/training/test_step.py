@@ -11,7 +11,12 @@ from sedd.errors import UserError
 from sedd.networks.ddit import DDiT
 from sedd.objectives.base import draw_uniform
 from sedd.training import parallel
-from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
+from sedd.training.optimizer import (
+    OptimizerOptions,
+    clip_by_global_norm,
+    make_optimizer,
+    make_schedule,
+)
 from sedd.training.parallel import DataParallel, check_batch_size
 from sedd.training.state import ema_decay_at, init_state, update_ema
 from sedd.training.step import Step, keep_if_finite, sum_over_devices
@@ -169,6 +174,19 @@ def test_clipping_bounds_the_update():
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         np.testing.assert_allclose(optax.tree.norm(updates), norm, rtol=1e-5)
         np.testing.assert_allclose(updates["w"] / -norm, [0.6, 0, 0.8], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6, jnp.inf, jnp.nan])
+def test_clipping_is_that_of_optax(scale):
+    ours, theirs = clip_by_global_norm(2.0), optax.clip_by_global_norm(2.0)
+    key = jax.random.key(0)
+    grads = {"w": scale * jax.random.normal(key, (3, 4)), "b": jnp.array(scale)}
+    mine, _ = ours.update(grads, ours.init(grads))
+    other, _ = theirs.update(grads, theirs.init(grads))
+    if jnp.isfinite(scale):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mine, other)
+    else:
+        assert jnp.isnan(optax.tree.norm(mine))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])

@@ -1,0 +1,159 @@
+"""What a training run does beside its steps: reading data, saving, and going on after a stop.
+
+A real run of the loop on the embedded corpus, with ``saves`` checkpoints on the way. `stall` is how
+long a save keeps the loop, from a finished step to the next one's start; `writing` what is left of
+it in the background. `resume` is what a new process does between its imports and its first step:
+read and verify the checkpoint, place it, and compile.
+
+    python benchmarks/training_run.py
+"""
+
+import dataclasses
+import tempfile
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from report import report
+
+from sedd.build import build_data, build_parallel, build_parts, build_step
+from sedd.components import options
+from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.data.loader import Batches
+from sedd.training.checkpoint import Checkpoints
+from sedd.training.loop import Cadence, train
+from sedd.training.metrics import read_metrics
+from sedd.training.parallel import prepare_cpu
+from sedd.training.state import init_state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The model, and how long to run."""
+
+    hidden_dim: int = 640
+    num_layers: int = 10
+    num_heads: int = 10
+    length: int = 256
+    batch_size: int = 16
+    steps_between: int = 6
+    """Updates between two saves."""
+    saves: int = 3
+    corpus: str = "sotu"
+    loader_length: int = 1024
+    loader_batch_size: int = 512
+    loader_batches: int = 200
+
+
+class Timed(Checkpoints):
+    """Checkpoints that know how long they kept the loop, and how long the rest took."""
+
+    def save(self, state, **kwargs):
+        self.wait()
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        super().save(state, **kwargs)
+        self.stalls = [*getattr(self, "stalls", ()), time.perf_counter() - start]
+
+
+def main(settings: Settings) -> None:
+    """Print the loader's row, and the run's."""
+    prepare_cpu()
+    config = Config(
+        data=DataOptions(corpus=settings.corpus, tokenizer="bytes", length=settings.length),
+        network=options(
+            "networks",
+            "ddit",
+            hidden_dim=settings.hidden_dim,
+            num_layers=settings.num_layers,
+            num_heads=settings.num_heads,
+        ),
+        training=TrainingOptions(
+            batch_size=settings.batch_size, steps=settings.steps_between * settings.saves
+        ),
+    )
+    measure_loader(config, settings)
+    with tempfile.TemporaryDirectory() as workdir:
+        measure_run(config, settings, Path(workdir))
+
+
+def measure_loader(config: Config, settings: Settings) -> None:
+    """Tokens a second that nobody waits for but this loop."""
+    longer = dataclasses.replace(config.data, length=settings.loader_length)
+    data = build_data(dataclasses.replace(config, data=longer))
+    batches = Batches(data.train, batch_size=settings.loader_batch_size, seed=0)
+    next(batches)
+    start = time.perf_counter()
+    tokens = sum(batch["x0"].size for batch in islice(batches, settings.loader_batches))
+    rate = tokens / (time.perf_counter() - start)
+    row = {"batch": settings.loader_batch_size, "length": settings.loader_length}
+    report("loader", [row | {"Mtokens/s": rate / 1e6}], corpus=settings.corpus)
+
+
+def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
+    """Of steps, saves and resuming."""
+    data = build_data(config)
+    parts = build_parts(config, data.tokenizer.num_tokens)
+    step = build_step(config, parts)
+    make_state = partial(init_state, step.network, step.optimizer, config.seed)
+    parallel = build_parallel(config, step)
+    state = parallel.init(make_state)
+    checkpoints = Timed(workdir / "checkpoints")
+    batch = partial(Batches, data.train, batch_size=settings.batch_size, seed=0)
+    begun = time.perf_counter()
+    result = train(
+        workdir=workdir,
+        state=state,
+        parallel=parallel,
+        batches=batch(),
+        checkpoints=checkpoints,
+        steps=config.training.steps,
+        cadence=Cadence(log_every=1, eval_every=None, checkpoint_every=settings.steps_between),
+    )
+    took = time.perf_counter() - begun
+    checkpoints.close()
+    lines = [line for line in read_metrics(workdir) if "steps_per_second" in line]
+    seconds = np.array([1 / line["steps_per_second"] for line in lines])
+    waiting = sum(s * line["waiting_for_data"] for s, line in zip(seconds, lines, strict=True))
+    del state
+
+    begun = time.perf_counter()
+    restored = Checkpoints(workdir / "checkpoints").restore_latest(jax.eval_shape(make_state))
+    assert restored is not None
+    assert restored.step == result.step
+    read = time.perf_counter()
+    state = jax.block_until_ready(parallel.place(restored.state))
+    placed = time.perf_counter()
+    jax.clear_caches()
+    rebuilt = build_parallel(config, step)
+    state, metrics = rebuilt(state, next(batch(start_step=restored.step)))
+    jax.block_until_ready(metrics)
+    stepped = time.perf_counter()
+
+    typical = float(np.median(seconds))
+    size = sum(f.stat().st_size for f in checkpoints.path(result.step).rglob("*") if f.is_file())
+    row = {
+        "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
+        "checkpoint MB": size / 1e6,
+        "s/step": typical,
+        "stall of a save, s": float(np.median(checkpoints.stalls)),
+        "in steps": float(np.median(checkpoints.stalls)) / typical,
+        "waiting for data": waiting / took,
+        "read and verify, s": read - begun,
+        "place, s": placed - read,
+        "compile and step, s": stepped - placed,
+    }
+    report(
+        "a training run beside its steps",
+        [{"what": name, "figure": figure} for name, figure in row.items()],
+        length=settings.length,
+        batch_size=settings.batch_size,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
