@@ -19,6 +19,8 @@ $(VENV)/.installed: requirements/cpu.txt requirements/embedded.txt pyproject.tom
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
+# Large pages for a step's arrays, where the system's C library is glibc.
+quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: install
 	$(BIN)/python train.py --config configs/quickstart.py --workdir $(RUN) $(if $(STEPS),--training.steps $(STEPS))
 	@echo

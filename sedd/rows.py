@@ -16,7 +16,7 @@ from sedd.networks.base import read_out
 from sedd.types import Array, Float
 
 CHUNK_BYTES = 2**28  # of float32 logits, at most: accelerators want long products
-LEAST_ROWS = 256
+LEAST_ROWS = 128
 
 # (raw [R, V], leaves [R, …]) -> nats [R]; ``leaves`` is what else a row has: its tokens, its sigma.
 RowNats = Callable[[Array, tuple[Array, ...]], Array]
@@ -25,7 +25,7 @@ RowNats = Callable[[Array, tuple[Array, ...]], Array]
 def chunk_rows(num_rows: int, num_states: int) -> int:
     """Rows read out together: within the bytes above, and few enough to waste little at the end."""
     most = 1 << max((CHUNK_BYTES // (4 * num_states)).bit_length() - 1, 0)
-    return min(num_rows, max(LEAST_ROWS, min(most, num_rows // 8)))
+    return min(num_rows, max(LEAST_ROWS, min(most, num_rows // 16)))
 
 
 def row_nats(
