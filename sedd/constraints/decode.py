@@ -126,6 +126,7 @@ def suffix_values(
 def walk(
     table: Tables,
     log_probs_LN: Float[Array, "L N"],
+    mass_LC: Float[Array, "L C1"],
     value_LS: Float[Array, "L1 S"],
     start: Int[Array, ""],
     length: Int[Array, ""],
@@ -133,30 +134,56 @@ def walk(
 ) -> Int[Array, " L"]:
     """The likeliest string, or with keys a sample, by what is ahead; token 0 from ``length`` on.
 
-    Ties go to the smallest token.
+    ``mass_LC`` and ``value_LS`` are maxima or sums accordingly. Ties go to the smallest token.
     """
 
     def step(state, position):
-        index, log_probs_N, value_S, key = position
+        index, log_probs_N, mass_C, value_S, key = position
         target_C = jnp.full(table.num_classes + 1, -1)
         here_E = jnp.where(table.source_E == state, table.class_E, table.num_classes + 1)
         target_C = target_C.at[here_E].set(table.target_E, mode="drop")
         # Padded edges are of no state, and the padded class leads nowhere.
         ahead_C = jnp.where(target_C < 0, ZERO, value_S[target_C])
-        score_N = ahead_C[table.class_of_N] + log_probs_N  # ZERO is too large for a sum to change
-        token = first_best(score_N) if key is None else categorical(key, score_N)
-        token = token.astype(jnp.int32)
-        state_after = jnp.where(index < length, target_C[table.class_of_N[token]], state)
-        return state_after, jnp.where(index < length, token, 0)
+        if key is None:
+            drawn = likeliest_class(table.class_of_N, log_probs_N, mass_C, ahead_C)
+            taken = drawn
+        else:  # ZERO is too large for a sum to change
+            drawn = categorical(key, ahead_C[table.class_of_N] + log_probs_N).astype(jnp.int32)
+            taken = table.class_of_N[drawn]
+        return jnp.where(index < length, target_C[taken], state), drawn
 
-    positions = (jnp.arange(len(log_probs_LN)), log_probs_LN, value_LS[1:], keys_L)
-    return jax.lax.scan(step, start, positions)[1]
+    index_L = jnp.arange(len(log_probs_LN))
+    positions = (index_L, log_probs_LN, mass_LC, value_LS[1:], keys_L)
+    drawn_L = jax.lax.scan(step, start, positions)[1]
+    if keys_L is None:
+        best_L1 = jnp.take_along_axis(mass_LC, drawn_L[:, None], 1)
+        best_LN = (table.class_of_N == drawn_L[:, None]) & (log_probs_LN == best_L1)
+        drawn_L = first(best_LN)
+    return jnp.where(index_L < length, drawn_L, 0)
 
 
-def first_best(score_N: Float[Array, " N"]) -> Int[Array, ""]:
-    """The first of the greatest: two passes that the compiler vectorises, as argmax is not."""
-    index_N = jnp.arange(len(score_N))
-    return jnp.where(score_N == score_N.max(), index_N, len(score_N) - 1).min()
+def likeliest_class(
+    class_of_N: Int[Array, " N"],
+    log_probs_N: Float[Array, " N"],
+    mass_C: Float[Array, " C1"],
+    ahead_C: Float[Array, " C1"],
+) -> Int[Array, ""]:
+    """That of the first token with the greatest sum of its own value and of what is ahead."""
+    score_C = mass_C + ahead_C
+    top_C = score_C == score_C.max()
+
+    def of_several():  # to look every token's class up takes most of the time: only for ties
+        score_N = ahead_C[class_of_N] + log_probs_N
+        return class_of_N[first(score_N == score_N.max())]
+
+    one = top_C.argmax().astype(jnp.int32)
+    return jax.lax.cond(top_C.sum() == 1, lambda: one, of_several)
+
+
+def first(is_best_XN: Bool[Array, "*x N"]) -> Int[Array, "*x"]:
+    """The first True of a row, in a pass that the compiler vectorises, as it does not argmax."""
+    index_N = jnp.arange(is_best_XN.shape[-1], dtype=jnp.int32)
+    return jnp.where(is_best_XN, index_N, len(index_N) - 1).min(-1)
 
 
 def prefix_values(
@@ -196,14 +223,16 @@ def _values(table, log_probs_LN, fixed_L, final_S, length, *, best):
 
 @jax.jit
 def _most_likely(table, log_probs_LN, fixed_L, final_S, start, length):
-    log_probs_LN, _, value_LS = _values(table, log_probs_LN, fixed_L, final_S, length, best=True)
-    return walk(table, log_probs_LN, value_LS, start, length, None), value_LS
+    asked = (log_probs_LN, fixed_L, final_S, length)
+    log_probs_LN, mass_LC, value_LS = _values(table, *asked, best=True)
+    return walk(table, log_probs_LN, mass_LC, value_LS, start, length, None), value_LS
 
 
 @jax.jit
 def _sample(table, log_probs_LN, fixed_L, final_S, start, length, keys_RL):
-    log_probs_LN, _, value_LS = _values(table, log_probs_LN, fixed_L, final_S, length, best=False)
-    draw = partial(walk, table, log_probs_LN, value_LS, start, length)
+    asked = (log_probs_LN, fixed_L, final_S, length)
+    log_probs_LN, mass_LC, value_LS = _values(table, *asked, best=False)
+    draw = partial(walk, table, log_probs_LN, mass_LC, value_LS, start, length)
     return jax.lax.map(draw, keys_RL), value_LS
 
 

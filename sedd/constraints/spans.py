@@ -90,7 +90,8 @@ class Spans(Constraint):
                 final_S = jnp.where(table.accepting_S, 0.0, ZERO)
                 value_WS = suffix_values(table, mass_WC, final_S, length, best=best)
                 keys_W = None if best else jax.vmap(jax.random.fold_in, (None, 0))(key, places_W)
-                return walk(table, log_probs_WN, value_WS, jnp.zeros((), int), length, keys_W)
+                start = jnp.zeros((), int)
+                return walk(table, log_probs_WN, mass_WC, value_WS, start, length, keys_W)
 
             def take(values_BL):
                 return jnp.take_along_axis(values_BL, within_BW, 1)
