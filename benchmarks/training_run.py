@@ -1,9 +1,8 @@
 """What a training run does beside its steps: reading data, saving, and going on after a stop.
 
 A real run of the loop on the embedded corpus, with ``saves`` checkpoints on the way. `stall` is how
-long a save keeps the loop, from a finished step to the next one's start; `writing` what is left of
-it in the background. `resume` is what a new process does between its imports and its first step:
-read and verify the checkpoint, place it, and compile.
+long a save keeps the loop after a finished step; the rest is written in the background. Last comes
+what a new process does to go on: read and verify the checkpoint, place it, compile, and a step.
 
     python benchmarks/training_run.py
 """

@@ -1,7 +1,8 @@
 """RADD with 7 billion parameters: no published result, but one that fits.
 
-Every device of a TPU slice holds a part of the state. ``docs/training.md`` shows what the compiler
-says of it on v5e:16x16.
+Each of 64 devices of a TPU slice holds a part of the state; v5e:16x16 has four such copies. In 256
+parts there would be one, but of parts so narrow that the compiler reduces whole gradients: 25 GiB
+travel instead of 2. ``docs/training.md`` shows what it says.
 """
 
 from sedd.components import options
@@ -33,6 +34,11 @@ def get_config() -> Config:
             learning_rate=1.5e-4, warmup_steps=2500, schedule="cosine", weight_decay=0.1, beta2=0.95
         ),
         training=TrainingOptions(
-            steps=100_000, batch_size=1024, parallel="fsdp", eval_every=None, sample_every=None
+            steps=100_000,
+            batch_size=1024,
+            parallel="fsdp",
+            fsdp=64,
+            eval_every=None,
+            sample_every=None,
         ),
     )

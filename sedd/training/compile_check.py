@@ -205,11 +205,18 @@ def collectives_of(text: str) -> dict[str, tuple[int, int]]:
             entry = lines if head[1] else entry
         lines.append(line)
 
+    chains = set()
+
     def visit(lines: Sequence[str], times: int) -> None:
         for line in lines:
             if moved := re.search(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line):
                 if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", line):
                     continue  # each device alone
+                # Beginning, middle and end of one that runs beside other work.
+                if chain := re.search(r'chain_id="(\d+)"', line):
+                    if chain[1] in chains:
+                        continue
+                    chains.add(chain[1])
                 result, kind, starts = moved.groups()
                 arrays = [size for size in sizes(result) if size]
                 if (
@@ -218,13 +225,22 @@ def collectives_of(text: str) -> dict[str, tuple[int, int]]:
                     arrays = arrays[len(arrays) // 2 :]
                 count, total = found[kind]
                 found[kind] = (count + times, total + times * sum(arrays))
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            loops = int(trips[1]) if trips and " while(" in line else 1
+            loops = trips(line, computations) if " while(" in line else 1
             for name in called(line):
                 visit(computations.get(name, ()), times * loops)
 
     visit(entry, 1)
     return {kind: figures for kind, figures in found.items() if figures[0]}
+
+
+def trips(loop: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs: what it says, or the one number that its condition compares with."""
+    if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
+        return int(said[1])
+    condition = re.search(r"condition=%?([\w.-]+)", loop)
+    lines = computations.get(condition[1], []) if condition else []
+    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+    return int(bounds[0]) if len(bounds) == 1 else 1
 
 
 def called(line: str) -> list[str]:

@@ -86,19 +86,34 @@ HloModule jit_run, is_scheduled=true
   %f = bf16[32]{0} fusion(%x), kind=kLoop, calls=%gather.1
 }
 
+%cond.4 (p: (s32[], f32[8,16])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+%chained.5 (x: bf16[4]) -> bf16[32] {
+  %b = bf16[32]{0} all-gather(%x), dimensions={0}, frontend_attributes={chain_id="5"}
+}
+
 %never (p: f32[]) -> f32[] {
   %a = f32[99]{0} all-reduce(%x), to_apply=%add
 }
 
 ENTRY %main.3 (p: f32[8,16]) -> f32[2] {
   %w = (s32[], f32[8,16]{1,0}) while(%t), condition=%cond, body=%body.2, backend_config={"known_trip_count":{"n":"12"}}
-  %v = (s32[], f32[8,16]{1,0}) while(%t), condition=%cond, body=%body.2
+  %v = (s32[], f32[8,16]{1,0}) while(%t), condition=%cond.4, body=%body.2
+  %u = (s32[], f32[8,16]{1,0}) while(%t), condition=%cond, body=%body.2
+  %h = bf16[32]{0} fusion(%x), kind=kLoop, calls=%chained.5
+  %i = bf16[32]{0} fusion(%x), kind=kLoop, calls=%chained.5
   %e = f32[7]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
   %g = f32[7]{0} all-reduce(%x), replica_groups=[2,1]<=[2], to_apply=%add
   ROOT %d = (f32[2]{0}, f32[6]{0}) all-reduce(%x, %y), replica_groups={{0,1}}, to_apply=%add
 }
 """  # noqa: E501
-    assert collectives_of(text) == {"all-reduce": (14, 13 * 512 + 32), "all-gather": (13, 13 * 64)}
+    assert collectives_of(text) == {
+        "all-reduce": (17, 16 * 512 + 32),
+        "all-gather": (17, 17 * 64),
+    }
     assert sizes("(f32[2,3]{1,0}, u32[], pred[7]{0})") == [24, 4, 7]
 
 
