@@ -13,6 +13,7 @@ import dataclasses
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -254,7 +255,7 @@ def match(settings: Settings, checkpoint: Path) -> None:
     automata = [compile_regex(pattern, vocabulary, eos_id=eos_id) for pattern in REGEXES]
 
     def matches(model: sedd.Model, sampler: str, steps: int | None) -> str:
-        options = SAMPLERS[sampler] | ({} if steps is None else {"steps": steps})
+        options: Any = SAMPLERS[sampler] | ({} if steps is None else {"steps": steps})
         result = sedd.sample(
             model,
             jax.random.key(0),

@@ -15,12 +15,14 @@ from sedd.evaluation.bound import REPLICATES, BoundResult, sequence_nats
 from sedd.evaluation.consistency import consistency
 from sedd.evaluation.generative_perplexity import generative_perplexity
 from sedd.evaluation.judges import Judge, WindowJudge, hugging_face_judge
+from sedd.evaluation.mauve import mauve
 from sedd.evaluation.report import Section, write_html
 from sedd.evaluation.smollm2 import load_smollm2
 from sedd.evaluation.statistics import compare
 from sedd.model import load
 
 EXACT_GRID = 512  # tokens a position of whose pairs all are tried; beyond, the likeliest 128
+MAUVE_TEXTS = 50  # fewer make five buckets or less, and a figure of noise
 SHOWN = 3  # samples printed in the report
 Results = Sequence[tuple[DataSet, BoundResult]]
 
@@ -39,15 +41,33 @@ def beyond_perplexity(
             sections.append(compared.section())
             figures["samples"] = {"file": str(command.samples), **compared.to_json()}
             if command.judge is not None:
-                judged = generative_perplexity(samples, judge_of(command.judge), reference=real)
+                judge = judge_of(command.judge)
+                judged = generative_perplexity(samples, judge, reference=real)
                 sections.append(judged.section())
                 figures["generative_perplexity"] = judged.to_json()
+                sections.append(same_regions(judge, samples, real, figures))
         except ValueError as error:
             raise UserError(f"--samples {command.samples}: {error}") from error
         sections.append(Section(title="Samples", samples=samples[:SHOWN]))
     if command.consistency is not None:
         sections.append(conditionals(evaluation, data, command.consistency, figures))
     return sections, figures
+
+
+def same_regions(
+    judge: Judge, samples: Sequence[str], real: Sequence[str], figures: dict[str, Any]
+) -> Section:
+    """MAUVE from the judge's states, or why there is none."""
+    if min(len(samples), len(real)) < MAUVE_TEXTS:
+        text = f"Needs {MAUVE_TEXTS} samples and as many real texts: there are {len(samples)} and "
+        return Section(title="MAUVE", text=f"{text}{len(real)}.")
+    found = mauve(
+        judge.features(samples),
+        judge.features(real),
+        features=f"last state of {judge.name}, of the last token",
+    )
+    figures["mauve"] = found.to_json()
+    return found.section()
 
 
 def conditionals(
@@ -131,6 +151,7 @@ def judge_of(name: str) -> Judge:
         name=name,
         encode=tokenizer.encode_batch,
         nats=jax.jit(nats),
+        hidden=jax.jit(lambda ids_BL: model.denoiser.hidden(ids_BL)[0]),
         context=model.length,
         scores_first=True,
     )

