@@ -22,7 +22,7 @@ from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
 from sedd.model import read_config, read_tokenizer, text_counter
-from sedd.training.checkpoint import Checkpoints, Restored, init_params_from
+from sedd.training.checkpoint import Checkpoints, Restored
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
 from sedd.training.loop import leave_on_signals, train
@@ -42,8 +42,8 @@ class TrainCommand:
     workdir: Path
     """Everything is written here; a run that is there already is resumed."""
     config: Annotated[Config, tyro.conf.arg(name="")]
-    init_from: Path | None = None
-    """Start from the weights of another run's newest checkpoint."""
+    init_from: str | None = None
+    """Start from the weights of another run's newest checkpoint, or of a published one."""
     profile: int | None = None
     """Record so many steps for a profiler's viewer, into WORKDIR/profile."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
@@ -77,11 +77,12 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     """Build what the configuration says, train it, and say where everything is."""
     config = command.config
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
-    tokenizer = None
+    tokenizer = source = None
     if checkpoints.steps():
         tokenizer = check_same_run(workdir, config)
     elif command.init_from is not None:
-        tokenizer = check_same_tokenizer(command.init_from, config)
+        source = source_of(command.init_from, config)
+        tokenizer = source.tokenizer
 
     with console.status("reading the corpus") as status:
         data = build_data(
@@ -98,9 +99,9 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     restored = checkpoints.restore_latest(jax.eval_shape(make_state))
     if restored:
         state = parallel.place(restored.state)
-    elif command.init_from is not None:
-        expected = jax.eval_shape(parts.network.init, jax.random.key(0))
-        state = parallel.place(make_state(params=init_params_from(command.init_from, expected)))
+    elif source is not None:
+        check_same_network(command.init_from, source, parts)
+        state = parallel.place(make_state(params=source.denoiser.params))
     else:
         state = parallel.init(make_state)
     save_description(workdir, config, data.tokenizer)
@@ -168,17 +169,37 @@ def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None
             )
 
 
-def check_same_tokenizer(init_from: Path, config: Config) -> Tokenizer:
-    """The tokenizer of the run to start from: without it the weights mean nothing."""
-    there = read_config(init_from)
-    if there is None:
-        raise UserError(f"--init-from {init_from}: not a run's directory (it has no config.json)")
-    if there.data.tokenizer != config.data.tokenizer:
+def source_of(init_from: str, config: Config) -> sedd.Model:
+    """The model to start from, with the same tokenizer: without it the weights mean nothing."""
+    try:
+        source = sedd.load(init_from)
+    except UserError as error:
+        raise UserError(f"--init-from {init_from}: {error}") from None
+    there = source.config.data.tokenizer
+    if source.tokenizer is None or there != config.data.tokenizer:
         raise UserError(
-            f"--init-from {init_from}: its tokenizer is {there.data.tokenizer}, and "
-            f"--data.tokenizer is {config.data.tokenizer}; weights go with their tokenizer"
+            f"--init-from {init_from}: its tokenizer is {there}, and --data.tokenizer is "
+            f"{config.data.tokenizer}; weights go with their tokenizer"
         )
-    return read_tokenizer(init_from)
+    return source
+
+
+def check_same_network(init_from: str | None, source: sedd.Model, parts: Parts) -> None:
+    """UserError naming the first parameter that is another one there."""
+    expected = jax.eval_shape(parts.network.init, jax.random.key(0))
+    there, here = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+        for tree in (source.denoiser.params, expected)
+    )
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"--init-from {init_from} is of another configuration: {name} is "
+                f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            )
 
 
 def save_description(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
@@ -257,7 +278,7 @@ def conclude(workdir: Path, entropy: float, what: str) -> None:
     """
     validated = [r for r in read_metrics(workdir) if r.get("validation_nats_per_token") is not None]
     if not validated:
-        console.print(f"\n{workdir} has no validation in its metrics.jsonl any more")
+        console.print(f"\n{workdir} has no validation in its metrics.jsonl")
         return
     last = validated[-1]
     bound, error = last["validation_nats_per_token"], last["validation_standard_error"]

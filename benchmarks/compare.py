@@ -82,7 +82,7 @@ def training_flags(settings: Settings, name: str) -> list[str]:
         "data.length": settings.length,
         "training.steps": settings.steps,
         "training.batch-size": settings.batch_size,
-        "training.eval-every": None,  # the end is enough
+        "training.eval-every": settings.steps,  # the end is enough
         "training.sample-every": None,
         "optimizer.warmup-steps": settings.steps // 10,
         "network.hidden-dim": settings.hidden_dim,

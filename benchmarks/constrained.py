@@ -11,6 +11,7 @@ beside its arguments; states × vocabulary in float32 would be `dense`.
 
 import dataclasses
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,9 @@ def match(settings: Settings, checkpoint: Path) -> None:
             rows.append({"sampler": sampler, "steps": count, **found})
             print(*rows[-1].values(), flush=True)
     report("Samples that match their regex", rows, checkpoint=str(checkpoint))
+    all_match = f"{len(automata)}/{len(automata)}"
+    if any(row[name] != all_match for row in rows for name in models):
+        sys.exit(1)
 
 
 def with_noise(model: sedd.Model) -> sedd.Model:

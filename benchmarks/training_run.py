@@ -10,6 +10,8 @@ what a new process does to go on: read and verify the checkpoint, place it, comp
 import dataclasses
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +25,7 @@ from sedd.build import build_data, build_parallel, build_parts, build_step
 from sedd.components import options
 from sedd.config import Config, DataOptions, TrainingOptions
 from sedd.data.loader import Batches
+from sedd.training import loop
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, train
 from sedd.training.metrics import read_metrics
@@ -46,17 +49,6 @@ class Settings:
     loader_length: int = 1024
     loader_batch_size: int = 512
     loader_batches: int = 200
-
-
-class Timed(Checkpoints):
-    """Checkpoints that know how long they kept the loop, and how long the rest took."""
-
-    def save(self, state, **kwargs):
-        self.wait()
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        super().save(state, **kwargs)
-        self.stalls = [*getattr(self, "stalls", ()), time.perf_counter() - start]
 
 
 def main(settings: Settings) -> None:
@@ -93,6 +85,25 @@ def measure_loader(config: Config, settings: Settings) -> None:
     report("loader", [row | {"Mtokens/s": rate / 1e6}], corpus=settings.corpus)
 
 
+@contextmanager
+def timed_saves() -> Iterator[list[float]]:
+    """Seconds of each of the loop's saves, once the steps before it and the last save are done."""
+    stalls, save = [], loop._Run.save
+
+    def timed(self, state, step):
+        self.checkpoints.wait()
+        jax.block_until_ready(state.params)
+        start = time.perf_counter()
+        save(self, state, step)
+        stalls.append(time.perf_counter() - start)
+
+    loop._Run.save = timed
+    try:
+        yield stalls
+    finally:
+        loop._Run.save = save
+
+
 def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
     """Of steps, saves and resuming."""
     data = build_data(config)
@@ -101,18 +112,19 @@ def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
     make_state = partial(init_state, step.network, step.optimizer, config.seed)
     parallel = build_parallel(config, step)
     state = parallel.init(make_state)
-    checkpoints = Timed(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints")
     batch = partial(Batches, data.train, batch_size=settings.batch_size, seed=0)
     begun = time.perf_counter()
-    result = train(
-        workdir=workdir,
-        state=state,
-        parallel=parallel,
-        batches=batch(),
-        checkpoints=checkpoints,
-        steps=config.training.steps,
-        cadence=Cadence(log_every=1, eval_every=None, checkpoint_every=settings.steps_between),
-    )
+    with timed_saves() as stalls:
+        result = train(
+            workdir=workdir,
+            state=state,
+            parallel=parallel,
+            batches=batch(),
+            checkpoints=checkpoints,
+            steps=config.training.steps,
+            cadence=Cadence(log_every=1, eval_every=None, checkpoint_every=settings.steps_between),
+        )
     took = time.perf_counter() - begun
     checkpoints.close()
     lines = [line for line in read_metrics(workdir) if "steps_per_second" in line]
@@ -139,8 +151,8 @@ def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
         "checkpoint MB": size / 1e6,
         "s/step": typical,
-        "stall of a save, s": float(np.median(checkpoints.stalls)),
-        "in steps": float(np.median(checkpoints.stalls)) / typical,
+        "stall of a save, s": float(np.median(stalls)),
+        "in steps": float(np.median(stalls)) / typical,
         "waiting for data": waiting / took,
         "read and verify, s": read - begun,
         "place, s": placed - read,

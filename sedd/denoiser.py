@@ -56,6 +56,11 @@ class Denoiser:
         """Whether a reading takes two network calls: with what is given, and without."""
         return self.reshape is not None and self.reshape.guidance > 0 and self.given_BL is not None
 
+    @property
+    def calls_each(self) -> Int[Array, " B"] | int:
+        """Network calls of a reading: two for a sequence of which something is given, if guided."""
+        return 1 + self.given_BL.any(1) if self.guided and self.given_BL is not None else 1
+
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Float[Array, "B L V"]:

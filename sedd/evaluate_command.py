@@ -95,6 +95,7 @@ class EvaluateCommand:
     protocol: Annotated[Protocol, tyro.conf.OmitArgPrefixes]
     protocol_name: tyro.conf.Suppress[str] = "default"
     spelled_out: tyro.conf.Suppress[tuple[str, ...]] = ()
+    arguments: tyro.conf.Suppress[tuple[str, ...]] = ()  # as they were given
 
     def __post_init__(self):
         for name in ("batch_size", "max_sequences", "consistency"):
@@ -133,6 +134,7 @@ def read_command(arguments: Sequence[str]) -> EvaluateCommand:
             protocol=protocol(name),
             protocol_name=name,
             spelled_out=tuple(flag.replace("-", "_") for flag in flags),
+            arguments=tuple(arguments),
         ),
         description=f"{TITLE}\n\n--protocol {{{','.join(PROTOCOLS)}}} says how, and is the default "
         "of the flags below it.",
@@ -405,7 +407,7 @@ class Evaluation:
 
     def at_most(self, result: BoundResult) -> str:
         """What stands behind the name of a figure that is a bound."""
-        return "" if self.command.order or result.exact or not result.is_bound else " ≤"
+        return " ≤" if result.is_bound else ""
 
     def title(self, result: BoundResult) -> str:
         """What the figures are, above all whether they are bounds."""
@@ -419,7 +421,7 @@ class Evaluation:
 
     def detail(self, data: DataSet, result: BoundResult) -> Table:
         """All figures of one data set, one below the other."""
-        left_out = "" if result.is_bound else ", left out"
+        left_out = "" if result.is_bound or result.exact else ", left out"
         at_most = self.at_most(result)
         nats, error = result.nats_per_token, result.standard_error
         rows: list[tuple[Cell, Cell, Cell]] = [

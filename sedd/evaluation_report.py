@@ -1,6 +1,7 @@
 """What ``evaluate.py`` says beyond perplexity: of samples, of the conditionals, and its report."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ def judge_of(name: str) -> Judge:
         )
     tokenizer = model.tokenizer
 
+    def hidden(ids_BL):
+        # A position is given the token before it: the state that has seen token i is the next one.
+        # One column more would do, but cuDNN wants an even length. Later ids change no state.
+        return model.denoiser.hidden(jnp.pad(ids_BL, ((0, 0), (0, 2))))[0][:, 1:-1]
+
     def nats(ids_BL, scored_BL):
         keys_B = jax.random.split(jax.random.key(0), len(ids_BL))  # nothing is drawn
         scored = sequence_nats(
@@ -151,7 +157,7 @@ def judge_of(name: str) -> Judge:
         name=name,
         encode=tokenizer.encode_batch,
         nats=jax.jit(nats),
-        hidden=jax.jit(lambda ids_BL: model.denoiser.hidden(ids_BL)[0]),
+        hidden=jax.jit(hidden),
         context=model.length,
         scores_first=True,
     )
@@ -163,9 +169,7 @@ def write_report(
     """One HTML page: the tables, how they came about, the run's curves, what else was asked for."""
     assert command.report is not None
     curves = Path(command.checkpoint) / "curves.png"
-    how = f"Model: {command.checkpoint}. Command: evaluate.py --checkpoint {command.checkpoint} "
-    how += f"--data {' '.join(command.data)} --protocol {command.protocol_name} "
-    how += f"--draws {command.protocol.draws} --seed {command.seed}."
+    how = f"Model: {command.checkpoint}. Command: evaluate.py {shlex.join(command.arguments)}"
     sections = [
         Section(
             title=evaluation.title(results[0][1]),

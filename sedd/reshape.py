@@ -57,11 +57,15 @@ class Reshape:
         tokens_BL: Int[Array, "B L"],
         positions_BK: Int[Array, "B K"],
     ) -> Float[Array, "B K N"]:
-        """The reshaped conditional, normalised; tokens left out have -1e6."""
+        """The reshaped conditional, normalised; tokens left out have -1e6. nan stays nan."""
         if self.logit_processor is not None:
             log_probs = self.logit_processor(log_probs, tokens_BL, positions_BK)
             # -inf excludes a token; the entropy of a row would be nan with it.
             log_probs = jnp.maximum(jax.nn.log_softmax(log_probs, -1), NO_MASS)
+        unknown_BK1 = jnp.isnan(log_probs).any(-1, keepdims=True)
+        return jnp.where(unknown_BK1, jnp.nan, self._sharpened(log_probs))
+
+    def _sharpened(self, log_probs: Float[Array, "B K N"]) -> Float[Array, "B K N"]:
         if self.temperature < TINY:
             best = log_probs.argmax(-1, keepdims=True)
             chosen = jnp.arange(log_probs.shape[-1])[None, None] == best

@@ -174,13 +174,18 @@ def check_files(command: SampleCommand) -> None:
 
 
 def read_schema(path: Path) -> Any:
-    """The JSON of a file; UserError where there is none."""
+    """The JSON object of a file; UserError where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--json-schema {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--json-schema {path}: not JSON ({error})") from None
+    if not isinstance(schema, dict):
+        raise UserError(
+            f"--json-schema {path}: a schema is an object, got {json.dumps(schema)[:80]}"
+        )
+    return schema
 
 
 def one_or_each(values: Sequence[Any]) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.build import build_sampler, default_sampler
+from sedd.categorical import NAN
 from sedd.constraints.clamp import Clamp, check_prefix, free
 from sedd.constraints.spans import Given, Rule, Span, batch_spans, spans_of
 from sedd.data.tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from sedd.types import Array, Key, bucket
 
 TextScorer = Callable[[list[str]], Sequence[float]]
 RESHAPES = {field.name for field in fields(Reshape)}
+NO_NUMBERS = "the model's probabilities are nan, or the logit processor's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class TextVerifier:
 
     def __call__(self, tokens_RL: np.ndarray, real_RL: np.ndarray) -> np.ndarray:
         """Scores of the texts, or nan for all."""
+        if (np.asarray(tokens_RL) == NAN).any():
+            self._error = UserError(NO_NUMBERS)
         if self._error is None:
             rows = zip(np.asarray(tokens_RL), np.asarray(real_RL), strict=True)
             try:
@@ -196,20 +200,26 @@ def sample(
         jnp.asarray(fixed_BL),
         trace=trace,
     )
+    _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
     result = _result(model, sampler, samples, lengths)
-    _check_matches(result.tokens, spans)
+    for tokens_L, row in zip(result.tokens, spans, strict=True):
+        for span in row:
+            if not span.automaton.accepts(tokens_L[span.start : span.start + span.length]):
+                raise RuntimeError(f"drawn, but no match of {span.automaton.pattern!r}")  # ours
     return result
 
 
-def _check_matches(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
-    """UserError where a span does not match: nothing else is ever returned."""
-    for tokens_L, row in zip(tokens_BL, spans, strict=True):
-        for span in row:
-            if not span.automaton.accepts(tokens_L[span.start : span.start + span.length]):
-                raise UserError(
-                    f"nothing was drawn that matches {span.automaton.pattern!r}: the model's "
-                    "probabilities are nan, or the logit processor's"
-                )
+def _check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
+    """UserError where there was nan in place of probabilities: position, and state of a span."""
+    bad = np.argwhere(tokens_BL == NAN)
+    if not len(bad):
+        return
+    sequence, position = bad[0].tolist()
+    where = f"sequence {sequence}, position {position}"
+    for span in spans[sequence]:
+        if span.start <= position < span.start + span.length:
+            where += f", {span.automaton.states_after(position - span.start)}"
+    raise UserError(f"{where}: {NO_NUMBERS}")
 
 
 def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]) -> SampleResult:

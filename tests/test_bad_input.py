@@ -56,6 +56,7 @@ def place(tmp_path_factory):
     """Files of every sort, and runs that are whole, damaged and incomplete."""
     top = tmp_path_factory.mktemp("place")
     (top / "text.txt").write_text(tiny_run.text())
+    (top / "null.json").write_text("null")
     (top / "empty.txt").write_text("")
     (top / "binary.bin").write_bytes(bytes(range(256)) * 20)
     (top / "latin1.txt").write_bytes("caf\xe9 ".encode("latin1") * 99)
@@ -137,7 +138,7 @@ TRAIN = [
     ("--workdir {run} --data.corpus {text} --seed 3", "seed is 0 there and 3 here"),
     ("--workdir {run} --data.corpus sotu", 'data.corpus is "{text}" there and "sotu" here'),
     ("--workdir {place}/no_config", "it holds checkpoints but no config.json"),
-    ("--init-from {place}/none", "--init-from {place}/none: not a run's directory"),
+    ("--init-from {place}/none", "--init-from {place}/none: checkpoint {place}/none: no such"),
     ("--init-from {run} --data.tokenizer bytes", "its tokenizer is characters, and --data.token"),
     ("--init-from {run} --data.corpus {text} --network.mlp-ratio 2", "of another configuration"),
 ]
@@ -220,6 +221,7 @@ SAMPLERS = [  # of the options of sampling
     ("--regex a --json-schema {place}/none", "--regex and --json-schema: give one of them"),
     ("--json-schema {place}/none", "--json-schema {place}/none: No such file or directory"),
     ("--json-schema {text}", "--json-schema {text}: not JSON"),
+    ("--json-schema {place}/null.json", "null.json: a schema is an object, got null"),
     ("--regex a --requests {text}", "--requests holds the constraints: give no --regex"),
     ("--regex a --rule dingoo", "--rule"),
     ("--guidance -1 --prompt a", "--guidance must be finite and at least 0, got -1.0"),

@@ -1,5 +1,6 @@
 """``sample.py`` with every sampler: what it writes, which flag reaches what, and what it says."""
 
+import dataclasses
 import html
 import inspect
 import json
@@ -14,7 +15,7 @@ from tiny_run import TOKENIZER, call
 import sample
 import sedd
 from sedd.cli import run
-from sedd.components import makers
+from sedd.components import makers, options_type
 
 LENGTH = 12
 SEARCHES = ("best_of_n", "particle")
@@ -519,6 +520,16 @@ def test_help(monkeypatch, capsys, arguments, has, lacks):
     assert "{None}" not in out
     assert "``" not in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", makers("samplers"))
+def test_help_says_what_each_option_of_a_sampler_is(monkeypatch, capsys, name):
+    out = help_of(monkeypatch, capsys, "--sampler", name)
+    words = " ".join(re.findall(r"[^\s│─╭╮╰╯]+", out))
+    for field in dataclasses.fields(options_type("samplers", name)):
+        flag = field.name.replace("_", "-")
+        (said,) = re.findall(rf" --{flag} (?:[A-Z]+|{{\S+}})(.*?)(?=--|$|\(default)", words)
+        assert said.strip().endswith("."), f"--{flag}: {said!r}"
 
 
 def test_help_of_an_unknown_sampler(place):

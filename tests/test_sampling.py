@@ -1,5 +1,7 @@
 """``sedd.sample``: what is compiled, which options go where, what is refused, what comes back."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import tiny_run
 
 import sedd
 from sedd.build import build_sampler
+from sedd.components import makers
 from sedd.constraints.clamp import from_infill, from_prompt
 from sedd.errors import UserError
 from sedd.samplers.best_of_n import BestOfN
@@ -217,6 +220,69 @@ def test_a_failing_verifier_is_named_and_may_recover(model, sampler):
         verifier.mood = "good"
         result = sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, steps=4, **own)
         np.testing.assert_array_equal(result.score, vowels(result.text))
+
+
+NAN_OPTIONS = {
+    "euler": {"steps": 3},
+    "tweedie": {"steps": 3},
+    "event_jump": {},
+    "ordered": {},
+    "confidence": {"by": "entropy"},
+    "entropy_bounded": {"gamma": 0.1},
+    "token_confidence": {"steps": 3},
+    "remdm": {"steps": 3},
+    "semi_autoregressive": {"inner": "confidence", "block_length": 4},
+    "best_of_n": {"inner": "event_jump", "verifier": vowels, "n": 2},
+    "particle": {"inner": "event_jump", "verifier": vowels, "particles": 2},
+}
+
+
+@pytest.mark.parametrize("name", makers("samplers"))
+def test_nan_ends_as_an_error_that_says_where(model, name):
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.denoiser.params)
+    broken = replace(model, denoiser=replace(model.denoiser, params=params))
+    clamp = from_infill(model.tokenizer, "ab{mask:3}", 5)
+    message = "sequence 0, position 2: the model's probabilities are nan"
+    with pytest.raises(UserError, match=message):
+        sedd.sample(broken, KEY, num=2, clamp=clamp, sampler=name, **NAN_OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy_bounded", "token_confidence"])
+def test_a_processor_that_gives_nan_at_times_is_found(model, name):
+    """Where some scores are nan the others come first, and the run still ends."""
+
+    def broken(log_probs, x_BL, positions_BK):
+        return jnp.where((positions_BK == 3)[..., None], jnp.nan, log_probs)
+
+    with pytest.raises(UserError, match=r"sequence 0, position 3: .*logit processor"):
+        sedd.sample(model, KEY, length=6, sampler=name, logit_processor=broken)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_nan_stays_nan_whatever_the_shape(model, options):
+    broken = {"logit_processor": lambda log_probs, x_BL, positions_BK: log_probs * jnp.nan}
+    with pytest.raises(UserError, match="are nan"):
+        sedd.sample(model, KEY, length=4, sampler="ordered", **options, **broken)
+
+
+def test_nan_on_the_uniform_process(models):
+    model = models["uniform"]
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.denoiser.params)
+    broken = replace(model, denoiser=replace(model.denoiser, params=params))
+    for name in ("euler", "tweedie"):
+        with pytest.raises(UserError, match=r"sequence 0, position 0: .* are nan"):
+            sedd.sample(broken, KEY, length=5, sampler=name, steps=2)
+
+
+def test_guidance_counts_for_those_that_were_given_something(model):
+    clamps = [from_infill(model.tokenizer, text, 5) for text in ("{mask:5}", "ab{mask:3}")]
+    options = {"sampler": "ordered", "guidance": 1.0}
+    keys = jax.random.split(KEY, 2)
+    both = sedd.sample(model, keys, clamp=clamps, **options)
+    alone = [sedd.sample(model, keys[i : i + 1], clamp=clamps[i], **options) for i in range(2)]
+    assert both.calls.tolist() == [5, 6] == [int(one.calls[0]) for one in alone]
+    for i in range(2):
+        np.testing.assert_array_equal(both.tokens[i], alone[i].tokens[0])
 
 
 def test_a_search_wraps_no_other_search(model):

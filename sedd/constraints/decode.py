@@ -475,15 +475,10 @@ class Automaton(TokenAutomaton):
             raise UserError(f"start must be a state, 0 to {self.num_states - 1}, got {start}")
         bad_L = np.asarray(jnp.isnan(log_probs_LN).any(1))
         if bad_L.any():
-            position, reached_S = int(bad_L.argmax()), np.arange(self.num_states) == start
-            for _ in range(position):
-                reached_S = np.bincount(
-                    self.edge_target[reached_S[self.edge_source]], minlength=self.num_states
-                ).astype(bool)
-            states = ", ".join(map(str, np.flatnonzero(reached_S)[:5]))
+            position = int(bad_L.argmax())
             raise UserError(
-                f"position {position}: the log probabilities hold nan, in state {states} of "
-                f"{self.pattern!r}"
+                f"position {position}: the log probabilities hold nan, in "
+                f"{self.states_after(position, start)}"
             )
         more = bucket(max(length, 8)) - length
         fixed_L = np.full(length + more, -1, np.int32)
@@ -492,6 +487,16 @@ class Automaton(TokenAutomaton):
         final_S[: self.num_states][self.final(budget)] = 0.0
         padded_LN = jnp.pad(log_probs_LN, ((0, more), (0, 0)))
         return (padded_LN, fixed_L, final_S), start, length
+
+    def states_after(self, length: int, start: int = 0) -> str:
+        """The first of the states that so many tokens can lead to, for a message."""
+        reached_S = np.arange(self.num_states) == start
+        for _ in range(length):
+            reached_S = np.bincount(
+                self.edge_target[reached_S[self.edge_source]], minlength=self.num_states
+            ).astype(bool)
+        states = ", ".join(map(str, np.flatnonzero(reached_S)[:5]))
+        return f"state {states} of {self.pattern!r}"
 
     def _possible(self, value_S, log_probs_LN, options) -> float:
         """The value of the start; UserError where it is that of nothing."""

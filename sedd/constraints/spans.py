@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.categorical import NAN
 from sedd.constraints.base import Constraint
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.decode import (
@@ -91,7 +92,8 @@ class Spans(Constraint):
                 value_WS = suffix_values(table, mass_WC, final_S, length, best=best)
                 keys_W = None if best else jax.vmap(jax.random.fold_in, (None, 0))(key, places_W)
                 start = jnp.zeros((), int)
-                return walk(table, log_probs_WN, mass_WC, value_WS, start, length, keys_W)
+                drawn_W = walk(table, log_probs_WN, mass_WC, value_WS, start, length, keys_W)
+                return jnp.where(jnp.isnan(log_probs_WN).any(1), NAN, drawn_W)
 
             def take(values_BL):
                 return jnp.take_along_axis(values_BL, within_BW, 1)

@@ -222,13 +222,14 @@ def check_draws(draws: int) -> None:
 class BoundResult:
     """A bound on the negative log likelihood of a corpus, in nats, and how far to trust it.
 
-    Of an autoregressive model it is the likelihood itself, all of it in ``diffusion``.
+    Of an autoregressive model, and of any in one order, it is the likelihood itself (``exact``),
+    all of it in ``diffusion``.
 
     Per-token figures divide by the scored tokens. ``standard_error`` is of ``nats_per_token`` over
     sequences (it contains the Monte-Carlo noise; with a single sequence it is that noise alone);
     ``standard_error_draws`` is over the Monte-Carlo draws for these very sequences. Where the outer
-    terms were left out on request (``is_bound`` is False), ``nats_per_token`` is the diffusion term
-    alone, as a mean over [t_min, 1], and the others are given all the same.
+    terms were left out on request (neither ``is_bound`` nor ``exact``), ``nats_per_token`` is the
+    diffusion term alone, as a mean over [t_min, 1], and the others are given all the same.
     """
 
     nats_per_token: float
@@ -241,20 +242,16 @@ class BoundResult:
     num_sequences: int
     num_tokens: int
     draws: int  # 0 where it is exact
-    estimator: str  # "k_dce", "score_entropy", or "exact": then it is no bound but the NLL itself
-    is_bound: bool = True
+    estimator: str  # "k_dce", "score_entropy", "exact", or the order that the NLL is of
+    is_bound: bool = True  # a true upper bound; the NLL itself is none, and says ``exact``
+    exact: bool = False  # the negative log likelihood itself
     num_characters: int | None = None  # of the scored text, where the tokenizer knows
     num_bytes: int | None = None
     sequence_nats: np.ndarray | None = None  # [S], each sequence's bound
 
     @property
-    def exact(self) -> bool:
-        """Whether it is the negative log likelihood itself, and no bound on it."""
-        return self.estimator == "exact"
-
-    @property
     def perplexity(self) -> float:
-        """exp(nats per token): an upper bound unless ``exact``, infinite beyond a float."""
+        """exp(nats per token): an upper bound where ``is_bound``, infinite beyond a float."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
@@ -399,18 +396,20 @@ def summarise(
     t_min: float = 1e-3,
     outer_terms: bool = True,
 ) -> BoundResult:
-    """The figures of a corpus; ``estimator`` is what ``resolve`` returned.
+    """The figures of a corpus; ``estimator`` is what ``resolve`` returned, or the name of an order.
 
-    ``outer_terms=False`` leaves out the prior and the reconstruction of a score entropy, which is
-    then no bound. Other estimators have neither. ValueError where no token is scored.
+    With 0 draws they are exact, and no bound. ``outer_terms=False`` leaves out the prior and the
+    reconstruction of a score entropy, which is then none either; other estimators have neither.
+    ValueError where no token is scored.
     """
     if not sum(map(len, scored)):
         raise ValueError("there is no sequence to evaluate")
     s = Scored.join(scored)
-    is_bound = outer_terms or estimator != "score_entropy"
-    diffusion_SR = s.diffusion_SR if is_bound else s.diffusion_SR / (1 - t_min)
+    exact = draws == 0
+    whole = outer_terms or estimator != "score_entropy"
+    diffusion_SR = s.diffusion_SR if whole else s.diffusion_SR / (1 - t_min)
     total_SR = diffusion_SR
-    if is_bound:
+    if whole:
         total_SR = s.prior_S[:, None] + diffusion_SR + s.reconstruction_SR
     total_S, num, num_tokens = total_SR.mean(-1), len(s), s.tokens_S.sum()
     if not num_tokens:
@@ -432,9 +431,10 @@ def summarise(
         nats_per_sequence=float(total_S.mean()),
         num_sequences=num,
         num_tokens=int(num_tokens),
-        draws=0 if estimator == "exact" else draws,
+        draws=draws,
         estimator=estimator,
-        is_bound=is_bound,
+        is_bound=whole and not exact,
+        exact=exact,
         num_characters=int(s.characters_S.sum()) or None,
         num_bytes=int(s.bytes_S.sum()) or None,
         sequence_nats=total_S,
@@ -464,10 +464,11 @@ def evaluate_bound(
     scored = score_sequences(
         denoiser, schedule, key, batches, estimate, count_text=count_text, devices=devices
     )
+    resolved = resolve(estimator, denoiser)
     return summarise(
         list(scored),
-        draws=draws,
-        estimator=resolve(estimator, denoiser),
+        draws=0 if resolved == "exact" else draws,
+        estimator=resolved,
         t_min=t_min,
         outer_terms=outer_terms,
     )

@@ -1,13 +1,18 @@
 """Judges of text: autoregressive models that give texts their likelihood."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from safetensors import SafetensorError
 
 from sedd.errors import UserError
 from sedd.types import bucket
+
+# What transformers lets through: no such model, a pickle that PyTorch refuses, damaged weights.
+LOADING = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +51,10 @@ class WindowJudge:
     """A judge made of any functions that give rows of ids their exact likelihood and their states.
 
     ``nats(ids_BL, scored_BL) -> nats_B`` is -log p of the scored tokens of each row, each given all
-    that is before it in the row; ``hidden(ids_BL) -> h_BLD`` are the last hidden states. A text of
-    more than ``context`` tokens is cut into windows, each by itself. ``scores_first``: whether the
-    model has a law for the first token of a row; if not, it is given, and not counted.
+    that is before it in the row; ``hidden(ids_BL) -> h_BLD`` are the last hidden states, of which
+    the i-th has seen the tokens up to i and none after it. A text of more than ``context`` tokens
+    is cut into windows, each by itself. ``scores_first``: whether the model has a law for the first
+    token of a row; if not, it is given, and not counted.
     """
 
     name: str
@@ -123,7 +129,8 @@ def hugging_face_judge(
 
     The first token is given and not scored, as in the published evaluations: no beginning of text
     is put before it. ``context`` is the model's own by default, ``device`` a GPU where there is
-    one. ``UserError`` where the extra is not installed or there is no such model.
+    one. ``UserError`` where the extra is not installed, there is no such model, or its files are
+    damaged or refused.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -136,8 +143,8 @@ def hugging_face_judge(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LOADING as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"judge {name!r} cannot be loaded: {reason}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()

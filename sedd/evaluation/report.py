@@ -38,22 +38,29 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """GitHub's form, without the title."""
+        """GitHub's form, below the title."""
         rule = ["---:" if numeric else "---" for numeric in self._numeric()]
         lines = [list(self.columns), rule, *([show(cell) for cell in row] for row in self.rows)]
-        return "\n".join(
+        title = f"{self.title}\n\n" if self.title else ""
+        return title + "\n".join(
             "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
         )
 
     def latex(self) -> str:
-        """A ``tabular`` with the rules of ``booktabs``."""
+        """A ``tabular`` with the rules of ``booktabs``, in a captioned ``table`` if titled."""
         form = "".join("r" if numeric else "l" for numeric in self._numeric())
         lines = [self.columns, *([show(cell) for cell in row] for row in self.rows)]
         head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in lines)
         rows = "\n".join(body)
-        return (
+        tabular = (
             f"\\begin{{tabular}}{{{form}}}\n\\toprule\n{head}\n\\midrule\n{rows}\n"
             "\\bottomrule\n\\end{tabular}"
+        )
+        if not self.title:
+            return tabular
+        return (
+            f"\\begin{{table}}\n\\centering\n\\caption{{{_latex(self.title)}}}\n{tabular}\n"
+            "\\end{table}"
         )
 
     def html(self) -> str:

@@ -80,13 +80,16 @@ class Layout:
 def find_config(directory: Path) -> Path | None:
     """The published configuration in a directory, or None where there is none.
 
-    What cannot be read is none.
+    A ``config.json`` that cannot be read is none: a run has one too. ``UserError`` where the other
+    one cannot be read, which is of published code alone.
     """
     for path in (directory / name for name in CONFIGS):
         if path.is_file():
             try:
                 data = _parse(path)
-            except (OSError, ValueError, yaml.YAMLError):
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                if path.suffix != ".json":
+                    raise _unreadable(path, error) from None
                 return None
             if isinstance(data, dict) and ("model" in data or "model_type" in data):
                 return path
@@ -102,7 +105,7 @@ def read_layout(path: Path) -> Layout:
     try:
         data = _parse(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {reason(error)}; expected a published configuration") from None
+        raise _unreadable(path, error) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
     config = _Config(path, data)
@@ -124,6 +127,10 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200]
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: {reason(error)}; expected a published configuration")
 
 
 def _parse(path: Path) -> Any:
@@ -289,8 +296,14 @@ def _description(config: _Config, values: dict[str, Any], *, parameterization: s
 
 def layout_for(network: DDiT, description: Description) -> Layout:
     """The published layout that holds this model; UserError with all reasons where none does."""
+    reading = description.parameterization
+    if reading not in ("score", "conditional"):
+        raise UserError(
+            f"this model is {reading}, and has no published layout: SEDD, RADD and MDLM have one, "
+            "whose parameterization is score or conditional"
+        )
     name = "SEDD"
-    if description.parameterization == "conditional":
+    if reading == "conditional":
         name = "MDLM" if network.time_conditioned else "RADD"
     problems = []
     if network.mlp_ratio != MLP_RATIO:

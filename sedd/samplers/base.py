@@ -187,7 +187,7 @@ class SteppedSampler(Sampler):
         )
         return Samples(
             tokens_BL=state.x_BL,
-            calls_B=state.calls_B * (1 + denoiser.guided),
+            calls_B=state.calls_B * denoiser.calls_each,
             trace_TBL=None if frames is None else fill(frames, rounds),
             rounds=rounds,
             times_T=self.times() if trace else None,

@@ -1,4 +1,7 @@
-"""The best of several samples by a verifier. arXiv:2110.14168, section 4."""
+"""The best of n samples by a verifier: for a score to maximise.
+
+arXiv:2110.14168, section 4.
+"""
 
 from dataclasses import dataclass
 
@@ -20,7 +23,7 @@ class BestOfN(Sampler):
 
     inner: Sampler
     verifier: Verifier
-    n: int = 8
+    n: int = 8  # sequences drawn for each that is returned
 
     def __post_init__(self):
         if self.n < 1:

@@ -1,4 +1,7 @@
-"""Surest position first, by its whole distribution. arXiv:2502.06768, section 4."""
+"""Surest position first: for imperfect models, easy before hard; exact at one position a call.
+
+By the position's whole distribution, whatever is then drawn there. arXiv:2502.06768, section 4.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,8 +23,8 @@ class Confidence(Ranked):
     ``steps`` the positions of one call do not see each other.
     """
 
-    by: Score = "entropy"
-    steps: int | None = None  # calls over which the positions are spread; one position a call
+    by: Score = "entropy"  # least entropy, margin of the likeliest token, or its probability
+    steps: int | None = None  # calls over which positions are spread; without, one position a call
 
     def __post_init__(self):
         check_steps(self.steps)

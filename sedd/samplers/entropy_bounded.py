@@ -1,4 +1,7 @@
-"""The entropy-bounded sampler (EB-Sampler). arXiv:2505.24857, algorithm 1."""
+"""The EB-Sampler: for few calls, with an error of up to gamma nats each; exact at gamma 0.
+
+The entropy-bounded sampler. arXiv:2505.24857, algorithm 1.
+"""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ class EntropyBounded(Ranked):
     exact. Larger ones take fewer calls, as many as the text allows.
     """
 
-    gamma: float = 0.1  # nats
+    gamma: float = 0.1  # nats that positions of one call may know of each other; 0 is exact
 
     def __post_init__(self):
         if not 0 <= self.gamma < math.inf:

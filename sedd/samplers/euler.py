@@ -1,4 +1,7 @@
-"""Euler τ-leaping of the reverse process. arXiv:2310.16834, algorithm 1 and equation 13."""
+"""Euler τ-leaping, the plain first-order step: for any diffusion model, as the reference.
+
+arXiv:2310.16834, algorithm 1 and equation 13.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""Event-jump: only the steps in which something is revealed. arXiv:2406.03736, arXiv:2409.02908."""
+"""Event-jump: τ-leaping in the fewest calls, for time-independent models; exact without steps.
+
+Only the steps in which something is revealed. arXiv:2406.03736, arXiv:2409.02908.
+"""
 
 from dataclasses import dataclass
 
@@ -23,7 +26,7 @@ class EventJump(Revealing):
     random order, and the model's own law exactly.
     """
 
-    steps: int | None = None  # intervals of time; without, first hitting
+    steps: int | None = None  # intervals of time; without, first hitting: one position a call
 
     def __post_init__(self):
         check_steps(self.steps)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sedd.categorical import categorical
+from sedd.categorical import NAN, categorical
 from sedd.processes.base import at, put
 from sedd.types import Array, Bool, Float, Int, Key
 
@@ -57,14 +57,15 @@ def leap(
     """A draw from the rows of ``probs``, clipped at 0 and renormalised, in two stages.
 
     Whether to leave x first, then where to: in a single draw x, which nearly always wins, would
-    drown the noise of the others.
+    drown the noise of the others. ``NAN`` where the row has nan.
     """
     probs_BLV = jnp.maximum(probs_BLV, 0.0)
     away_BLV = put(probs_BLV, x_BL, jnp.zeros(x_BL.shape, probs_BLV.dtype))
     away_BL = away_BLV.sum(-1)
     leaves_BL = coins(fold(keys_B, 0), away_BL / (away_BL + at(probs_BLV, x_BL)))
     to_BL = tokens_of(fold(keys_B, 1), jnp.log(away_BLV))
-    return jnp.where(leaves_BL, to_BL.astype(x_BL.dtype), x_BL)
+    x_BL = jnp.where(leaves_BL, to_BL.astype(x_BL.dtype), x_BL)
+    return jnp.where(jnp.isnan(away_BL) | (x_BL == NAN), NAN, x_BL)
 
 
 def _places(like_BL: Array) -> Int[Array, "B L"]:

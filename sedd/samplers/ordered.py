@@ -1,4 +1,7 @@
-"""Autoregression in an order that is fixed beforehand. arXiv:2406.03736, section 3.3."""
+"""Positions in a fixed order: for autoregressive models, and to compare orders; exact one a call.
+
+arXiv:2406.03736, section 3.3.
+"""
 
 from dataclasses import dataclass
 
@@ -18,8 +21,8 @@ class Ordered(Revealing):
     position a call, is also the law of an autoregressive model, given what stands before.
     """
 
-    order: str = "forward"
-    steps: int | None = None  # calls over which the positions are spread; one position a call
+    order: str = "forward"  # forward, backward, random, or positions from 0 on such as 3,0,2
+    steps: int | None = None  # calls over which positions are spread; without, one position a call
 
     def __post_init__(self):
         check_steps(self.steps)

@@ -1,4 +1,7 @@
-"""Particles steered by a verifier: sequential Monte Carlo. arXiv:2501.06848, section 3."""
+"""Particles steered by a verifier: for samples tilted towards a score, not only its best.
+
+Sequential Monte Carlo. arXiv:2501.06848, section 3.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -29,9 +32,9 @@ class Particle(Sampler):
 
     inner: SteppedSampler
     verifier: Verifier
-    particles: int = 8
-    tilt: float = 1.0
-    resample_every: int = 8
+    particles: int = 8  # sequences drawn side by side for each that is returned
+    tilt: float = 1.0  # how strongly the score steers: not at all at 0, away from it below
+    resample_every: int = 8  # rounds of the inner sampler from one scoring to the next
 
     def __post_init__(self):
         for name in ("particles", "resample_every"):
@@ -119,7 +122,7 @@ class Particle(Sampler):
         row_B = chosen_B + count * jnp.arange(batch)
         return Samples(
             tokens_BL=state.x_BL[row_B],
-            calls_B=state.calls_B.reshape(batch, count).sum(1) * (1 + denoiser.guided),
+            calls_B=(state.calls_B * crowd.calls_each).reshape(batch, count).sum(1),
             trace_TBL=None if frames is None else fill(frames[:, row_B], rounds),
             rounds=rounds,
             times_T=self.inner.times() if trace else None,

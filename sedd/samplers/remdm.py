@@ -1,4 +1,7 @@
-"""Remasking diffusion (ReMDM): tokens may be masked again. arXiv:2503.00307."""
+"""Remasking (ReMDM): for imperfect models, whose early mistakes it may mask and draw again.
+
+arXiv:2503.00307.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
@@ -38,12 +41,12 @@ class ReMDM(SteppedSampler):
 
     needs_absorbing: ClassVar[bool] = True
 
-    steps: int = 128
-    strategy: Strategy = "cap"
-    eta: float = 0.02
-    t_on: float = 0.55
-    t_off: float = 0.05
-    alpha_on: float = 0.9
+    steps: int = 128  # intervals of time; those that reveal nothing take no call
+    strategy: Strategy = "cap"  # what decides how likely a token is masked again, as above
+    eta: float = 0.02  # how much is masked again, in [0, 1]: the most of ς or its share of ς_max
+    t_on: float = 0.55  # of loop: the time, from 1 down to 0, at which it begins
+    t_off: float = 0.05  # of loop: the time at which it ends, at most t_on
+    alpha_on: float = 0.9  # of loop: the share of the positions that stays revealed in it
 
     def __post_init__(self):
         if self.steps < 1:

@@ -148,6 +148,9 @@ class Ranked(Revealing):
         score_BL = at_positions(
             masked_BL, lambda positions_BK: self.score(reading, positions_BK), jnp.float32
         )
+        # Behind all others, but before what is not masked: nan would come last and never be chosen.
+        least = jnp.finfo(score_BL.dtype).min
+        score_BL = jnp.nan_to_num(score_BL, nan=least, neginf=least)
         score_BL = jnp.where(masked_BL, score_BL, -jnp.inf)
         order_BL = jnp.argsort(-score_BL, axis=1, stable=True)
         count_B = self.count(state, jnp.take_along_axis(score_BL, order_BL, 1))

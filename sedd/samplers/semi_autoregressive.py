@@ -1,4 +1,7 @@
-"""Blocks from left to right, each by another sampler. arXiv:2503.09573, arXiv:2502.09992."""
+"""Blocks from left to right, each by another sampler: for long texts.
+
+arXiv:2503.09573, arXiv:2502.09992.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -25,7 +28,7 @@ class SemiAutoregressive(SteppedSampler):
     needs_absorbing: ClassVar[bool] = True
 
     inner: SteppedSampler
-    block_length: int = 32
+    block_length: int = 32  # free positions in a block
 
     def __post_init__(self):
         if self.block_length < 1:

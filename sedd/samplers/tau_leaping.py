@@ -23,7 +23,7 @@ class TauLeaping(SteppedSampler):
     double.
     """
 
-    steps: int = 128
+    steps: int = 128  # intervals of time, a network call each; one more call denoises
 
     def __post_init__(self):
         if self.steps < 1:

@@ -1,4 +1,7 @@
-"""Surest token first: the decoder of MaskGIT and LLaDA. arXiv:2202.04200, arXiv:2502.09992."""
+"""Surest token first: to compare with MaskGIT and LLaDA; biased at any number of steps.
+
+Their decoder. arXiv:2202.04200, arXiv:2502.09992.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,8 +28,8 @@ class TokenConfidence(Ranked):
         "model's at any number of steps; confidence orders positions without that bias"
     )
 
-    steps: int | None = None  # calls over which the tokens are spread; one token a call
-    threshold: float | None = None  # least probability of a token that is kept
+    steps: int | None = None  # calls over which the tokens are spread; without, one token a call
+    threshold: float | None = None  # keep all tokens of at least this probability; not beside steps
 
     def __post_init__(self):
         check_steps(self.steps)

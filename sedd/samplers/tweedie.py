@@ -1,4 +1,7 @@
-"""Tweedie τ-leaping, SEDD's "analytic" sampler. arXiv:2310.16834, theorem 4.2."""
+"""Tweedie τ-leaping, SEDD's "analytic": for any diffusion model, by optimal independent steps.
+
+arXiv:2310.16834, theorem 4.2.
+"""
 
 from dataclasses import dataclass
 

@@ -30,8 +30,12 @@ from sedd.types import Params
 
 # Orbax logs a failed write's traceback once a thread, and raises the failure besides.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-# Reads of other arrays that fail beside the first are reported by nobody but asyncio, in full.
-logging.getLogger("asyncio").addFilter(lambda record: '"zarr3" driver' not in record.getMessage())
+# Reads of other arrays that fail beside the first are reported by nobody but asyncio, in full; so
+# are those that a signal interrupts.
+LEFT_OVER = ('"zarr3" driver', "Task was destroyed but it is pending")
+logging.getLogger("asyncio").addFilter(
+    lambda record: not any(words in record.getMessage() for words in LEFT_OVER)
+)
 
 
 def _drop_late_reports(report: Any = sys.unraisablehook) -> None:
@@ -339,11 +343,6 @@ def find_checkpoints(path: str | Path) -> Checkpoints:
         if checkpoints.steps():
             return checkpoints
     raise UserError(f"no checkpoint in {path}")
-
-
-def init_params_from(path: str | Path, abstract_params: Params) -> Params:
-    """The averaged parameters of another run, to start from. Raises UserError if they differ."""
-    return find_checkpoints(path).restore_params(abstract_params=abstract_params)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

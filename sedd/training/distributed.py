@@ -63,7 +63,8 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
     Does nothing where there is only this one. Raises UserError where the coordinator cannot be
     reached within ``seconds``.
     """
-    if processes.coordinator is None and not several():
+    said = processes.coordinator is not None or several()
+    if not said and not on_tpu():
         return
     if processes.coordinator is not None and processes.process_id != 0:
         _await(processes.coordinator, seconds)
@@ -75,8 +76,12 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
             process_id=processes.process_id,
             initialization_timeout=int(seconds),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            # With an environment of its own opinion each process would get one GPU of its host.
+            cluster_detection_method=None if processes.coordinator is None else "deactivate",
         )
     except (RuntimeError, ValueError) as error:
+        if not said:  # a TPU by itself
+            return
         first = str(error).splitlines()[0]
         raise UserError(f"the processes of this run did not find each other: {first}") from error
 
@@ -106,8 +111,15 @@ def several() -> bool:
     if any(os.environ.get(name, "1") not in ("", "1") for name in counts):
         # A shell inside an allocation is not a task of it.
         return "SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    hosts = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+    if any("," in os.environ.get(name, "") for name in hosts):
+        return True
+    return "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def on_tpu() -> bool:
+    """Whether there are TPU chips: then a metadata server may know of other processes."""
+    return os.environ.get("TPU_SKIP_MDS_QUERY") != "1"  # set by JAX where it found none
 
 
 def _await(coordinator: str, seconds: float) -> None:

@@ -34,7 +34,7 @@ class TrainingDiverged(UserError):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """Every how many steps; None is never. Validation, samples and a checkpoint also end a run.
+    """Every how many steps; None is never. A checkpoint ends a run, and what is not never does too.
 
     Raises ValueError on a number below 1.
     """
@@ -255,10 +255,12 @@ class _Run:
         return step == self.steps or (every is not None and step % every == 0)
 
     def validates(self, step: int) -> bool:
-        return self.validate is not None and self.due(self.cadence.eval_every, step)
+        every = self.cadence.eval_every
+        return self.validate is not None and every is not None and self.due(every, step)
 
     def samples(self, step: int) -> bool:
-        return self.sample is not None and self.due(self.cadence.sample_every, step)
+        every = self.cadence.sample_every
+        return self.sample is not None and every is not None and self.due(every, step)
 
     def collect_all(self) -> None:
         while self.in_flight:

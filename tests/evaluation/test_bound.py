@@ -81,18 +81,25 @@ class World:
 
     def __init__(self, kind, noise, log_score, denoiser, scored=ALL, t_min=T_MIN):
         self.kind, self.noise, self.log_score, self.denoiser = kind, noise, log_score, denoiser
-        self.V = oracle.num_states(kind)
-        self.states = oracle.all_states(self.V)
+        self.V, self.length = oracle.num_states(kind), len(scored)
+        self.states = oracle.all_states(self.V, self.length)
+        self.clean = oracle.all_states(N, self.length)
         self.scored = np.asarray(scored)
         sigma, _ = oracle.SCHEDULES[noise]
         self.low, self.high = sigma(t_min), sigma(1.0)
 
-    def corrupted(self, sigma):
-        """[81, S]: q(xt | x0), positions that are not scored held."""
-        kernel = oracle.transition_matrix(self.kind, sigma)
-        rows = kernel[CLEAN[:, None, :], self.states[None]]
-        held = CLEAN[:, None, :] == self.states[None]
-        return np.where(self.scored, rows, held).prod(-1)
+    def mean(self, nats_SLN, sigma):
+        """[81]: E Σ nats[xt, i, x0_i] over q(xt | x0); positions that are not scored are held.
+
+        One position after the other: what depends on x0 in xt is summed out by its own kernel.
+        """
+        kernel = oracle.transition_matrix(self.kind, sigma)[:N]
+        law = nats_SLN.reshape([self.V] * self.length + [self.length, N])
+        for axis, scored in enumerate(self.scored):
+            own = kernel if scored else np.eye(N, self.V)
+            law = np.moveaxis(np.tensordot(own, law, (1, axis)), 0, axis)
+        of_x0 = np.take_along_axis(law.reshape(-1, self.length, N), self.clean[..., None], 2)
+        return of_x0[..., 0][:, self.scored].sum(-1)
 
     def prior(self):
         a = np.exp(-self.high)
@@ -108,13 +115,15 @@ class World:
         """[81]: ∫ rate·E Σ SE dt = ∫ σ·E Σ SE d(log σ), 64 Gauss-Legendre nodes."""
         nodes, weights = np.polynomial.legendre.leggauss(64)
         low, high = np.log(self.low), np.log(self.high)
-        total = np.zeros(len(CLEAN))
+        total = np.zeros(len(self.clean))
         for node, weight in zip(nodes, weights, strict=True):
             sigma = np.exp(low + (high - low) * (node + 1) / 2)
-            log_score, law = self.log_score(sigma), self.corrupted(sigma)
-            for row, x0 in enumerate(CLEAN):
-                entropy = score_entropy(self.kind, log_score, self.states, x0, sigma)
-                total[row] += weight * sigma * law[row] @ entropy[:, self.scored].sum(-1)
+            log_score = self.log_score(sigma)
+            entropy = [
+                score_entropy(self.kind, log_score, self.states, np.full(self.length, x0), sigma)
+                for x0 in range(N)
+            ]
+            total += weight * sigma * self.mean(np.stack(entropy, -1), sigma)
         return total * (high - low) / 2
 
     def clean_probs(self):
@@ -128,13 +137,10 @@ class World:
     def reconstruction(self):
         """[81]"""
         with np.errstate(divide="ignore"):
-            log_probs = np.log(self.clean_probs())
-        law = self.corrupted(self.low)
-        total = np.zeros(len(CLEAN))
-        for i in np.flatnonzero(self.scored):
-            nats = -log_probs[:, i, CLEAN[:, i]].T  # [81, S]
-            total += np.where(law > 0, law * np.where(law > 0, nats, 0), 0).sum(-1)
-        return total
+            nats_SLN = -np.log(self.clean_probs()[..., :N])
+        kernel = oracle.transition_matrix(self.kind, self.low)[:N]
+        reached_SLN = np.moveaxis(kernel[:, self.states], 0, -1) > 0
+        return self.mean(np.where(reached_SLN, nats_SLN, 0), self.low)
 
     def bound(self):
         return self.prior() + self.diffusion() + self.reconstruction()
@@ -475,8 +481,27 @@ def test_outer_terms_that_are_left_out_are_shown_apart():
     assert mean.diffusion == pytest.approx(bound.diffusion / (1 - T_MIN))
     assert (mean.prior, mean.reconstruction) == (bound.prior, bound.reconstruction)
     assert mean.prior > 0
+    assert not bound.exact
+    assert not mean.exact  # neither a bound nor the likelihood
     any_order = evaluate_bound(DENOISER, *arguments[1:], outer_terms=False)
     assert any_order.is_bound  # it has none to leave out
+
+
+@pytest.mark.parametrize("outer_terms", [True, False])
+def test_an_exact_likelihood_is_no_bound(outer_terms):
+    """Whatever a protocol says of terms that it does not have."""
+    here = oracle.Oracle("absorbing", seed=3)
+    result = evaluate_bound(
+        here.autoregressive_denoiser(),
+        LogLinear(),
+        jax.random.key(0),
+        batches(CLEAN, len(CLEAN)),
+        outer_terms=outer_terms,
+    )
+    assert result.exact
+    assert not result.is_bound
+    assert (result.draws, result.to_json()["exact"]) == (0, True)
+    np.testing.assert_allclose(result.sequence_nats, -np.log(here.joint.ravel()), rtol=1e-4)
 
 
 def test_an_estimator_that_the_model_does_not_have():
@@ -534,40 +559,109 @@ def long_world():
             row = oracle.state_index(xt, N + 1)
             nats = -sum(log_c[row, i, clean[:, i]] for i in masked)
             exact += LONG / k * nats / math.comb(LONG, k) / LONG
-    return oracle.table_denoiser(table, N), clean, exact
+    return oracle.table_denoiser(table, N), LogLinear(), exact
 
 
-def coverage(field, number_BS, shift=0.0):
-    """How many of B evaluations of S sequences lie within 3 of the errors that they report."""
-    denoiser, clean, exact = long_world()
-    repeats, size = number_BS.shape
-    x0 = clean[number_BS.ravel()]
-    parts = score_sequences(
-        denoiser, LogLinear(), jax.random.key(7), [(x0, x0 >= 0)], MonteCarlo(draws=8)
+@functools.cache
+def long_score_world(kind, noise):
+    """The same of scores, as of `wrong_score_world`, and their exact bound by quadrature."""
+    rng, size = np.random.default_rng(14), oracle.num_states(kind)
+    states = oracle.all_states(size, LONG)
+    if kind == "uniform":
+        joint = np.exp(0.8 * rng.standard_normal([N] * LONG))
+        joint /= joint.sum()
+        denoiser = oracle.Denoiser(
+            params={"joint": oracle.f32(joint)},
+            network=oracle.ExactScoreNetwork(num_states=N, time_conditioned=True),
+            parameterization=oracle.Score(process=oracle.Uniform(num_tokens=N)),
+        )
+        index = oracle.neighbours(states, N)
+
+        def log_score(sigma):
+            kernel, law = oracle.transition_matrix(kind, sigma), joint
+            for axis in range(LONG):
+                law = np.moveaxis(np.tensordot(law, kernel, (axis, 0)), -1, axis)
+            log_p = np.log(law.ravel())
+            return log_p[index] - log_p[:, None, None]
+    else:
+        shape = (len(states), LONG, size)
+        table, slope = 0.7 * rng.standard_normal(shape), 0.3 * rng.standard_normal(shape)
+        denoiser = oracle.table_denoiser(table, N, slope=slope)
+        own = np.eye(size, dtype=bool)[states]
+
+        def log_score(sigma):
+            raw = table + slope * np.sin(np.log(sigma)) - np.log(np.expm1(sigma)) - np.log(N)
+            return np.where(own, 0, raw)
+
+    world = World(kind, noise, log_score, denoiser, scored=(True,) * LONG)
+    return denoiser, NOISE[noise], world.bound()
+
+
+def coverage(world, field, number_BS):
+    """How many of B evaluations of S sequences lie within 3 of the errors that they report.
+
+    And how many would where the mean were off by 1 nat a token: the control.
+    """
+    denoiser, schedule, exact = world
+    estimator = resolve("auto", denoiser)
+    size = number_BS.shape[1]
+    parts = score_sequences(  # in batches of one size: one program serves all tests of a world
+        denoiser,
+        schedule,
+        jax.random.key(7),
+        batches(oracle.all_states(N, LONG)[number_BS.ravel()], 4800),
+        MonteCarlo(draws=8),
     )
-    [whole] = parts
-    target = exact[number_BS] if field == "standard_error_draws" else exact
-    inside = 0
-    for repeat in range(repeats):
+    whole = Scored.join(list(parts))
+    off, error = [], []
+    for repeat, numbers in enumerate(number_BS):
         here = slice(repeat * size, (repeat + 1) * size)
         own = Scored(**{k: v[here] for k, v in vars(whole).items()})
-        result = summarise([own], draws=8, estimator="k_dce")
-        mean = (target[repeat] if field == "standard_error_draws" else target).mean() / LONG
-        inside += abs(result.nats_per_token - mean - shift) <= 3 * getattr(result, field)
-    return inside / repeats
+        result = summarise([own], draws=8, estimator=estimator)
+        target = exact[numbers] if field == "standard_error_draws" else exact
+        off.append(result.nats_per_token - target.mean() / LONG)
+        error.append(getattr(result, field))
+    off, error = np.array(off), np.array(error)
+    return (np.abs(off) <= 3 * error).mean(), (np.abs(off - 1) <= 3 * error).mean()
 
 
-def test_the_error_over_draws_covers():
+covered = pytest.mark.parametrize(
+    "world",
+    [
+        long_world,
+        lambda: long_score_world("absorbing", "log_linear"),
+        lambda: long_score_world("uniform", "geometric"),
+    ],
+    ids=["k_dce", "score-absorbing", "score-uniform"],
+)
+THESE_BS = np.tile(np.arange(0, 729, 46), (300, 1))
+
+
+@covered
+def test_the_error_over_draws_covers(world):
     """For these very sequences: 16 of 4 replicates leave 48 degrees of freedom."""
-    number_BS = np.tile(np.arange(0, 729, 46), (300, 1))
-    assert coverage("standard_error_draws", number_BS) >= 0.97
-    assert coverage("standard_error_draws", number_BS[:20], shift=1.0) == 0  # the control
+    inside, wrong = coverage(world(), "standard_error_draws", THESE_BS)
+    assert inside >= 0.97
+    assert wrong <= 0.1  # not 0: where tails are long, a few errors are as large as that
 
 
-def test_the_error_over_sequences_covers():
+@covered
+def test_the_error_over_sequences_covers(world):
     """For the population that the sequences come from, here uniform over all 729."""
     number_BS = np.random.default_rng(1).integers(0, 729, (300, 32))
-    assert coverage("standard_error", number_BS) >= 0.97
+    inside, wrong = coverage(world(), "standard_error", number_BS)
+    assert inside >= 0.97
+    assert wrong <= 0.1
+
+
+def test_the_error_of_few_uniform_sequences_under_log_linear_noise_is_optimistic():
+    """What docs/evaluation.md warns of: measured 0.89, where the others have 0.99.
+
+    Three binomial standard errors of 300 evaluations around it.
+    """
+    world = long_score_world("uniform", "log_linear")
+    inside, _ = coverage(world, "standard_error_draws", THESE_BS)
+    assert 0.84 <= inside <= 0.95
 
 
 def test_error_of_a_single_sequence_is_that_of_its_draws():

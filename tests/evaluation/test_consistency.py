@@ -32,6 +32,14 @@ def conditionals(joint):
     )
 
 
+def entropy(p):
+    return -(p * np.log(p)).sum()
+
+
+def kl(p, q):
+    return (p * np.log(p / q)).sum()
+
+
 def variation(log_p, log_q):
     return oracle.total_variation(np.exp(log_p), np.exp(log_q))
 
@@ -235,10 +243,85 @@ def test_a_model_that_is_not():
         np.testing.assert_allclose(result.model_unary_nats[p], own, atol=1e-5)
         expected = variation(joints["chain_ab"], joints["chain_ba"])
         np.testing.assert_allclose(result.orders["total_variation"][p], expected, atol=1e-6)
+        ab, ba = np.exp(joints["chain_ab"]), np.exp(joints["chain_ba"])
+        spread = entropy((ab + ba) / 2) - (entropy(ab) + entropy(ba)) / 2
+        np.testing.assert_allclose(result.orders["jensen_shannon"][p], spread, atol=1e-6)
+        for j, joint in enumerate(map(np.exp, joints.values())):
+            kl_b = [kl(np.exp(by_b[t][0]), normalised(joint[:, t])) for t in range(N)]
+            kl_a = [kl(np.exp(by_a[t][0]), normalised(joint[t])) for t in range(N)]
+            at_true = (kl_b[x[b]] + kl_a[x[a]]) / 2
+            np.testing.assert_allclose(result.kl_true[p, j], at_true, atol=1e-5)
+            np.testing.assert_allclose(result.kl_all[p, j], np.mean([*kl_b, *kl_a]), atol=1e-5)
+            given = normalised(joint[:, x[b]])[x[a]], normalised(joint[x[a]])[x[b]]
+            np.testing.assert_allclose(result.unary_nats[p, j], -np.log(given).mean(), atol=1e-5)
     assert result.orders["total_variation"].min() > 0.01
+    assert result.orders["jensen_shannon"].min() > 1e-4
+    assert result.kl_all.min() > 1e-4
+    assert (result.kl_true.mean(0) > 0.01).all()
     # Arnold and Gokhale's is the closest to all conditionals.
     best = result.joints.index("arnold_gokhale")
     assert (result.kl_all[:, best, None] <= result.kl_all + 1e-12).all()
+
+
+def test_figures_of_two_by_two_by_hand():
+    """The conditionals of `test_two_by_two_by_hand` as a model's, whose joints are known there.
+
+    p(a | b) is (½, ½) and p(b | a) (0.8, 0.2) or its reverse; the true pair is a = 0, b = 1.
+    """
+    mask, table = 2, np.zeros((9, 2, 3))
+    table[oracle.state_index([[0, mask], [1, mask]], 3), 1, :2] = np.log([[0.8, 0.2], [0.2, 0.8]])
+    result = consistency(
+        oracle.table_denoiser(table, 2),
+        np.array([[0, 1]]),
+        np.ones((1, 2), bool),
+        jax.random.key(0),
+        pairs=1,
+    )
+    log = math.log
+    uneven_even = 0.8 * log(0.8 / 0.5) + 0.2 * log(0.2 / 0.5)  # KL((0.8, 0.2) ‖ (½, ½))
+    even_uneven = 0.5 * log(0.5 / 0.8) + 0.5 * log(0.5 / 0.2)
+    reversed_ = 0.8 * log(0.8 / 0.2) + 0.2 * log(0.2 / 0.8)
+    fitted = (
+        0.5 * log(0.5 / 0.65)
+        + 0.5 * log(0.5 / 0.35)
+        + 0.8 * log(0.8 / 0.65)
+        + 0.2 * log(0.2 / 0.35)
+    )
+    # Of each joint: KL at the true token, KL over all four, -log of its conditionals, of the pair.
+    independent = uneven_even / 2, 2 * uneven_even / 4, log(2), log(4)
+    chain_ab = even_uneven / 2, 2 * even_uneven / 4, -log(0.2), -log(0.1)
+    expected = {
+        "independent": independent,
+        "chain_ab": chain_ab,
+        "chain_ba": independent,
+        "mrf": chain_ab,
+        "mrf_logit": chain_ab,
+        "hcb": (0.0, reversed_ / 4, -(log(0.5) + log(0.2)) / 2, -log(0.1)),  # wrong at a = 1 alone
+        "arnold_gokhale": (fitted / 2, fitted / 2, -log(0.35), -log(0.175)),
+    }
+    found = result.to_json()
+    assert found["joints"].keys() == expected.keys()
+    for name, (kl_true, kl_all, unary, pair) in expected.items():
+        of = found["joints"][name]
+        assert of["unary_kl_true"] == pytest.approx(kl_true, abs=1e-6), name
+        assert of["unary_kl_all"] == pytest.approx(kl_all, abs=1e-6), name
+        assert of["unary_perplexity"] == pytest.approx(math.exp(unary), rel=1e-6), name
+        assert of["pairwise_perplexity"] == pytest.approx(math.exp(pair / 2), rel=1e-6), name
+    assert found["model_unary_perplexity"] == pytest.approx((0.5 * 0.2) ** -0.5, rel=1e-6)
+    # Between [[0.4, 0.1], [0.1, 0.4]] and 0.25 four times; their mean is 0.325 and 0.175.
+    to_middle = 0.8 * log(0.4 / 0.325) + 0.2 * log(0.1 / 0.175)
+    even_to_middle = 0.5 * log(0.25 / 0.325) + 0.5 * log(0.25 / 0.175)
+    orders = {
+        "total_variation": 0.3,
+        "jensen_shannon": (to_middle + even_to_middle) / 2,
+        "kl_ab_ba": uneven_even,
+        "kl_ba_ab": even_uneven,
+        "true_pair": log(2.5),
+        "max_log_ratio": log(2.5),
+    }
+    assert found["orders"].keys() == orders.keys()
+    for name, value in orders.items():
+        assert found["orders"][name]["mean"] == pytest.approx(value, abs=1e-6), name
 
 
 def test_the_likeliest_tokens():

@@ -1,9 +1,17 @@
 """``evaluate.py`` beyond perplexity: samples, a judge, conditionals, and one page of it all."""
 
+import html
 import json
+import re
+import shlex
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_run
+
+import sedd
+from sedd.evaluation_report import judge_of
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,48 @@ def test_an_exact_likelihood_is_called_no_bound(place):
     assert "bound" not in ran.out.lower()
     figures = json.loads((place / "ar.json").read_text())
     assert (figures["estimator"], figures["draws"]) == ("exact", 0)
+    assert (figures["is_bound"], figures["exact"]) == (False, True)
     assert figures["standard_error_draws"] == 0
+    assert "left out" not in ran.out
+    page = (place / "ar.html").read_text()
+    assert "bound" not in page.lower()
+    ran = evaluate(place, "radd", "--json", place / "radd.json")
+    figures = json.loads((place / "radd.json").read_text())
+    assert (figures["is_bound"], figures["exact"]) == (True, False)
+
+
+def test_the_command_of_a_report_gives_its_figures(place, tmp_path):
+    """Flags that change a figure, in both spellings, and a name that a shell would split."""
+    text = tmp_path / "my text.txt"
+    text.write_text(tiny_run.text(4000))
+    flags = ("--checkpoint", place / "radd", "--data", text, "--protocol=mdlm", "--max-sequences=7")
+    flags += ("--tokenizer", "characters", "--length", 24, "--estimator", "k_dce", "--draws", 8)
+    flags += ("--seed", 3, "--split", "all", "--step", 4, "--no-specials")
+    page, figures = tmp_path / "r.html", tmp_path / "r.json"
+    ran = tiny_run.call("evaluate", *flags, "--report", page, "--json", figures)
+    assert ran.code == 0, ran.err
+    first = figures.read_text()
+    [line] = re.findall("Command: (.*?)</p>", page.read_text())
+    name, *arguments = shlex.split(html.unescape(line))
+    assert name == "evaluate.py"
+    figures.unlink()
+    assert tiny_run.call("evaluate", *arguments).code == 0
+    assert figures.read_text() == first
+
+
+# ---------------------------------------------------------------- an autoregressive run as a judge
+
+
+def test_features_have_seen_the_last_token(place):
+    """The state after it, by a call for each text alone; the shift of the inputs would hide it."""
+    judge, model = judge_of(str(place / "ar")), sedd.load(place / "ar")
+    texts = ["the cat sat", "the cat sad", "the", "x" * model.length]  # the last without padding
+    found = judge.features(texts)
+    assert np.abs(found[0] - found[1]).max() > 0.01
+    for text, feature in zip(texts, found, strict=True):
+        [ids] = model.tokenizer.encode_batch([text])
+        x_1L = jnp.asarray([[*ids, 1]])  # whatever follows
+        np.testing.assert_allclose(model.denoiser.hidden(x_1L)[0][0, len(ids)], feature, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """The Llama of a GGUF file against an independent one, and Hugging Face models as judges."""
 
 import math
+import pickle
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from scipy.special import log_softmax
 
 from sedd.errors import UserError
@@ -227,6 +230,42 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install gguf"):
         load_smollm2()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            pickle.UnpicklingError("Weights only load failed.\nIn PyTorch 2.6 …"),
+            "Weights only load",
+        ),
+        (
+            RuntimeError("PytorchStreamReader failed\n at a line of C++"),
+            "PytorchStreamReader failed",
+        ),
+        (SafetensorError("header too large"), "header too large"),
+        (OSError("mine is not a local folder"), "mine is not a local folder"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_files_that_torch_refuses_are_one_line(monkeypatch, error, message):
+    """With stand-ins for both libraries: what reading the weights raises."""
+
+    def refuse(name, dtype):
+        raise error
+
+    stand_ins = {
+        "torch": SimpleNamespace(float32=None),
+        "transformers": SimpleNamespace(
+            AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: None),
+            AutoModelForCausalLM=SimpleNamespace(from_pretrained=refuse),
+        ),
+    }
+    for name, module in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(UserError, match=rf"^judge 'mine' cannot be loaded: {message}") as caught:
+        hugging_face_judge("mine")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_real_model_prefers_text():

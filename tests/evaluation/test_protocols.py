@@ -206,14 +206,16 @@ def test_several_data_sets_make_one_table(place, tmp_path):
     assert f"pubmed={place}/none.txt: no such file" in result.errors[0]
     assert "NOT a bound" in result.out
     assert "sedd (draws 4, length 12, tokenizer characters)" in result.out
-    lines = table.read_text().splitlines()
+    title, empty, *lines = table.read_text().splitlines()
+    assert title.startswith("NOT a bound: the prior and the reconstruction are left out")
+    assert empty == ""
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         name for name in ZEROSHOT if name != "pubmed"
     ]
     assert lines[0].count("|") == 11
     figures = json.loads(json_file.read_text())
     assert [row["data"] for row in figures["results"]] == [n for n in ZEROSHOT if n != "pubmed"]
-    assert all(row["is_bound"] is False for row in figures["results"])
+    assert all(row["is_bound"] is row["exact"] is False for row in figures["results"])
     assert figures["protocol"]["name"] == "sedd"
     assert figures["protocol"]["outer_terms"] is False
     assert figures["protocol"]["drop_every"] == 1000
@@ -230,6 +232,7 @@ def test_one_data_set_shows_its_terms(place, tmp_path):
         assert words in result.out
     assert "left out" not in result.out
     assert r"\begin{tabular}" in table.read_text()
+    assert r"\caption{Upper bound on the negative log likelihood}" in table.read_text()
     fit = ("--protocol", "mdlm", "--tokenizer", "characters", "--length", LENGTH)
     result = evaluate(
         *(place, "--data", place / "text.txt", "--max-sequences", 4, *fit), kind="sedd"
@@ -251,6 +254,11 @@ def test_the_likelihood_of_one_order(place, order):
     assert result.nats_per_token == pytest.approx(-log_probs()[x0[scored]].mean(), rel=1e-5)
     assert result.estimator == f"{order} order"
     assert result.standard_error_draws == 0
+    figures = case.to_json([(data, result)])
+    assert (figures["is_bound"], figures["exact"], figures["draws"]) == (False, True, 0)
+    for shown in (case.table([(data, result)]), case.detail(data, result)):
+        assert shown.title.startswith("Exact negative log likelihood")
+        assert not [word for word in ("bound", "≤", "left out") if word in shown.markdown()]
     with pytest.raises(UserError, match="order needs a time-independent absorbing model"):
         evaluation(place, "sedd", "--data", "x", "--order", order)
 

@@ -13,22 +13,34 @@ TABLE = Table(
     columns=("model", "nats ≤", "tokens"),
     rows=[("a_b|c [bold]", 1.23456789, 1000), ("<x>", None, 7)],
 )
+UNTITLED = Table(columns=TABLE.columns, rows=TABLE.rows)
 
 
 def test_markdown():
     assert TABLE.markdown().split("\n") == [
+        "Bounds & others",
+        "",
         "| model | nats ≤ | tokens |",
         "| --- | ---: | ---: |",
         "| a_b\\|c [bold] | 1.235 | 1000 |",
         "| <x> | – | 7 |",
     ]
+    assert UNTITLED.markdown() == "\n".join(TABLE.markdown().split("\n")[2:])
 
 
 def test_latex():
-    lines = TABLE.latex().split("\n")
+    lines = UNTITLED.latex().split("\n")
     assert lines[0] == r"\begin{tabular}{lrr}"
     assert lines[2] == r"model & nats $\le$ & tokens \\"
     assert lines[4] == r"a\_b|c [bold] & 1.235 & 1000 \\"
+    # A caption needs a float around it.
+    assert TABLE.latex().split("\n") == [
+        r"\begin{table}",
+        r"\centering",
+        r"\caption{Bounds \& others}",
+        *lines,
+        r"\end{table}",
+    ]
 
 
 def test_terminal_shows_markup_as_it_is():

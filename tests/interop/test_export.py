@@ -189,6 +189,11 @@ def test_a_tokenizer_of_hugging_face_is_written_as_theirs(tmp_path):
             ),
             "the layout of SEDD cannot hold this model: schedule.eps must be 0.001, got 0.0001",
         ),
+        (
+            tiny_run.config("ar"),
+            "this model is autoregressive, and has no published layout: SEDD, RADD and MDLM have "
+            "one, whose parameterization is score or conditional",
+        ),
     ],
 )
 def test_what_no_layout_holds_is_refused_with_all_reasons(tmp_path, config, message):

@@ -1,6 +1,7 @@
 """Published checkpoints as models: by ``sedd.load``, through the commands, from the hub."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
+import yaml
 from test_published import GOLDEN, TOLERANCE, training
 from torch_writer import write
 
@@ -83,6 +85,41 @@ def test_a_training_run_of_the_published_code_is_loaded(tmp_path):
     x = np.full((1, 24), NUM_TOKENS)
     ours, theirs = (sedd.load(path).log_conditional(x) for path in (tmp_path, GOLDEN / "radd"))
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "tokens: !!python/object/apply:os.system ['touch {made}']",
+            ".*python/object/apply:os.system",
+        ),
+        ("tokens: [1, 2", ".*expected ',' or ']'"),
+        (b"\xff\xfe\xff", ".*codec can't decode"),
+    ],
+)
+def test_a_configuration_in_yaml_that_cannot_be_read_is_named(tmp_path, text, reason):
+    """Nothing in it is run."""
+    made, path = tmp_path / "made", tmp_path / ".hydra" / "config.yaml"
+    path.parent.mkdir()
+    if isinstance(text, str):
+        text = text.format(made=made).encode()
+    path.write_bytes(text)
+    write(tmp_path / "checkpoints-meta" / "checkpoint.pth", training("radd"))
+    message = f"{re.escape(str(path))}: {reason}.*; expected a published configuration"
+    with pytest.raises(UserError, match=message):
+        sedd.load(tmp_path)
+    assert not made.exists()
+    ran = tiny_run.call("sample", "--checkpoint", tmp_path)
+    assert (ran.code, len(ran.errors)) == (2, 1)
+    assert re.match(f"error: {message}", ran.errors[0])
+    assert not made.exists()
+
+
+def test_control_the_payload_would_run_where_yaml_is_not_safe(tmp_path):
+    text = f"tokens: !!python/object/apply:os.system ['touch {tmp_path / 'made'}']"
+    yaml.unsafe_load(text)
+    assert (tmp_path / "made").exists()
 
 
 # ------------------------------------------------------- tokenizers

@@ -603,7 +603,7 @@ def test_token_confidence_is_biased_with_a_perfect_network():
         for seed in range(30)
     ]
     print(f"\ntoken_confidence: {min(distance):.3f} to {max(distance):.3f}")
-    assert min(distance) > 0.1
+    assert min(distance) > 0.4  # measured exactly, without draws: .418 to .603
 
 
 # ---------------------------------------------------------------- blocks

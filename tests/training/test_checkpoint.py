@@ -12,7 +12,7 @@ import pytest
 from training_toy import ADAMW, Toy, ToyBatches, setup
 
 from sedd.errors import UserError
-from sedd.training.checkpoint import Checkpoints, find_checkpoints, init_params_from
+from sedd.training.checkpoint import Checkpoints, find_checkpoints
 from sedd.training.state import to_host
 
 DATA, PENDING = {"next_step": 3}, {"window": {"loss": 0.1 + 0.2}, "held": None}
@@ -205,13 +205,14 @@ def test_another_configuration_is_an_error_that_names_the_parameter(tmp_path, st
 
 def test_parameters_of_another_run_start_a_new_one(tmp_path, state, abstract):
     save(tmp_path / "checkpoints", state, [3, 4])
-    params = init_params_from(tmp_path, abstract.params)
+    params = find_checkpoints(tmp_path).restore_params(abstract_params=abstract.params)
     assert_params(params, at(state, 4).ema_params)
     assert_params(
         find_checkpoints(tmp_path / "checkpoints").restore_params(3, ema=False), state.params
     )
+    other = jax.eval_shape(Toy(width=32).init, jax.random.key(0))
     with pytest.raises(UserError, match="another configuration: ema_params/embed"):
-        init_params_from(tmp_path, jax.eval_shape(Toy(width=32).init, jax.random.key(0)))
+        find_checkpoints(tmp_path).restore_params(abstract_params=other)
     with pytest.raises(UserError, match=r"no checkpoint of step 9 .* there are \[3, 4\]"):
         find_checkpoints(tmp_path).restore_params(9)
 

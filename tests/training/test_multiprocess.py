@@ -14,7 +14,7 @@ import pytest
 from training_toy import SGD, history, run
 
 from sedd.errors import UserError
-from sedd.training import parallel
+from sedd.training import distributed, parallel
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.distributed import Processes, connect
 from sedd.training.loop import Cadence
@@ -136,8 +136,70 @@ def test_processes_say_what_is_wrong(fields, message):
         Processes(**fields)
 
 
-def test_a_process_alone_connects_to_nobody(monkeypatch):
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+CLUSTERS = {
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "3",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "TPU_WORKER_HOSTNAMES": "a,b",
+    "TPU_PROCESS_ADDRESSES": "a:1,b:1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "a:1",
+}
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No cluster's environment, and no TPU; what ``jax.distributed`` is asked is recorded."""
+    for name in CLUSTERS:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setattr(distributed, "_explain_abort", lambda: None)
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: asked.append(options))
+    return asked
+
+
+def test_a_process_alone_connects_to_nobody(alone):
     connect(Processes())
-    assert jax.process_count() == 1
+    assert not alone
+
+
+@pytest.mark.parametrize(
+    ("names", "joins"),
+    [
+        (["SLURM_NTASKS", "SLURM_PROCID"], True),
+        (["SLURM_NTASKS"], False),  # a shell inside an allocation
+        (["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"], True),
+        (["TPU_WORKER_HOSTNAMES"], True),
+        (["TPU_PROCESS_ADDRESSES"], True),
+        (["MEGASCALE_COORDINATOR_ADDRESS"], True),
+    ],
+)
+def test_clusters_are_found_in_the_environment(alone, monkeypatch, names, joins):
+    for name in names:
+        monkeypatch.setenv(name, CLUSTERS[name])
+    connect(Processes())
+    assert len(alone) == joins
+    assert all(options["coordinator_address"] is None for options in alone)
+
+
+def test_a_tpu_asks_its_metadata_server_and_may_be_alone(alone, monkeypatch):
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    connect(Processes())
+    assert len(alone) == 1
+
+    def nobody(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    connect(Processes())
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with pytest.raises(UserError, match="did not find each other"):
+        connect(Processes())
+
+
+def test_flags_leave_every_gpu_of_the_host_to_the_process(alone, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID"):
+        monkeypatch.setenv(name, CLUSTERS[name])
+    connect(Processes(coordinator="h:1", num_processes=2, process_id=0))
+    assert alone[0]["cluster_detection_method"] == "deactivate"
