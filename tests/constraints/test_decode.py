@@ -102,9 +102,14 @@ def test_everything_against_brute_force(first):
             assert automaton.accepts(tokens)
             assert sum(log_probs[range(LENGTH), tokens]) == pytest.approx(value, abs=1e-4)
 
+        drawn = automaton.sample(jax.random.key(seed), log_probs, 2_000)
+        index = {string: i for i, (_, string) in enumerate(strings)}
+        counts = np.bincount([index[tuple(row)] for row in drawn.tolist()], minlength=len(strings))
+        assert oracle.chi_square_p(counts, np.exp(values - log_z)) > 1e-4
+
 
 @pytest.mark.parametrize("seed", range(6))
-def test_samples_have_their_law(seed):
+def test_many_samples_have_their_law_and_no_other(seed):
     automaton, log_probs, strings = random_case(1000 + seed)
     index = {string: i for i, (_, string) in enumerate(strings)}
     law = np.exp([value for value, _ in strings])
