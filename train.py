@@ -22,7 +22,7 @@ from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
 from sedd.model import read_config, read_tokenizer, text_counter
-from sedd.training.checkpoint import Checkpoints, Restored
+from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
 from sedd.training.loop import leave_on_signals, train
@@ -100,7 +100,8 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     if restored:
         state = parallel.place(restored.state)
     elif source is not None:
-        check_same_network(command.init_from, source, parts)
+        expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
+        require_same(f"--init-from {command.init_from}", kinds_of(source.denoiser.params), expected)
         state = parallel.place(make_state(params=source.denoiser.params))
     else:
         state = parallel.init(make_state)
@@ -182,24 +183,6 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
             f"{config.data.tokenizer}; weights go with their tokenizer"
         )
     return source
-
-
-def check_same_network(init_from: str | None, source: sedd.Model, parts: Parts) -> None:
-    """UserError naming the first parameter that is another one there."""
-    expected = jax.eval_shape(parts.network.init, jax.random.key(0))
-    there, here = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        }
-        for tree in (source.denoiser.params, expected)
-    )
-    for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name):
-            raise UserError(
-                f"--init-from {init_from} is of another configuration: {name} is "
-                f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-            )
 
 
 def save_description(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:

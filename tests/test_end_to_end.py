@@ -11,6 +11,8 @@ import pytest
 import tiny_run
 from tiny_run import ROOT, TINY
 
+from sedd.interop.__main__ import main as export
+
 pytestmark = pytest.mark.slow
 
 KINDS = {
@@ -106,14 +108,20 @@ def test_a_complete_run_says_so_and_more_steps_go_on(place, trained):
     assert (run / "checkpoints" / "9").is_dir()
 
 
-def test_another_runs_weights(place, trained):
-    workdir = place / "from_sedd"
-    train(*(place, "sedd", "--init-from", place / "sedd", "--training.steps", "1"), workdir=workdir)
+def test_another_runs_weights_also_where_they_were_published(place, trained):
+    flags = ["--checkpoint", place / "sedd", "--output", place / "published"]
+    export(["export", *map(str, flags)])
+    losses = {None: first_loss(place / "sedd")}
+    for source in ("sedd", "published"):
+        begun = ("--init-from", place / source, "--training.steps", "1")
+        train(place, "sedd", *begun, workdir=place / f"from_{source}")
+        losses[source] = first_loss(place / f"from_{source}")
+    assert losses["sedd"] < losses[None]
+    assert losses["published"] == pytest.approx(losses["sedd"], rel=1e-5)
 
-    def first_loss(run):
-        return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
-    assert first_loss(workdir) < first_loss(place / "sedd")
+def first_loss(run):
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

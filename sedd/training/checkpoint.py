@@ -306,18 +306,12 @@ class Checkpoints:
         return arrays
 
     def _require_same(self, step: int, description: dict, abstract_trees: dict) -> None:
-        here = {name: _kind(array) for name, array in _flatten(abstract_trees).items()}
         there = {
             name: (dtype, shape)
             for name, (dtype, shape, _) in description["arrays"].items()
             if name.split("/")[0] in abstract_trees
         }
-        for name in sorted({**here, **there}, key=lambda name: TREES.index(name.split("/")[0])):
-            if here.get(name) != there.get(name):
-                raise UserError(
-                    f"checkpoint {self.path(step)} is of another configuration: {name} is "
-                    f"{_show(there.get(name))} there and {_show(here.get(name))} here"
-                )
+        require_same(f"checkpoint {self.path(step)}", there, kinds_of(abstract_trees))
 
     def _set_aside(self, step: int, bad: BadCheckpointError) -> None:
         if jax.process_count() > 1:  # nobody moves what another process is still reading
@@ -343,6 +337,25 @@ def find_checkpoints(path: str | Path) -> Checkpoints:
         if checkpoints.steps():
             return checkpoints
     raise UserError(f"no checkpoint in {path}")
+
+
+Kinds = dict[str, tuple[str, list[int]]]
+
+
+def kinds_of(tree: Any) -> Kinds:
+    """Type and shape of every array, by name."""
+    return {name: _kind(array) for name, array in _flatten(tree).items()}
+
+
+def require_same(source: str, there: Kinds, here: Kinds) -> None:
+    """UserError naming the first array of ``source`` that is another one here."""
+    rank = {tree: place for place, tree in enumerate(TREES)}
+    for name in sorted({**here, **there}, key=lambda name: rank.get(name.split("/")[0], 0)):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{source} is of another configuration: {name} is {_show(there.get(name))} there "
+                f"and {_show(here.get(name))} here"
+            )
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
