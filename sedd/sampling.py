@@ -85,6 +85,12 @@ class TextVerifier:
         return scores
 
 
+def verifier_error(sampler: Sampler) -> UserError | None:
+    """What went wrong in the sampler's verifier since the last time, if anything."""
+    verifier = getattr(sampler, "verifier", None)
+    return verifier.take_error() if isinstance(verifier, TextVerifier) else None
+
+
 def text_verifier(model: Model, function: TextScorer, name: str = "") -> TextVerifier:
     """The verifier of a function on texts: the same one for the same function and model."""
     if model.tokenizer is None:
@@ -192,6 +198,7 @@ def sample(
         constraint=batch_spans(padded, rule) if any(spans) else None,
     )
     sampler.check(denoiser)
+    verifier_error(sampler)  # what an earlier call may have left
     samples = _run(
         sampler,
         denoiser,
@@ -228,9 +235,7 @@ def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]
     tokens, calls = np.asarray(samples.tokens_BL), np.asarray(samples.calls_B)
     score = None if samples.score_B is None else np.asarray(samples.score_B)
     if score is not None and not np.isfinite(score).all():
-        verifier = getattr(sampler, "verifier", None)
-        error = verifier.take_error() if isinstance(verifier, TextVerifier) else None
-        raise error or UserError("the verifier's scores must be finite")
+        raise verifier_error(sampler) or UserError("the verifier's scores must be finite")
     text = None
     if model.tokenizer is not None:
         rows = zip(tokens[:num], lengths, strict=True)

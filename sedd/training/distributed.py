@@ -102,7 +102,13 @@ def _explain_abort() -> None:
     watcher = subprocess.Popen([sys.executable, "-S", "-E", "-c", watch], stdin=subprocess.PIPE)
     assert watcher.stdin is not None
     stdin = watcher.stdin.fileno()
-    atexit.register(lambda: os.write(stdin, b"."))
+
+    def ended():
+        # A collective may notice first that a peer is gone: then Python ends with JAX's error.
+        if not isinstance(getattr(sys, "last_value", None), jax.errors.JaxRuntimeError):
+            os.write(stdin, b".")
+
+    atexit.register(ended)
 
 
 def several() -> bool:
