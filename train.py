@@ -103,6 +103,7 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
         require_same(f"--init-from {command.init_from}", kinds_of(source.denoiser.params), expected)
         state = parallel.place(make_state(params=source.denoiser.params))
+        del source  # its copy of the parameters would stay on the device
     else:
         state = parallel.init(make_state)
     save_description(workdir, config, data.tokenizer)

@@ -16,6 +16,7 @@ import tyro
 from sedd.components import makers
 from sedd.config import COMPONENTS, Config, load_config, with_component
 from sedd.errors import UserError
+from sedd.training.distributed import on_tpu
 
 Command = TypeVar("Command")
 
@@ -63,9 +64,8 @@ def leave_libtpu_alone() -> None:
 
     It would fall back to the CPU all the same, after an error message of many lines.
     """
-    # Importing JAX has set the first where it found no chips; the package holds plugins for GPUs.
-    no_chips = os.environ.get("TPU_SKIP_MDS_QUERY") == "1"
-    if no_chips and "JAX_PLATFORMS" not in os.environ and not find_spec("jax_plugins"):
+    gpus = find_spec("jax_plugins")  # the package of their plugins
+    if not on_tpu() and "JAX_PLATFORMS" not in os.environ and not gpus:
         jax.config.update("jax_platforms", "cpu")
 
 

@@ -91,11 +91,10 @@ class WindowJudge:
         length = min(bucket(max(map(len, windows))), self.context)
         size = self.batch_size
         for first in range(0, len(windows), size):
-            ids_BL = np.full((size, length), self.pad_id, np.int32)  # a short last batch too:
-            scored_BL = np.zeros((size, length), bool)  # it compiles nothing new
             batch = windows[first : first + size]
+            ids_BL = self._padded(batch, length)
+            scored_BL = np.zeros((size, length), bool)
             for row, ids in enumerate(batch):
-                ids_BL[row, : len(ids)] = ids
                 scored_BL[row, 0 if self.scores_first else 1 : len(ids)] = True
             nats_B = np.asarray(self.nats(ids_BL, scored_BL), np.float64)
             here = owner[first : first + size]
@@ -110,12 +109,17 @@ class WindowJudge:
         found = []
         for first in range(0, len(rows), self.batch_size):
             batch = rows[first : first + self.batch_size]
-            ids_BL = np.full((self.batch_size, length), self.pad_id, np.int32)
-            for row, ids in enumerate(batch):
-                ids_BL[row, : len(ids)] = ids
+            ids_BL = self._padded(batch, length)
             last = [max(len(ids), 1) - 1 for ids in batch]  # of an empty text, padding
             found.append(np.asarray(self.hidden(ids_BL)[np.arange(len(batch)), np.array(last)]))
         return np.concatenate(found)
+
+    def _padded(self, batch: Sequence[np.ndarray], length: int) -> np.ndarray:
+        """A full batch of rows of one length, the short last one too: it compiles nothing new."""
+        ids_BL = np.full((self.batch_size, length), self.pad_id, np.int32)
+        for row, ids in enumerate(batch):
+            ids_BL[row, : len(ids)] = ids
+        return ids_BL
 
 
 def hugging_face_judge(

@@ -124,7 +124,7 @@ def several() -> bool:
 
 
 def on_tpu() -> bool:
-    """Whether there are TPU chips: then a metadata server may know of other processes."""
+    """Whether there are TPU chips; then a metadata server may know of other processes."""
     return os.environ.get("TPU_SKIP_MDS_QUERY") != "1"  # set by JAX where it found none
 
 
