@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd.constraints.decode import Automaton
-from sedd.constraints.json_schema import schema_to_regex
+from sedd.constraints.json_schema import naming_subschema, schema_to_regex
 from sedd.constraints.token_automaton import Vocabulary, compile_tokens
 
 __all__ = ["Automaton", "compile_json_schema", "compile_regex"]
@@ -40,10 +40,11 @@ def compile_json_schema(
 ) -> Automaton:
     """The token strings that are JSON of the schema; see ``schema_to_regex`` for its subset.
 
-    UserError, with the path, on what is not in the subset.
+    UserError, with the path, on what is not in the subset or grows too large.
     """
     pattern = schema_to_regex(schema)
-    return compile_regex(pattern, vocabulary, eos_id=eos_id, cache_dir=cache_dir)
+    with naming_subschema(schema):
+        return compile_regex(pattern, vocabulary, eos_id=eos_id, cache_dir=cache_dir)
 
 
 @lru_cache(maxsize=4)

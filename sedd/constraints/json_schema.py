@@ -29,6 +29,7 @@ regex may match less than the schema allows, never more, and what it matches is 
 - Keywords without ``type`` stand for the types that they are about.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -50,6 +51,7 @@ from sedd.constraints.json_text import (
     repeat,
     show,
 )
+from sedd.constraints.regex import RegexError
 
 ANNOTATIONS = (
     "title",
@@ -109,6 +111,21 @@ def schema_to_regex(schema: Any, *, compact: bool = False) -> str:
     return _Converter(schema, compact).value(schema, ())
 
 
+@contextlib.contextmanager
+def naming_subschema(schema: Any) -> Iterator[None]:
+    """Has a RegexError about ``schema``'s regex begin with the path of the subschema it is for.
+
+    Of those whose regex holds the piece at fault, that is the one of the shortest regex.
+    """
+    try:
+        yield
+    except RegexError as error:
+        converter = _Converter(schema, compact=False)
+        converter.value(schema, ())
+        around = [(len(text), path) for path, text in converter.made if error.piece in text]
+        refuse(min(around, default=(0, ()))[1], str(error))
+
+
 class _Converter:
     """One schema's conversion; ``path`` is where a subschema stands in the document."""
 
@@ -116,6 +133,7 @@ class _Converter:
         self.root = root
         self.comma, self.colon = (",", ":") if compact else (", ", ": ")
         self.open: list[Path] = []  # the schemas around the one at hand, references followed
+        self.made: list[tuple[Path, str]] = []  # what each was converted to, the innermost first
         draft = root.get("$schema", DRAFTS[0]) if isinstance(root, Mapping) else DRAFTS[0]
         if not isinstance(draft, str) or draft.rstrip("#") not in DRAFTS:
             refuse(("$schema",), f"expected {' or '.join(DRAFTS)}, got {draft!r}")
@@ -134,6 +152,7 @@ class _Converter:
         self.open.append(path)
         text = self._keywords(schema, path, within)
         self.open.pop()
+        self.made.append((path, text))
         if len(text) > MAX_CHARACTERS:
             refuse(path, f"the regex has more than {MAX_CHARACTERS} characters")
         return text

@@ -39,11 +39,14 @@ GROUPS = {  # what may follow "(?", and why it is refused; longer ones first
 
 
 class RegexError(UserError):
-    """A pattern that cannot be read or compiled; ``position`` counts its characters from 0."""
+    """A pattern that cannot be read or compiled, for a piece of it that begins at ``position``.
+
+    ``position`` counts the pattern's characters from 0.
+    """
 
     def __init__(self, pattern: str, start: int, end: int, reason: str):
-        self.position = start
-        super().__init__(f"regex, position {start}: {reason}: {shown(pattern[start:end])}")
+        self.position, self.piece = start, pattern[start:end]
+        super().__init__(f"regex, position {start}: {reason}: {shown(self.piece)}")
 
 
 def shown(piece: str) -> str:

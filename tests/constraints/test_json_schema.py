@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 
+from sedd.constraints import compile_json_schema
 from sedd.constraints.automaton import compile_bytes
 from sedd.constraints.json_schema import FORMATS, MAX_NESTING, schema_to_regex
 from sedd.errors import UserError
@@ -927,6 +928,28 @@ def test_refusals_name_the_path(schema, message):
     found = str(error.value)
     assert "\n" not in found
     assert message in found if message.startswith((":", "/")) else found.startswith(message), found
+
+
+LARGE = {"type": "string", "maxLength": 50_000}
+
+
+@pytest.mark.parametrize(
+    "schema, path",
+    [
+        (LARGE, "#"),
+        ({"properties": {"a": {"type": "string"}, "b": LARGE}}, "#/properties/b"),
+        (
+            {"prefixItems": [{"const": 1}, {"$ref": "#/$defs/it"}], "$defs": {"it": LARGE}},
+            "#/$defs/it",
+        ),
+        ({"items": {"items": {"maxLength": 900}, "maxItems": 90}, "maxItems": 2}, "#/items"),
+        ({"additionalProperties": {"pattern": "(a|b)*a(a|b){20}"}}, "#/additionalProperties"),
+    ],
+)
+def test_what_grows_too_large_is_named(schema, path):
+    with pytest.raises(UserError, match="pattern is too large") as caught:
+        compile_json_schema(schema, [bytes([byte]) for byte in range(256)])
+    assert str(caught.value).startswith(f"{path}: regex, position ")
 
 
 def test_what_is_refused_is_only_just_refused():
