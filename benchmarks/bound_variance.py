@@ -12,8 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from report import report
+from report import report, start
 
 import sedd
 from sedd.build import HeldOut, pack_split
@@ -153,4 +152,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

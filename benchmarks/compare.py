@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from report import machine, report
+from report import machine, report, start
 
 from sedd.build import build_parts
-from sedd.cli import parse, run
 from sedd.errors import UserError
 from sedd.evaluation.report import Table
 from sedd.files import check_writable, write_whole
@@ -202,4 +201,4 @@ jax {about["jax"]}.
 
 
 if __name__ == "__main__":
-    run(lambda arguments: main(parse(Settings, arguments, description=__doc__ or "")))
+    start(main, Settings, __doc__)

@@ -18,8 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tyro
-from report import report
+from report import report, start
 
 from sedd.config import default_cache_dir
 from sedd.constraints.json_schema import schema_to_regex
@@ -132,4 +131,4 @@ def spread(name: str, values: list[Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

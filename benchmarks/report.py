@@ -12,6 +12,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from sedd.cli import parse, run
+
+
+def start(main: Callable[[Any], Any], settings: type[Any], description: str | None) -> None:
+    """Run a benchmark with the settings that the command line has, and exit."""
+    run(lambda arguments: main(parse(settings, arguments, description=description or "")))
+
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""

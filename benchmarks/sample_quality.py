@@ -14,8 +14,7 @@ from pathlib import Path
 import jax
 import matplotlib as mpl
 import numpy as np
-import tyro
-from report import report
+from report import report, start
 
 import sedd
 from sedd.build import pack_split
@@ -189,4 +188,4 @@ def plot(results: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

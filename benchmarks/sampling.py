@@ -15,8 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from report import report
+from report import report, start
 
 from sedd.build import build_sampler
 from sedd.components import build
@@ -158,4 +157,4 @@ def _draw(sampler, denoiser, keys_B, tokens_BL, fixed_BL):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

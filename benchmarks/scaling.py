@@ -10,8 +10,7 @@ that a device sends or receives of it. The batch grows with the devices.
 import dataclasses
 
 import jax
-import tyro
-from report import report
+from report import report, start
 
 from sedd.components import options
 from sedd.config import Config, DataOptions, TrainingOptions
@@ -73,4 +72,4 @@ def simulate(number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
-from report import report
+from report import report, start
 
 from sedd.build import build_parts
 from sedd.components import options
@@ -197,4 +196,4 @@ def about(settings: Settings) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
-from report import report
+from report import report, start
 
 from sedd.build import build_data, build_parallel, build_parts, build_step
 from sedd.components import options
@@ -167,4 +166,4 @@ def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

@@ -128,13 +128,18 @@ def log_expm1(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
     return sigma + jnp.log(-jnp.expm1(-sigma))
 
 
+@jax.custom_jvp
 def expm1_minus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """exp(x) - 1 - x, which cancels near 0: its Taylor series there."""
     small = jnp.abs(x) < 0.3
-    near = jnp.where(small, x, 0.0)
-    series = near**2 / 2 * (1 + near / 3 * (1 + near / 4 * (1 + near / 5 * (1 + near / 6))))
-    far = jnp.where(small, 1.0, x)
-    return jnp.where(small, series, jnp.expm1(far) - far)
+    series = x**2 / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
+    return jnp.where(small, series, jnp.expm1(x) - x)
+
+
+@expm1_minus.defjvp
+def _expm1_minus_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return expm1_minus(x), jnp.expm1(x) * dx
 
 
 def at(values: Float[Array, "*b V"], index: Int[Array, "*b"]) -> Float[Array, "*b"]:

@@ -65,11 +65,18 @@ class Uniform(Process):
         # log ratio = log(expm1(σ) / (expm1(σ) + N)); 1 - N/(expm1(σ) + N) would round to 0.
         log_moved = log_expm1(sigma)
         log_ratio = log_moved - jnp.logaddexp(log_moved, jnp.log(self.num_tokens * 1.0))
+        # At clean positions r is the ratio everywhere; at others 1, and 1 / ratio at x0. All that
+        # runs over y are two sums, which the compiler makes in one pass over the scores.
         clean = x == x0
-        log_r = jnp.where(clean, log_ratio, 0.0)[..., None]
-        log_r = put(jnp.broadcast_to(log_r, log_score.shape), x0, jnp.where(clean, 0.0, -log_ratio))
-        terms = jnp.exp(log_r) * expm1_minus(log_score - log_r)
-        return put(terms, x, jnp.zeros(x.shape)).sum(-1) / self.num_tokens
+        log_r = jnp.where(clean, log_ratio, 0.0)
+        y = jnp.arange(self.num_tokens)
+        is_x0 = y == x0[..., None]
+        term = expm1_minus(log_score - log_r[..., None])
+        others = jnp.where(is_x0 | (y == x[..., None]), 0.0, term).sum(-1)
+        score_x0 = jnp.where(is_x0, log_score, 0.0).sum(-1)
+        term_x0 = jnp.exp(-log_ratio) * expm1_minus(score_x0 + log_ratio)
+        total = jnp.exp(log_r) * others + jnp.where(clean, 0.0, term_x0)
+        return total / self.num_tokens
 
 
 make = Uniform

@@ -61,7 +61,7 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
     """Join the other processes, before anything asks JAX for its devices.
 
     Does nothing where there is only this one. Raises UserError where the coordinator cannot be
-    reached within ``seconds``.
+    reached within ``seconds``, and where there are more processes than devices.
     """
     said = processes.coordinator is not None or several()
     if not said and not on_tpu():
@@ -82,8 +82,25 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
     except (RuntimeError, ValueError) as error:
         if not said:  # a TPU by itself
             return
-        first = str(error).splitlines()[0]
-        raise UserError(f"the processes of this run did not find each other: {first}") from error
+        raise UserError(
+            f"the processes of this run did not find each other: {_first_line(error)}"
+        ) from error
+    _require_device()
+
+
+def _require_device() -> None:
+    """UserError where a host has more processes than devices, and this one is left without."""
+    try:
+        jax.local_devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"no device is left for this process ({_first_line(error)}): start at most one process "
+            "for each device of a host"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _explain_abort() -> None:

@@ -934,7 +934,7 @@ LARGE = {"type": "string", "maxLength": 50_000}
 
 
 @pytest.mark.parametrize(
-    "schema, path",
+    ("schema", "path"),
     [
         (LARGE, "#"),
         ({"properties": {"a": {"type": "string"}, "b": LARGE}}, "#/properties/b"),

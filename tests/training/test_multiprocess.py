@@ -203,3 +203,13 @@ def test_flags_leave_every_gpu_of_the_host_to_the_process(alone, monkeypatch):
         monkeypatch.setenv(name, CLUSTERS[name])
     connect(Processes(coordinator="h:1", num_processes=2, process_id=0))
     assert alone[0]["cluster_detection_method"] == "deactivate"
+
+
+def test_more_processes_than_devices_are_refused(alone, monkeypatch):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'cuda': no such ordinal\nmore")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    connect(Processes())  # alone, a process asks for no device here
+    with pytest.raises(UserError, match=r"'cuda': no such ordinal\): start at most one process"):
+        connect(Processes(coordinator="h:1", num_processes=2, process_id=0))
