@@ -131,15 +131,22 @@ def log_expm1(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
 @jax.custom_jvp
 def expm1_minus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """exp(x) - 1 - x, which cancels near 0: its Taylor series there."""
-    small = jnp.abs(x) < 0.3
-    series = x**2 / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
-    return jnp.where(small, series, jnp.expm1(x) - x)
+    return jnp.where(jnp.abs(x) < 0.3, x**2 / 2 * _series(x, 3), jnp.exp(x) - 1 - x)
 
 
 @expm1_minus.defjvp
 def _expm1_minus_jvp(primals, tangents):
+    # exp(x) - 1, in the same terms: an exponential serves both.
     (x,), (dx,) = primals, tangents
-    return expm1_minus(x), jnp.expm1(x) * dx
+    return expm1_minus(x), jnp.where(jnp.abs(x) < 0.3, x * _series(x, 2), jnp.exp(x) - 1) * dx
+
+
+def _series(x, first: int):
+    """1 + x/first·(1 + x/(first + 1)·(…)), to the last term that float32 notices below 0.3."""
+    total = 1.0
+    for k in range(7, first - 1, -1):
+        total = 1 + x / k * total
+    return total
 
 
 def at(values: Float[Array, "*b V"], index: Int[Array, "*b"]) -> Float[Array, "*b"]:
