@@ -1,6 +1,7 @@
 """A training step: its speed, its memory and its compile time, beside the plain form of the loss.
 
-The plain form computes every logit of the batch and takes optax's softmax cross entropy of them.
+The plain form computes every logit of the batch, takes optax's softmax cross entropy of them, and
+clips the gradient with optax's ``clip_by_global_norm``. `plain loss` has the library's clipping.
 Both steps run in turn, so that what else the machine does slows both.
 
     python benchmarks/train_step.py                                    # d 256, 6 layers, V 2049
@@ -110,9 +111,15 @@ def plain(kind):
     return Plain
 
 
-def compiled_step(settings: Settings, parts, objective):
+def plain_optimizer() -> optax.GradientTransformation:
+    """The library's optimizer with optax's clipping, which keeps a second gradient."""
+    rest = make_optimizer(OptimizerOptions(clip_norm=None), 1000)
+    return optax.chain(optax.clip_by_global_norm(1.0), rest)
+
+
+def compiled_step(settings: Settings, parts, objective, optimizer=None):
     """The step, compiled ahead, with its state, its batch, and the seconds that compiling took."""
-    optimizer = make_optimizer(OptimizerOptions(), 1000)
+    optimizer = optimizer or make_optimizer(OptimizerOptions(), 1000)
     step = Step(
         network=parts.network,
         objective=objective,
@@ -151,10 +158,15 @@ def main(settings: Settings) -> None:
     parts = parts_of(settings, depth)
     kind = LOSSES[settings.objective]
     fields = {f.name: getattr(parts.objective, f.name) for f in dataclasses.fields(kind)}
-    forms = {"sedd": parts.objective, "plain": plain(kind)(**fields)}
+    plain_loss = plain(kind)(**fields)
+    forms = {
+        "sedd": (parts.objective, None),
+        "plain loss": (plain_loss, None),
+        "plain": (plain_loss, plain_optimizer()),
+    }
     programs, states, memory = {}, {}, {}
-    for name, objective in forms.items():
-        compiled, state, batch, _ = compiled_step(settings, parts, objective)
+    for name, (objective, optimizer) in forms.items():
+        compiled, state, batch, _ = compiled_step(settings, parts, objective, optimizer)
         programs[name], states[name] = compiled, state
         memory[name] = compiled.memory_analysis()
     times = {name: [] for name in forms}

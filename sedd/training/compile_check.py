@@ -105,9 +105,15 @@ def vocabulary_of(config: Config) -> int:
 
 def devices_of(topology: str) -> list[Any]:
     """Descriptions of the devices of a TPU slice; UserError where there is no such slice."""
-    # Nothing is asked of a TPU: no metadata server, no lock that keeps others from it.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Nothing is asked of a TPU: no metadata server, no lock that keeps others from it. The last two
+    # are what libtpu complains of where there is none; the topology decides.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+    ):
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
