@@ -1,14 +1,16 @@
 """Autoregression, RADD and SEDD side by side: the same network, data, batches and steps.
 
-Each model is a run of ``train.py`` from ``configs/quickstart.py``, which goes on where it stopped
-when the command is given again, and is evaluated by ``evaluate.py`` on the same validation
-sequences. The autoregressive model's NLL is exact; of the others there is an upper bound.
+Each model is trained with each of the first ``seeds`` seeds: runs of ``train.py`` from
+``configs/quickstart.py``, which go on where they stopped when the command is given again, evaluated
+by ``evaluate.py`` on the same validation sequences. The autoregressive model's NLL is exact; of the
+others there is an upper bound.
 
     python benchmarks/compare.py --workdir runs/compare --markdown docs/results.md
 """
 
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -57,7 +59,7 @@ class Settings:
     hidden_dim: int = 128
     num_layers: int = 4
     num_heads: int = 4
-    seed: int = 0
+    seeds: int = 3
     draws: int = 64
     """Noise levels a sequence, of each bound."""
     max_sequences: int = 512
@@ -69,14 +71,20 @@ class Settings:
         for name in self.models:
             if name not in MODELS:
                 raise ValueError(f"models has no {name!r}; it has {', '.join(MODELS)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a run is."""
+        return self.workdir / name / str(seed)
 
 
-def training_flags(settings: Settings, name: str) -> list[str]:
+def training_flags(settings: Settings, name: str, seed: int) -> list[str]:
     """The flags of ``train.py`` for a model."""
     shared = {
         "config": ROOT / "configs" / "quickstart.py",
-        "workdir": settings.workdir / name,
-        "seed": settings.seed,
+        "workdir": settings.folder(name, seed),
+        "seed": seed,
         "data.corpus": settings.corpus,
         "data.length": settings.length,
         "training.steps": settings.steps,
@@ -92,15 +100,15 @@ def training_flags(settings: Settings, name: str) -> list[str]:
     return [*given, *MODELS[name][1]]
 
 
-def evaluation_flags(settings: Settings, name: str) -> list[str]:
+def evaluation_flags(settings: Settings, name: str, seed: int) -> list[str]:
     """The flags of ``evaluate.py`` for a model."""
-    folder = settings.workdir / name
+    folder = settings.folder(name, seed)
     shared = {
         "checkpoint": folder,
         "data": settings.corpus,
         "draws": settings.draws,
         "max-sequences": settings.max_sequences,
-        "seed": settings.seed,
+        "seed": seed,
         "json": folder / "evaluation.json",
     }
     return [word for flag, value in shared.items() for word in (f"--{flag}", str(value))]
@@ -114,26 +122,34 @@ def command(name: str, flags: list[str], *, quiet: bool = False) -> None:
         sys.exit(code)
 
 
-def figures(folder: Path, name: str) -> dict[str, Any]:
-    """A row of the table, from what the two commands left."""
-    config, tokenizer = read_config(folder), read_tokenizer(folder)
+def figures(settings: Settings, name: str) -> dict[str, Any]:
+    """A row of the table, from what the commands left."""
+    folders = [settings.folder(name, seed) for seed in range(settings.seeds)]
+    config, tokenizer = read_config(folders[0]), read_tokenizer(folders[0])
     assert config is not None
     network = build_parts(config, tokenizer.num_tokens).network
     parameters = jax.eval_shape(network.init, jax.random.key(0))
-    logged = [record for record in read_metrics(folder) if record.get("tokens") is not None]
-    result = json.loads((folder / "evaluation.json").read_text())
+    logged = [
+        [record for record in read_metrics(folder) if record.get("tokens") is not None]
+        for folder in folders
+    ]
+    results = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
+    nats = [result["nats_per_token"] for result in results]
+    errors = {"± seeds": statistics.stdev(nats) / len(nats) ** 0.5} if len(nats) > 1 else {}
+    for column, key in (("± sequences", "standard_error"), ("± draws", "standard_error_draws")):
+        errors[column] = statistics.fmean(result[key] for result in results)
+    speeds = [record["tokens_per_second"] for run in logged for record in run]
     return {
         "model": MODELS[name][0],
-        "figure": "exact NLL" if result["estimator"] == "exact" else "bound",
-        "nats/token": result["nats_per_token"],
-        "± sequences": result["standard_error"],
-        "± draws": result["standard_error_draws"],
-        "perplexity": result["perplexity"],
-        "bits/character": result["bits_per_character"],
+        "figure": "exact NLL" if results[0]["estimator"] == "exact" else "bound",
+        "nats/token": statistics.fmean(nats),
+        **errors,
+        "perplexity": math.exp(statistics.fmean(nats)),
+        "bits/character": statistics.fmean(result["bits_per_character"] for result in results),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
-        "training tokens": sum(record["tokens"] for record in logged),
-        "tokens/s": round(statistics.median(record["tokens_per_second"] for record in logged)),
-        "sequences": result["num_sequences"],
+        "training tokens": sum(record["tokens"] for record in logged[0]),
+        "tokens/s": round(statistics.median(speeds)),
+        "sequences": results[0]["num_sequences"],
     }
 
 
@@ -141,14 +157,16 @@ def main(settings: Settings) -> None:
     """Train what is not trained, evaluate, and print the table."""
     if settings.markdown is not None:
         check_writable(settings.markdown, f"--markdown {settings.markdown}")
-    for name in settings.models:
-        command("train", training_flags(settings, name))
-        last = read_metrics(settings.workdir / name)[-1]["step"]
+    runs = [(name, seed) for seed in range(settings.seeds) for name in settings.models]
+    for run in runs:
+        command("train", training_flags(settings, *run))
+        last = read_metrics(settings.folder(*run))[-1]["step"]
         if last < settings.steps:
-            raise UserError(f"{name} was stopped at step {last}: the same command goes on")
-    for name in settings.models:
-        command("evaluate", evaluation_flags(settings, name), quiet=True)
-    rows = [figures(settings.workdir / name, name) for name in settings.models]
+            where = settings.folder(*run)
+            raise UserError(f"{where} was stopped at step {last}: the same command goes on")
+    for run in runs:
+        command("evaluate", evaluation_flags(settings, *run), quiet=True)
+    rows = [figures(settings, name) for name in settings.models]
     sequences = rows[0].pop("sequences")
     for row in rows[1:]:
         row.pop("sequences")
@@ -168,6 +186,12 @@ def page(settings: Settings, rows: list[dict[str, Any]], sequences: int) -> str:
         if field.name not in ("workdir", "markdown") and value != field.default:
             listed = value if isinstance(value, tuple) else (value,)
             words += [f"--{field.name.replace('_', '-')}", *map(str, listed)]
+    trainings = (
+        f'Figures are means over {settings.seeds} trainings,\neach with its own seed: "± seeds" is '
+        "the standard error of that mean."
+        if settings.seeds > 1
+        else "Each model was trained once:\nwhat another seed would change is in no error."
+    )
     return f"""# Results
 
 Autoregression and discrete diffusion with the same transformer, on the same text.
@@ -175,9 +199,9 @@ Autoregression and discrete diffusion with the same transformer, on the same tex
 {table.markdown()}
 
 The NLL of the autoregressive model is exact. The other figures are upper bounds on theirs: the
-distance to them is at most what the table shows. "± sequences" is one standard error over the
-sequences and contains the draws'; "± draws" is that of the Monte-Carlo draws alone. Neither
-contains what another seed of the training would change: each model was trained once.
+distance to them is at most what the table shows. {trainings}
+"± sequences" is one standard error over the validation sequences and contains the draws'; "± draws"
+is that of the Monte-Carlo draws alone; both are those of one training.
 
 ## How it was measured
 
@@ -193,8 +217,8 @@ jax {about["jax"]}.
 - Network: {settings.num_layers} layers of width {settings.hidden_dim}, float32. Those that depend
   on the noise level (SEDD) are modulated by it besides, hence their additional parameters.
 - Training: {settings.steps:,} steps of {settings.batch_size} sequences, the same ones in the same
-  order, seed {settings.seed}. The optimizer is the quick start's, whose model is RADD; it was tuned
-  for none of the others.
+  order for all models of a seed. The optimizer is the quick start's, whose model is RADD; it was
+  tuned for none of the others.
 - Tokens per second are the median over the logged steps of each run, without compilation and
   validation; the runs came one after the other.
 """

@@ -54,6 +54,7 @@ def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
         workdir=tmp_path / "runs",
         corpus=str(tmp_path / "text.txt"),
         models=("ar", "sedd"),
+        seeds=2,
         markdown=tmp_path / "results.md",
         **{"steps": 10, "draws": 4, "max_sequences": 16},
         **shape,
@@ -63,10 +64,17 @@ def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     assert (ar["figure"], sedd["figure"]) == ("exact NLL", "bound")
     assert "validation NLL " in said[0]
     assert "validation bound " in said[1]
-    assert "bound" not in said[0] + said[2]
+    assert "bound" not in said[0] + said[4]
     assert ar["± draws"] == 0 < sedd["± draws"]
     assert ar["training tokens"] == sedd["training tokens"] == 10 * 8 * 8
     assert ar["parameters"] < sedd["parameters"]
+    two = [
+        json.loads((settings.folder("sedd", seed) / "evaluation.json").read_text())
+        for seed in range(2)
+    ]
+    nats = [each["nats_per_token"] for each in two]
+    assert sedd["nats/token"] == pytest.approx(sum(nats) / 2)
+    assert sedd["± seeds"] == pytest.approx(abs(nats[0] - nats[1]) / 2) != 0
     page = (tmp_path / "results.md").read_text()
     assert f"| autoregressive | exact NLL | {ar['nats/token']:.4g} |" in page
     assert "--models ar sedd" in page

@@ -213,7 +213,7 @@ class _Run:
     profile: "_Profile | None"
 
     def __post_init__(self):
-        self.in_flight: deque = deque()
+        self.in_flight: deque[_InFlight] = deque()
         self.validations: dict[int, dict] = {}
 
     def go(self, state: TrainState, step: int, stop: Callable[[int], bool]):
@@ -230,7 +230,9 @@ class _Run:
             if batch["step"] != step - 1:
                 raise ValueError(f"the loader gave batch {batch['step']} for batch {step - 1}")
             state, metrics = self.parallel(state, batch)
-            self.in_flight.append((step, metrics))
+            self.in_flight.append(_InFlight(step, metrics))
+            for flight in self.in_flight:
+                flight.look()
             if len(self.in_flight) >= IN_FLIGHT:
                 self.collect()
             stopping = stop(step) and step < self.steps
@@ -268,7 +270,8 @@ class _Run:
 
     def collect(self) -> None:
         """Look at the oldest step's metrics, which waits for them, and log where it is due."""
-        step, metrics = self.in_flight.popleft()
+        flight = self.in_flight.popleft()
+        step, metrics = flight.step, flight.metrics
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         tokens = int(metrics["tokens"])
         figures = (("loss", loss), ("gradient norm", grad_norm))
@@ -279,7 +282,7 @@ class _Run:
         else:
             self.skip(step, *wild, skipped=bool(metrics.get("skipped", False)))
             self.window.skip(tokens)
-        self.clock.tick(tokens, int(metrics["read"]))
+        self.clock.tick(tokens, int(metrics["read"]), flight.done or time.perf_counter())
         if self.report is not None:
             self.report.advance(step)
         record = None
@@ -373,6 +376,19 @@ class _Run:
 
 
 @dataclass
+class _InFlight:
+    """A step that was dispatched; ``done`` is when it was first seen to be over."""
+
+    step: int
+    metrics: dict[str, Any]
+    done: float | None = None
+
+    def look(self) -> None:
+        if self.done is None and self.metrics["loss"].is_ready():
+            self.done = time.perf_counter()
+
+
+@dataclass
 class _Window:
     """Sums since the last log; a checkpoint carries them, so that a resume changes no mean."""
 
@@ -439,17 +455,19 @@ class _Clock:
 
     def __init__(self, flops: Callable[..., float] | None = None, num_devices: int = 1):
         self.flops, self.num_devices = flops, num_devices
-        self.since: float | None = None
+        self.since: float | None = None  # the end of the last step before those that are counted
+        self.last = 0.0  # the end of the last one of them
         self._zero()
 
     def _zero(self) -> None:
         self.steps = self.tokens = self.read = 0
         self.waited = 0.0
 
-    def tick(self, tokens: int, read: int) -> None:
-        """A step with so many scored tokens, of which so many positions were read out."""
+    def tick(self, tokens: int, read: int, done: float) -> None:
+        """A step over at ``done``: its scored tokens, and how many positions were read out."""
+        self.last = done
         if self.since is None:
-            self.since = time.perf_counter()
+            self.since = done
             self._zero()
         else:
             self.steps += 1
@@ -472,10 +490,9 @@ class _Clock:
 
     def speeds(self) -> dict[str, float]:
         """Of all devices together, but FLOPs, which are one's; ``mfu`` where its peak is known."""
-        if self.since is None or self.steps == 0:
+        if self.since is None or self.last <= self.since:
             return {}
-        now = time.perf_counter()
-        seconds = now - self.since
+        seconds = self.last - self.since
         speeds = {
             "tokens_per_second": self.tokens / seconds,
             "steps_per_second": self.steps / seconds,
@@ -486,6 +503,6 @@ class _Clock:
             speeds["tflops_per_second"] = flops / self.num_devices / 1e12
             if (peak := peak_flops()) is not None:
                 speeds["mfu"] = flops / self.num_devices / peak
-        self.since = now
+        self.since = self.last
         self._zero()
         return speeds

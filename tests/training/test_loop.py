@@ -333,6 +333,33 @@ def test_the_host_stays_close_to_the_devices(monkeypatch, tmp_path):
     assert max(waiting) == 8
 
 
+def test_a_step_ends_when_it_is_over_and_not_when_it_is_looked_at():
+    """Where the host waits for each dispatch, the last steps are collected all at once."""
+    names = training_toy.train.__globals__
+    clock = names["_Clock"]()
+    for done in (10.0, 12.0, 14.0):
+        clock.tick(100, 100, done)
+    assert clock.speeds()["tokens_per_second"] == 50
+    assert clock.speeds() == {}  # nothing since
+    clock.tick(100, 100, 15.0)
+    assert clock.speeds()["steps_per_second"] == 1
+
+    class Loss:
+        ready = False
+
+        def is_ready(self):
+            return self.ready
+
+    flight = names["_InFlight"](3, {"loss": Loss()})
+    flight.look()
+    assert flight.done is None
+    flight.metrics["loss"].ready = True
+    flight.look()
+    first = flight.done
+    flight.look()
+    assert flight.done == first is not None
+
+
 def test_signals_outside_the_main_thread_are_not_handled():
     seen = []
 
