@@ -60,6 +60,7 @@ class Settings:
     num_layers: int = 4
     num_heads: int = 4
     seeds: int = 3
+    """Trainings of each model."""
     draws: int = 64
     """Noise levels a sequence, of each bound."""
     max_sequences: int = 512
@@ -135,6 +136,7 @@ def figures(settings: Settings, name: str) -> dict[str, Any]:
     ]
     results = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
     nats = [result["nats_per_token"] for result in results]
+    mean = statistics.fmean(nats)
     errors = {"± seeds": statistics.stdev(nats) / len(nats) ** 0.5} if len(nats) > 1 else {}
     for column, key in (("± sequences", "standard_error"), ("± draws", "standard_error_draws")):
         errors[column] = statistics.fmean(result[key] for result in results)
@@ -142,9 +144,9 @@ def figures(settings: Settings, name: str) -> dict[str, Any]:
     return {
         "model": MODELS[name][0],
         "figure": "exact NLL" if results[0]["estimator"] == "exact" else "bound",
-        "nats/token": statistics.fmean(nats),
+        "nats/token": mean,
         **errors,
-        "perplexity": math.exp(statistics.fmean(nats)),
+        "perplexity": math.exp(mean),
         "bits/character": statistics.fmean(result["bits_per_character"] for result in results),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
         "training tokens": sum(record["tokens"] for record in logged[0]),

@@ -2,7 +2,7 @@
 
 The plain form computes every logit of the batch, takes optax's softmax cross entropy of them, and
 clips the gradient with optax's ``clip_by_global_norm``. `plain loss` has the library's clipping.
-Both steps run in turn, so that what else the machine does slows both.
+All steps run in turn, so that what else the machine does slows all.
 
     python benchmarks/train_step.py                                    # d 256, 6 layers, V 2049
     python benchmarks/train_step.py --shape gpt2-small --batch-size 4 --length 256

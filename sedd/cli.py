@@ -15,7 +15,7 @@ import tyro
 
 from sedd.components import makers
 from sedd.config import COMPONENTS, Config, load_config, with_component
-from sedd.errors import UserError
+from sedd.errors import UserError, first_line
 from sedd.training.distributed import on_tpu
 
 Command = TypeVar("Command")
@@ -67,11 +67,6 @@ def leave_libtpu_alone() -> None:
     gpus = find_spec("jax_plugins")  # the package of their plugins
     if not on_tpu() and "JAX_PLATFORMS" not in os.environ and not gpus:
         jax.config.update("jax_platforms", "cpu")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without what follows."""
-    return str(error).partition("\n")[0][:200]
 
 
 def fail(message: str, code: int = 2) -> int:

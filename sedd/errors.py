@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and what others' errors say."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The commands print it as ``error: …`` and exit with code 2; the Python interface raises it.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows."""
+    return str(error).partition("\n")[0][:200]

@@ -14,7 +14,7 @@ import numpy as np
 from sedd.components import did_you_mean
 from sedd.constraints import Automaton, compile_regex
 from sedd.constraints.clamp import MAX_LENGTH, Clamp, check_prefix, from_infill, from_prompt
-from sedd.constraints.json_schema import naming_subschema, schema_to_regex
+from sedd.constraints.json_schema import regex_to_compile
 from sedd.constraints.spans import Given, Span, spans_of
 from sedd.data.packing import unigram_entropy
 from sedd.data.tokenizers import Tokenizer
@@ -99,8 +99,7 @@ def _compile_regex(pattern: Any, tokenizer: Tokenizer, cache_dir: Path | None) -
 
 
 def _compile_json_schema(schema: Any, tokenizer: Tokenizer, cache_dir: Path | None) -> Automaton:
-    pattern = schema_to_regex(schema)
-    with naming_subschema(schema):
+    with regex_to_compile(schema) as pattern:
         return _compiled(pattern, tokenizer, cache_dir)
 
 

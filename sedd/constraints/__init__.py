@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd.constraints.decode import Automaton
-from sedd.constraints.json_schema import naming_subschema, schema_to_regex
+from sedd.constraints.json_schema import regex_to_compile
 from sedd.constraints.token_automaton import Vocabulary, compile_tokens
 
 __all__ = ["Automaton", "compile_json_schema", "compile_regex"]
@@ -42,8 +42,7 @@ def compile_json_schema(
 
     UserError, with the path, on what is not in the subset or grows too large.
     """
-    pattern = schema_to_regex(schema)
-    with naming_subschema(schema):
+    with regex_to_compile(schema) as pattern:
         return compile_regex(pattern, vocabulary, eos_id=eos_id, cache_dir=cache_dir)
 
 

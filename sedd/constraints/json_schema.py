@@ -112,16 +112,16 @@ def schema_to_regex(schema: Any, *, compact: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def naming_subschema(schema: Any) -> Iterator[None]:
-    """Has a RegexError about ``schema``'s regex begin with the path of the subschema it is for.
+def regex_to_compile(schema: Any) -> Iterator[str]:
+    """``schema``'s regex; a RegexError about it becomes a UserError that names the subschema.
 
     Of those whose regex holds the piece at fault, that is the one of the shortest regex.
     """
+    converter = _Converter(schema, compact=False)
+    pattern = converter.value(schema, ())
     try:
-        yield
+        yield pattern
     except RegexError as error:
-        converter = _Converter(schema, compact=False)
-        converter.value(schema, ())
         around = [(len(text), path) for path, text in converter.made if error.piece in text]
         refuse(min(around, default=(0, ()))[1], str(error))
 

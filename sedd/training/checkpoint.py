@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sedd.errors import UserError
+from sedd.errors import UserError, first_line
 from sedd.training.state import TrainState, from_host, to_host
 from sedd.types import Params
 
@@ -278,9 +278,7 @@ class Checkpoints:
             metadata: Any = ocp.checkpointables_metadata(str(self.path(step))).custom_metadata
             description, checksum = metadata["sedd"], metadata["crc32"]
         except Exception as error:  # a damaged file can fail in any way; the reason is passed on
-            raise BadCheckpointError(
-                f"its description is unreadable ({_first_line(error)})"
-            ) from error
+            raise BadCheckpointError(f"its description is unreadable ({_said(error)})") from error
         if _json_checksum(description) != checksum:
             raise BadCheckpointError("its description has changed since it was written")
         return description
@@ -291,7 +289,7 @@ class Checkpoints:
                 {tree: ocp.load(str(self.path(step)), checkpointable_name=tree) for tree in trees}
             )
         except Exception as error:  # as above
-            raise BadCheckpointError(f"its arrays are unreadable ({_first_line(error)})") from error
+            raise BadCheckpointError(f"its arrays are unreadable ({_said(error)})") from error
         written = {
             name: checksum
             for name, (_, _, checksum) in description["arrays"].items()
@@ -425,8 +423,8 @@ def _json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _say(message: str) -> None:

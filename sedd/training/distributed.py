@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 
-from sedd.errors import UserError
+from sedd.errors import UserError, first_line
 
 HEARTBEAT_SECONDS = 30  # a peer that has been silent for so long is dead; JAX's default is 100
 CONNECT_SECONDS = 120
@@ -83,7 +83,7 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
         if not said:  # a TPU by itself
             return
         raise UserError(
-            f"the processes of this run did not find each other: {_first_line(error)}"
+            f"the processes of this run did not find each other: {first_line(error)}"
         ) from error
     _require_device()
 
@@ -94,13 +94,9 @@ def _require_device() -> None:
         jax.local_devices()
     except RuntimeError as error:
         raise UserError(
-            f"no device is left for this process ({_first_line(error)}): start at most one process "
+            f"no device is left for this process ({first_line(error)}): start at most one process "
             "for each device of a host"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _explain_abort() -> None:
