@@ -154,7 +154,7 @@ def test_the_training_step_beside_its_plain_form(monkeypatch, capsys):
     small = {"length": 8, "batch_size": 4, "steps": 1}
     train_step.main(train_step.Settings(**small, objective="score_entropy", process="uniform"))
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert [row["form"] for row in line["rows"]] == ["sedd", "plain"]
+    assert [row["form"] for row in line["rows"]] == ["sedd", "plain loss", "plain"]
     assert all(row["tokens/s"] > 0 for row in line["rows"])
     train_step.main(train_step.Settings(**small, depths=(1, 2)))
     line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
