@@ -83,16 +83,17 @@ def test_the_bound_is_above_the_entropy_and_within_5_percent_after_training(name
         condition_dim=32,
         dropout=0.0,
     )
-    steps, batch = 500, 128 if uniform else 64
+    # The uniform process learns more slowly: stopped early, luck would decide.
+    steps, batch, rate, decay = (1000, 256, 3e-3, 0.99) if uniform else (500, 64, 5e-3, 0.98)
     optimizer = make_optimizer(
-        OptimizerOptions(learning_rate=5e-3, warmup_steps=50, schedule="cosine", ema_decay=0.98),
+        OptimizerOptions(learning_rate=rate, warmup_steps=50, schedule="cosine", ema_decay=decay),
         steps,
     )
     step = Step(
         network=network,
         objective=objective,
         optimizer=optimizer,
-        ema_decay=0.98,
+        ema_decay=decay,
         batch_size=batch,
     )
     rng = np.random.default_rng(0)
