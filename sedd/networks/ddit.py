@@ -10,7 +10,6 @@ matrix products and the attention take the compute type. That is what the publis
 autocast.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sedd.networks.attention import Backend, attention
+from sedd.networks.attention import Backend, attention, is_kept, keep
 from sedd.networks.base import Attend, Network
 from sedd.shard import whole
 from sedd.types import Array, Float, Int, Key, Params
@@ -153,7 +152,7 @@ class _Trunk(nn.Module):
             condition_BC = _SigmaMap(net.condition_dim, name="sigma_map")(sigma_B)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
         # Inside a scan nothing can be merged with the recomputation: remat needs no barrier.
-        block = nn.remat(_Block, prevent_cse=False) if net.remat else _Block
+        block = nn.remat(_Block, prevent_cse=False, policy=None if net.remat else is_kept)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -184,7 +183,9 @@ class _Block(nn.Module):
             if keys_B is not None and net.dropout > 0:
                 branch_BLD = drop(branch_BLD, keys_B, 2 * layer + branch, net.dropout)
             branch_BLD = branch_BLD.astype(jnp.float32)
-            return x_BLD + (branch_BLD if gate_B1D is None else gate_B1D * branch_BLD)
+            if gate_B1D is not None:
+                branch_BLD = gate_B1D * keep(branch_BLD)
+            return x_BLD + branch_BLD
 
         h_BLD = _gathered(_Norm, jnp.float32)(net.norm_bias, name="norm_attention")(
             x_BLD, shift_a, scale_a
@@ -194,16 +195,18 @@ class _Block(nn.Module):
             qkv_BLD, "b l (three h k) -> three b l h k", three=3, h=net.num_heads
         )
         q_BLHK, k_BLHK = rotate(q_BLHK, rotation_BL1K), rotate(k_BLHK, rotation_BL1K)
+        q_BLHK, k_BLHK, v_BLHK = keep(q_BLHK), keep(k_BLHK), keep(v_BLHK)
         h_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, attend, backend=net.attention)
         h_BLD = rearrange(h_BLHK, "b l h k -> b l (h k)")
         h_BLD = _dense(net, width, width, "attention_out", bias=False)(h_BLD)
-        x_BLD = add(x_BLD, h_BLD, gate_a, 0)
+        x_BLD = keep(add(x_BLD, h_BLD, gate_a, 0))
 
         h_BLD = _gathered(_Norm, jnp.float32)(net.norm_bias, name="norm_mlp")(
             x_BLD, shift_m, scale_m
         )
-        h_BLF = _dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD)
-        h_BLD = _dense(net, width, net.mlp_ratio * width, "mlp_out")(gelu(h_BLF))
+        h_BLF = keep(_dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD))
+        h_BLF = jax.nn.gelu(h_BLF, approximate=True)
+        h_BLD = _dense(net, width, net.mlp_ratio * width, "mlp_out")(h_BLF)
         return add(x_BLD, h_BLD, gate_m, 1), None
 
 
@@ -224,9 +227,8 @@ class _Norm(nn.Module):
         return normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
 def normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D):
-    """The norm of ``_Norm``; the backward pass keeps ``x`` alone and computes the rest again."""
+    """The norm of ``_Norm``."""
     x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
     variance_BL1 = jnp.square(x_BLD).mean(axis=-1, keepdims=True)
     x_BLD = x_BLD * jax.lax.rsqrt(variance_BL1 + NORM_EPSILON) * weight_D[None, None]
@@ -235,12 +237,6 @@ def normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D):
     if shift_B1D is not None:
         x_BLD = x_BLD * (1 + scale_B1D) + shift_B1D
     return x_BLD
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gelu(x: Array) -> Array:
-    """GELU in the tanh form. In a scan each value kept is memory: keep one, not the five of JAX."""
-    return jax.nn.gelu(x, approximate=True)
 
 
 class _SigmaMap(nn.Module):
@@ -292,8 +288,8 @@ def drop(
     """
 
     def one(key, x_LD):
-        keep_LD = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x_LD.shape)
-        return jnp.where(keep_LD, x_LD / (1 - rate), 0)
+        keeps_LD = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x_LD.shape)
+        return jnp.where(keep(keeps_LD), x_LD / (1 - rate), 0)
 
     return jax.vmap(one)(keys_B, x_BLD)
 
@@ -311,8 +307,21 @@ def _uniform(fan_in: int):
 def _dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = True) -> nn.Dense:
     init = _uniform(fan_in)
     return _gathered(nn.Dense, net.dtype)(
-        features, use_bias=bias, dtype=net.dtype, kernel_init=init, bias_init=init, name=name
+        features,
+        use_bias=bias,
+        dtype=net.dtype,
+        kernel_init=init,
+        bias_init=init,
+        dot_general=_flat_product,
+        name=name,
     )
+
+
+def _flat_product(x_BLD, kernel_DF, dimensions, **kwargs):
+    """``lax.dot_general`` of [B·L, D]: of [B, L, D] its gradient takes XLA's CPU a fifth longer."""
+    del dimensions  # the last of x, the first of the kernel: those of a dense layer
+    product_MF = jax.lax.dot(x_BLD.reshape(-1, x_BLD.shape[-1]), kernel_DF, **kwargs)
+    return product_MF.reshape(*x_BLD.shape[:-1], -1)
 
 
 def _gathered(layer: type[nn.Module], dtype) -> Any:
@@ -324,8 +333,7 @@ def _gathered(layer: type[nn.Module], dtype) -> Any:
     def apply(variables):
         return whole(variables, dtype)
 
-    layer = nn.map_variables(layer, "params", trans_in_fn=apply, init=True)
-    return nn.remat(layer, prevent_cse=False)
+    return nn.map_variables(layer, "params", trans_in_fn=apply, init=True)
 
 
 def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
