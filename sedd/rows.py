@@ -16,16 +16,18 @@ from sedd.networks.base import read_out
 from sedd.types import Array, Float
 
 CHUNK_BYTES = 2**28  # of float32 logits, at most: accelerators want long products
-LEAST_ROWS = 128
+LEAST_ROWS = 256
 
 # (raw [R, V], leaves [R, …]) -> nats [R]; ``leaves`` is what else a row has: its tokens, its sigma.
 RowNats = Callable[[Array, tuple[Array, ...]], Array]
 
 
-def chunk_rows(num_rows: int, num_states: int) -> int:
-    """Rows read out together: within the bytes above, and few enough to waste little at the end."""
+def chunk_rows(num_rows: int, num_states: int) -> tuple[int, ...]:
+    """Rows read out together, within the bytes above: long chunks, and short ones for the rest."""
     most = 1 << max((CHUNK_BYTES // (4 * num_states)).bit_length() - 1, 0)
-    return min(num_rows, max(LEAST_ROWS, min(most, num_rows // 16)))
+    long = min(num_rows, max(LEAST_ROWS, min(most, num_rows // 16)))
+    short = min(num_rows, max(LEAST_ROWS, long) // 4)
+    return (long,) if short == long else (long, short)
 
 
 def row_nats(
@@ -36,15 +38,14 @@ def row_nats(
     leaves: tuple[Array, ...],
 ) -> Float[Array, " M"]:
     """Weighted nats of every row, 0 where the weight is; ``summed_nats`` is differentiable."""
-    rows = _Rows(weight_M, head)
+    wide = jnp.promote_types(head[0].dtype, jnp.float32)
 
-    def chunk(i, nats_M):
-        index_R, weight_R, picked = rows.chunk(i, hidden_MD, weight_M, leaves)
-        hidden_RD, *leaves_R = picked
-        nats_R = nats_of(read_out(hidden_RD, *head), tuple(leaves_R))
+    def chunk(index_R, weight_R, hidden_RD, leaves_R, nats_M):
+        nats_R = nats_of(read_out(hidden_RD, *head), leaves_R)
         return nats_M.at[index_R].set(_weighted(weight_R, nats_R), mode="drop")
 
-    return jax.lax.fori_loop(0, rows.num_chunks, chunk, jnp.zeros(weight_M.shape, rows.wide))
+    zeros_M = jnp.zeros(weight_M.shape, wide)
+    return _over_chunks(chunk, hidden_MD, weight_M, leaves, head[0].shape[1], zeros_M)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -64,22 +65,20 @@ def summed_nats(
 
 
 def _forward(nats_of, hidden_MD, head, weight_M, leaves):
-    rows = _Rows(weight_M, head)
+    wide = jnp.promote_types(head[0].dtype, jnp.float32)
     narrow = hidden_MD.dtype
     weight_DV = head[0].astype(narrow)
+    product = partial(jnp.matmul, preferred_element_type=wide)
 
-    def chunk(i, carry):
+    def chunk(index_R, weight_R, hidden_RD, leaves_R, carry):
         total, grad_MD, grad_DV, grad_V = carry
-        index_R, weight_R, picked = rows.chunk(i, hidden_MD, weight_M, leaves)
-        hidden_RD, *leaves_R = picked
 
         def nats(raw_RV):
-            return _weighted(weight_R, nats_of(raw_RV, tuple(leaves_R))).sum()
+            return _weighted(weight_R, nats_of(raw_RV, leaves_R)).sum()
 
         more, raw_grad_RV = jax.value_and_grad(nats)(read_out(hidden_RD, *head))
         # In the precision of the network: so are all other products of the backward pass.
         narrow_RV = raw_grad_RV.astype(narrow)
-        product = partial(jnp.matmul, preferred_element_type=rows.wide)
         hidden_grad_RD = product(narrow_RV, weight_DV.T).astype(narrow)
         return (
             total + more,
@@ -89,8 +88,8 @@ def _forward(nats_of, hidden_MD, head, weight_M, leaves):
             grad_V + product(jnp.ones_like(weight_R), raw_grad_RV).astype(grad_V.dtype),
         )
 
-    zeros = (jnp.zeros_like(hidden_MD), *jax.tree.map(jnp.zeros_like, head))
-    total, *grads = jax.lax.fori_loop(0, rows.num_chunks, chunk, (jnp.zeros((), rows.wide), *zeros))
+    zeros = (jnp.zeros((), wide), jnp.zeros_like(hidden_MD), *map(jnp.zeros_like, head))
+    total, *grads = _over_chunks(chunk, hidden_MD, weight_M, leaves, head[0].shape[1], zeros)
     return total, grads
 
 
@@ -102,26 +101,31 @@ def _backward(nats_of, grads, cotangent):
 summed_nats.defvjp(_forward, _backward)
 
 
-class _Rows:
-    """The rows that count, in chunks of one size."""
+def _over_chunks(chunk, hidden_MD, weight_M, leaves, num_states: int, carry):
+    """``chunk(index_R, weight_R, hidden_RD, leaves_R, carry)``, over all rows that count.
 
-    def __init__(self, weight_M: Array, head: tuple[Array, Array]):
-        self.wide = jnp.promote_types(head[0].dtype, jnp.float32)
-        self.size = chunk_rows(len(weight_M), head[0].shape[1])
-        counts_M = weight_M > 0
-        self.num_rows = counts_M.sum()
-        self.num_chunks = -(-self.num_rows // self.size)
-        padded = -(-len(weight_M) // self.size) * self.size
-        # Beyond the rows that count: the index M, which is read as a row that does and never set.
-        self.index = jnp.nonzero(counts_M, size=padded, fill_value=len(weight_M))[0]
+    A short chunk may be filled up with rows whose index is M, which ``mode="drop"`` never sets, and
+    whose weight is 0.
+    """
+    num_rows = len(weight_M)
+    sizes = chunk_rows(num_rows, num_states)
+    counts_M = weight_M > 0
+    indices = jnp.nonzero(counts_M, size=num_rows + sizes[-1], fill_value=num_rows)[0]
+    begin, left = 0, counts_M.sum()
+    for size in sizes:
+        num_chunks = -(-left // size) if size == sizes[-1] else left // size
 
-    def chunk(self, i, hidden_MD, weight_M, leaves):
-        """Where chunk ``i`` belongs, its weights (0 for what fills it up), and its rows."""
-        index_R = jax.lax.dynamic_slice_in_dim(self.index, i * self.size, self.size)
-        filled_R = index_R < len(weight_M)
-        safe_R = jnp.where(filled_R, index_R, self.index[0])
-        weight_R = jnp.where(filled_R, weight_M[safe_R], 0.0)
-        return index_R, weight_R, [leaf[safe_R] for leaf in (hidden_MD, *leaves)]
+        def one(i, carry, begin=begin, size=size):
+            index_R = jax.lax.dynamic_slice_in_dim(indices, begin + i * size, size)
+            filled_R = index_R < num_rows
+            safe_R = jnp.where(filled_R, index_R, indices[0])
+            weight_R = jnp.where(filled_R, weight_M[safe_R], 0.0)
+            leaves_R = tuple(leaf[safe_R] for leaf in leaves)
+            return chunk(index_R, weight_R, hidden_MD[safe_R], leaves_R, carry)
+
+        carry = jax.lax.fori_loop(0, num_chunks, one, carry)
+        begin, left = begin + num_chunks * size, left - num_chunks * size
+    return carry
 
 
 def _weighted(weight_R: Array, nats_R: Array) -> Array:

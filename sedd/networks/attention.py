@@ -142,13 +142,13 @@ def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, 
     # faster than of ones with the heads in between.
     q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    logits_BHLL = product(q_BHLK, k_BHLK.mT) * q_BLHK.shape[-1] ** -0.5
+    logits_BHLL = product(q_BHLK, k_BHLK.mT)
     if mask_B1LL is not None:
         logits_BHLL = jnp.where(mask_B1LL, logits_BHLL, MASKED)
     # Normalised after the product with v. With these three kept, the backward pass computes the
     # weights again by one product and an exponential: less than to write and read them.
     largest_BHL1 = keep(jax.lax.stop_gradient(logits_BHLL.max(axis=-1, keepdims=True)))
-    weight_BHLL = jnp.exp(logits_BHLL - largest_BHL1)
+    weight_BHLL = jnp.exp((logits_BHLL - largest_BHL1) * q_BHLK.shape[-1] ** -0.5)
     total_BHL1 = keep(weight_BHLL.sum(axis=-1, keepdims=True))
     sum_BHLK = keep(product(weight_BHLL.astype(v_BLHK.dtype), v_BHLK))
     return jnp.swapaxes(sum_BHLK / total_BHL1, 1, 2).astype(v_BLHK.dtype)

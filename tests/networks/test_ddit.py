@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,25 @@ def test_the_program_does_not_grow_with_depth():
         return str(jax.make_jaxpr(grad)(shapes)).count(" = ")
 
     assert size(12) == size(30)
+
+
+@pytest.mark.parametrize("net", [SEDD, RADD], ids=["sedd", "radd"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_a_block_keeps_for_its_backward_pass(net, remat):
+    """By the arrays that the derivative of the trunk holds, but for the parameters."""
+    net = dataclasses.replace(net, remat=remat, dropout=0.0)
+    params = jax.eval_shape(net.init, jax.random.key(0))["trunk"]
+
+    def derivative(trunk):
+        return jax.vjp(lambda trunk: net.hidden({"trunk": trunk}, TOKENS, **inputs(net)), trunk)[1]
+
+    held = jax.tree.leaves(jax.eval_shape(derivative, params))
+    layers = [x.shape for x in held if x.shape[:2] == (net.num_layers, B)]
+    assert not [shape for shape in layers if shape[-2:] == (L, L)]  # no attention weights
+    width = B * L * net.hidden_dim
+    wide = sum(math.prod(shape) for shape in layers) / net.num_layers // width
+    # The input; q, k, v, the sum over values, the middle and 4 of the MLP; a gate needs its branch.
+    assert wide == (1 if remat else 12 if net.time_conditioned else 10)
 
 
 def test_remat_has_the_same_gradients():
