@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sedd.networks import attention as module
-from sedd.networks.attention import attention, choose
+from sedd.networks.attention import attention, choose, is_kept, keep
 from sedd.networks.base import Attend
 
 B, L, H, K = 3, 12, 2, 8
@@ -203,6 +203,23 @@ def test_cudnn_needs_an_ampere_gpu(version, capability, capable, monkeypatch):
 def test_a_named_backend_never_becomes_another(backend, shape, form, words):
     with pytest.raises(ValueError, match=words):
         attention(*draw_qkv(**shape), FORMS[form], backend=backend)
+
+
+def test_cudnn_is_not_run_again_in_the_backward_pass(monkeypatch):
+    """By the kernels in the gradient's program; splash's are counted where it is compiled."""
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    qkv = draw_qkv(dtype=jnp.bfloat16)
+
+    def kernels(**remat):
+        @functools.partial(jax.checkpoint, **remat)
+        def loss(qkv):
+            return attention(*map(keep, qkv), backend="cudnn").sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(qkv)).count("dot_product_attention_fwd")
+
+    assert (kernels(policy=is_kept), kernels()) == (1, 2)
 
 
 def test_one_rank_without_the_other_is_refused():

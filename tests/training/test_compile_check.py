@@ -42,6 +42,9 @@ def test_gpt2_small_fits_four_chips_and_no_hidden_state_travels(parallel, tmp_pa
     shapes = {int(n) for result in moved for n in re.findall(r"[\[,](\d+)(?=[\],])", result)}
     assert 50258 in shapes  # the output layer's, of its weights
     assert not shapes & {LENGTH, ROWS * LENGTH, 4 * ROWS * LENGTH}
+    # One attention of each direction: the backward pass does not run the forward kernel again.
+    kernels = re.findall(r"%(splash_mha_[a-z]+)[\w.]* = .* custom-call\(", text)
+    assert sorted(kernels) == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
     # Of hidden states nothing, and of parameters no more than each once in each direction.
     total = sum(size for _, size in kinds.values())
     assert total < 3 * 4 * 162_265_682
