@@ -30,9 +30,9 @@ from sedd.types import Params
 
 # Orbax logs a failed write's traceback once a thread, and raises the failure besides.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-# Reads of other arrays that fail beside the first are reported by nobody but asyncio, in full; so
-# are those that a signal interrupts.
-LEFT_OVER = ('"zarr3" driver', "Task was destroyed but it is pending")
+# Reads and writes of other arrays that fail beside the first are reported by nobody but asyncio, in
+# full; so are those that a signal interrupts.
+LEFT_OVER = ('"zarr3" driver', "in OCDBT database", "Task was destroyed but it is pending")
 logging.getLogger("asyncio").addFilter(
     lambda record: not any(words in record.getMessage() for words in LEFT_OVER)
 )

@@ -1,5 +1,7 @@
 """Checkpoints: what comes back is what was saved, or an older one and a word about it."""
 
+import asyncio
+import gc
 import json
 import os
 import re
@@ -223,3 +225,24 @@ def test_the_description_is_plain_json(tmp_path, state):
     description = metadata["custom_metadata"]["sedd"]
     assert description["metric"] == 1.5
     assert description["arrays"]["params/embed"][:2] == ["float32", [7, 16]]
+
+
+@pytest.mark.parametrize(
+    ("says", "lines"),
+    [
+        ('OUT_OF_RANGE: Error writing "a/c/0" in OCDBT database at …: File too large', 0),
+        ('NOT_FOUND: Error opening "zarr3" driver: …', 0),
+        ("of another kind", 1),
+    ],
+)
+def test_arrays_that_fail_beside_the_first_are_not_reported_too(says, lines, caplog):
+    async def fail():
+        raise ValueError(says)
+
+    async def leave():
+        asyncio.ensure_future(fail())  # noqa: RUF006
+        await asyncio.sleep(0.01)
+        gc.collect()
+
+    asyncio.run(leave())
+    assert len([r for r in caplog.records if "never retrieved" in r.getMessage()]) == lines
