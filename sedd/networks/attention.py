@@ -23,17 +23,15 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 LANES = 128  # splash tiles the sequence in multiples of the TPU's vector width
 MASKED = -1e30  # finite: a row of -inf would make the softmax NaN, and its gradient too
 
-
 KEPT = "kept"
 keep = partial(checkpoint_name, name=KEPT)
+_is_marked = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 def is_kept(primitive, *inputs, **params) -> bool:
     """The policy of ``jax.checkpoint`` that keeps what ``keep`` marks, and what cuDNN computes."""
-    marked = jax.checkpoint_policies.save_only_these_names(KEPT)
-    return primitive.name.startswith("dot_product_attention_fwd") or marked(
-        primitive, *inputs, **params
-    )
+    by_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return by_cudnn or _is_marked(primitive, *inputs, **params)
 
 
 def attention(

@@ -224,19 +224,14 @@ class _Norm(nn.Module):
             bias_D = self.param(
                 "bias", nn.initializers.ones, width, jnp.float32
             )  # ones: so in RADD's code
-        return normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D)
-
-
-def normalise(x_BLD, weight_D, bias_D, shift_B1D, scale_B1D):
-    """The norm of ``_Norm``."""
-    x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
-    variance_BL1 = jnp.square(x_BLD).mean(axis=-1, keepdims=True)
-    x_BLD = x_BLD * jax.lax.rsqrt(variance_BL1 + NORM_EPSILON) * weight_D[None, None]
-    if bias_D is not None:
-        x_BLD = x_BLD + bias_D[None, None]
-    if shift_B1D is not None:
-        x_BLD = x_BLD * (1 + scale_B1D) + shift_B1D
-    return x_BLD
+        x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
+        variance_BL1 = jnp.square(x_BLD).mean(axis=-1, keepdims=True)
+        x_BLD = x_BLD * jax.lax.rsqrt(variance_BL1 + NORM_EPSILON) * weight_D[None, None]
+        if bias_D is not None:
+            x_BLD = x_BLD + bias_D[None, None]
+        if shift_B1D is not None:
+            x_BLD = x_BLD * (1 + scale_B1D) + shift_B1D
+        return x_BLD
 
 
 class _SigmaMap(nn.Module):
@@ -327,7 +322,8 @@ def _flat_product(x_BLD, kernel_DF, dimensions, **kwargs):
 def _gathered(layer: type[nn.Module], dtype) -> Any:
     """The layer, made whole in ``dtype`` where it is used, and again in its backward pass.
 
-    Kept for the backward pass, the weights of all layers would be the model, on every device.
+    That is the block's ``is_kept``: the weights of all layers, kept, would be the model, on every
+    device.
     """
 
     def apply(variables):
