@@ -15,7 +15,7 @@ import numpy as np
 from report import report, start
 
 import sedd
-from sedd.build import HeldOut, pack_split
+from sedd.configuration.build import HeldOut, pack_split
 from sedd.evaluation.bound import level, sequence_nats, tile, toward_few_masks
 from sedd.samplers.noise import random_rank
 

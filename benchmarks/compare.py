@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from report import machine, report, start
 
-from sedd.build import build_parts
+from sedd.configuration.build import build_parts
 from sedd.errors import UserError
 from sedd.evaluation.report import Table
 from sedd.files import check_writable, write_whole

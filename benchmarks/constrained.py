@@ -22,8 +22,8 @@ import numpy as np
 from report import report, seconds, start
 
 import sedd
-from sedd.components import build
-from sedd.config import default_cache_dir
+from sedd.configuration.components import build
+from sedd.configuration.config import default_cache_dir
 from sedd.constraints import compile_regex, decode
 from sedd.constraints.decode import Automaton
 from sedd.constraints.json_schema import schema_to_regex

@@ -20,7 +20,7 @@ from typing import Any
 
 from report import report, start
 
-from sedd.config import default_cache_dir
+from sedd.configuration.config import default_cache_dir
 from sedd.constraints.json_schema import schema_to_regex
 from sedd.constraints.token_automaton import TokenAutomaton, Vocabulary, compile_tokens
 from sedd.data.tokenizers import build_tokenizer

@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from sedd.cli import parse, run
+from sedd.commands.cli import parse, run
 
 
 def start(main: Callable[[Any], Any], settings: type[Any], description: str | None) -> None:

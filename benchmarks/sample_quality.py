@@ -17,7 +17,7 @@ import numpy as np
 from report import report, start
 
 import sedd
-from sedd.build import pack_split
+from sedd.configuration.build import pack_split
 from sedd.data.packing import unigram_entropy
 
 mpl.use("Agg")

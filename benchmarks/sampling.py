@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from report import report, start
 
-from sedd.build import build_sampler
-from sedd.components import build
+from sedd.configuration.build import build_sampler
+from sedd.configuration.components import build
 from sedd.denoiser import Denoiser
 from sedd.schedules import LogLinear
 

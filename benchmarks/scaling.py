@@ -12,9 +12,9 @@ import dataclasses
 import jax
 from report import report, start
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
-from sedd.training.compile_check import compile_step
+from sedd.commands.compile_check import compile_step
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.parallel import prepare_cpu
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import optax
 from report import report, start
 
-from sedd.build import build_parts
-from sedd.components import options
-from sedd.config import Config, TrainingOptions
+from sedd.configuration.build import build_parts
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, TrainingOptions
 from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.lambda_dce import LambdaDCE
 from sedd.objectives.score_entropy import ScoreEntropy

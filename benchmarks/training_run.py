@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from report import report, start
 
-from sedd.build import build_data, build_parallel, build_parts, build_step
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.build import build_data, build_parallel, build_parts, build_step
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.data.loader import Batches
 from sedd.training import loop
 from sedd.training.checkpoint import Checkpoints

@@ -3,8 +3,8 @@
 RADD's own paper does not train on this corpus; MDLM's model is the same without its time.
 """
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

@@ -1,7 +1,7 @@
 """SEDD, absorbing, on One Billion Words: at most 32.79 in table 3 of arXiv:2310.16834."""
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

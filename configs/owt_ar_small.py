@@ -5,8 +5,8 @@ GPT-2 itself, trained on other data, has zero-shot perplexity 45.04 (LAMBADA), 4
 optimizer and the steps are those of owt_radd_small: only the reading and the loss differ.
 """
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

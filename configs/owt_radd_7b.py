@@ -5,8 +5,8 @@ parts there would be one, but of parts so narrow that the compiler reduces whole
 travel instead of 2. ``docs/training.md`` shows what it says.
 """
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

@@ -1,7 +1,7 @@
 """RADD-medium with λ-DCE on OpenWebText: arXiv:2406.03736."""
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

@@ -5,8 +5,8 @@ Zero-shot perplexity at most 51.70 (LAMBADA), 39.98 (WikiText2), 107.85 (PTB), 3
 ``score_entropy`` train the other rows of that table.
 """
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

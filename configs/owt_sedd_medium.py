@@ -1,7 +1,7 @@
 """SEDD-medium, absorbing, on OpenWebText: arXiv:2310.16834, table 1."""
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

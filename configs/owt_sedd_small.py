@@ -4,8 +4,8 @@ Zero-shot perplexity at most 50.92 (LAMBADA), 41.84 (WikiText2), 114.24 (PTB), 4
 (WikiText103) and 79.29 (1BW).
 """
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

@@ -4,8 +4,8 @@ It aims at no paper's table, but at a model that has learned something after a f
 cores: its bound lies well below the entropy of single characters.
 """
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, EvaluationOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, EvaluationOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

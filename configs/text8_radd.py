@@ -4,8 +4,8 @@ RADD's own paper has no text8 figure; MD4's bound is the same objective with a n
 the time.
 """
 
-from sedd.components import options
-from sedd.config import Config, DataOptions, TrainingOptions
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.optimizer import OptimizerOptions
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.build import Parts, build_parts
-from sedd.components import options, options_type
-from sedd.config import Config, DataOptions, default_cache_dir
+from sedd.configuration.build import Parts, build_parts
+from sedd.configuration.components import options, options_type
+from sedd.configuration.config import Config, DataOptions, default_cache_dir
 from sedd.data.tokenizers import Pretrained, Tokenizer, build_tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError

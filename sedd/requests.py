@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sedd.components import did_you_mean
 from sedd.constraints import Automaton, compile_regex
 from sedd.constraints.clamp import MAX_LENGTH, Clamp, check_prefix, from_infill, from_prompt
 from sedd.constraints.json_schema import regex_to_compile
 from sedd.constraints.spans import Given, Span, spans_of
 from sedd.data.packing import unigram_entropy
 from sedd.data.tokenizers import Tokenizer
-from sedd.errors import UserError
+from sedd.errors import UserError, did_you_mean
 from sedd.model import Model
 from sedd.samplers.base import Sampler
 from sedd.sampling import sample

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sedd.parameterizations.base import NO_MASS
+from sedd.arrays import NO_MASS
 from sedd.types import Array, Float, Int
 
 TINY = float(jnp.finfo(jnp.float32).tiny)  # what is below is 0 in float32

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.build import build_sampler, default_sampler
-from sedd.categorical import NAN
+from sedd.arrays import NAN, bucket
+from sedd.configuration.build import build_sampler, default_sampler
 from sedd.constraints.clamp import Clamp, check_prefix, free
 from sedd.constraints.spans import Given, Rule, Span, batch_spans, spans_of
 from sedd.data.tokenizers import Tokenizer
@@ -19,7 +19,7 @@ from sedd.model import Model
 from sedd.networks.base import Attend
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, Samples
-from sedd.types import Array, Key, bucket
+from sedd.types import Array, Key
 
 TextScorer = Callable[[list[str]], Sequence[float]]
 RESHAPES = {field.name for field in fields(Reshape)}

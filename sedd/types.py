@@ -28,13 +28,4 @@ else:
 
 Params = Any  # the nested dictionary of arrays that a network was initialised with
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "Shaped", "bucket"]
-
-
-def bucket(size: int) -> int:
-    """``size`` rounded up to one of four sizes an octave: 8, 10, 12, 14, 16, 20, 24, 28, 32, …
-
-    At most a quarter more, and sizes in between compile nothing new.
-    """
-    step = 1 << max((size - 1).bit_length() - 3, 0)
-    return -(-size // step) * step
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "Shaped"]

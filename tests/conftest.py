@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 # XLA's CPU collectives wait for each other for ever with four devices on two cores.
 os.environ.setdefault("NPROC", "16")
@@ -13,6 +14,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
+ROOT = Path(__file__).parents[1]
 
 # The annotated shapes and types of the mathematics are checked in tests only: users pay nothing.
 CHECKED = ("schedules", "processes", "networks", "parameterizations", "denoiser", "objectives")
@@ -21,10 +23,10 @@ install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype")._
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _compile_quickly(tmp_path_factory):
-    """Toy programs take longer to compile than to run, and many tests run the same one."""
+def _compile_quickly():
+    """Toy programs take longer to compile than to run: they are kept, between runs as well."""
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -1,6 +1,6 @@
 """A recipe that changes nothing: the defaults of every field."""
 
-from sedd.config import Config
+from sedd.configuration.config import Config
 
 
 def get_config() -> Config:

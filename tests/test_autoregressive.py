@@ -14,9 +14,9 @@ import oracle
 import pytest
 from oracle import L, N, f32, i32, keys
 
-from sedd.build import build_parts, build_sampler
-from sedd.components import build, makers, options
-from sedd.config import Config
+from sedd.configuration.build import build_parts, build_sampler
+from sedd.configuration.components import build, makers, options
+from sedd.configuration.config import Config
 from sedd.constraints.base import Constraint
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError

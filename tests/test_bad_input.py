@@ -63,7 +63,7 @@ def place(tmp_path_factory):
     (top / "nothing.py").write_text("x = 1\n")
     (top / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
     (top / "mistaken.py").write_text(
-        "from sedd.config import Config, TrainingOptions\n\n"
+        "from sedd.configuration.config import Config, TrainingOptions\n\n"
         "def get_config():\n    return Config(training=TrainingOptions(steps=0))\n"
     )
     (top / "unknown.py").write_text("import sedd.nothing_of_the_name\n")

@@ -13,9 +13,9 @@ import pytest
 import tyro
 from tiny_run import RECIPE, ROOT
 
-from sedd.cli import parse, parse_config, run, take
-from sedd.components import options
-from sedd.config import Config
+from sedd.commands.cli import parse, parse_config, run, take
+from sedd.configuration.components import options
+from sedd.configuration.config import Config
 from sedd.errors import UserError
 
 
@@ -233,7 +233,7 @@ def test_an_interrupted_command_may_leave_at_once(monkeypatch):
 
 def test_what_was_printed_before_leaving_at_once_is_not_lost():
     program = (
-        "import os; from sedd.cli import run\n"
+        "import os; from sedd.commands.cli import run\n"
         "def main(arguments):\n    print('before')\n    raise KeyboardInterrupt\n"
         "run(main, interrupted=os._exit)"
     )
@@ -275,7 +275,9 @@ def test_a_bug_is_not_dressed_up(monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    program = "from sedd.cli import run; run(lambda _: print('\\n'.join(['x' * 99] * 9999)))"
+    program = (
+        "from sedd.commands.cli import run; run(lambda _: print('\\n'.join(['x' * 99] * 9999)))"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,

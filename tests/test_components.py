@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from sedd.components import build, did_you_mean, maker, makers, options, options_type, values
-from sedd.config import COMPONENTS
-from sedd.errors import UserError
+from sedd.configuration.components import build, maker, makers, options, options_type, values
+from sedd.configuration.config import COMPONENTS
+from sedd.errors import UserError, did_you_mean
 from sedd.schedules import LogLinear
 
 EVERY = [(family, name) for family in COMPONENTS.values() for name in makers(family)]

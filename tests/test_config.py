@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT
 
-from sedd.build import build_parts
-from sedd.components import options
-from sedd.config import (
+from sedd.configuration.build import build_parts
+from sedd.configuration.components import options
+from sedd.configuration.config import (
     RESUMABLE,
     Config,
     DataOptions,
@@ -180,7 +180,7 @@ def test_a_cross_entropy_is_refused_where_it_would_leave_the_score_untrained(obj
 
 
 def test_a_corpus_that_has_changed_is_not_resumed():
-    import train
+    from sedd.commands import train
 
     class Now:
         def state(self):

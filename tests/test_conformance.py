@@ -10,7 +10,7 @@ import oracle
 import pytest
 from oracle import f32, i32, keys
 
-from sedd.components import build, makers, options
+from sedd.configuration.components import build, makers, options
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.objectives.base import Corrupted

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 from tiny_run import ROOT, TINY
 
-from sedd.interop.__main__ import main as export
+from sedd.commands.export import main as export
 
 pytestmark = pytest.mark.slow
 

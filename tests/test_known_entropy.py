@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd.components import build
+from sedd.configuration.components import build
 from sedd.denoiser import Denoiser
 from sedd.evaluation.bound import evaluate_bound
 from sedd.training.optimizer import OptimizerOptions, make_optimizer

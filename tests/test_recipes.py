@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_run import ROOT
 
-from sedd.build import build_parts
-from sedd.config import load_config
+from sedd.configuration.build import build_parts
+from sedd.configuration.config import load_config
 from sedd.training.optimizer import make_optimizer
 from sedd.training.state import init_state
 from sedd.training.step import Step

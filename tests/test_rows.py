@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd import rows
 from sedd.networks.base import read_out
+from sedd.objectives import rows
 from sedd.parameterizations.conditional import Conditional
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing

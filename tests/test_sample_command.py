@@ -12,10 +12,10 @@ import pytest
 import tiny_run
 from tiny_run import TOKENIZER, call
 
-import sample
 import sedd
-from sedd.cli import run
-from sedd.components import makers, options_type
+from sedd.commands import sample
+from sedd.commands.cli import run
+from sedd.configuration.components import makers, options_type
 
 LENGTH = 12
 SEARCHES = ("best_of_n", "particle")

@@ -9,8 +9,8 @@ import pytest
 import tiny_run
 
 import sedd
-from sedd.build import build_sampler
-from sedd.components import makers
+from sedd.configuration.build import build_sampler
+from sedd.configuration.components import makers
 from sedd.constraints.clamp import from_infill, from_prompt
 from sedd.errors import UserError
 from sedd.samplers.best_of_n import BestOfN

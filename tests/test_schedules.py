@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd.schedules import MAKERS, Cosine, Geometric, LogLinear, Polynomial
+from sedd.configuration.components import makers
+from sedd.schedules import Cosine, Geometric, LogLinear, Polynomial
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "sedd.npz")
 CLAMP = 1e-4
@@ -30,7 +31,7 @@ everywhere = pytest.mark.parametrize("name", EXACT)
 
 
 def test_every_schedule_is_tested():
-    assert set(MAKERS) <= set(EXACT)
+    assert set(makers("schedules")) <= set(EXACT)
 
 
 @everywhere

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sedd.commands.trace import TraceRow, write_trace
 from sedd.errors import UserError
-from sedd.trace import TraceRow, write_trace
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.build import build_parts
-from sedd.cli import run
-from sedd.components import options
-from sedd.config import Config, DataOptions
+from sedd.commands.cli import run
+from sedd.configuration.build import build_parts
+from sedd.configuration.components import options
+from sedd.configuration.config import Config, DataOptions
 from sedd.data.tokenizers import Characters
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.optimizer import make_optimizer
@@ -125,8 +125,8 @@ class Outcome:
 
 
 def call(name: str, *arguments: object) -> Outcome:
-    """``python NAME.py ARGUMENTS`` in this process."""
-    command = importlib.import_module(name)
+    """``sedd NAME ARGUMENTS`` in this process."""
+    command = importlib.import_module(f"sedd.commands.{name}")
     out, err = io.StringIO(), io.StringIO()
     argv = [f"{name}.py", *map(str, arguments)]
     with (

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.categorical import categorical
+from sedd.arrays import bucket, categorical
 from sedd.constraints.token_automaton import TokenAutomaton
 from sedd.errors import UserError
-from sedd.types import Array, Bool, Float, Int, Key, bucket
+from sedd.types import Array, Bool, Float, Int, Key
 
 ZERO = -1e30  # the logarithm of 0: sums of many stay finite in float32
 IMPOSSIBLE = -1e29  # what is below holds at least one ZERO

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.categorical import NAN
+from sedd.arrays import NAN, bucket
 from sedd.constraints.base import Constraint
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.decode import (
@@ -23,7 +23,7 @@ from sedd.constraints.decode import (
     walk,
 )
 from sedd.errors import UserError
-from sedd.types import Array, Int, bucket
+from sedd.types import Array, Int
 
 Rule = Literal["joint", "most_likely", "dingo"]
 

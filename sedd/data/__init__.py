@@ -1,1 +1,5 @@
-"""Corpora, tokenizers, the packed token files made of the two, and the batches read from those."""
+"""Text to packed rows of tokens: corpora, tokenizers, packing and the loader."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

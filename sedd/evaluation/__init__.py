@@ -1,0 +1,5 @@
+"""Bounds on the perplexity, sample quality, consistency, and reports of them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sedd.arrays import at
 from sedd.denoiser import Denoiser
 from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
 from sedd.objectives.score_entropy import ScoreEntropy
-from sedd.processes.base import at
 from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key

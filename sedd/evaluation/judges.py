@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from safetensors import SafetensorError
 
+from sedd.arrays import bucket
 from sedd.errors import UserError
-from sedd.types import bucket
 
 # What transformers lets through: no such model, a pickle that PyTorch refuses, damaged weights.
 LOADING = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import at
 from sedd.denoiser import Denoiser
-from sedd.processes.base import at
 from sedd.samplers.noise import random_rank
 from sedd.types import Array, Bool, Float, Int, Key
 

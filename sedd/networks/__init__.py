@@ -1,0 +1,5 @@
+"""Networks: from tokens to hidden states, and the head that reads them out."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

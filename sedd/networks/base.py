@@ -73,7 +73,7 @@ class Network(ABC):
 
         ``positions_BL`` defaults to 0..L-1. ``sigma_B`` is required when ``time_conditioned`` and
         refused (``ValueError``) otherwise. ``keys_B``, one key an example, turns dropout on.
-        Parameters that are a ``Shard`` are made whole where they are used (``sedd.shard.whole``).
+        Parameters that are a ``Shard`` are made whole where they are used (``shard.whole``).
         """
 
     @abstractmethod

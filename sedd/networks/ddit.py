@@ -20,7 +20,7 @@ from einops import rearrange
 
 from sedd.networks.attention import Backend, attention, is_kept, keep
 from sedd.networks.base import Attend, Network
-from sedd.shard import whole
+from sedd.networks.shard import whole
 from sedd.types import Array, Float, Int, Key, Params
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd.networks.base import Attend, Network
+from sedd.objectives.rows import row_nats, summed_nats
 from sedd.parameterizations.base import Parameterization
-from sedd.rows import row_nats, summed_nats
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key, Params
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.arrays import log_expm1
 from sedd.objectives.base import DenoisingCrossEntropy
-from sedd.processes.base import log_expm1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,5 @@
+"""Parameterizations: what the raw output of a network means."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

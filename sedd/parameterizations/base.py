@@ -7,11 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import NO_MASS, put
 from sedd.networks.base import Attend
-from sedd.processes.base import Process, put
+from sedd.processes.base import Process
 from sedd.types import Array, Float, Int
-
-NO_MASS = -1e6  # a log probability of nothing that survives sums and gradients
 
 
 @dataclass(frozen=True, kw_only=True)

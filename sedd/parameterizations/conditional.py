@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sedd.parameterizations.base import NO_MASS, Parameterization
-from sedd.processes.base import log_expm1, put
+from sedd.arrays import NO_MASS, log_expm1, put
+from sedd.parameterizations.base import Parameterization
 
 
 @dataclass(frozen=True, kw_only=True)

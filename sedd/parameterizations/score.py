@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
+from sedd.arrays import log_expm1, put
 from sedd.parameterizations.base import Parameterization
-from sedd.processes.base import log_expm1, put
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sedd.processes.base import Process, at, expm1_minus, log_expm1, put
+from sedd.arrays import at, expm1_minus, log_expm1, put
+from sedd.processes.base import Process
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
-from sedd.processes.base import Process, expm1_minus, log_expm1, put
+from sedd.arrays import expm1_minus, log_expm1, put
+from sedd.processes.base import Process
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,5 @@
+"""Samplers: decoders of a denoiser, each with a stated law."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

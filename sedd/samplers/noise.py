@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sedd.categorical import NAN, categorical
-from sedd.processes.base import at, put
+from sedd.arrays import NAN, at, categorical, put
 from sedd.types import Array, Bool, Float, Int, Key
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import at
 from sedd.denoiser import Denoiser
-from sedd.processes.base import at
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import coins, fold
 from sedd.samplers.reveal import Reading, at_positions, masked, revealed_share

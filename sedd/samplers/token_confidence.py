@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from sedd.processes.base import at
+from sedd.arrays import at
 from sedd.samplers.reveal import Ranked, check_steps, group_size
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.errors import UserError
-from sedd.shard import Shard
+from sedd.networks.shard import Shard
 from sedd.training.state import TrainState, init_state, one_replica, whole_on_host
 from sedd.training.step import Batch, Step
 from sedd.types import Params

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from sedd.networks.base import Network
+from sedd.networks.shard import Shard
 from sedd.objectives.base import Objective, draw_uniform
-from sedd.shard import Shard
 from sedd.training.state import TrainState, update_ema
 from sedd.types import Array, Params
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 
 import sedd
-from sedd.build import build_parts
+from sedd.configuration.build import build_parts
 from sedd.constraints import compile_json_schema, compile_regex
 from sedd.constraints.clamp import from_infill, from_prompt
 from sedd.constraints.spans import batch_spans, spans_of

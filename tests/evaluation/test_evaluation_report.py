@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 import sedd
-from sedd.evaluation_report import judge_of
+from sedd.commands.evaluate_report import judge_of
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import tiny_run
 from tiny_run import TOKENIZER, call
 
 import sedd
-from sedd import evaluate_command
+from sedd.commands import evaluate_flags as evaluate_command
+from sedd.commands.evaluate_flags import Evaluation, read_command
 from sedd.data import corpora
 from sedd.data.detokenizers import lm1b, wikitext
 from sedd.errors import UserError
-from sedd.evaluate_command import Evaluation, read_command
 from sedd.evaluation.protocols import PROTOCOLS, ZEROSHOT, check_fit, describe, protocol
 
 LENGTH = 12

@@ -1,4 +1,4 @@
-"""``python -m sedd.interop export``: it writes what it read, whole or not at all."""
+"""``sedd export``: it writes what it read, whole or not at all."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from test_load_published import NUM_TOKENS, TOKENIZER, edit, with_tokenizer
 from test_published import GOLDEN
 
 import sedd
-from sedd.components import options
+from sedd.configuration.components import options
 from sedd.interop import published
 from sedd.training.checkpoint import find_checkpoints
 
@@ -23,7 +23,7 @@ MEASURED = {"validation_standard_error": 0.25, "validation_perplexity": 7.5}
 
 
 def export(*arguments):
-    return tiny_run.call("sedd.interop.__main__", "export", *arguments)
+    return tiny_run.call("export", *arguments)
 
 
 def exported(checkpoint, output, *more):
@@ -241,19 +241,17 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected: python -m sedd.interop export"),
-        (["import"], "expected: python -m sedd.interop export"),
-        (["export"], "missing --checkpoint STR, --output PATH"),
-        (["export", "--checkpoint", "none", "--output", "{out}"], "checkpoint none: no such dir"),
+        ([], "missing --checkpoint STR, --output PATH"),
+        (["--checkpoint", "none", "--output", "{out}"], "checkpoint none: no such dir"),
         (
-            ["export", "--checkpoint", str(GOLDEN / "radd"), "--output", "{out}", "--step", "3"],
+            ["--checkpoint", str(GOLDEN / "radd"), "--output", "{out}", "--step", "3"],
             "--step 3: checkpoint .* is a published one",
         ),
     ],
 )
 def test_mistakes_of_the_command_line(tmp_path, arguments, message):
     arguments = [argument.format(out=tmp_path / "out") for argument in arguments]
-    result = tiny_run.call("sedd.interop.__main__", *arguments)
+    result = tiny_run.call("export", *arguments)
     assert result.code == 2
     assert re.match(f"error: {message}", result.errors[0])
 

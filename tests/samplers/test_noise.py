@@ -11,7 +11,7 @@ import pytest
 from oracle import i32
 from scipy import stats
 
-from sedd.categorical import categorical
+from sedd.arrays import categorical
 from sedd.denoiser import Denoiser
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sedd.commands import compile_check
+from sedd.commands.compile_check import collectives_of, exhausted, sizes, tensor_bytes
 from sedd.errors import UserError
-from sedd.training import compile_check
-from sedd.training.compile_check import collectives_of, exhausted, sizes, tensor_bytes
 
 ROOT = Path(__file__).parents[2]
 LENGTH, ROWS = 384, 3  # a length that is no width of the model
@@ -19,7 +19,7 @@ def check(*arguments):
     flags = ["--config", "configs/owt_radd_small.py", "--data.length", str(LENGTH)]
     flags += ["--training.batch-size", str(4 * ROWS), *map(str, arguments)]
     return subprocess.run(
-        [sys.executable, "-m", "sedd.training.compile_check", *flags],
+        [sys.executable, "-m", "sedd", "compile_check", *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -17,11 +17,11 @@ import numpy as np
 
 from sedd.errors import UserError
 from sedd.networks.base import Network
+from sedd.networks.shard import whole
 from sedd.objectives.t_dce import TDCE
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.schedules import LogLinear
-from sedd.shard import whole
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, train
 from sedd.training.metrics import read_metrics

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from sedd.cli import parse, take
+from sedd.commands.cli import parse, take
 from sedd.data.corpora import NAMES, Mapped, open_corpus, parse_mixture
 from sedd.data.detokenizers import DETOKENIZERS
 from sedd.data.packing import Packed, pack, unigram_entropy, validation_rows

@@ -9,16 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sedd
-from sedd.build import build_sampler, default_sampler
-from sedd.cli import parse, take
-from sedd.components import Options, maker, makers, values
-from sedd.config import default_cache_dir
-from sedd.errors import UserError
-from sedd.files import check_writable
-from sedd.model import read_config
-from sedd.requests import Asked, Request, ask, read_requests
-from sedd.reshape import Reshape
-from sedd.sampler_flags import (
+from sedd.commands.cli import parse, take
+from sedd.commands.sampler_flags import (
     DEFAULT,
     as_flags,
     describe,
@@ -27,11 +19,19 @@ from sedd.sampler_flags import (
     refuse_flags_of_others,
     shown,
 )
+from sedd.commands.user_code import load_function, load_processor
+from sedd.configuration.build import build_sampler, default_sampler
+from sedd.configuration.components import Options, maker, makers, values
+from sedd.configuration.config import default_cache_dir
+from sedd.errors import UserError
+from sedd.files import check_writable
+from sedd.model import read_config
+from sedd.requests import Asked, Request, ask, read_requests
+from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.sampling import reshape_of, text_verifier
-from sedd.user_code import load_function, load_processor
 
 TITLE = "Draw text from a trained model: from nothing, after a prompt, or into gaps."
 MAX_NUM = 2**20  # more is a mistake that would fill the memory

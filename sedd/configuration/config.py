@@ -10,8 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from sedd.components import Options, did_you_mean, options, options_type, values
-from sedd.errors import UserError
+from sedd.configuration.components import Options, options, options_type, values
+from sedd.errors import UserError, did_you_mean
 from sedd.evaluation.bound import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
@@ -235,12 +235,29 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def load_config(path: str | Path) -> Config:
-    """The configuration that a Python file's ``get_config()`` returns."""
-    path = Path(path)
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: ``configs/*.py`` of a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def load_config(name: str | Path) -> Config:
+    """The configuration that a Python file's ``get_config()`` returns.
+
+    ``name`` is the path of a file, or the name of one of the ``recipes()``.
+    """
+    path = Path(name)
+    known = recipes()
+    if str(name) in known and not path.is_file():
+        path = known[str(name)]
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"--config {path}: no such file{did_you_mean(path.name, near)}")
+        near = [*known, *map(str, path.parent.glob("*.py") if path.parent.is_dir() else ())]
+        raise UserError(
+            f"--config {name}: no such file, and no recipe of that name"
+            f"{did_you_mean(str(name), near)}"
+        )
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if get_config is not None else None

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sedd.components import build, maker, values
-from sedd.config import Config, DataOptions
+from sedd.configuration.components import build, maker, values
+from sedd.configuration.config import Config, DataOptions
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, unigram_entropy, validation_rows
 from sedd.data.tokenizers import Tokenizer, build_tokenizer

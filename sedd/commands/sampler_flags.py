@@ -10,8 +10,8 @@ from typing import Annotated, get_args
 
 import tyro
 
-from sedd.build import default_sampler
-from sedd.components import Options, maker, makers, options_type
+from sedd.configuration.build import default_sampler
+from sedd.configuration.components import Options, maker, makers, options_type
 from sedd.errors import UserError
 from sedd.parameterizations.base import Parameterization
 

@@ -1,8 +1,7 @@
-"""``python -m sedd.interop export``: a run's model in the published layout that holds it."""
+"""``sedd export``: write a run's model in the published layout that can hold it."""
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,8 @@ import jax
 import numpy as np
 
 import sedd
-from sedd.cli import note, parse, run
-from sedd.components import Options, values
+from sedd.commands.cli import note, parse
+from sedd.configuration.components import Options, values
 from sedd.data.tokenizers import Pretrained, Tokenizer
 from sedd.errors import UserError
 from sedd.interop.layouts import Description, Layout, layout_for
@@ -46,11 +45,7 @@ class ExportCommand:
 
 def main(arguments: Sequence[str]) -> None:
     """Load, find the layout, write it, and say what it could not hold."""
-    if not arguments or arguments[0] != "export":
-        if not {"-h", "--help"} & set(arguments):
-            raise UserError("expected: python -m sedd.interop export --checkpoint DIR --output DIR")
-        arguments = ["export", *arguments]
-    command = parse(ExportCommand, arguments[1:], description=TITLE)
+    command = parse(ExportCommand, arguments, description=TITLE)
     try:
         check_free(command.output)
     except UserError as error:
@@ -184,8 +179,3 @@ def described(options: Options) -> str:
     """A component's name and options, on a line."""
     each = ", ".join(f"{name} {value}" for name, value in values(options).items())
     return f"{options.name} ({each})" if each else options.name
-
-
-if __name__ == "__main__":
-    sys.argv[0] = "python -m sedd.interop export"
-    run(main)

@@ -1,6 +1,6 @@
 """Compile a configuration's training step for TPUs that are not there, and say whether it fits.
 
-    python -m sedd.training.compile_check --config configs/owt_radd_small.py --topology v5e:4x4
+    sedd compile_check --config owt_radd_small --topology v5e:4x4
 
 The program is the one that training runs there: what is printed is read from it. Needs the package
 libtpu (``pip install libtpu``), and no TPU.
@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from sedd.build import build_parallel, build_parts, build_step
-from sedd.cli import parse_config, run
-from sedd.config import Config
+from sedd.commands.cli import parse_config
+from sedd.configuration.build import build_parallel, build_parts, build_step
+from sedd.configuration.config import Config
 from sedd.errors import UserError
 from sedd.files import check_writable, write_whole
 from sedd.networks.attention import refusal
@@ -329,7 +329,3 @@ def show(console: Console, command: CompileCheckCommand, compiled: Compiled, num
 def gib(size: float) -> str:
     """Bytes, readable."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-if __name__ == "__main__":
-    run(main)

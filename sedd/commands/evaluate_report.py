@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.commands.evaluate_flags import DataSet, EvaluateCommand, Evaluation
 from sedd.errors import UserError
-from sedd.evaluate_command import DataSet, EvaluateCommand, Evaluation
 from sedd.evaluation.bound import REPLICATES, BoundResult, sequence_nats
 from sedd.evaluation.consistency import consistency
 from sedd.evaluation.generative_perplexity import generative_perplexity

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from sedd.components import makers
-from sedd.config import COMPONENTS, Config, load_config, with_component
+from sedd.configuration.components import makers
+from sedd.configuration.config import COMPONENTS, Config, load_config, with_component
 from sedd.errors import UserError, first_line
 from sedd.training.distributed import on_tpu
 

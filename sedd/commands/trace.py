@@ -104,7 +104,7 @@ def write_trace(
         "final": "".join(_final_text(row, data) for row in data["rows"]),
         "data": _script_json(data),
     }
-    template = resources.files("sedd").joinpath("trace.html").read_text(encoding="utf-8")
+    template = resources.files("sedd.commands").joinpath("trace.html").read_text(encoding="utf-8")
     # One pass: a placeholder inside a value is not looked at again.
     page = _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 

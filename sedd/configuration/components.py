@@ -7,22 +7,19 @@ new file.
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
 import pkgutil
 from typing import Any, ClassVar, get_type_hints
 
-from sedd.errors import UserError
+from sedd.errors import UserError, did_you_mean
 
 
 @functools.cache
 def makers(family: str) -> dict[str, type]:
     """Every component of a family, by name."""
     package = importlib.import_module(f"sedd.{family}")
-    if hasattr(package, "MAKERS"):
-        return package.MAKERS
     found = {}
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
@@ -58,12 +55,6 @@ def build(family: str, name: str, **fields: Any) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{family} {name!r}: {error}") from error
-
-
-def did_you_mean(word: str, known) -> str:
-    """``; did you mean 'x'?``, or nothing where no known word is close."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

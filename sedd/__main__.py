@@ -1,0 +1,42 @@
+"""The ``sedd`` command: ``sedd train``, ``sedd sample`` and the others by name."""
+
+import importlib
+import sys
+
+from sedd.errors import did_you_mean
+
+COMMANDS = {
+    "train": "train a model, or go on with a run",
+    "sample": "draw or infill text",
+    "evaluate": "bound the perplexity of a model",
+    "export": "write a model in a published layout",
+    "compile_check": "compile a training step for TPUs that are not there",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names; exit code 2 where there is none."""
+    import sedd
+
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {command:{width}}  {what}" for command, what in COMMANDS.items()]
+        print("usage: sedd COMMAND …; sedd COMMAND --help lists its flags\n", *lines, sep="\n")
+        return
+    if name == "--version":
+        print(sedd.__version__)
+        return
+    name = name.replace("-", "_")
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS)
+        print(f"error: sedd has no command {name!r}{hint}; see sedd --help", file=sys.stderr)
+        sys.exit(2)
+    from sedd.commands.cli import run
+
+    sys.argv = [f"sedd {name}", *rest]
+    run(importlib.import_module(f"sedd.commands.{name}").main)
+
+
+if __name__ == "__main__":
+    main()

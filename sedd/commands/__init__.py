@@ -1,0 +1,1 @@
+"""The commands; nothing imports them but ``sedd.__main__`` and the scripts at the top."""

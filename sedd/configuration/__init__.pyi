@@ -1,0 +1,15 @@
+from .build import Data as Data
+from .build import Parts as Parts
+from .build import build_data as build_data
+from .build import build_parts as build_parts
+from .build import build_sampler as build_sampler
+from .build import build_step as build_step
+from .components import Options as Options
+from .components import build as build
+from .components import options as options
+from .config import Config as Config
+from .config import DataOptions as DataOptions
+from .config import EvaluationOptions as EvaluationOptions
+from .config import TrainingOptions as TrainingOptions
+from .config import load_config as load_config
+from .config import recipes as recipes

@@ -1,0 +1,11 @@
+from .corpora import open_corpus as open_corpus
+from .corpora import parse_mixture as parse_mixture
+from .loader import Batches as Batches
+from .packing import Packed as Packed
+from .packing import pack as pack
+from .tokenizers import BytePairs as BytePairs
+from .tokenizers import Bytes as Bytes
+from .tokenizers import Characters as Characters
+from .tokenizers import Pretrained as Pretrained
+from .tokenizers import Tokenizer as Tokenizer
+from .tokenizers import build_tokenizer as build_tokenizer

@@ -1,0 +1,4 @@
+from .autoregressive import Autoregressive as Autoregressive
+from .base import Parameterization as Parameterization
+from .conditional import Conditional as Conditional
+from .score import Score as Score

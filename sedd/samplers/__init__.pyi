@@ -1,0 +1,14 @@
+from .base import Sampler as Sampler
+from .base import Samples as Samples
+from .base import SteppedSampler as SteppedSampler
+from .best_of_n import BestOfN as BestOfN
+from .confidence import Confidence as Confidence
+from .entropy_bounded import EntropyBounded as EntropyBounded
+from .euler import Euler as Euler
+from .event_jump import EventJump as EventJump
+from .ordered import Ordered as Ordered
+from .particle import Particle as Particle
+from .remdm import ReMDM as ReMDM
+from .semi_autoregressive import SemiAutoregressive as SemiAutoregressive
+from .token_confidence import TokenConfidence as TokenConfidence
+from .tweedie import Tweedie as Tweedie

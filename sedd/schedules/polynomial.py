@@ -1,0 +1,29 @@
+"""MD4's polynomial schedule."""
+
+from dataclasses import dataclass
+
+from sedd.schedules.base import Clamped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polynomial(Clamped):
+    """exp(-σ) = 1 - t^power before the clamp. arXiv:2406.04329, section 3."""
+
+    power: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.power < 1:
+            raise ValueError(f"power must be at least 1, got {self.power}")
+
+    def _moved(self, t):
+        return t**self.power
+
+    def _moved_rate(self, t):
+        return self.power * t ** (self.power - 1)
+
+    def _t_of_moved(self, moved):
+        return moved ** (1 / self.power)
+
+
+make = Polynomial

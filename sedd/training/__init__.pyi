@@ -1,0 +1,10 @@
+from .checkpoint import Checkpoints as Checkpoints
+from .loop import Cadence as Cadence
+from .loop import TrainResult as TrainResult
+from .optimizer import OptimizerOptions as OptimizerOptions
+from .optimizer import make_optimizer as make_optimizer
+from .parallel import DataParallel as DataParallel
+from .parallel import FullySharded as FullySharded
+from .state import TrainState as TrainState
+from .state import init_state as init_state
+from .step import Step as Step
