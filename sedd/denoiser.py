@@ -27,7 +27,7 @@ class Denoiser:
     network: Network = field(metadata={"static": True})
     parameterization: Parameterization = field(metadata={"static": True})
     attend: Attend | None = None
-    reshape: Reshape | None = field(default=None, metadata={"static": True})
+    reshape: Reshape | None = None
     given_BL: Bool[Array, "B L"] | None = None
     constraint: Constraint | None = None
 
@@ -54,12 +54,14 @@ class Denoiser:
     @property
     def guided(self) -> bool:
         """Whether a reading takes two network calls: with what is given, and without."""
-        return self.reshape is not None and self.reshape.guidance > 0 and self.given_BL is not None
+        return self.reshape is not None and self.given_BL is not None
 
     @property
     def calls_each(self) -> Int[Array, " B"] | int:
         """Network calls of a reading: two for a sequence of which something is given, if guided."""
-        return 1 + self.given_BL.any(1) if self.guided and self.given_BL is not None else 1
+        if self.reshape is None or self.given_BL is None:
+            return 1
+        return 1 + (self.given_BL.any(1) & (jnp.asarray(self.reshape.guidance_B) > 0))
 
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
@@ -133,13 +135,11 @@ class Denoiser:
         if self.reshape is None:
             return log_probs
         shaped = self.reshape.guide(log_probs, without[0]) if without else log_probs
-        shaped, even = self.reshape(shaped, x_BL, positions_BK), shaped
-        if self.constraint is not None and self.reshape.temperature == 0:
-            # The likeliest string is not that of the likeliest tokens: it takes distributions.
-            even = replace(self.reshape, temperature=1.0)(even, x_BL, positions_BK)
+        governed_BK = None
+        if self.constraint is not None:
             governed_BL = self.constraint.inside(x_BL.shape[1])
             governed_BK = jnp.take_along_axis(governed_BL, positions_BK, 1)
-            shaped = jnp.where(governed_BK[..., None], even, shaped)
+        shaped = self.reshape(shaped, x_BL, positions_BK, drawn_jointly_BK=governed_BK)
         return jnp.where((x_BK == self.process.mask_id)[..., None], shaped, log_probs)
 
     def propose(
@@ -165,7 +165,10 @@ class Denoiser:
         attend, given_BL = jax.tree.map(
             lambda rows: jnp.repeat(rows, count, 0), (self.attend, self.given_BL)
         )
-        return replace(self, attend=attend, given_BL=given_BL, constraint=constraint)
+        reshape = None if self.reshape is None else self.reshape.repeat(count)
+        return replace(
+            self, attend=attend, given_BL=given_BL, constraint=constraint, reshape=reshape
+        )
 
 
 def all_positions(x_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:

@@ -10,6 +10,24 @@ class UserError(ValueError):
     """
 
 
+class FieldError(UserError):
+    """A named field or option has a wrong value: ``FIELD PROBLEM``, such as "top_p must be …".
+
+    Args:
+        field: the name of the field, as Python spells it; command lines show its flag instead.
+        problem: what is wrong, a sentence without its subject: "must be at least 1, got 0".
+        where: the component that has the field, put before the message; empty for none.
+    """
+
+    def __init__(self, field: str, problem: str, where: str = ""):
+        self.field, self.problem, self.where = field, problem, where
+        super().__init__(self.named(field))
+
+    def named(self, name: str) -> str:
+        """The message with another name for the field, such as a flag."""
+        return f"{self.where}{': ' if self.where else ''}{name} {self.problem}"
+
+
 def first_line(error: Exception) -> str:
     """What an error says, without what follows."""
     return str(error).partition("\n")[0][:200]

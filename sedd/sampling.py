@@ -1,7 +1,7 @@
 """Samples from a model: requests of any kind into one batch, and what comes back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from sedd.configuration.build import build_sampler, default_sampler
 from sedd.constraints.clamp import Clamp, check_prefix, free
 from sedd.constraints.spans import Given, Rule, Span, batch_spans, spans_of
 from sedd.data.tokenizers import Tokenizer
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
 from sedd.reshape import Reshape
@@ -22,7 +22,8 @@ from sedd.samplers.base import Sampler, Samples
 from sedd.types import Array, Key
 
 TextScorer = Callable[[list[str]], Sequence[float]]
-RESHAPES = {field.name for field in fields(Reshape)}
+DEFAULTS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}
+RESHAPES = {*DEFAULTS, "logit_processor"}
 NO_NUMBERS = "the model's probabilities are nan, or the logit processor's"
 
 
@@ -165,7 +166,7 @@ def sample(
         for c in clamps:
             check_prefix(c)
     spans = [spans_of(c, given) for c, given in zip(clamps, constraints, strict=True)]
-    reshape = reshape_of({name: options.pop(name) for name in RESHAPES & options.keys()})
+    reshape = reshape_of(num, {name: options.pop(name) for name in RESHAPES & options.keys()})
     if sampler is None:
         sampler = default_sampler(model.parts.parameterization)
     if isinstance(sampler, str):
@@ -177,18 +178,20 @@ def sample(
 
     lengths = [c.length for c in clamps]
     rows, longest = bucket(num), bucket(max(lengths))
+    row_of_B = np.minimum(np.arange(rows), num - 1)  # the last one again: it costs no call more
     tokens_BL = np.zeros((rows, longest), np.int32)
     fixed_BL = np.ones((rows, longest), bool)  # padding is fixed: it is never drawn
     real_BL = np.zeros((rows, longest), bool)
     for row in range(rows):
-        c = clamps[min(row, num - 1)]  # the last one again: it costs no call more
+        c = clamps[row_of_B[row]]
         tokens_BL[row, : c.length], fixed_BL[row, : c.length] = c.tokens_L, c.fixed_L
         real_BL[row, : c.length] = True
-    if reshape is not None and reshape.temperature == 0 and rule == "joint":
-        rule = "most_likely"
-    padded = [spans[min(row, num - 1)] for row in range(rows)]
+    if reshape is not None:
+        rule = _rule(rule, reshape, any(spans))
+        reshape = jax.tree.map(lambda values: values[row_of_B], reshape)
+    padded = [spans[row] for row in row_of_B]
     given_BL = fixed_BL & real_BL
-    guided = reshape is not None and reshape.guidance > 0 and given_BL.any()
+    guided = reshape is not None and (given_BL.any(1) & (reshape.guidance_B > 0)).any()
     segments = None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32))
     denoiser = replace(
         model.denoiser,
@@ -202,7 +205,7 @@ def sample(
     samples = _run(
         sampler,
         denoiser,
-        keys_B[np.minimum(np.arange(rows), num - 1)],
+        keys_B[row_of_B],
         jnp.asarray(tokens_BL),
         jnp.asarray(fixed_BL),
         trace=trace,
@@ -256,10 +259,28 @@ def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]
     )
 
 
-def reshape_of(options: dict[str, Any]) -> Reshape | None:
-    """The changes to the conditional, or None where there are none; UserError on a bad value."""
-    try:
-        reshape = Reshape(**options)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return None if reshape == Reshape() else reshape
+def _rule(rule: Rule, reshape: Reshape, constrained: bool) -> Rule:
+    """The rule of a step under a constraint: the most likely string at temperature 0."""
+    zero_B = reshape.temperature_B == 0
+    if rule != "joint" or not constrained or not zero_B.any():
+        return rule
+    if not zero_B.all():
+        raise UserError(
+            "temperature 0 takes the most likely string under a constraint, which is another "
+            "program: draw those sequences in a call of their own"
+        )
+    return "most_likely"
+
+
+def reshape_of(num: int, options: dict[str, Any]) -> Reshape | None:
+    """The changes to the conditionals of ``num`` sequences; FieldError on a bad value.
+
+    Values are numbers, or sequences with one each. None where every value is the default number.
+    """
+    for name, value in options.items():
+        if name in DEFAULTS and np.ndim(value) and np.shape(value) != (num,):
+            raise FieldError(name, f"must be a number or {num} numbers, got {len(value)}")
+    if all(np.ndim(value) == 0 and value == DEFAULTS.get(name) for name, value in options.items()):
+        return None
+    reshape = Reshape.of(**options)
+    return jax.tree.map(lambda values: np.broadcast_to(values, num), reshape)

@@ -191,13 +191,16 @@ def sampler_fields():
 
 @pytest.mark.parametrize(
     "given",
-    [{"reshape": Reshape(guidance=1.0)}, {"constraint": mock.Mock(spec=Constraint)}],
+    [
+        {"reshape": Reshape.of(guidance=1.0), "given_BL": jnp.ones((1, 1), bool)},
+        {"constraint": mock.Mock(spec=Constraint)},
+    ],
     ids=list("gc"),
 )
 def test_what_reads_behind_masks_is_refused(given):
     with pytest.raises(UserError, match="guidance and constraints"):
         Ordered(schedule=LogLinear()).check(dataclasses.replace(EXACT, **given))
-    Ordered(schedule=LogLinear()).check(dataclasses.replace(EXACT, reshape=Reshape(top_p=0.5)))
+    Ordered(schedule=LogLinear()).check(dataclasses.replace(EXACT, reshape=Reshape.of(top_p=0.5)))
 
 
 def test_refusals():

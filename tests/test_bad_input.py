@@ -206,7 +206,7 @@ SAMPLERS = [  # of the options of sampling
     ("--top-p 1.1", "--top-p must be in (0, 1], got 1.1"),
     ("--top-p nan", "--top-p must be in (0, 1], got nan"),
     ("--top-p most", "--top-p: not a number: 'most'; expected --top-p FLOAT"),
-    ("--top-k 0", "--top-k must be at least 1, got 0"),
+    ("--top-k 0", "--top-k must be a whole number of at least 1, got 0"),
     ("--top-k 1.5", "--top-k: not a whole number: '1.5'; expected --top-k INT"),
     ("--regex a(b", "regex, position 1: "),
     ("--regex (?<=a)b", "regex, position 0: "),

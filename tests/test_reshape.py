@@ -11,7 +11,7 @@ import pytest
 from oracle import L, N, f32, i32, keys
 
 from sedd.denoiser import Denoiser
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.networks.ddit import DDiT
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
@@ -34,7 +34,7 @@ def reshaped(probs, **options):
     """What ``Reshape`` makes of rows of probabilities [R, N] in float32."""
     log_probs = f32(np.log(probs))[None]
     rows = jnp.arange(len(probs))[None]
-    return np.exp(np.asarray(Reshape(**options)(log_probs, rows, rows), np.float64))[0]
+    return np.exp(np.asarray(Reshape.of(**options)(log_probs, rows, rows), np.float64))[0]
 
 
 def law_of(probs, *, temperature=1.0, top_k=None, top_p=None):
@@ -79,6 +79,36 @@ def test_reshaped_laws(options):
     assert np.abs(got - probs).max() > 0.05  # the control: it does something
 
 
+def test_each_sequence_has_its_own_numbers():
+    probs = np.stack([random_rows(seed) for seed in range(4)])
+    numbers = {
+        "temperature": [1.0, 0.0, 0.4, 2.0],
+        "top_k": [None, None, 3, 7],
+        "top_p": [1.0, None, 0.9, 0.5],
+    }
+    log_probs, rows = f32(np.log(probs)), jnp.zeros((4, 40), jnp.int32)
+    got = Reshape.of(**numbers)(log_probs, rows, rows)
+    for i in range(4):
+        own = {name: values[i] for name, values in numbers.items()}
+        alone = Reshape.of(**own)(log_probs[i : i + 1], rows[:1], rows[:1])
+        np.testing.assert_allclose(got[i], alone[0], rtol=1e-5)  # other shapes may round
+    np.testing.assert_array_equal(got[0], log_probs[0])  # what changes nothing keeps every bit
+    repeated = Reshape.of(**numbers).repeat(3)(jnp.repeat(log_probs, 3, 0), rows, rows)
+    np.testing.assert_allclose(repeated, jnp.repeat(got, 3, 0), rtol=1e-5)
+
+
+def test_nothing_is_sorted_and_thresholds_are_sought_only_where_wanted():
+    """One conditional each for top-k and top-p; without one it would be paid for by everybody."""
+    row = jnp.zeros((2, 3, 9))
+    places = jnp.zeros((2, 3), jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda reshape: reshape(row, places, places))(Reshape.of(top_p=0.5))
+    names = [equation.primitive.name for equation in jaxpr.jaxpr.eqns]
+    assert names.count("cond") == 2
+    assert "sort" not in str(jaxpr)
+    assert "top_k" not in str(jaxpr)
+    assert not {"while", "scan"} & set(names)  # the bisections are inside the conditionals
+
+
 @pytest.mark.parametrize("options", [{"temperature": 1}, {"top_k": 9}, {"top_k": 99}, {"top_p": 1}])
 def test_what_changes_nothing(options):
     probs = random_rows(1)
@@ -117,12 +147,13 @@ def test_values_below_float32(options):
     ("name", "value"),
     [("temperature", v) for v in (-1.0, float("nan"), float("inf"))]
     + [("top_p", v) for v in (0.0, 1.5, -0.1, float("nan"))]
-    + [("top_k", v) for v in (0, -1)]
+    + [("top_k", v) for v in (0, -1, 2.5)]
     + [("guidance", v) for v in (-1.0, float("nan"), float("inf"))],
 )
 def test_values_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .*got {value}"):
-        Reshape(**{name: value})
+    with pytest.raises(FieldError, match=f"^{name} must be .*got {value}") as caught:
+        Reshape.of(**{name: [value]})
+    assert caught.value.field == name
 
 
 def halve_first(log_probs, tokens_BL, positions_BK):
@@ -164,7 +195,7 @@ def model(reshape=None, given_BL=None):
 
 def test_only_masked_positions_are_reshaped():
     x_BL = i32(world().states)
-    log_probs = model(Reshape(temperature=0.5, top_k=2)).log_conditional(x_BL)
+    log_probs = model(Reshape.of(temperature=0.5, top_k=2)).log_conditional(x_BL)
     law = law_of(world().conditional(), temperature=0.5, top_k=2)
     np.testing.assert_allclose(np.exp(log_probs), law, atol=1e-5)
     visible = world().states != N
@@ -179,13 +210,13 @@ def test_guidance():
     c = np.maximum(world().conditional(), 1e-30)
     law = c ** (1 + weight) / c[hidden] ** weight
     law /= law.sum(-1, keepdims=True)
-    guided = model(Reshape(guidance=weight), jnp.asarray(given_BL))
+    guided = model(Reshape.of(guidance=weight), jnp.asarray(given_BL))
     assert guided.guided
     got = np.exp(np.asarray(guided.log_conditional(i32(states)), np.float64))
     masked = states == N
     np.testing.assert_allclose(got[masked], law[masked], atol=1e-5)
     assert np.abs(law - c)[masked].max() > 0.05
-    first = Reshape(guidance=weight, logit_processor=halve_first)
+    first = Reshape.of(guidance=weight, logit_processor=halve_first)
     got = np.exp(model(first, jnp.asarray(given_BL)).log_conditional(i32(states)))
     law = law * np.array([np.exp(-1.5), 1, 1])
     np.testing.assert_allclose(got[masked], (law / law.sum(-1, keepdims=True))[masked], atol=1e-5)
@@ -198,14 +229,14 @@ def test_guidance_takes_two_calls(sampler):
     fixed = (1, -1, -1, 0)
     given_BL = jnp.broadcast_to(jnp.array(fixed) >= 0, (8, L))
     calls = {
-        weight: oracle.draw(sampler, model(Reshape(guidance=weight), given_BL), 8, fixed=fixed)
+        weight: oracle.draw(sampler, model(Reshape.of(guidance=weight), given_BL), 8, fixed=fixed)
         for weight in (0.0, 1.0)
     }
     plain = oracle.draw(sampler, model(), 8, fixed=fixed)
     np.testing.assert_array_equal(calls[0.0].calls_B, plain.calls_B)
     np.testing.assert_array_equal(calls[0.0].tokens_BL, plain.tokens_BL)  # a weight of 0 is off
     np.testing.assert_array_equal(calls[1.0].calls_B, 2 * plain.calls_B)
-    nothing_given = oracle.draw(sampler, model(Reshape(guidance=1.0)), 8, fixed=fixed)
+    nothing_given = oracle.draw(sampler, model(Reshape.of(guidance=1.0)), 8, fixed=fixed)
     np.testing.assert_array_equal(nothing_given.tokens_BL, plain.tokens_BL)
 
 
@@ -214,7 +245,7 @@ def test_a_score_keeps_its_total():
     states, masked = world().states, world().states == N
     sigma_B = f32(np.full(len(states), 0.7))
     for denoiser in (world().conditional_denoiser(), world().score_denoiser()):
-        shaped = dataclasses.replace(denoiser, reshape=Reshape(temperature=0.5, top_k=2))
+        shaped = dataclasses.replace(denoiser, reshape=Reshape.of(temperature=0.5, top_k=2))
         plain, got = (
             np.exp(np.asarray(d.log_score(i32(states), sigma_B), np.float64))
             for d in (denoiser, shaped)
@@ -231,7 +262,7 @@ def test_tweedie_reveals_when_it_would_have():
     sampler = Tweedie(schedule=SCHEDULE, steps=8)
     plain, cold = (
         np.asarray(oracle.draw(sampler, model(reshape), 500).trace_TBL)
-        for reshape in (None, Reshape(temperature=0.0))
+        for reshape in (None, Reshape.of(temperature=0.0))
     )
     np.testing.assert_array_equal(plain == N, cold == N)
     assert (plain != cold).any()
@@ -262,7 +293,7 @@ CASES = [
 @pytest.mark.parametrize(("options", "fixed"), CASES)
 def test_one_position_a_call_is_the_chain_of_reshaped_conditionals(options, fixed):
     drawn = oracle.draw(
-        Ordered(schedule=SCHEDULE), model(Reshape(**options)), DRAWS, seed=1, fixed=fixed
+        Ordered(schedule=SCHEDULE), model(Reshape.of(**options)), DRAWS, seed=1, fixed=fixed
     )
     counts = oracle.counts_of(drawn.tokens_BL, N + 1)
     law = chain_law(law_of(world().conditional(), **options), fixed)
@@ -276,7 +307,7 @@ def test_guided_infilling_has_its_law():
     given = np.array(FIXED) >= 0
     hidden = oracle.state_index(np.where(given, N, world().states), N + 1)
     guided = c ** (1 + weight) / c[hidden] ** weight
-    denoiser = model(Reshape(guidance=weight), jnp.broadcast_to(jnp.asarray(given), (DRAWS, L)))
+    denoiser = model(Reshape.of(guidance=weight), jnp.broadcast_to(jnp.asarray(given), (DRAWS, L)))
     drawn = oracle.draw(Ordered(schedule=SCHEDULE), denoiser, DRAWS, seed=2, fixed=FIXED)
     counts = oracle.counts_of(drawn.tokens_BL, N + 1)
     assert oracle.chi_square_p(counts, chain_law(law_of(guided), FIXED)) > 1e-4
@@ -308,13 +339,13 @@ EVERY = [
 
 @pytest.mark.parametrize("sampler", EVERY, ids=lambda sampler: type(sampler).__name__)
 def test_what_a_processor_bans_never_appears(sampler):
-    denoiser = model(Reshape(logit_processor=place_decides))
+    denoiser = model(Reshape.of(logit_processor=place_decides))
     tokens_BL = np.asarray(oracle.draw(sampler, denoiser, 500, trace=False).tokens_BL)
     np.testing.assert_array_equal(tokens_BL, np.broadcast_to([0, 1, 0, 1], (500, L)))
 
 
 def test_a_processor_sees_the_tokens():
-    denoiser = model(Reshape(logit_processor=no_repeat))
+    denoiser = model(Reshape.of(logit_processor=no_repeat))
     tokens_BL = np.asarray(oracle.draw(Ordered(schedule=SCHEDULE), denoiser, 2000).tokens_BL)
     assert (tokens_BL[:, 1:] != tokens_BL[:, :-1]).all()
     plain_BL = np.asarray(oracle.draw(Ordered(schedule=SCHEDULE), model(), 2000).tokens_BL)
@@ -337,7 +368,7 @@ def ban_first(log_probs, tokens_BL, positions_BK):
 )
 def test_every_round_reveals_something(sampler):
     """A round that does not is repeated for ever: here is one round, not the loop."""
-    denoiser = model(Reshape(logit_processor=ban_first))
+    denoiser = model(Reshape.of(logit_processor=ban_first))
     tokens_BL, fixed_BL = i32([[0, 1, 0, 0]]), jnp.array([[False, True, False, False]])
     state = sampler.start(denoiser, keys(0, 1), tokens_BL, fixed_BL)
     after = sampler.advance(denoiser, state)
@@ -358,7 +389,7 @@ def test_some_positions_are_read_as_all_are():
     )
     x_BL = i32(rng.integers(0, 10, (3, 12)))
     positions_BK = i32([rng.permutation(12)[:5] for _ in range(3)])
-    shape = Reshape(guidance=1.0, temperature=0.8, top_p=0.9, logit_processor=halve_first)
+    shape = Reshape.of(guidance=1.0, temperature=0.8, top_p=0.9, logit_processor=halve_first)
     for reshape in (None, shape):
         denoiser = Denoiser(
             params=params,
@@ -379,7 +410,7 @@ def test_some_positions_are_exactly_those_in_float64():
     with jax.enable_x64(True):
         table = jnp.asarray(rng.standard_normal(((N + 1) ** L, L, N + 1)))
         denoiser = dataclasses.replace(
-            model(Reshape(temperature=0.8, top_p=0.9, logit_processor=no_repeat)),
+            model(Reshape.of(temperature=0.8, top_p=0.9, logit_processor=no_repeat)),
             params={"table": table},
         )
         x_BL, positions_BK = i32(world().states), i32(rng.integers(0, L, (256, 2)))
@@ -393,11 +424,11 @@ def test_some_positions_are_exactly_those_in_float64():
 @pytest.mark.parametrize(
     "reshape",
     [
-        Reshape(temperature=0.5),
-        Reshape(top_k=2),
-        Reshape(top_p=0.5),
-        Reshape(guidance=1.0),
-        Reshape(logit_processor=halve_first),
+        Reshape.of(temperature=0.5),
+        Reshape.of(top_k=2),
+        Reshape.of(top_p=0.5),
+        Reshape.of(guidance=1.0),
+        Reshape.of(logit_processor=halve_first),
     ],
 )
 def test_a_uniform_process_has_nothing_to_reshape(reshape):

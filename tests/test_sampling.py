@@ -87,6 +87,54 @@ def test_other_buckets_and_none(model):
     assert compiled(model, ["{mask:1}"] * 9, 21, 0, **options) == 1
 
 
+SETTINGS = {  # of 16 requests; None and 1.0 are off
+    "temperature": [0.0, 1.0, 0.7, 1.3] * 4,
+    "top_p": [None, 0.9, 1.0, 0.3, 0.6, None, 0.95, 0.5] * 2,
+    "top_k": [*[None] * 8, 3, 1, 99, None, 5, 8, 2, 20],
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{"sampler": "event_jump"}, {"sampler": "best_of_n", "n": 2, "verifier": vowels}]
+)
+def test_requests_of_sixteen_settings_share_a_program(model, options):
+    """And each is drawn bit for bit as by itself; one that changes nothing as without settings."""
+    keys_B = jax.random.split(KEY, 16)
+    before = _run._cache_size()
+    together = sedd.sample(model, keys_B, **options, **SETTINGS)
+    sedd.sample(model, keys_B, **options, temperature=0.5)
+    sedd.sample(model, keys_B, **options, top_p=0.5, top_k=4)
+    assert _run._cache_size() == before + 1
+    for i in range(16):
+        own = {name: values[i : i + 1] for name, values in SETTINGS.items()}
+        alone = sedd.sample(model, keys_B[i : i + 1], **options, **own)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+    assert _run._cache_size() == before + 2  # one sequence is another size of batch
+    plain = sedd.sample(model, keys_B, **options)
+    same_B = (plain.tokens == together.tokens).all(1)
+    changes_nothing_B = [i == 5 for i in range(16)]  # temperature 1, and neither top-p nor top-k
+    assert same_B[changes_nothing_B].all()
+    assert not same_B[:4].any()  # the control
+
+
+def test_guidance_is_that_of_each_request(model):
+    """A weight of 0 beside others: as without, and one call for one."""
+    clamp = from_infill(model.tokenizer, "ab{mask:6}", 8)
+    keys_B = jax.random.split(KEY, 3)
+    options = {"sampler": "ordered", "clamp": clamp}
+    together = sedd.sample(model, keys_B, guidance=[0.0, 2.0, 5.0], **options)
+    assert together.calls.tolist() == [6, 12, 12]
+    for i, weight in enumerate([0.0, 2.0, 5.0]):
+        alone = sedd.sample(model, keys_B[i : i + 1], guidance=weight, **options)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+
+
+@pytest.mark.parametrize("options", [{"temperature": [1.0]}, {"top_k": [3, 3]}, {"top_p": []}])
+def test_numbers_are_one_or_one_each(model, options):
+    with pytest.raises(UserError, match="must be a number or 3 numbers, got"):
+        sedd.sample(model, KEY, num=3, **options)
+
+
 # ---------------------------------------------------------------- options
 
 

@@ -23,15 +23,14 @@ from sedd.commands.user_code import load_function, load_processor
 from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.components import Options, maker, makers, values
 from sedd.configuration.config import default_cache_dir
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.files import check_writable
 from sedd.model import read_config
 from sedd.requests import Asked, Request, ask, read_requests
-from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
-from sedd.sampling import reshape_of, text_verifier
+from sedd.sampling import DEFAULTS, reshape_of, text_verifier
 
 TITLE = "Draw text from a trained model: from nothing, after a prompt, or into gaps."
 MAX_NUM = 2**20  # more is a mistake that would fill the memory
@@ -216,12 +215,11 @@ def check_functions(command: SampleCommand) -> None:
 
 def reshape_numbers(command: SampleCommand) -> dict[str, Any]:
     """The numbers that change the conditional of clean tokens; UserError on a bad one."""
-    names = [f.name for f in dataclasses.fields(Reshape) if f.name != "logit_processor"]
-    options = {name: getattr(command, name) for name in names}
+    options = {name: getattr(command, name) for name in DEFAULTS}
     try:
-        reshape_of(options)
-    except UserError as error:
-        raise UserError(as_flags(str(error), names)) from error
+        reshape_of(1, options)
+    except FieldError as error:
+        raise UserError(error.named(f"--{error.field.replace('_', '-')}")) from error
     return options
 
 
@@ -256,7 +254,7 @@ def build_command_sampler(
     except UserError as error:
         raise UserError(as_flags(str(error), options)) from error
     try:
-        sampler.check(dataclasses.replace(model.denoiser, reshape=reshape_of(reshape)))
+        sampler.check(dataclasses.replace(model.denoiser, reshape=reshape_of(1, reshape)))
     except UserError as error:
         if any(f"sampler {one!r}" in str(error) for one in wrapped):
             raise UserError(f"--inner {inner}: {error}") from error

@@ -67,8 +67,7 @@ class Sampler(ABC):
                 f"sampler {name!r} cannot draw from this model, which is autoregressive: use "
                 "--sampler ordered --order forward, without steps"
             )
-        guidance = 0.0 if denoiser.reshape is None else denoiser.reshape.guidance
-        if denoiser.causal and (guidance or denoiser.constraint is not None):
+        if denoiser.causal and (denoiser.guided or denoiser.constraint is not None):
             raise UserError(
                 "guidance and constraints read positions that follow masks, of which this model, "
                 "an autoregressive one, knows nothing"
