@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sedd.types import Array, Float, Int, Key
+from sedd.types import Array, Float, Int, Key, Shaped
 
 NO_MASS = -1e6  # log probability of what cannot be: finite, so that 0 · log 0 and entropies stay 0
 BLOCK = 256  # tokens that are drawn from together
@@ -43,6 +43,15 @@ def _series(x, first: int):
     for k in range(7, first - 1, -1):
         total = 1 + x / k * total
     return total
+
+
+def along(values: Float[Array, "..."], x: Shaped[Array, "*b"]) -> Float[Array, "..."]:
+    """``values`` with trailing axes of length 1, so that its axes are the leading ones of ``x``.
+
+    A total noise [B] or [B, L] then broadcasts against tokens [B, L], and a scalar against any.
+    """
+    values = jnp.asarray(values)
+    return values.reshape(values.shape + (1,) * (jnp.ndim(x) - values.ndim))
 
 
 def at(values: Float[Array, "*b V"], index: Int[Array, "*b"]) -> Float[Array, "*b"]:

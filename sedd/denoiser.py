@@ -108,10 +108,18 @@ class Denoiser:
         each = [x_BL]
         if self.guided and self.given_BL is not None:
             each.append(jnp.where(self.given_BL, self.mask_id, x_BL))
-        inputs = [self.parameterization.inputs(tokens_BL, self.attend) for tokens_BL in each]
+        calls = [self.parameterization.inputs(tokens_BL, self.attend) for tokens_BL in each]
         return tuple(
-            self.network.hidden(self.params, tokens_BL, attend=attend, sigma_B=sigma_B)
-            for tokens_BL, attend in inputs
+            call.read(
+                self.network.hidden(
+                    self.params,
+                    call.tokens_BM,
+                    positions_BL=call.positions_BM,
+                    attend=call.attend,
+                    sigma_B=sigma_B,
+                )
+            )
+            for call in calls
         )
 
     def log_conditional_at(

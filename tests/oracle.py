@@ -189,6 +189,9 @@ class _Direct(Network):
     def head(self, params):
         return jnp.eye(self.num_states), jnp.zeros(self.num_states)
 
+    def flops(self, length, read):
+        raise NotImplementedError("a look-up has no products")
+
     def _index(self, tokens_BL):
         stride = self.num_states ** jnp.arange(tokens_BL.shape[1])[::-1]
         return (tokens_BL * stride[None]).sum(-1)
@@ -218,7 +221,7 @@ class PrefixNetwork(_Direct):
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
     ):
         assert attend is not None
-        assert attend.rank_q_BL is not None
+        assert attend.kind == "causal"
         place_L, mask = jnp.arange(tokens_BL.shape[1]), self.num_states - 1
         x_BL = jnp.roll(tokens_BL, -1, axis=1)
         before_1LL = (place_L[None, :] < place_L[:, None])[None]

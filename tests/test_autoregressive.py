@@ -63,16 +63,16 @@ log_conditional = jax.jit(Denoiser.log_conditional)
 
 
 def test_inputs_are_shifted_and_attend_to_what_is_before():
-    tokens_BL, attend = READING.inputs(i32([[0, 1, 2, 0], [2, 2, 1, 3]]))
-    np.testing.assert_array_equal(tokens_BL, [[3, 0, 1, 2], [3, 2, 2, 1]])
-    np.testing.assert_array_equal(attend.mask()[0, 0], np.tri(4, dtype=bool))
+    inputs = READING.inputs(i32([[0, 1, 2, 0], [2, 2, 1, 3]]))
+    np.testing.assert_array_equal(inputs.tokens_BM, [[3, 0, 1, 2], [3, 2, 2, 1]])
+    np.testing.assert_array_equal(inputs.attend.mask(4, 4)[0, 0], np.tri(4, dtype=bool))
 
 
 def test_every_segment_begins_with_the_mask():
     segment_BL = i32([[1, 1, 2, 2], [1, 1, 1, 0]])
-    tokens_BL, attend = READING.inputs(i32([[0, 1, 2, 0]] * 2), Attend(segment_BL=segment_BL))
-    np.testing.assert_array_equal(tokens_BL, [[3, 0, 3, 2], [3, 0, 1, 3]])
-    seen_B1LL = np.asarray(attend.mask())
+    inputs = READING.inputs(i32([[0, 1, 2, 0]] * 2), Attend(segment_BL=segment_BL))
+    np.testing.assert_array_equal(inputs.tokens_BM, [[3, 0, 3, 2], [3, 0, 1, 3]])
+    seen_B1LL = np.asarray(inputs.attend.mask(4, 4))
     own_BLL = np.asarray(segment_BL)[:, :, None] == np.asarray(segment_BL)[:, None]
     np.testing.assert_array_equal(seen_B1LL[:, 0], np.tri(4, dtype=bool) & own_BLL)
 
@@ -212,7 +212,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="evaluate_bound"):
         ordered_nats(EXACT, x, x, x >= 0)
     with pytest.raises(ValueError, match="segments only"):
-        READING.inputs(x, Attend(rank_q_BL=x, rank_k_BL=x))
+        READING.inputs(x, Attend(kind="ranks", rank_q_BL=x, rank_k_BL=x))
+    with pytest.raises(ValueError, match="segments only"):
+        READING.inputs(x, Attend(kind="causal"))
 
 
 def test_a_configuration_that_keeps_another_sampler_is_refused():

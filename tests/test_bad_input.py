@@ -193,7 +193,7 @@ SAMPLE = [
 ]
 MODEL = "act on the conditional of clean tokens, which exists on the absorbing process only"
 LATER = "needs a time-independent model: this one depends on the noise level (euler, tweedie and"
-UNMASKED = "needs a model of the absorbing process: this one's has no mask (euler and tweedie work"
+UNMASKED = "needs a model of the absorbing process: this one's lets visible tokens be wrong ("
 NEEDS = " needs --verifier FILE.py:FUNCTION, a function from a list of texts to a score each"
 PROCESSOR = "--sampler ordered --logit-processor {place}/code.py"
 WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm"

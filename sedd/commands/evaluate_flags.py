@@ -275,7 +275,7 @@ class Evaluation:
             return resolve(self.command.protocol.estimator, self.model.denoiser)
         if self.model.denoiser.causal:
             raise ValueError(f"order {self.command.order}: an autoregressive model has its own")
-        if not self.model.time_independent or self.model.process.mask_id is None:
+        if not self.model.time_independent or not self.model.process.absorbing:
             raise ValueError("order needs a time-independent absorbing model")
         return f"{self.command.order} order"
 

@@ -330,7 +330,7 @@ def notes(
     """What the user should know of the samples beforehand."""
     if sampler.caveat:
         yield sampler.caveat
-    if model.process.mask_id is None and any(one.clamp.fixed_L.any() for one in asked):
+    if not model.process.absorbing and any(one.clamp.fixed_L.any() for one in asked):
         yield (
             "what is given is approximate on a uniform process: the model reads it as noisy, so "
             "that the rest does not tend to its true conditional at any number of steps"

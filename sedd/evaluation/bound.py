@@ -73,7 +73,6 @@ def sequence_nats(
     else:
         objective = ScoreEntropy(schedule=schedule, parameterization=parameterization, t_min=t_min)
     scored_B = scored_BL.sum(-1)
-    mask_id = process.mask_id
     period_B = scored_B if any_order else jnp.ones_like(scored_B)
     # The probability λ of a mask, from t_min to 1; float32 ends a little below 1.
     low, high = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))
@@ -93,10 +92,10 @@ def sequence_nats(
         def draw(carry, k):
             total_B, begin_B = carry
             u_B, density_B = level(shared_u_B, k, strata), 1.0
-            if mask_id is not None and strata > 1:
+            if process.absorbing and strata > 1:
                 u_B, density_B = toward_few_masks(u_B)
             size_B = jnp.zeros_like(u_B)
-            if mask_id is None:
+            if not process.absorbing:
                 t_B = t_min + (1 - t_min) * u_B
                 sigma_B, weight_B = schedule.sigma(t_B), (1 - t_min) * schedule.rate(t_B)
                 draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
@@ -111,12 +110,12 @@ def sequence_nats(
                     size_B = low + (high - low) * u_B
                     sigma_B, weight_B = -jnp.log1p(-size_B), (high - low) / (1 - size_B)
                 masked_BL = scored_BL & tile(place_BL, period_B, begin_B, size_B)
-                xt_BL = jnp.where(masked_BL, mask_id, x0_BL)
+                xt_BL = jnp.where(masked_BL, process.mask_id, x0_BL)
             counts_BL = scored_BL & process.can_move(xt_BL)
             corrupted = Corrupted(
                 xt_BL=xt_BL,
                 weight_BL=jnp.where(counts_BL, weight_B[:, None], 0.0),
-                sigma_B=sigma_B,
+                sigma=sigma_B,
             )
             nats_BL = objective.nats(denoiser.network, denoiser.params, corrupted, x0_BL)
             end_B = (begin_B + size_B) % jnp.maximum(period_B, 1)
@@ -204,7 +203,7 @@ def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
         return "exact"
     if estimator == "exact":
         raise ValueError("estimator exact needs an autoregressive model")
-    any_order = denoiser.process.mask_id is not None and denoiser.time_independent
+    any_order = denoiser.process.absorbing and denoiser.time_independent
     if estimator == "k_dce" and not any_order:
         raise ValueError("estimator k_dce needs a time-independent absorbing model")
     if estimator == "auto":

@@ -411,6 +411,8 @@ def consistency(
     ValueError on a process without a mask, on fewer possible first positions than ``pairs``, and
     on a grid that is too large.
     """
+    if not denoiser.process.absorbing:
+        raise ValueError("pair tables need a process on which a visible token is certain")
     mask_id, num_tokens = denoiser.mask_id, denoiser.process.num_tokens
     size = num_tokens if top is None else min(top, num_tokens)
     if not 2 <= size <= LARGEST_GRID:

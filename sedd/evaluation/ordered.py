@@ -27,7 +27,8 @@ def ordered_nats(
     model has no such law: on a process without a mask, on a time-dependent model, and on an
     autoregressive one, whose only order takes one call (evaluate_bound).
     """
-    mask_id = denoiser.mask_id
+    if not denoiser.process.absorbing:
+        raise ValueError("an order of reveals needs a process on which a visible token is certain")
     if denoiser.causal:
         raise ValueError(
             "an autoregressive model has one order, from left to right: evaluate_bound gives its "
@@ -53,7 +54,7 @@ def ordered_nats(
         revealed_BL = jnp.arange(x_BL.shape[1])[None] == position_B1
         return jnp.where(revealed_BL, x0_BL, x_BL), nats_B
 
-    masked_BL = jnp.where(scored_BL, mask_id, x0_BL)
+    masked_BL = jnp.where(scored_BL, denoiser.mask_id, x0_BL)
     start = (masked_BL, jnp.zeros(len(x0_BL)))
     return jax.lax.fori_loop(0, count_B.max(), reveal, start)[1]
 

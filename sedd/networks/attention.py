@@ -1,11 +1,12 @@
-"""Attention by four backends, and the rule that picks one.
+"""Attention by four backends, and the rule that chooses one.
 
-``einsum``, ``xla`` and, in interpret mode, ``splash`` run in the CPU tests. The cuDNN call is not
-executed by any test that runs without a GPU, nor is the compiled splash kernel without a TPU.
+The CPU tests run ``einsum``, ``xla`` and, in interpret mode, ``splash``. Without a GPU no test runs
+the cuDNN call, and without a TPU none runs the compiled splash kernel.
 
 Suffixes: ``H`` heads, ``K`` channels of a head; the rest as in ``sedd.types``.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -29,59 +30,66 @@ _is_marked = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 def is_kept(primitive, *inputs, **params) -> bool:
-    """The policy of ``jax.checkpoint`` that keeps what ``keep`` marks, and what cuDNN computes."""
+    """A policy of ``jax.checkpoint``: keep values marked by ``keep``, and the outputs of cuDNN."""
     by_cudnn = primitive.name.startswith("dot_product_attention_fwd")
     return by_cudnn or _is_marked(primitive, *inputs, **params)
 
 
 def attention(
     q_BLHK: Float[Array, "B L H K"],
-    k_BLHK: Float[Array, "B L H K"],
-    v_BLHK: Float[Array, "B L H K"],
+    k_BLHK: Float[Array, "B S H K"],
+    v_BLHK: Float[Array, "B S H K"],
     attend: Attend | None = None,
     *,
     backend: str = "auto",
 ) -> Float[Array, "B L H K"]:
     """softmax(q·k / √K)·v over the keys that each query sees, in the inputs' type.
 
-    The softmax is in float32 whatever the inputs are. A query that sees nothing gets 0, with a
-    gradient of 0. ``backend`` is one of ``BACKENDS``; see ``choose`` for what "auto" means. A
-    backend asked for by name that cannot compute this raises ``ValueError``: "auto" falls back.
+    There may be more or fewer keys than queries. The softmax is in float32 whatever the inputs
+    are. The output of a query that sees no key is 0, and so is its gradient. ``backend`` is one of
+    ``BACKENDS``; ``choose`` says what "auto" is. A named backend that cannot compute this raises
+    ``ValueError``.
 
-    Splash is a custom kernel, which the partitioner cannot split: under ``jit`` with sharded
-    arguments call it inside ``shard_map`` (``pmap`` needs nothing).
+    Splash is a custom kernel, which XLA's partitioner cannot split: under ``jit`` with sharded
+    arguments, call it inside ``shard_map`` (``pmap`` needs nothing).
     """
     chosen = choose(backend, q_BLHK, attend)
     if chosen == "splash":
         return _splash(q_BLHK, k_BLHK, v_BLHK, attend)
-    mask_B1LL = _mask(attend)
+    batch, queries, keys = *q_BLHK.shape[:2], k_BLHK.shape[1]
     if chosen == "einsum":
-        out_BLHK = _einsum(q_BLHK, k_BLHK, v_BLHK, mask_B1LL)
+        mask_B1LS = _mask(attend, queries, keys)
+        out_BLHK = _einsum(q_BLHK, k_BLHK, v_BLHK, mask_B1LS)
     else:
-        if mask_B1LL is not None:  # cuDNN wants the whole shape; XLA does not mind
-            batch, length = q_BLHK.shape[:2]
-            mask_B1LL = jnp.broadcast_to(mask_B1LL, (batch, 1, length, length))
-        implementation = "cudnn" if chosen == "cudnn" else "xla"
+        causal = attend is not None and attend.kind == "causal"  # a kernel of their own
+        mask_B1LS = _mask(replace(attend, kind="all") if causal else attend, queries, keys)
+        if mask_B1LS is not None:  # cuDNN needs the whole shape
+            mask_B1LS = jnp.broadcast_to(mask_B1LS, (batch, 1, queries, keys))
         out_BLHK = jax.nn.dot_product_attention(
-            q_BLHK, k_BLHK, v_BLHK, mask=mask_B1LL, implementation=implementation
+            q_BLHK,
+            k_BLHK,
+            v_BLHK,
+            mask=mask_B1LS,
+            is_causal=causal,
+            implementation="cudnn" if chosen == "cudnn" else "xla",
         )
-    if mask_B1LL is None:
+    if attend is None or attend.kind != "ranks":  # every query sees at least itself
         return out_BLHK
-    # The softmax of a row without keys is uniform over keys that must not be seen.
-    sees_BL = mask_B1LL.any(axis=-1)[:, 0]
+    # The softmax over masked keys alone is uniform over them.
+    sees_BL = mask_B1LS.any(axis=-1)[:, 0]
     return jnp.where(sees_BL[:, :, None, None], out_BLHK, 0)
 
 
 def choose(
     backend: str, q_BLHK: Array, attend: Attend | None, *, platform: str | None = None
 ) -> str:
-    """The backend that will run, of einsum, xla, cudnn and splash; decided while tracing.
+    """The backend that runs: einsum, xla, cudnn or splash; decided while tracing.
 
-    "auto" is einsum on CPU, where it is 2-4 times faster than XLA's path; cuDNN on an NVIDIA GPU
-    of compute capability 8.0 or more, splash on TPU, and XLA wherever ``refusal`` has a reason
+    "auto" is einsum on a CPU, where it is 2-4 times faster than XLA's path; cuDNN on an NVIDIA GPU
+    of compute capability 8.0 or more; splash on a TPU; and XLA where ``refusal`` names a reason
     against those two. ``platform`` defaults to that of JAX's default device: to compile for another
-    one, name the backend. Raises ``ValueError`` for an unknown backend, or a named one that is
-    refused.
+    platform, name the backend. Raises ``ValueError`` on an unknown backend, or a named one that
+    ``refusal`` excludes.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -100,11 +108,11 @@ def choose(
 
 
 def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
-    """Why ``backend`` cannot compute this attention, or ``None`` where it can.
+    """The reason why ``backend`` cannot compute this attention, or ``None`` if it can.
 
-    cuDNN takes every ``Attend``, as an additive mask, which needs an even length. Splash takes
-    segments, and skips nothing for them. It does not take ranks: they are data, so that causal ones
-    are not known as such when the kernel is built, and its segments cannot express an order.
+    cuDNN takes every ``Attend``: kind ``causal`` by its own kernel, ranks and segments as an
+    additive mask, which needs an even length. Splash takes kind ``all`` and ``causal``, with
+    segments or without; ranks are data, of which a kernel built beforehand knows nothing.
     """
     length, width = q_BLHK.shape[1], q_BLHK.shape[3]
     if backend == "cudnn":
@@ -112,20 +120,21 @@ def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
             return f"needs bfloat16 or float16, got {q_BLHK.dtype}"
         if width % 8 or width > 128:
             return f"needs a head width that is a multiple of 8, at most 128, got {width}"
-        if length % 2 and attend is not None:
+        masked = attend is not None and (attend.kind == "ranks" or attend.segment_BL is not None)
+        if length % 2 and masked:
             return f"needs an even length under a mask, got {length}"
     if backend == "splash":
         if length % LANES:
             return f"needs a length that is a multiple of {LANES}, got {length}"
-        if attend is not None and attend.rank_q_BL is not None:
+        if attend is not None and attend.kind == "ranks":
             return "takes segments, not ranks"
     return None
 
 
-def _mask(attend: Attend | None) -> Bool[Array, "B 1 L L"] | None:
-    if attend is None or (attend.rank_q_BL is None and attend.segment_BL is None):
+def _mask(attend: Attend | None, queries: int, keys: int) -> Bool[Array, "B 1 L S"] | None:
+    if attend is None or (attend.kind == "all" and attend.segment_BL is None):
         return None
-    return attend.mask()
+    return attend.mask(queries, keys)
 
 
 def _flash_capable(device) -> bool:
@@ -136,15 +145,16 @@ def _flash_capable(device) -> bool:
 
 
 def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, "..."] | None):
-    # Heads before positions: XLA's CPU products of [L, K] matrices that lie whole are up to 3 times
-    # faster than of ones with the heads in between.
+    # Heads before positions: on a CPU, XLA multiplies contiguous [L, K] matrices up to 3 times
+    # faster than matrices whose rows are apart.
     q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
     logits_BHLL = product(q_BHLK, k_BHLK.mT)
     if mask_B1LL is not None:
         logits_BHLL = jnp.where(mask_B1LL, logits_BHLL, MASKED)
-    # Normalised after the product with v. With these three kept, the backward pass computes the
-    # weights again by one product and an exponential: less than to write and read them.
+    # The sum over keys is normalised after the product with v. The backward pass computes the
+    # weights again from the three values kept here, by one product and an exponential: that takes
+    # less time than writing the [L, L] weights and reading them back.
     largest_BHL1 = keep(jax.lax.stop_gradient(logits_BHLL.max(axis=-1, keepdims=True)))
     weight_BHLL = jnp.exp((logits_BHLL - largest_BHL1) * q_BHLK.shape[-1] ** -0.5)
     total_BHL1 = keep(weight_BHLL.sum(axis=-1, keepdims=True))
@@ -155,14 +165,15 @@ def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, 
 def _splash(
     q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, attend: Attend | None, *, interpret: bool = False
 ) -> Array:
-    """JAX's TPU kernel, one sequence at a time under ``vmap``; ``interpret`` runs it anywhere."""
+    """JAX's TPU kernel, a sequence at a time under ``vmap``; ``interpret`` runs it anywhere."""
     # Imported here: only TPU runs need Pallas.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     batch, length, num_heads, width = q_BLHK.shape
+    shape = splash.CausalMask if attend and attend.kind == "causal" else splash.FullMask
     block = next(size for size in (512, 256, LANES) if length % size == 0)
     kernel = splash.make_splash_mha_single_device(
-        mask=splash.MultiHeadMask([splash.FullMask((length, length))] * num_heads),
+        mask=splash.MultiHeadMask([shape((length, length))] * num_heads),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -174,7 +185,7 @@ def _splash(
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    # The kernel does not scale; in float32, since 1/√K need not be exact in bfloat16.
+    # The kernel does not scale. In float32: 1/√K may have no exact bfloat16.
     q_BLHK = (q_BLHK.astype(jnp.float32) * width**-0.5).astype(q_BLHK.dtype)
     q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     segments = None

@@ -109,14 +109,13 @@ class DDiT(Network):
         *,
         positions_BL: Int[Array, "B L"] | None = None,
         attend: Attend | None = None,
-        sigma_B: Float[Array, " B"] | None = None,
+        sigma_B: Float[Array, "..."] | None = None,
         keys_B: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last norm and modulation, in the compute type.
 
-        ``positions_BL`` defaults to 0..L-1. ``sigma_B``, the total noise, is required when
-        ``time_conditioned`` and refused (``ValueError``) otherwise. ``keys_B`` turns dropout on: an
-        example's dropout depends on its own key alone, not on its place in the batch.
+        As in ``Network.hidden``. The dropout of a sequence depends on its own key of ``keys_B``
+        alone, not on its place in the batch.
         """
         if self.time_conditioned and sigma_B is None:
             raise ValueError("this network is conditioned on the time: sigma_B is required")
@@ -128,6 +127,22 @@ class DDiT(Network):
         trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
         bound = _Trunk(self).bind({"params": trunk})
         return bound(tokens_BL, positions_BL, attend, sigma_B, keys_B)
+
+    def flops(self, length: int, read: float) -> float:
+        """FLOPs of the forward pass of one sequence, ``read`` of its rows read out.
+
+        2 for each weight of a matrix and row, and 4·L·D a row and layer for the products of the
+        attention; the conditioning runs once a sequence. Norms, activations and softmax are not
+        counted, and causal attention counts as if every row saw every other.
+        """
+        width, layers = self.hidden_dim, self.num_layers
+        block = (4 + 2 * self.mlp_ratio) * width**2  # qkv, attention_out, mlp_in, mlp_out
+        conditioning = 0
+        if self.time_conditioned:
+            into = (2 * SIGMA_FREQUENCIES + self.condition_dim) * self.condition_dim
+            conditioning = into + self.condition_dim * width * (6 * layers + 2)
+        rows = length * layers * (2 * block + 4 * length * width)
+        return rows + 2 * conditioning + 2 * read * width * self.num_states
 
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
         """The output layer's matrix and bias: ``read_out(hidden, *head)`` is ``raw``."""
@@ -147,9 +162,11 @@ class _Trunk(nn.Module):
             net.num_states, net.hidden_dim, embedding_init=_uniform(net.hidden_dim), name="embed"
         )
         x_BLD = embed(tokens_BL)
-        condition_BC = None
+        condition_B1C = None
         if net.time_conditioned:
-            condition_BC = _SigmaMap(net.condition_dim, name="sigma_map")(sigma_B)
+            sigma_map = _SigmaMap(net.condition_dim, name="sigma_map")
+            # One condition a sequence, [B, 1, C], or one a row.
+            condition_B1C = sigma_map(sigma_B).reshape(len(sigma_B), -1, net.condition_dim)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
         # Inside a scan nothing can be merged with the recomputation: remat needs no barrier.
         block = nn.remat(_Block, prevent_cse=False, policy=None if net.remat else is_kept)
@@ -162,9 +179,9 @@ class _Trunk(nn.Module):
         )
         layers = jnp.arange(net.num_layers, dtype=jnp.int32)
         x_BLD, _ = blocks(net, name="blocks")(
-            x_BLD, layers, condition_BC, rotation_BL1K, attend, keys_B
+            x_BLD, layers, condition_B1C, rotation_BL1K, attend, keys_B
         )
-        shift, scale = _modulation(net, 2, condition_BC)
+        shift, scale = _modulation(net, 2, condition_B1C)
         return _Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype)
 
 
@@ -174,10 +191,10 @@ class _Block(nn.Module):
     net: DDiT
 
     @nn.compact
-    def __call__(self, x_BLD, layer, condition_BC, rotation_BL1K, attend, keys_B):
+    def __call__(self, x_BLD, layer, condition_B1C, rotation_BL1K, attend, keys_B):
         net = self.net
         width = x_BLD.shape[-1]
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(net, 6, condition_BC)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(net, 6, condition_B1C)
 
         def add(x_BLD, branch_BLD, gate_B1D, branch):
             if keys_B is not None and net.dropout > 0:
@@ -249,10 +266,14 @@ class _SigmaMap(nn.Module):
         return features_BF
 
 
-def sigma_features(sigma_B: Float[Array, " B"]) -> Float[Array, "B F"]:
-    """cos, then sin, of σ·10⁴^(-k/128) for k = 0..127; σ is the total noise itself, not its log."""
+def sigma_features(sigma_B: Float[Array, "*b"]) -> Float[Array, "*b F"]:
+    """cos, then sin, of σ·10⁴^(-k/128) for k = 0..127, with σ the total noise, not its logarithm.
+
+    Takes [B, L] too, and adds an axis of 256.
+    """
     k_F = jnp.arange(SIGMA_FREQUENCIES, dtype=jnp.float32)
-    phase_BF = sigma_B[:, None] * jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)[None]
+    frequency_F = jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)
+    phase_BF = jnp.expand_dims(sigma_B, -1) * frequency_F.reshape((1,) * sigma_B.ndim + (-1,))
     return jnp.concatenate([jnp.cos(phase_BF), jnp.sin(phase_BF)], axis=-1)
 
 
@@ -332,14 +353,17 @@ def _gathered(layer: type[nn.Module], dtype) -> Any:
     return nn.map_variables(layer, "params", trans_in_fn=apply, init=True)
 
 
-def _modulation(net: DDiT, parts: int, condition_BC: Array | None) -> list:
-    """``parts`` of [B, 1, D], 0 in a fresh network (adaLN-zero); ``None`` without a condition."""
-    if condition_BC is None:
-        return [None] * parts
+def _modulation(net: DDiT, count: int, condition_B1C: Array | None) -> list:
+    """``count`` shifts, scales and gates, [B, 1, D] or [B, L, D]; ``None`` without a condition.
+
+    They are 0 in a fresh network (adaLN-zero).
+    """
+    if condition_B1C is None:
+        return [None] * count
     zeros = nn.initializers.zeros
     dense = _gathered(nn.Dense, jnp.float32)
-    layer = dense(parts * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
-    return jnp.split(layer(condition_BC)[:, None], parts, axis=-1)
+    layer = dense(count * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
+    return jnp.split(layer(condition_B1C), count, axis=-1)
 
 
 make = DDiT

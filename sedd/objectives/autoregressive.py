@@ -7,18 +7,17 @@ from sedd.objectives.base import Corrupted, DenoisingCrossEntropy
 
 @dataclass(frozen=True, kw_only=True)
 class Autoregressive(DenoisingCrossEntropy):
-    """-Σ log p(x0_i | x0_<i) over the scored positions: exact, nothing is drawn or corrupted.
+    """-Σ log p(x0_i | x0_<i) over the scored positions. Nothing is drawn or corrupted.
 
-    Positions that are not scored are given, but each position sees those before it only: the sum
-    is the NLL of the scored tokens given the rest where the rest precedes them (a prompt) or says
-    nothing of them (padding at the end).
+    Each position is conditioned on the positions before it only. If positions that are not scored
+    precede the scored ones (a prompt) or are independent of them (padding at the end), the sum is
+    the NLL of the scored tokens given the rest.
     """
 
     causal = True
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
-        xt_BL, attend = self.parameterization.inputs(x0_BL, None)
-        return Corrupted(xt_BL=xt_BL, attend=attend, weight_BL=scored_BL.astype(float))
+        return Corrupted(xt_BL=x0_BL, weight_BL=scored_BL.astype(float))
 
 
 make = Autoregressive

@@ -12,7 +12,7 @@ from sedd.objectives.base import DenoisingCrossEntropy
 class KDCE(DenoisingCrossEntropy):
     """-(L/k)·Σ_masked log c(x0), k uniform in 1..L, a uniformly random k-subset masked.
 
-    L counts the scored positions. Its mean is the expected NLL over all orders, exactly.
+    L is the number of scored positions. The mean over draws is the expected NLL over all orders.
     arXiv:2406.03736, equation 3.10.
     """
 
@@ -23,7 +23,7 @@ class KDCE(DenoisingCrossEntropy):
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         total_B = scored_BL.sum(-1)
         k_B = jnp.minimum(1 + jnp.floor(u_B * total_B).astype(jnp.int32), total_B)
-        # Ranks from a permutation: float32 draws tie at long lengths.
+        # Ranks of a permutation: uniform float32 draws would tie at long lengths.
         order_BL = jax.vmap(lambda key: jax.random.permutation(key, x0_BL.shape[1]))(keys_B)
         order_BL = jnp.where(scored_BL, order_BL, x0_BL.shape[1])
         rank_BL = jnp.argsort(jnp.argsort(order_BL, -1), -1)

@@ -11,7 +11,7 @@ from sedd.objectives.base import DenoisingCrossEntropy
 class LambdaDCE(DenoisingCrossEntropy):
     """-(1/λ)·Σ_masked log c(x0) at λ uniform in (0, 1]. arXiv:2406.03736, equation 3.8.
 
-    Its mean is the expected NLL over all orders, exactly; its variance diverges logarithmically.
+    The mean over draws is the expected NLL over all orders; the variance diverges logarithmically.
     """
 
     def __post_init__(self):
@@ -19,7 +19,7 @@ class LambdaDCE(DenoisingCrossEntropy):
         self._require_time_independent()
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
-        lambda_B = 1 - u_B  # in (0, 1]: a weight of 1/0 cannot happen
+        lambda_B = 1 - u_B  # in (0, 1]: the weight 1/λ is finite
         masked_BL = jax.vmap(
             lambda key, p: jax.random.bernoulli(key, p, x0_BL.shape[1:], mode="high")
         )(keys_B, lambda_B)

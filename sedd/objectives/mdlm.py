@@ -1,4 +1,4 @@
-"""MDLM's bound with T discrete steps. In continuous time it is t_dce."""
+"""MDLM's bound with T discrete steps; its limit in continuous time is ``t_dce``."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class MDLM(DenoisingCrossEntropy):
         sigma_s_B = self.schedule.sigma(step_B / self.num_steps)
         sigma_t_B = self.schedule.sigma((step_B + 1) / self.num_steps)
         masked_BL = scored_BL & (self.process.corrupt(keys_B, x0_BL, sigma_t_B) != x0_BL)
-        # (α_s - α_t)/(1 - α_t), without subtracting two numbers close to 1
+        # (α_s - α_t)/(1 - α_t), without a difference of two numbers close to 1
         revealed_B = jnp.exp(-sigma_s_B) * jnp.expm1(sigma_s_B - sigma_t_B) / jnp.expm1(-sigma_t_B)
         return self._masked(masked_BL, x0_BL, self.num_steps * revealed_B, sigma_t_B)
 

@@ -1,4 +1,4 @@
-"""Denoising score entropy: SEDD's loss on any process, and RADD's t-DSE under `conditional`."""
+"""Denoising score entropy: SEDD's loss on any process; RADD's t-DSE with ``conditional``."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from sedd.objectives.base import Corrupted, Objective
 class ScoreEntropy(Objective):
     """rate(t)·Σ_i SE_i at t uniform in [t_min, 1]. arXiv:2310.16834, equation 7.
 
-    With ``parameterization=conditional`` this is RADD's t-DSE, which equals t-DCE pointwise
+    With the parameterization ``conditional`` this is RADD's t-DSE, which equals t-DCE at every xt
     (arXiv:2406.03736, section 3.3).
     """
 
@@ -28,10 +28,10 @@ class ScoreEntropy(Objective):
         xt_BL = jnp.where(scored_BL, self.process.corrupt(keys_B, x0_BL, sigma_B), x0_BL)
         counts_BL = scored_BL & self.process.can_move(xt_BL)
         weight_BL = jnp.where(counts_BL, self.schedule.rate(t_B)[:, None], 0.0)
-        return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, sigma_B=sigma_B)
+        return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, sigma=sigma_B)
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R):
-        assert sigma_R is not None  # corrupt always gives it
+        assert sigma_R is not None  # ``corrupt`` returns it
         log_score_RV = self.parameterization.log_score(raw_RV, xt_R, sigma_R)
         return self.process.score_entropy(log_score_RV, xt_R, x0_R, sigma_R)
 

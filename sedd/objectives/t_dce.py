@@ -12,7 +12,7 @@ from sedd.objectives.base import DenoisingCrossEntropy
 class TDCE(DenoisingCrossEntropy):
     """-(rate/expm1(σ))·Σ_masked log c(x0) at t uniform in [t_min, 1]. arXiv:2406.03736, eq. 3.6.
 
-    The published code keeps a term that is constant in the parameters; this leaves it out.
+    The published code adds a term that is constant in the parameters.
     """
 
     t_min: float = 1e-3

@@ -1,4 +1,5 @@
 from .autoregressive import Autoregressive as Autoregressive
+from .base import Inputs as Inputs
 from .base import Parameterization as Parameterization
 from .conditional import Conditional as Conditional
 from .score import Score as Score

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 
 from sedd.networks.base import Attend
-from sedd.parameterizations.base import Parameterization
+from sedd.parameterizations.base import Inputs, Parameterization
 
 
 @dataclass(frozen=True, kw_only=True)
 class Autoregressive(Parameterization):
-    """The raw output at i is read as log p(x_i | x_<i), which the network sees shifted by one.
+    """The raw output at position i is log p(x_i | x_<i): the network's input is shifted by one.
 
-    The mask stands before the first token, so that the first is modelled as well. It is the only
-    use of the process: such a model has no noise level and no score. Tokens after a position
-    change nothing there, and a mask before it is one that the network was not trained with.
+    The mask is the first input, so that the first token is modelled too; the process has no other
+    use here. Such a model has no noise level and no score. A mask among the tokens before a
+    position is an input that the network was not trained with.
     """
 
     normalised = True
@@ -23,29 +23,27 @@ class Autoregressive(Parameterization):
     time_independent: bool = field(default=True, init=False)
 
     def __post_init__(self):
-        if self.process.mask_id is None:
-            raise ValueError("it needs an absorbing process, with whose mask a sequence begins")
+        if not self.process.absorbing:
+            raise ValueError("it needs an absorbing process: its mask is the first input")
 
     def inputs(self, x_BL, attend=None):
-        """Position i has the token of i - 1, or the mask where its segment begins, and sees j ≤ i.
+        """Row i has the token of position i - 1, or the mask at the start of a segment; causal.
 
-        Raises ValueError where ``attend`` has an order of its own.
+        Raises ValueError unless ``attend`` describes segments alone.
         """
         first_BL = jnp.zeros(x_BL.shape, bool).at[:, 0].set(True)
         segment_BL = None
         if attend is not None:
-            if attend.rank_q_BL is not None:
-                raise ValueError("an autoregressive model has its own order: give segments only")
+            if attend.kind != "all":
+                raise ValueError("an autoregressive model is causal by itself: give segments only")
             segment_BL = attend.segment_BL
         if segment_BL is not None:
             first_BL = first_BL.at[:, 1:].set(segment_BL[:, 1:] != segment_BL[:, :-1])
-        mask_id = self.process.num_tokens
-        before_BL = jnp.where(first_BL, mask_id, jnp.roll(x_BL, 1, axis=1))
-        rank_BL = jnp.broadcast_to(jnp.arange(x_BL.shape[1]), x_BL.shape)
-        return before_BL, Attend(rank_q_BL=rank_BL, rank_k_BL=rank_BL, segment_BL=segment_BL)
+        before_BL = jnp.where(first_BL, self.process.mask_id, jnp.roll(x_BL, 1, axis=1))
+        return Inputs(tokens_BM=before_BL, attend=Attend(kind="causal", segment_BL=segment_BL))
 
     def log_score(self, raw, x, sigma):
-        """Raises ValueError: what follows a position has no part in its distribution."""
+        """Raises ValueError: the model has no ratios p_t(y) / p_t(x)."""
         raise ValueError("an autoregressive model has no score, only log p(x_i | x_<i)")
 
 

@@ -1,4 +1,4 @@
-"""How the raw output of a network is read: as a log score, or as a log conditional."""
+"""The base of parameterizations: raw network output as a log score or a log conditional."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,24 +13,48 @@ from sedd.processes.base import Process
 from sedd.types import Array, Float, Int
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A network call for tokens [B, L]: M rows of input, and the row at which a position is read.
+
+    M need not be L. A model that reads position i one row earlier, or at a query row of its own,
+    differs from others in its ``Inputs`` alone.
+    """
+
+    tokens_BM: Int[Array, "B M"]
+    positions_BM: Int[Array, "B M"] | None = (
+        None  # for the network's position encoding; None: 0..M-1
+    )
+    attend: Attend | None = None
+    read_BL: Int[Array, "B L"] | None = None  # row of position i's distribution; None: row i
+
+    def read(self, hidden_BMD: Float[Array, "B M D"]) -> Float[Array, "B L D"]:
+        """The hidden states of the rows at which positions 0..L-1 are read."""
+        if self.read_BL is None:
+            return hidden_BMD
+        return jnp.take_along_axis(hidden_BMD, self.read_BL[..., None], 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parameterization(ABC):
-    """Reads raw output [..., V] at tokens x [...]; ``sigma`` broadcasts against x.
+    """Turns raw output [..., V] at tokens x [...] into distributions.
 
-    ``time_independent`` models never see the time: their network takes no ``sigma``. Cross
-    entropies train ``normalised`` ones only: of a score they would leave the normaliser untrained.
+    The axes of ``sigma`` are the leading axes of x: [B] or [B, L] for tokens [B, L]. The network of
+    a ``time_independent`` model takes no ``sigma``. Cross entropies train ``normalised``
+    parameterizations only: the normaliser of a score would stay untrained.
     """
 
     process: Process
     time_independent: bool
-    normalised: ClassVar[bool]  # whether adding a constant to a row of raw output changes nothing
-    causal: ClassVar[bool] = False  # whether a position's output depends on those before it alone
+    normalised: ClassVar[bool]  # whether a constant added to a row of raw output changes nothing
+    causal: ClassVar[bool] = (
+        False  # whether position i is modelled given the positions before it only
+    )
 
-    def inputs(
-        self, x_BL: Int[Array, "B L"], attend: Attend | None = None
-    ) -> tuple[Int[Array, "B L"], Attend | None]:
-        """What the network is given for the tokens x: tokens, and which positions see which."""
-        return x_BL, attend
+    def inputs(self, x_BL: Int[Array, "B L"], attend: Attend | None = None) -> Inputs:
+        """The network call for the tokens x; ``attend`` restricts which positions see which."""
+        return Inputs(tokens_BM=x_BL, attend=attend)
 
     @abstractmethod
     def log_score(
@@ -39,22 +63,22 @@ class Parameterization(ABC):
         """log p_t(y) / p_t(x) for every y; 0 at y = x."""
 
     def masked_logits(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
-        """Unnormalised log probabilities of the clean token where x is the mask (absorbing only).
+        """Unnormalised log probabilities of the clean token at a mask of an absorbing process.
 
-        A score's shift by σ is the same for all tokens: it cancels in the normalisation.
+        The shift of a score by a function of σ is the same for all tokens, and cancels when the
+        probabilities are normalised.
         """
         return raw[..., : self.process.num_tokens]
 
     def log_conditional(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"]
     ) -> Float[Array, "*b N"]:
-        """log p(x0 = y | x), normalised over the real tokens; a revealed token is certain.
+        """log p(x0 = y | x), normalised over the real tokens: 0 and -1e6 where x is visible.
 
-        Raises ValueError on a process without a mask, where a token may be wrong though visible.
+        Raises ValueError unless the process is absorbing: else a visible token may be wrong.
         """
-        mask_id = self.process.mask_id
-        if mask_id is None:
+        if not self.process.absorbing:
             raise ValueError("the conditional of clean tokens exists on an absorbing process only")
         log_probs = jax.nn.log_softmax(self.masked_logits(raw), -1)
         revealed = put(jnp.full_like(log_probs, NO_MASS), x, jnp.zeros(x.shape))
-        return jnp.where((x == mask_id)[..., None], log_probs, revealed)
+        return jnp.where((x == self.process.mask_id)[..., None], log_probs, revealed)

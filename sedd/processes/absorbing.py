@@ -5,44 +5,50 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import at, expm1_minus, log_expm1, put
+from sedd.arrays import along, at, expm1_minus, log_expm1, put
 from sedd.processes.base import Process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Absorbing(Process):
-    """xt is the mask with probability 1 - exp(-σ). The mask is the last id, N. arXiv:2310.16834."""
+    """xt is the mask with probability 1 - exp(-σ), else x0. The mask has the last id, N.
+
+    arXiv:2310.16834, section 3.3.
+    """
+
+    absorbing = True
 
     @property
     def mask_id(self) -> int:
         return self.num_tokens
 
     def transition(self, x, sigma):
-        stay = jnp.exp(-sigma)[..., None]
-        row = stay * jax.nn.one_hot(x, self.num_states)
+        sigma = along(sigma, x)
+        row = jnp.exp(-sigma)[..., None] * jax.nn.one_hot(x, self.num_states)
         masked = jnp.where(x == self.mask_id, 1.0, -jnp.expm1(-sigma))
         return put(row, jnp.full_like(x, self.mask_id), masked)
 
     def transition_to(self, x, sigma):
+        sigma = along(sigma, x)
         from_tokens = jnp.where(x == self.mask_id, -jnp.expm1(-sigma), 0.0)
         own = jnp.where(x == self.mask_id, 1.0, jnp.exp(-sigma))
         column = jnp.broadcast_to(from_tokens[..., None], (*x.shape, self.num_states))
         return put(column, x, own)
 
-    def corrupt(self, keys_B, x0_BL, sigma_B):
+    def corrupt(self, keys_B, x0_BL, sigma):
         moved_BL = jax.vmap(
             # The default mode cannot tell probabilities below 1e-7 from 0.
             lambda key, p: jax.random.bernoulli(key, p, x0_BL.shape[1:], mode="high")
-        )(keys_B, -jnp.expm1(-sigma_B))
+        )(keys_B, -jnp.expm1(-along(sigma, x0_BL)))
         return jnp.where(moved_BL, self.mask_id, x0_BL)
 
     def sample_prior(self, keys_B, length):
         return jnp.full((keys_B.shape[0], length), self.mask_id, jnp.int32)
 
     def prior_kl(self, sigma):
-        """Against the prior (1 - a)·mask + a·uniform, a = exp(-σ): a·log N.
+        """KL to the prior (1 - a)·mask + a·uniform, with a = exp(-σ(1)): a·log N.
 
-        Against a pure mask it would be infinite, since a clean token survives with probability a.
+        To a prior of masks alone it is infinite: a token stays visible with probability a.
         """
         return jnp.exp(-sigma) * jnp.log(self.num_tokens)
 
@@ -56,19 +62,22 @@ class Absorbing(Process):
         return jnp.where(self.can_move(x)[..., None], rate, 0.0)
 
     def staggered_score(self, log_score, dsigma):
+        dsigma = along(dsigma, log_score[..., 0])
         score = jnp.exp(log_score)
         grown = score * jnp.exp(dsigma)[..., None]
-        # The mask's entry is e^Δσ·e^s_mask + (1 - e^Δσ)·Σ_y e^s_y; of the mask itself that leaves
-        # e^s_mask, which float32 would lose between two terms of e^Δσ.
+        # The mask's entry is e^Δσ·e^s_mask + (1 - e^Δσ)·Σ_y e^s_y, y over all states. The term y =
+        # mask is joined to the first one, which leaves e^s_mask: as the difference of two terms of
+        # size e^Δσ it would be lost in float32.
         to_tokens = score[..., : self.mask_id].sum(-1)
         return grown.at[..., self.mask_id].set(
             score[..., self.mask_id] - jnp.expm1(dsigma) * to_tokens
         )
 
     def score_entropy(self, log_score, x, x0, sigma):
-        # Σ_y e^s_y - r·s_x0 + r·(log r - 1), r = 1/expm1(σ), as the other tokens' e^s plus
-        # r·(e^δ - 1 - δ), δ = s_x0 - log r: r·log r alone would drown the difference at small σ.
-        log_r = -log_expm1(sigma)
+        # Σ_y e^s_y - r·s_x0 + r·(log r - 1) with the true ratio r = 1/expm1(σ), rewritten as
+        # Σ_{y ≠ x0} e^s_y + r·(e^δ - 1 - δ) with δ = s_x0 - log r. At small σ the terms of the
+        # first form, of size r·log r, cancel to a difference that float32 cannot resolve.
+        log_r = -log_expm1(along(sigma, x))
         others = put(put(log_score, x0, -jnp.inf), jnp.full_like(x0, self.mask_id), -jnp.inf)
         entropy = jnp.exp(others).sum(-1) + jnp.exp(log_r) * expm1_minus(at(log_score, x0) - log_r)
         return jnp.where(x == self.mask_id, entropy, 0.0)

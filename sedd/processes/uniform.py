@@ -6,19 +6,25 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
-from sedd.arrays import expm1_minus, log_expm1, put
+from sedd.arrays import along, expm1_minus, log_expm1, put
 from sedd.processes.base import Process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Process):
-    """xt is drawn afresh from the N tokens with probability 1 - exp(-σ). arXiv:2310.16834."""
+    """With probability 1 - exp(-σ), xt is drawn uniformly from the N tokens; else it is x0.
+
+    arXiv:2310.16834, section 3.3.
+    """
+
+    absorbing = False
 
     @property
     def mask_id(self) -> None:
         return None
 
     def transition(self, x, sigma):
+        sigma = along(sigma, x)
         elsewhere = -jnp.expm1(-sigma) / self.num_tokens
         row = jnp.broadcast_to(elsewhere[..., None], (*x.shape, self.num_tokens))
         return put(row, x, jnp.exp(-sigma) + elsewhere)
@@ -26,7 +32,7 @@ class Uniform(Process):
     def transition_to(self, x, sigma):
         return self.transition(x, sigma)  # Q is symmetric
 
-    def corrupt(self, keys_B, x0_BL, sigma_B):
+    def corrupt(self, keys_B, x0_BL, sigma):
         def one(key, x0_L, moved_probability):
             move_key, token_key = jax.random.split(key)
             moved_L = jax.random.bernoulli(move_key, moved_probability, x0_L.shape, mode="high")
@@ -34,7 +40,7 @@ class Uniform(Process):
                 moved_L, jax.random.randint(token_key, x0_L.shape, 0, self.num_tokens), x0_L
             )
 
-        return jax.vmap(one)(keys_B, x0_BL, -jnp.expm1(-sigma_B))
+        return jax.vmap(one)(keys_B, x0_BL, -jnp.expm1(-along(sigma, x0_BL)))
 
     def sample_prior(self, keys_B, length):
         return jax.vmap(lambda key: jax.random.randint(key, (length,), 0, self.num_tokens))(keys_B)
@@ -57,14 +63,16 @@ class Uniform(Process):
         # e^Δσ·e^s - (e^Δσ - 1)·mean(e^s), in terms of e^s - 1: late scores are so close to 1 that
         # e^Δσ times their rounding would be all that is left.
         excess = jnp.expm1(log_score)
-        grown = jnp.expm1(dsigma)[..., None] * (excess - excess.mean(-1, keepdims=True))
+        grown = jnp.expm1(along(dsigma, log_score[..., 0]))[..., None] * (
+            excess - excess.mean(-1, keepdims=True)
+        )
         return 1 + excess + grown
 
     def score_entropy(self, log_score, x, x0, sigma):
         # Σ_y r_y·(e^δ_y - 1 - δ_y) / N over y ≠ x, δ = s - log r, r the true ratios: the published
         # form subtracts large terms from each other and is 3 % off near the optimum at N = 50257.
         # log ratio = log(expm1(σ) / (expm1(σ) + N)); 1 - N/(expm1(σ) + N) would round to 0.
-        log_moved = log_expm1(sigma)
+        log_moved = log_expm1(along(sigma, x))
         log_ratio = log_moved - jnp.logaddexp(log_moved, jnp.log(self.num_tokens * 1.0))
         # At clean positions r is the ratio everywhere; at others 1, and 1 / ratio at x0. All that
         # runs over y are two sums, which the compiler makes in one pass over the scores.

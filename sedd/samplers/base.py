@@ -52,10 +52,10 @@ class Sampler(ABC):
     def check(self, denoiser: Denoiser) -> None:
         """UserError where the model is not of the kind that this sampler needs."""
         name = type(self).__module__.rpartition(".")[2]
-        if self.needs_absorbing and denoiser.process.mask_id is None:
+        if self.needs_absorbing and not denoiser.process.absorbing:
             raise UserError(
-                f"sampler {name!r} needs a model of the absorbing process: this one's has no mask "
-                "(euler and tweedie work on any)"
+                f"sampler {name!r} needs a model of the absorbing process: this one's lets visible "
+                "tokens be wrong (euler and tweedie work on any)"
             )
         if self.needs_time_independent and not denoiser.time_independent:
             raise UserError(
@@ -76,7 +76,7 @@ class Sampler(ABC):
             ("temperature, top-k, top-p, guidance and logit processors", denoiser.reshape),
             ("constraints", denoiser.constraint),
         ):
-            if given is not None and denoiser.process.mask_id is None:
+            if given is not None and not denoiser.process.absorbing:
                 raise UserError(
                     f"{what} act on the conditional of clean tokens, which exists on the absorbing "
                     "process only: this model's is another"

@@ -134,7 +134,7 @@ class Particle(Sampler):
 
         Without a mask the tokens themselves, noisy as they are.
         """
-        if denoiser.process.mask_id is None:
+        if not denoiser.process.absorbing:
             return state.x_BL, jnp.zeros(state.calls_B.shape, jnp.int32)
         masked_BL = masked(denoiser, state)
         reading = Reading(

@@ -24,29 +24,12 @@ PEAK = {
 
 
 def step_flops(network: Network, batch_size: int, length: int, *, read: float) -> float:
-    """Of one forward and backward pass over ``batch_size`` sequences, ``read`` positions read out.
+    """FLOPs of one forward and backward pass over ``batch_size`` sequences.
 
-    6 for each weight of a matrix and token, and 12·L·D a token and layer for the attention: every
-    position sees every other. A causal network is counted the same.
+    ``read`` is the number of positions of the batch that are read out. The backward pass counts as
+    two forward passes.
     """
-    params = jax.eval_shape(network.init, jax.random.key(0))
-    trunk = jax.tree_util.tree_flatten_with_path(params["trunk"])[0]
-    per_token = per_sequence = 0
-    for path, leaf in trunk:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("kernel"):
-            conditioning = "sigma_map" in name or "modulation" in name
-            per_sequence += leaf.size if conditioning else 0
-            per_token += 0 if conditioning else leaf.size
-    hidden_dim, num_states = params["head"]["kernel"].shape
-    num_layers = params["trunk"]["blocks"]["qkv"]["kernel"].shape[0]
-    attention = 12 * length * hidden_dim * num_layers
-    tokens = batch_size * length
-    return (
-        tokens * (6 * per_token + attention)
-        + 6 * batch_size * per_sequence
-        + 6 * read * hidden_dim * num_states
-    )
+    return 3 * batch_size * network.flops(length, read / batch_size)
 
 
 def peak_flops(device=None) -> float | None:

@@ -150,7 +150,8 @@ def test_the_scan_is_the_loop_over_layers(net, num_layers):
     apply = jax.jit(_Block(net).apply, compiler_options=QUICK)
     for i in range(num_layers):
         block = {"params": jax.tree.map(lambda x, i=i: x[i], trunk["blocks"])}
-        x_BLD, _ = apply(block, x_BLD, i, condition_BC, rotation, None, KEYS)
+        condition_B1C = None if condition_BC is None else condition_BC[:, None]
+        x_BLD, _ = apply(block, x_BLD, i, condition_B1C, rotation, None, KEYS)
     x_BLD = (x_BLD - x_BLD.mean(-1, keepdims=True)) / jnp.sqrt(x_BLD.var(-1, keepdims=True) + 1e-5)
     x_BLD = x_BLD * trunk["norm"]["scale"][None, None]
     if net.norm_bias:
@@ -351,9 +352,20 @@ def test_permuting_tokens_with_their_positions_permutes_the_output(net):
     )
 
 
+def test_sigma_may_differ_by_position():
+    """The same σ everywhere is that of the sequence; another one at a position changes it."""
+    params, sigma_BL = random_params(SEDD), jnp.repeat(SIGMA[:, None], L, 1)
+    alone, together, changed = (
+        raw(SEDD, params, TOKENS, sigma_B=sigma)
+        for sigma in (SIGMA, sigma_BL, sigma_BL.at[0, 2].add(1.0))
+    )
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert (np.abs(changed - alone).max((1, 2)) > 1e-3).tolist() == [True] + [False] * (B - 1)
+
+
 def test_causal_hidden_states_ignore_the_future():
     params = random_params(RADD)
-    attend = Attend(rank_q_BL=POSITIONS, rank_k_BL=POSITIONS)
+    attend = Attend(kind="causal")
     changed = TOKENS.at[:, 6].set((TOKENS[:, 6] + 1) % V)
     before, after = (hidden(RADD, params, x, attend=attend) for x in (TOKENS, changed))
     np.testing.assert_array_equal(before[:, :6], after[:, :6])
@@ -385,7 +397,7 @@ def test_packed_documents_are_as_if_alone():
 
 def test_an_empty_row_has_finite_gradients():
     params = random_params(RADD)
-    attend = Attend(rank_q_BL=POSITIONS, rank_k_BL=POSITIONS, strict=True)
+    attend = Attend(kind="ranks", rank_q_BL=POSITIONS, rank_k_BL=POSITIONS, strict=True)
     loss = jax.grad(lambda p: (RADD.raw(p, TOKENS, attend=attend) ** 2).mean())
     grads = jax.jit(loss, compiler_options=QUICK)(params)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(grads))

@@ -126,7 +126,7 @@ def draws(objective, seed, scored=ALL, count=30_000):
 class MasksEverything(Absorbing):
     """So that every position shows the weight that goes with u."""
 
-    def corrupt(self, keys_B, x0_BL, sigma_B):
+    def corrupt(self, keys_B, x0_BL, sigma):
         return jnp.full_like(x0_BL, self.mask_id)
 
 
@@ -135,7 +135,7 @@ def weight_given_u(objective, u):
     everything = Conditional(process=MasksEverything(num_tokens=N))
     objective = dataclasses.replace(objective, parameterization=everything)
     _, corrupted = corrupted_batch(objective, keys(0, len(u)), f32(u))
-    return (np.asarray(a, np.float64) for a in (corrupted.weight_BL[:, 0], corrupted.sigma_B))
+    return (np.asarray(a, np.float64) for a in (corrupted.weight_BL[:, 0], corrupted.sigma))
 
 
 CASES = {
@@ -296,7 +296,7 @@ def test_finite_at_the_ends(name, schedule):
     assert (np.asarray(corrupted.weight_BL) >= 0).all()
     size = objective.process.num_states
     sigma_BL = (
-        None if corrupted.sigma_B is None else jnp.broadcast_to(corrupted.sigma_B[:, None], (12, L))
+        None if corrupted.sigma is None else jnp.broadcast_to(corrupted.sigma[:, None], (12, L))
     )
 
     def loss(raw_BLV):
@@ -323,7 +323,7 @@ def test_infinite_nats_do_not_leak_from_positions_that_do_not_count():
     objective = EVERY["t_dce"]
     raw = jnp.zeros((1, L, N + 1)).at[0, 1, 1].set(-jnp.inf)
     xt_BL = i32([[MASK, MASK, 1, 1]])
-    corrupted = Corrupted(xt_BL=xt_BL, weight_BL=f32([[1, 0, 0, 0]]), sigma_B=f32([0.5]))
+    corrupted = Corrupted(xt_BL=xt_BL, weight_BL=f32([[1, 0, 0, 0]]), sigma=f32([0.5]))
     network = oracle.ConstantNetwork(num_states=N + 1, time_conditioned=False)
     x0_BL = i32([[0, 1, 1, 1]])
 

@@ -40,10 +40,10 @@ def test_loss(name):
     corrupted = Corrupted(
         xt_BL=i32(x),
         weight_BL=f32(np.where(x == 97, weight_B[:, None], 0)),
-        sigma_B=drawn.sigma_B,
+        sigma=drawn.sigma,
     )
     loss = objective.nats(NETWORK, f32(GOLDEN[f"{name}/log_cond"]), corrupted, i32(x0)).sum(-1)
     if name == "t_DCE":  # the published loss keeps a term that is constant in the parameters
-        sigma = np.asarray(drawn.sigma_B, np.float64)
+        sigma = np.asarray(drawn.sigma, np.float64)
         loss = loss + (x == 97).sum(-1) * weight_B * np.log(np.expm1(sigma))
     np.testing.assert_allclose(loss, GOLDEN[f"{name}/loss"], rtol=1e-5, atol=1e-6)

@@ -9,6 +9,8 @@ from oracle import PROCESSES, f32, i32, keys, rate_matrix, transition_matrix
 from scipy import stats
 from scipy.linalg import expm
 
+from sedd.parameterizations.score import Score
+
 both = pytest.mark.parametrize("kind", PROCESSES)
 SIGMAS = [0.0, 1e-4, 0.1, 1.0, 6.9, 20.0]
 
@@ -45,12 +47,46 @@ def test_small_noise_is_not_rounded_away(kind):
 
 
 @both
-def test_sigma_broadcasts_over_positions(kind):
+@pytest.mark.parametrize("by_position", [False, True])
+def test_sigma_is_one_a_sequence_or_one_a_position(kind, by_position):
+    """Every method at σ [B] or [B, L] is that method at each position's own σ."""
     process = PROCESSES[kind](num_tokens=3)
-    x_BL, sigma_B = i32([[0, 1, 2], [2, 2, 0]]), f32([0.3, 2.0])
-    together = process.transition(x_BL, sigma_B[:, None])
-    for b in range(2):
-        np.testing.assert_allclose(together[b], process.transition(x_BL[b], sigma_B[b]), rtol=1e-6)
+    rng = np.random.default_rng(0)
+    shape = (2, 3) if by_position else (2,)
+    sigma, x_BL = f32(rng.uniform(0.1, 2.0, shape)), i32(rng.integers(0, 3, (2, 3)))
+    x0_BL = x_BL.at[:, 0].set((x_BL[:, 0] + 1) % 3)
+    if kind == "absorbing":  # a position that moved shows the mask
+        x_BL = x_BL.at[:, 0].set(process.mask_id)
+    own_BL = np.broadcast_to(sigma if by_position else sigma[:, None], (2, 3))
+    log_score = Score(process=process).log_score(
+        f32(rng.standard_normal((2, 3, process.num_states))), x_BL, sigma
+    )
+    methods = {
+        "transition": lambda x, x0, s, sigma: process.transition(x, sigma),
+        "transition_to": lambda x, x0, s, sigma: process.transition_to(x, sigma),
+        "staggered_score": lambda x, x0, s, sigma: process.staggered_score(s, sigma),
+        "score_entropy": lambda x, x0, s, sigma: process.score_entropy(s, x, x0, sigma),
+        "tweedie": lambda x, x0, s, sigma: process.tweedie(s, x, sigma),
+        "euler": lambda x, x0, s, sigma: process.euler(s, x, sigma),
+        "denoise": lambda x, x0, s, sigma: process.denoise(s, x, sigma),
+        "log_score": lambda x, x0, s, sigma: Score(process=process).log_score(s, x, sigma),
+    }
+    for name, method in methods.items():
+        together = np.asarray(method(x_BL, x0_BL, log_score, sigma))
+        for b, i in np.ndindex(2, 3):
+            alone = method(x_BL[b, i], x0_BL[b, i], log_score[b, i], f32(own_BL[b, i]))
+            np.testing.assert_allclose(together[b, i], alone, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@both
+def test_corruption_at_a_noise_of_each_position(kind):
+    """σ = 0 leaves a position alone and a large one moves it, whatever its neighbours' are."""
+    process = PROCESSES[kind](num_tokens=50)
+    x0_BL = jnp.zeros((400, 4), jnp.int32)
+    sigma_BL = jnp.broadcast_to(f32([0.0, 30.0, 0.0, 30.0]), x0_BL.shape)
+    moved_L = np.asarray(process.corrupt(keys(0, 400), x0_BL, sigma_BL) != x0_BL).mean(0)
+    np.testing.assert_array_equal(moved_L[[0, 2]], 0)
+    assert (moved_L[[1, 3]] > 0.9).all()
 
 
 @both

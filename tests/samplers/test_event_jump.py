@@ -66,7 +66,11 @@ class Mixing(Network):
     ):
         length = tokens_BL.shape[1]
         place_L = jnp.arange(length).astype(params["embed"].dtype)
-        seen_BLL = jnp.ones((1, length, length), bool) if attend is None else attend.mask()[:, 0]
+        seen_BLL = (
+            jnp.ones((1, length, length), bool)
+            if attend is None
+            else attend.mask(length, length)[:, 0]
+        )
         mix_BLL = jnp.where(seen_BLL, jnp.cos(place_L[:, None] * 1.7 - place_L[None])[None], 0)
         h_BLD = params["embed"][tokens_BL] + jnp.sin(place_L)[None, :, None]
         if sigma_B is not None:
@@ -76,6 +80,9 @@ class Mixing(Network):
 
     def head(self, params):
         return params["head"], jnp.zeros(self.num_states, params["head"].dtype)
+
+    def flops(self, length, read):
+        return 4 * length * D * (length + D) + 2 * read * D * self.num_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +96,11 @@ class ExactNetwork(oracle.ConstantNetwork):
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
     ):
         length = tokens_BL.shape[1]
-        seen_BLL = jnp.ones((1, length, length), bool) if attend is None else attend.mask()[:, 0]
+        seen_BLL = (
+            jnp.ones((1, length, length), bool)
+            if attend is None
+            else attend.mask(length, length)[:, 0]
+        )
         weight_L = jnp.arange(1, length + 1) ** 2 % 41
         mixed_BL = jnp.where(seen_BLL, (weight_L * tokens_BL)[:, None], 0).sum(-1)
         return params[(mixed_BL + 5 * weight_L) % len(params)]

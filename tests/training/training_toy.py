@@ -70,6 +70,9 @@ class Toy(Network):
         head = whole(params["head"])
         return head["kernel"], head["bias"]
 
+    def flops(self, length, read):
+        return 2 * self.width * (self.width * length + self.num_states * read)
+
 
 class ToyBatches:
     """Runs of increasing tokens; the last positions of some rows are padding."""
