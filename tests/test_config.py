@@ -45,7 +45,10 @@ def test_json_round_trip(path):
         ({"training": {"eval_every": "x"}}, r"training.eval_every must be int \| None, got 'x'"),
         ({"training": {"steps": 0}}, "training.steps must be at least 1, got 0"),
         ({"data": {"wrap": "no"}}, "data.wrap must be bool, got 'no'"),
-        ({"optimizer": {"name": "adam"}}, "optimizer.name must be one of adamw, sgd, got 'adam'"),
+        (
+            {"optimizer": {"name": "adam"}},
+            "optimizer.name must be one of adamw, muon, sgd, got 'adam'",
+        ),
         ({"process": "uniform"}, "process must be an object with a name"),
         ({"process": {"name": 3}}, "process must be an object with a name"),
         ({"process": {"name": "unifrom"}}, "'unifrom'; did you mean 'uniform'"),

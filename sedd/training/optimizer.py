@@ -1,4 +1,4 @@
-"""The optimizer: global-norm clipping, Adam with decoupled weight decay, and its schedule."""
+"""The optimizer: global-norm clipping, AdamW, Muon or SGD, and the learning-rate schedule."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,13 +6,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """Defaults are SEDD's. Raises ValueError on a value that is out of range."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = 3e-4  # the peak
     warmup_steps: int = 2500  # the rate rises linearly over so many steps
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # what follows the warm-up
@@ -26,7 +27,7 @@ class OptimizerOptions:
 
     def __post_init__(self):
         for field, choices in (
-            ("name", ("adamw", "sgd")),
+            ("name", ("adamw", "muon", "sgd")),
             ("schedule", ("constant", "cosine", "linear")),
         ):
             if getattr(self, field) not in choices:
@@ -66,12 +67,43 @@ def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
     """Clip, precondition, decay, scale; ``steps`` is the length of the run."""
+    clip = optax.identity()
+    if options.clip_norm is not None:
+        clip = clip_by_global_norm(options.clip_norm)
+    if options.name == "muon":
+        return optax.chain(clip, _muon(options, steps))
     adam = optax.scale_by_adam(b1=options.beta1, b2=options.beta2, eps=options.eps)
     return optax.chain(
-        optax.identity() if options.clip_norm is None else clip_by_global_norm(options.clip_norm),
+        clip,
         adam if options.name == "adamw" else optax.identity(),
         optax.add_decayed_weights(options.weight_decay),
         optax.scale_by_learning_rate(make_schedule(options, steps)),
+    )
+
+
+def _muon(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
+    """Muon for the kernels of the blocks, Adam for everything else.
+
+    Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction
+    of the matrix learns at the same speed. The blocks' kernels are the only arrays with three axes,
+    [layers, in, out]; embedding, head, norms and biases take Adam. Updates of Muon are scaled to
+    a root mean square of 0.2, that of Adam's, so that one learning rate fits both
+    (arXiv:2502.16982).
+    """
+
+    def matrices(params):
+        stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        return jax.tree.map(lambda leaf: stacked if leaf.ndim == 3 else None, params)
+
+    return optax.contrib.muon(
+        make_schedule(options, steps),
+        weight_decay=options.weight_decay,
+        adam_b1=options.beta1,
+        adam_b2=options.beta2,
+        adam_weight_decay=options.weight_decay,
+        eps=options.eps,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
     )
 
 
