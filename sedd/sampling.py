@@ -18,7 +18,7 @@ from sedd.errors import FieldError, UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
 from sedd.reshape import Reshape
-from sedd.samplers.base import Sampler, Samples
+from sedd.samplers.base import Sampler, SamplerOptions, Samples
 from sedd.types import Array, Key
 
 TextScorer = Callable[[list[str]], Sequence[float]]
@@ -117,11 +117,10 @@ def sample(
     *,
     num: int = 1,
     length: int | None = None,
-    sampler: str | Sampler | None = None,
+    sampler: str | SamplerOptions | Sampler | None = None,
     clamp: Clamp | Sequence[Clamp] | None = None,
     constraint: Given | Sequence[Given] = None,
     rule: Rule = "joint",
-    inner: str | Sampler | None = None,
     verifier: TextScorer | None = None,
     trace: bool = False,
     **options: Any,
@@ -137,8 +136,8 @@ def sample(
     ``sampler`` is tweedie by default, and ordered for an autoregressive model, which takes no other
     and no tokens after free ones.
     ``options`` are the sampler's, such as ``steps=128``, and those of ``Reshape``, such as
-    ``temperature=0.9`` or ``top_p=0.95``. A sampler that wraps another one takes ``inner``, and the
-    options that are not its own are that one's; a search takes a ``verifier``, a function from a
+    ``temperature=0.9`` or ``top_p=0.95``. A sampler that wraps another one takes ``inner``, a
+    name or ``sedd.samplers.options(name, …)``; a search takes a ``verifier``, a function from a
     list of texts to a score each, higher is better.
 
     The number of sequences and the length are rounded up by ``bucket``: nothing is compiled twice
@@ -169,11 +168,11 @@ def sample(
     reshape = reshape_of(num, {name: options.pop(name) for name in RESHAPES & options.keys()})
     if sampler is None:
         sampler = default_sampler(model.parts.parameterization)
-    if isinstance(sampler, str):
+    if not isinstance(sampler, Sampler):
         scorer = None if verifier is None else text_verifier(model, verifier)
-        sampler = build_sampler(sampler, model.schedule, inner=inner, verifier=scorer, **options)
-    elif options or inner is not None or verifier is not None:
-        given = [*options, *(["inner"] if inner else []), *(["verifier"] if verifier else [])]
+        sampler = build_sampler(sampler, model.schedule, verifier=scorer, **options)
+    elif options or verifier is not None:
+        given = [*options, *(["verifier"] if verifier else [])]
         raise UserError(f"the sampler is built already: it takes no {', '.join(given)}")
 
     lengths = [c.length for c in clamps]

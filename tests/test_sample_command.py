@@ -28,8 +28,8 @@ FLAGS = {  # of every sampler, so that each does some of its own
     "entropy_bounded": "--gamma 4",
     "token_confidence": "--threshold 0.3",
     "remdm": "--steps 6 --eta 0.5",
-    "semi_autoregressive": "--block-length 4 --inner confidence --by max_probability",
-    "best_of_n": "--n 2 --inner tweedie --steps 2 --verifier {code}:vowels",
+    "semi_autoregressive": "--block-length 4 --inner confidence --inner.by max_probability",
+    "best_of_n": "--n 2 --inner tweedie --inner.steps 2 --verifier {code}:vowels",
     "particle": "--particles 2 --tilt 2 --resample-every 2 --verifier {code}:vowels",
 }
 CODE = '''
@@ -276,16 +276,19 @@ def test_requests_of_every_kind(place, tmp_path, sampler):
 @pytest.mark.parametrize(
     ("flags", "calls"),
     [
-        ("--sampler best_of_n --n 3 --inner ordered --steps 2 --verifier {code}:vowels", 3 * 2),
-        ("--sampler semi_autoregressive --block-length 4 --inner ordered --steps 2", 3 * 2),
-        ("--sampler semi_autoregressive --block-length 6 --steps 1", 2),
         (
-            "--sampler best_of_n --n 2 --inner semi_autoregressive --block-length 6 --steps 1 "
-            "--verifier {code}:vowels",
+            "--sampler best_of_n --n 3 --inner ordered --inner.steps 2 --verifier {code}:vowels",
+            3 * 2,
+        ),
+        ("--sampler semi_autoregressive --block-length 4 --inner ordered --inner.steps 2", 3 * 2),
+        ("--sampler semi_autoregressive --block-length 6 --inner.steps 1", 2),
+        (
+            "--sampler best_of_n --n 2 --inner semi_autoregressive --inner.block-length 6 "
+            "--inner.inner.steps 1 --verifier {code}:vowels",
             2 * 2,
         ),
         (
-            "--sampler particle --particles 3 --resample-every 99 --inner ordered --steps 4 "
+            "--sampler particle --particles 3 --resample-every 99 --inner ordered --inner.steps 4 "
             "--verifier {code}:vowels",
             3 * 4,
         ),
@@ -298,7 +301,7 @@ def test_flags_reach_the_sampler_that_they_are_of(place, tmp_path, flags, calls)
     assert line["calls"] == calls
 
 
-@pytest.mark.parametrize("inner", ["--inner tweedie --steps 2", "--inner ordered"])
+@pytest.mark.parametrize("inner", ["--inner tweedie --inner.steps 2", "--inner ordered"])
 def test_the_best_is_picked(place, tmp_path, inner):
     seen = place / "seen.jsonl"
     seen.unlink(missing_ok=True)
@@ -454,7 +457,10 @@ def test_a_processor_that_leaves_nothing(place, tmp_path, does):
 
 def test_a_verifier_that_fails_late(place, tmp_path):
     result = draw(
-        *(place, "--sampler best_of_n --n 2 --inner tweedie --steps 2 --num 3 --batch-size 2"),
+        *(
+            place,
+            "--sampler best_of_n --n 2 --inner tweedie --inner.steps 2 --num 3 --batch-size 2",
+        ),
         *("--verifier", f"{place}/code.py:only_once"),
         *("--output", tmp_path / "out.jsonl", "--trace", tmp_path / "page.html"),
         code=2,
@@ -506,9 +512,17 @@ def help_of(monkeypatch, capsys, *arguments):
         ("--sampler entropy_bounded", "--gamma FLOAT", "--steps"),
         ("--sampler token_confidence", "--threshold FLOAT", "--gamma"),
         ("--sampler particle --inner confidence", "--tilt FLOAT", "--eta"),
-        ("--sampler particle --inner confidence", "--by {entropy,margin,max_pr", "--eta"),
-        ("--sampler best_of_n --inner semi_autoregressive", "--block-length INT", "--by"),
-        ("--sampler best_of_n --inner semi_autoregressive", "--steps INT", "--by"),
+        ("--sampler particle --inner confidence", "--inner.by {entropy,margin,ma", "--eta"),
+        (
+            "--sampler best_of_n --inner semi_autoregressive",
+            "--inner.block-length INT",
+            "--inner.by",
+        ),
+        (
+            "--sampler best_of_n --inner semi_autoregressive",
+            "--inner.inner.steps INT",
+            "--inner.by",
+        ),
     ],
 )
 def test_help(monkeypatch, capsys, arguments, has, lacks):

@@ -12,13 +12,14 @@ import sedd
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import makers
 from sedd.constraints.clamp import from_infill, from_prompt
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
 from sedd.samplers.ordered import Ordered
 from sedd.sampling import _run, bucket, text_verifier
 
 KEY = jax.random.key(0)
+FIVE_STEPS = sedd.samplers.options("event_jump", steps=5)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def compiled(model, texts, length, seed, **options):
     [
         {"sampler": "event_jump", "steps": 5},
         {"sampler": "confidence"},
-        {"sampler": "best_of_n", "n": 2, "verifier": vowels, "steps": 5},
+        {"sampler": "best_of_n", "n": 2, "verifier": vowels, "inner": FIVE_STEPS},
     ],
 )
 def test_requests_of_one_bucket_share_a_program(model, options):
@@ -139,14 +140,43 @@ def test_numbers_are_one_or_one_each(model, options):
 
 
 def test_options_go_to_the_sampler_that_has_them(model):
-    """A wrapping sampler keeps its own, and its inner one gets the rest."""
+    """Those of the inner sampler are nested in it, at any depth."""
     search = {"sampler": "best_of_n", "verifier": vowels, "n": 2}
-    flat = sedd.sample(model, KEY, num=2, inner="ordered", steps=3, **search)
+    inner = sedd.samplers.options("ordered", steps=3)
+    flat = sedd.sample(model, KEY, num=2, inner=inner, **search)
     inner = Ordered(schedule=model.schedule, steps=3)
     given = sedd.sample(model, KEY, num=2, inner=inner, **search)
     assert flat.calls.tolist() == [6, 6]
     np.testing.assert_array_equal(flat.tokens, given.tokens)
     np.testing.assert_array_equal(flat.score, vowels(flat.text))
+    blocks = sedd.samplers.options("semi_autoregressive", inner=inner, block_length=4)
+    nested = sedd.samplers.options("best_of_n", inner=blocks, n=3)
+    result = sedd.sample(model, KEY, num=2, sampler=nested, verifier=vowels)
+    assert result.calls.tolist() == [27, 27]  # 3 draws of 3 blocks in 3 calls
+
+
+@pytest.mark.parametrize(
+    ("inner", "field", "message"),
+    [
+        (("ordered", {"steps": 0}), "inner.steps", "samplers 'ordered': inner.steps must be at le"),
+        (("confidence", {"by": "x"}), "inner.by", "inner.by must be one of entropy, margin"),
+        (
+            ("semi_autoregressive", {"inner": sedd.samplers.options("remdm", eta=2.0)}),
+            "inner.inner.eta",
+            "inner.inner.eta must be in",
+        ),
+    ],
+)
+def test_an_error_names_the_nested_field(model, inner, field, message):
+    name, values = inner
+    with pytest.raises(FieldError, match=message) as caught:
+        sedd.sample(
+            *(model, KEY),
+            sampler="best_of_n",
+            verifier=vowels,
+            inner=sedd.samplers.options(name, **values),
+        )
+    assert caught.value.field == field
 
 
 def test_a_sampler_by_name_is_the_one_that_is_built(model):
@@ -199,7 +229,7 @@ def test_a_built_sampler_takes_no_options(model, options, message):
     sampler = EventJump(schedule=model.schedule)
     with pytest.raises(UserError, match=message):
         sedd.sample(model, KEY, sampler=sampler, **options)
-    with pytest.raises(UserError, match="inner is built already: it takes no steps"):
+    with pytest.raises(UserError, match="'semi_autoregressive' has no field 'steps'"):
         sedd.sample(model, KEY, sampler="semi_autoregressive", inner=sampler, steps=4)
 
 
@@ -261,12 +291,13 @@ FAILURES = {
 def test_a_failing_verifier_is_named_and_may_recover(model, sampler):
     verifier = Moody()
     own = {"n": 2} if sampler == "best_of_n" else {"particles": 2, "resample_every": 2}
+    own["inner"] = sedd.samplers.options("event_jump", steps=4)
     for mood, message in FAILURES.items():
         verifier.mood = mood
         with pytest.raises(UserError, match=message):
-            sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, steps=4, **own)
+            sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, **own)
         verifier.mood = "good"
-        result = sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, steps=4, **own)
+        result = sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, **own)
         np.testing.assert_array_equal(result.score, vowels(result.text))
 
 
@@ -350,8 +381,14 @@ FRAMES = {  # of the trace of twelve positions, of which seven are free
     "entropy_bounded": ({"gamma": 0.0}, 8),
     "token_confidence": ({"steps": 3}, 4),
     "remdm": ({"steps": 5, "eta": 0.5}, None),  # as many as its draws need
-    "semi_autoregressive": ({"block_length": 3, "inner": "ordered", "steps": 2}, 6),
-    "best_of_n": ({"n": 2, "verifier": vowels, "inner": "tweedie", "steps": 5}, 7),
+    "semi_autoregressive": (
+        {"block_length": 3, "inner": sedd.samplers.options("ordered", steps=2)},
+        6,
+    ),
+    "best_of_n": (
+        {"n": 2, "verifier": vowels, "inner": sedd.samplers.options("tweedie", steps=5)},
+        7,
+    ),
     "particle": ({"particles": 2, "verifier": vowels, "resample_every": 2, "tilt": 3.0}, 8),
 }
 TIMED = ("euler", "tweedie", "best_of_n")

@@ -18,8 +18,8 @@ from sedd.commands.sample_flags import (
     requested,
     reshape_options,
 )
+from sedd.commands.sampler_flags import flat, sampler_options
 from sedd.commands.trace import TraceRow, write_trace
-from sedd.configuration.components import values
 from sedd.files import write_whole
 from sedd.requests import Answer, answer
 
@@ -126,8 +126,8 @@ def write_page(
         mask_id=model.process.mask_id,
         eos_id=tokenizer.eos_id,
         description={
-            "sampler": ", ".join(options.name for options in command.samplers),
-            **{k: str(v) for options in command.samplers for k, v in values(options).items()},
+            "sampler": command.sampler.name,
+            **{k: str(v) for k, v in flat(sampler_options(command.sampler)).items()},
             "network calls": str(max(a.calls for a in answers)),
             "checkpoint": command.checkpoint,
         },

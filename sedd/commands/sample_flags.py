@@ -12,16 +12,18 @@ import sedd
 from sedd.commands.cli import parse, take
 from sedd.commands.sampler_flags import (
     DEFAULT,
-    as_flags,
+    as_flag,
+    check_integers,
     describe,
     fields_of,
+    flags_of,
     pick,
     refuse_flags_of_others,
-    shown,
+    sampler_options,
 )
 from sedd.commands.user_code import load_function, load_processor
 from sedd.configuration.build import build_sampler, default_sampler
-from sedd.configuration.components import Options, maker, makers, values
+from sedd.configuration.components import Options, maker, makers
 from sedd.configuration.config import default_cache_dir
 from sedd.errors import FieldError, UserError
 from sedd.files import check_writable
@@ -34,11 +36,6 @@ from sedd.sampling import DEFAULTS, reshape_of, text_verifier
 
 TITLE = "Draw text from a trained model: from nothing, after a prompt, or into gaps."
 MAX_NUM = 2**20  # more is a mistake that would fill the memory
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoOptions(Options):
-    """In the place of what a sampler does not wrap."""
 
 
 def unset(metavar: str) -> Any:
@@ -92,9 +89,7 @@ class SampleCommand:
     """Write a page here that plays the denoising."""
     batch_size: int = 32
     """Sequences drawn side by side, a search's candidates included."""
-    sampler: Annotated[Options, tyro.conf.OmitArgPrefixes]
-    inner: Annotated[Options, tyro.conf.OmitArgPrefixes]
-    innermost: Annotated[Options, tyro.conf.OmitArgPrefixes]
+    sampler: Annotated[Options, tyro.conf.arg(name="")]
 
     def __post_init__(self):
         for flag, value in (("--num", self.num), ("--batch-size", self.batch_size)):
@@ -107,27 +102,19 @@ class SampleCommand:
                 f"--seed {self.seed}: with --num {self.num} the last seed is beyond 2**32 - 1"
             )
 
-    @property
-    def samplers(self) -> list[Options]:
-        """The options of the sampler, and of what it wraps."""
-        each = (self.sampler, self.inner, self.innermost)
-        return [options for options in each if not isinstance(options, NoOptions)]
-
 
 def read_command(arguments: Sequence[str]) -> SampleCommand:
     """The flags, those of the picked samplers among them, and what is wrong with them alone."""
     name, rest = take(arguments, "--sampler")
     inner, rest = take(rest, "--inner")
-    kinds = pick(sampler_for(rest) if name is None else name, inner)
+    innermost, rest = take(rest, "--inner.inner")
+    kinds = pick(sampler_for(rest) if name is None else name, inner, innermost)
     if not {"-h", "--help"} & set(rest):
         refuse_flags_of_others(rest, SampleCommand, kinds)
-    sampler, inner, innermost, *_ = [*map(shown, kinds), NoOptions, NoOptions]
     command = parse(
         SampleCommand,
         rest,
-        default=SampleCommand(
-            checkpoint=tyro.MISSING, sampler=sampler(), inner=inner(), innermost=innermost()
-        ),
+        default=SampleCommand(checkpoint=tyro.MISSING, sampler=flags_of(kinds)()),
         description=f"{TITLE}\n\n{describe(kinds)}",
     )
     check_files(command)
@@ -219,7 +206,7 @@ def reshape_numbers(command: SampleCommand) -> dict[str, Any]:
     try:
         reshape_of(1, options)
     except FieldError as error:
-        raise UserError(error.named(f"--{error.field.replace('_', '-')}")) from error
+        raise UserError(error.named(as_flag(error.field))) from error
     return options
 
 
@@ -241,24 +228,22 @@ def build_command_sampler(
     if command.verifier is not None:
         function = load_function(command.verifier, "--verifier")
         verifier = text_verifier(model, function, command.verifier)
-    name, *wrapped = [options.name for options in command.samplers]
-    options: dict[str, Any] = {}
-    for one in command.samplers:
-        options |= values(one)
-    for option, value in options.items():
-        if isinstance(value, int) and value >= 2**31:
-            raise UserError(as_flags(f"{option} must be below 2**31, got {value}", [option]))
-    inner = wrapped[0] if wrapped else None
+    options = sampler_options(command.sampler)
     try:
-        sampler = build_sampler(name, model.schedule, inner=inner, verifier=verifier, **options)
-    except UserError as error:
-        raise UserError(as_flags(str(error), options)) from error
-    try:
-        sampler.check(dataclasses.replace(model.denoiser, reshape=reshape_of(1, reshape)))
-    except UserError as error:
-        if any(f"sampler {one!r}" in str(error) for one in wrapped):
-            raise UserError(f"--inner {inner}: {error}") from error
-        raise
+        check_integers(options)
+        sampler = build_sampler(options, model.schedule, verifier=verifier)
+    except FieldError as error:
+        raise UserError(error.named(as_flag(error.field))) from error
+    denoiser = dataclasses.replace(model.denoiser, reshape=reshape_of(1, reshape))
+    outer, *wrapped = parts(sampler)
+    for depth, part in enumerate(wrapped, 1):
+        try:
+            part.check(denoiser)
+        except UserError as error:
+            flag = ".".join(["inner"] * depth)
+            name = type(part).__module__.rpartition(".")[2]
+            raise UserError(f"--{flag} {name}: {error}") from error
+    outer.check(denoiser)
     return sampler
 
 
@@ -312,12 +297,12 @@ def check_requests(command: SampleCommand, sampler: Sampler, asked: Sequence[Ask
             "--prompt, --suffix, --infill or --requests with them"
         )
     longest = max(one.clamp.length for one in asked)
-    for part in parts(sampler):
+    for depth, part in enumerate(parts(sampler)):
         last = max(part.positions) if isinstance(part, Ordered) and part.order[0].isdigit() else -1
         if last >= longest:
             raise UserError(
-                f"--order: there is no position {last} in a length of {longest}, whose positions "
-                "count from 0"
+                f"--{'inner.' * depth}order: there is no position {last} in a length of {longest}, "
+                "whose positions count from 0"
             )
 
 

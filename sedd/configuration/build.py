@@ -14,12 +14,12 @@ from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, unigram_entropy, validation_rows
 from sedd.data.tokenizers import Tokenizer, build_tokenizer
 from sedd.denoiser import Denoiser
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
 from sedd.parameterizations.base import Parameterization
 from sedd.processes.base import Process
-from sedd.samplers.base import Sampler
+from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.verifier import Verifier
 from sedd.schedules import NoiseSchedule
 from sedd.training.optimizer import make_optimizer
@@ -75,38 +75,51 @@ def default_sampler(parameterization: Parameterization | type[Parameterization])
 
 
 def build_sampler(
-    name: str,
+    sampler: str | SamplerOptions,
     schedule: NoiseSchedule,
     *,
-    inner: str | Sampler | None = None,
     verifier: Verifier | None = None,
-    **options: Any,
+    **values: Any,
 ) -> Sampler:
-    """A sampler by name; one that wraps another passes on the options that are not its own.
+    """Build a sampler from its name and options.
 
-    ``inner`` is event_jump by default. UserError on an unknown name or option, an ``inner`` or a
-    ``verifier`` that the sampler does not take, and a missing verifier.
+    Args:
+        sampler: the name, or a name with options.
+        schedule: the noise schedule of the model.
+        verifier: the scoring function of a search (best_of_n, particle).
+        values: more options. ``inner`` of a sampler that wraps another one is a name, options or
+            a sampler; event_jump by default.
+
+    Raises UserError on an unknown name or option, on ``inner`` or ``verifier`` for a sampler that
+    takes none, and on a missing verifier; FieldError on a bad value, whose field is a path such as
+    ``inner.steps``.
     """
+    if isinstance(sampler, SamplerOptions):
+        name, values = sampler.name, {**sampler.values, **values}
+    else:
+        name = sampler
     fields = {field.name for field in dataclasses.fields(maker("samplers", name))}
     context: dict[str, Any] = {"schedule": schedule}
     for what, given, takers in (
-        ("inner", inner, "semi_autoregressive, best_of_n and particle"),
+        ("inner", values.get("inner"), "semi_autoregressive, best_of_n and particle"),
         ("verifier", verifier, "best_of_n and particle"),
     ):
         if given is not None and what not in fields:
             raise UserError(f"sampler {name!r} takes no {what}; {takers} do")
+    inner = values.pop("inner", None) or "event_jump"
     if "verifier" in fields:
         if verifier is None:
             raise UserError(f"sampler {name!r} needs a verifier: a function that scores texts")
         context["verifier"] = verifier
     if "inner" in fields:
-        own = {key: options.pop(key) for key in fields & options.keys()}
-        if inner is None or isinstance(inner, str):
-            inner = build_sampler(inner or "event_jump", schedule, **options)
-        elif options:
-            raise UserError(f"inner is built already: it takes no {', '.join(options)}")
-        context["inner"], options = inner, own
-    return build("samplers", name, **context, **options)
+        if not isinstance(inner, Sampler):
+            try:
+                inner = build_sampler(inner, schedule)
+            except FieldError as error:
+                field = f"inner.{error.field}"
+                raise FieldError(field, error.problem, error.where) from error
+        context["inner"] = inner
+    return build("samplers", name, **context, **values)
 
 
 def build_step(config: Config, parts: Parts) -> Step:

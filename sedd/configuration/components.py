@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 from typing import Any, ClassVar, get_type_hints
 
-from sedd.errors import UserError, did_you_mean
+from sedd.errors import FieldError, UserError, did_you_mean
 
 
 @functools.cache
@@ -51,6 +51,8 @@ def build(family: str, name: str, **fields: Any) -> Any:
             )
     try:
         return make(**fields)
+    except FieldError as error:
+        raise FieldError(error.field, error.problem, f"{family} {name!r}") from error
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -1,6 +1,8 @@
 from .base import Sampler as Sampler
+from .base import SamplerOptions as SamplerOptions
 from .base import Samples as Samples
 from .base import SteppedSampler as SteppedSampler
+from .base import options as options
 from .best_of_n import BestOfN as BestOfN
 from .confidence import Confidence as Confidence
 from .entropy_bounded import EntropyBounded as EntropyBounded

@@ -1,6 +1,7 @@
 """What a sampler is, and the loop of those that go round by round."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -100,6 +101,31 @@ class Sampler(ABC):
 
         The law of each sampler is stated in its docstring. UserError as of ``check``.
         """
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """A sampler by name with its options, to be built with a model's schedule.
+
+    ``values`` may hold ``inner``: the name, the options or the instance of another sampler.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+
+def options(name: str, /, **values: Any) -> SamplerOptions:
+    """The sampler of that name with options of its own, for ``sedd.sample`` and as ``inner``.
+
+    Names and values are checked when the sampler is built.
+
+    Example:
+        >>> import sedd
+        >>> inner = sedd.samplers.options("confidence", by="margin", steps=16)
+        >>> sedd.samplers.options("semi_autoregressive", inner=inner).values["inner"].name
+        'confidence'
+    """
+    return SamplerOptions(name, values)
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.samplers.base import Sampler, Samples
 from sedd.samplers.noise import fold
 from sedd.samplers.verifier import Verifier, verify
@@ -23,13 +24,14 @@ class BestOfN(Sampler):
 
     inner: Sampler
     verifier: Verifier
-    n: int = 8  # sequences drawn for each that is returned
+    n: int = 8
+    """Sequences drawn for each one that is returned."""
 
     def __post_init__(self):
         if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
+            raise FieldError("n", f"must be at least 1, got {self.n}")
         if hasattr(self.inner, "verifier"):
-            raise ValueError("inner must be a sampler without a verifier, not another search")
+            raise FieldError("inner", "must be a sampler without a verifier, not another search")
 
     @property
     def caveat(self):

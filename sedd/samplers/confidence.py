@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.samplers.reveal import Ranked, check_steps, group_size
 
 Score = Literal["entropy", "margin", "max_probability"]
@@ -23,13 +24,16 @@ class Confidence(Ranked):
     ``steps`` the positions of one call do not see each other.
     """
 
-    by: Score = "entropy"  # least entropy, margin of the likeliest token, or its probability
-    steps: int | None = None  # calls over which positions are spread; without, one position a call
+    by: Score = "entropy"
+    """Score of a position: least entropy, largest margin between the two most likely tokens, or
+    largest probability."""
+    steps: int | None = None
+    """Network calls over which the positions are spread; by default one position a call."""
 
     def __post_init__(self):
         check_steps(self.steps)
         if self.by not in get_args(Score):
-            raise ValueError(f"by must be one of {', '.join(get_args(Score))}, got {self.by!r}")
+            raise FieldError("by", f"must be one of {', '.join(get_args(Score))}, got {self.by!r}")
 
     def score(self, reading, positions_BK):
         log_probs_BKN = reading.log_probs(positions_BK)

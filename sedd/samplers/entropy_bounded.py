@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.samplers.confidence import entropy
 from sedd.samplers.reveal import Ranked
 
@@ -21,11 +22,12 @@ class EntropyBounded(Ranked):
     exact. Larger ones take fewer calls, as many as the text allows.
     """
 
-    gamma: float = 0.1  # nats that positions of one call may know of each other; 0 is exact
+    gamma: float = 0.1
+    """Bound, in nats, on what the positions of one call may know of each other; 0 is exact."""
 
     def __post_init__(self):
         if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"gamma must be finite and at least 0, got {self.gamma}")
+            raise FieldError("gamma", f"must be finite and at least 0, got {self.gamma}")
 
     def score(self, reading, positions_BK):
         return -jnp.maximum(entropy(reading.log_probs(positions_BK)), 0.0)

@@ -26,7 +26,8 @@ class EventJump(Revealing):
     random order, and the model's own law exactly.
     """
 
-    steps: int | None = None  # intervals of time; without, first hitting: one position a call
+    steps: int | None = None
+    """Intervals of time; by default first hitting, one position a call."""
 
     def __post_init__(self):
         check_steps(self.steps)

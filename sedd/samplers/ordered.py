@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.samplers.noise import random_rank
 from sedd.samplers.reveal import Revealing, check_steps, dense_rank, group_of
 
@@ -21,8 +22,10 @@ class Ordered(Revealing):
     position a call, is also the law of an autoregressive model, given what stands before.
     """
 
-    order: str = "forward"  # forward, backward, random, or positions from 0 on such as 3,0,2
-    steps: int | None = None  # calls over which positions are spread; without, one position a call
+    order: str = "forward"
+    """Order of the positions: forward, backward, random, or positions from 0 on such as 3,0,2."""
+    steps: int | None = None
+    """Network calls over which the positions are spread; by default one position a call."""
 
     def __post_init__(self):
         check_steps(self.steps)
@@ -33,9 +36,10 @@ class Ordered(Revealing):
         except ValueError:
             positions = [-1]
         if min(positions) < 0 or len(set(positions)) < len(positions):
-            raise ValueError(
-                "order must be forward, backward, random, or distinct positions from 0 on such as "
-                f"3,0,2, got {self.order!r}"
+            raise FieldError(
+                "order",
+                "must be forward, backward, random, or distinct positions from 0 on such as "
+                f"3,0,2, got {self.order!r}",
             )
 
     @property

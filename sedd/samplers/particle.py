@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.denoiser import Denoiser
+from sedd.errors import FieldError
 from sedd.samplers.base import Sampler, Samples, State, SteppedSampler, fill, record
 from sedd.samplers.noise import fold
 from sedd.samplers.reveal import Reading, masked
@@ -32,18 +33,21 @@ class Particle(Sampler):
 
     inner: SteppedSampler
     verifier: Verifier
-    particles: int = 8  # sequences drawn side by side for each that is returned
-    tilt: float = 1.0  # how strongly the score steers: not at all at 0, away from it below
-    resample_every: int = 8  # rounds of the inner sampler from one scoring to the next
+    particles: int = 8
+    """Sequences drawn side by side for each one that is returned."""
+    tilt: float = 1.0
+    """Weight of the score in exp(tilt·score): 0 ignores the score, below 0 avoids high scores."""
+    resample_every: int = 8
+    """Rounds of the inner sampler from one scoring to the next."""
 
     def __post_init__(self):
         for name in ("particles", "resample_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
         if not math.isfinite(self.tilt):
-            raise ValueError(f"tilt must be finite, got {self.tilt}")
+            raise FieldError("tilt", f"must be finite, got {self.tilt}")
         if not isinstance(self.inner, SteppedSampler):
-            raise ValueError("inner must be a sampler that goes step by step, not a search")
+            raise FieldError("inner", "must be a sampler that goes step by step, not a search")
 
     @property
     def caveat(self):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sedd.arrays import at
 from sedd.denoiser import Denoiser
+from sedd.errors import FieldError
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import coins, fold
 from sedd.samplers.reveal import Reading, at_positions, masked, revealed_share
@@ -41,28 +42,35 @@ class ReMDM(SteppedSampler):
 
     needs_absorbing: ClassVar[bool] = True
 
-    steps: int = 128  # intervals of time; those that reveal nothing take no call
-    strategy: Strategy = "cap"  # what decides how likely a token is masked again, as above
-    eta: float = 0.02  # how much is masked again, in [0, 1]: the most of ς or its share of ς_max
-    t_on: float = 0.55  # of loop: the time, from 1 down to 0, at which it begins
-    t_off: float = 0.05  # of loop: the time at which it ends, at most t_on
-    alpha_on: float = 0.9  # of loop: the share of the positions that stays revealed in it
+    steps: int = 128
+    """Intervals of time; those in which nothing is revealed take no network call."""
+    strategy: Strategy = "cap"
+    """Rule for the probability ς that a token is masked again."""
+    eta: float = 0.02
+    """Remasking strength in [0, 1]: the largest ς under cap and loop, its share of ς_max else."""
+    t_on: float = 0.55
+    """Strategy loop: the time, falling from 1 to 0, at which remasking begins."""
+    t_off: float = 0.05
+    """Strategy loop: the time at which remasking ends, at most t_on."""
+    alpha_on: float = 0.9
+    """Strategy loop: the share of positions that stays revealed meanwhile."""
 
     def __post_init__(self):
         if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+            raise FieldError("steps", f"must be at least 1, got {self.steps}")
         if self.strategy not in get_args(Strategy):
             known = ", ".join(get_args(Strategy))
-            raise ValueError(f"strategy must be one of {known}, got {self.strategy!r}")
+            raise FieldError("strategy", f"must be one of {known}, got {self.strategy!r}")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
-        if not 0 < self.t_off <= self.t_on < 1:
-            raise ValueError(
-                f"t_on and t_off must satisfy 0 < t_off <= t_on < 1, got {self.t_on} and "
-                f"{self.t_off}"
+            raise FieldError("eta", f"must be in [0, 1], got {self.eta}")
+        if not 0 < self.t_on < 1:
+            raise FieldError("t_on", f"must be in (0, 1), got {self.t_on}")
+        if not 0 < self.t_off <= self.t_on:
+            raise FieldError(
+                "t_off", f"must be above 0 and at most the time t_on, {self.t_on}, got {self.t_off}"
             )
         if not 0 < self.alpha_on < 1:
-            raise ValueError(f"alpha_on must be in (0, 1), got {self.alpha_on}")
+            raise FieldError("alpha_on", f"must be in (0, 1), got {self.alpha_on}")
 
     def share(self, step):
         """Of the positions, how many are revealed when a step begins."""

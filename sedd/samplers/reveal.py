@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.denoiser import Denoiser
+from sedd.errors import FieldError
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold, tokens_at
 from sedd.schedules import NoiseSchedule
@@ -188,9 +189,9 @@ def at_positions(select_BL: Bool[Array, "B L"], values: Callable[[Array], Array]
 
 
 def check_steps(steps: int | None) -> None:
-    """ValueError where it is not a number of calls."""
+    """Raise ``FieldError`` where ``steps`` is below 1; None means one position a call."""
     if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise FieldError("steps", f"must be at least 1, got {steps}")
 
 
 def group_size(

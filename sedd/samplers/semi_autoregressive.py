@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold
 
@@ -28,13 +29,14 @@ class SemiAutoregressive(SteppedSampler):
     needs_absorbing: ClassVar[bool] = True
 
     inner: SteppedSampler
-    block_length: int = 32  # free positions in a block
+    block_length: int = 32
+    """Free positions in a block."""
 
     def __post_init__(self):
         if self.block_length < 1:
-            raise ValueError(f"block_length must be at least 1, got {self.block_length}")
+            raise FieldError("block_length", f"must be at least 1, got {self.block_length}")
         if not isinstance(self.inner, SteppedSampler):
-            raise ValueError("inner must be a sampler that goes step by step, not a search")
+            raise FieldError("inner", "must be a sampler that goes step by step, not a search")
 
     @property
     def caveat(self):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.processes.base import Process
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold, leap, tokens_of
@@ -23,11 +24,12 @@ class TauLeaping(SteppedSampler):
     double.
     """
 
-    steps: int = 128  # intervals of time, a network call each; one more call denoises
+    steps: int = 128
+    """Intervals of time, with one network call each; one more call denoises."""
 
     def __post_init__(self):
         if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+            raise FieldError("steps", f"must be at least 1, got {self.steps}")
 
     @abstractmethod
     def step_probs(

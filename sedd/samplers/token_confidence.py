@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from sedd.arrays import at
+from sedd.errors import FieldError
 from sedd.samplers.reveal import Ranked, check_steps, group_size
 
 
@@ -28,17 +29,19 @@ class TokenConfidence(Ranked):
         "model's at any number of steps; confidence orders positions without that bias"
     )
 
-    steps: int | None = None  # calls over which the tokens are spread; without, one token a call
-    threshold: float | None = None  # keep all tokens of at least this probability; not beside steps
+    steps: int | None = None
+    """Network calls over which the tokens are spread; by default one token a call."""
+    threshold: float | None = None
+    """Keep all tokens of at least this probability, in (0, 1]; excludes steps."""
 
     def __post_init__(self):
         check_steps(self.steps)
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+            raise FieldError("threshold", f"must be in (0, 1], got {self.threshold}")
         if self.steps is not None:
-            raise ValueError("threshold decides how many tokens are kept: give no steps beside it")
+            raise FieldError("threshold", "decides how many are kept: give no steps beside it")
 
     def score(self, reading, positions_BK):
         log_probs_BKN = reading.log_probs(positions_BK)
