@@ -159,7 +159,7 @@ def test_options_go_to_the_sampler_that_has_them(model):
     ("inner", "field", "message"),
     [
         (("ordered", {"steps": 0}), "inner.steps", "samplers 'ordered': inner.steps must be at le"),
-        (("confidence", {"by": "x"}), "inner.by", "inner.by must be one of entropy, margin"),
+        (("entropy_bounded", {"gamma": -1.0}), "inner.gamma", "inner.gamma must be finite"),
         (
             ("semi_autoregressive", {"inner": sedd.samplers.options("remdm", eta=2.0)}),
             "inner.inner.eta",

@@ -176,8 +176,8 @@ def describe(kinds: Sequence[type[Options]]) -> str:
         for name, make in known.items()
     ]
     if len(kinds) > 1:
-        wraps = f"--inner NAME picks the sampler that {kinds[0].name} wraps (default {INNER})."
-        lines += ["", textwrap.fill(f"{wraps} Its options are flags --inner.OPTION.", 79)]
+        lines += ["", f"--inner NAME picks what {kinds[0].name} wraps (default {INNER}):"]
+        lines += ["  its options are the flags --inner.OPTION"]
     lines += ["", "The default for an autoregressive run is ordered."]
     return "\n".join([f"--sampler NAME picks a sampler (default {DEFAULT}):", *lines])
 
