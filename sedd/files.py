@@ -1,49 +1,107 @@
-"""Writing files so that a reader never sees half of one, and directories of one writer."""
+"""Writing files so that no reader sees half of one, and directories with one writer."""
 
 import fcntl
 import os
+import secrets
 import socket
-import tempfile
+import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from sedd.errors import UserError
 
+STDOUT = Path("-")  # as the value of a flag: standard output
+
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A file that is either all there or as it was before; missing folders are made.
+    """Write a file so that it is complete or as it was before; missing folders are made.
 
-    UserError where it cannot be written.
+    A symbolic link is followed, and an existing file keeps its mode and owner. A device, a FIFO or
+    standard output (``-``, ``/dev/stdout``) is written into instead of being replaced.
+
+    Raises:
+        UserError: the file cannot be written.
+        BrokenPipeError: the reader of a pipe has closed it.
     """
     try:
         _write_whole(path, data)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for results that are written and flushed one after the other.
+
+    What was flushed stays if the program stops. An existing file is emptied, and keeps its mode;
+    links, devices and ``-`` are as in ``write_whole``.
+
+    Raises:
+        UserError: the file cannot be opened or written.
+        BrokenPipeError: the reader of a pipe has closed it.
+    """
+    file = _opened_already(path)
+    ours = file is None
+    try:
+        if file is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("wb")
+        yield file
+        file.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if file is not None and error.filename is not None:
+            raise  # of another file, within the caller's block
+        raise _cannot_write(path, error) from error
+    finally:
+        if ours and file is not None:
+            with suppress(OSError):  # a write that failed would fail again
+                file.close()
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """UserError beginning with ``flag`` where nothing can be made at ``path``; it makes nothing.
+    """Check before long work that ``path`` can be written; nothing is made.
 
-    For what is written after long work: a mistake in its place should not wait until then.
+    Raises:
+        UserError: it cannot; the message begins with ``flag``.
     """
-    there = next(p for p in path.absolute().parents if p.exists())
+    if path == STDOUT:
+        return
     if path.is_dir():
         raise UserError(f"{flag}: it is a directory, not a file")
-    if not there.is_dir():
-        raise UserError(f"{flag}: {there} is a file, not a directory")
-    if not os.access(path if path.exists() else there, os.W_OK):
+    needed = [path] if path.exists() else []
+    if _is_replaced(path):
+        folder = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
+        if not folder.is_dir():
+            raise UserError(f"{flag}: {folder} is a file, not a directory")
+        needed.append(folder)
+    if not all(os.access(place, os.W_OK) for place in needed):
         raise UserError(f"{flag}: no permission to write there")
 
 
 @contextmanager
 def only_writer(directory: Path, flag: str) -> Iterator[bool]:
-    """Nobody else writes in ``directory``, which is made, for as long as this lasts.
+    """Lock a directory, which is made if missing, against other writers until the block ends.
 
-    UserError beginning with ``flag`` where somebody does. The kernel's lock on the file ``lock`` is
-    what counts: a killed process holds nothing. The file goes at the end, and with it a new
-    directory where nothing was written. Yields False on a file system without locks.
+    The lock is the kernel's (``flock``) on the file ``lock``: it ends with the process, however
+    that ends. The file is removed at the end, and so is a new directory that is still empty.
+
+    Args:
+        directory: the directory to lock.
+        flag: how error messages begin, such as ``--workdir runs/a``.
+
+    Yields:
+        Whether the lock is held; False on a file system without locks.
+
+    Raises:
+        UserError: another process holds the lock, or the file cannot be written.
     """
     path = directory / "lock"
     try:
@@ -63,14 +121,14 @@ def only_writer(directory: Path, flag: str) -> Iterator[bool]:
 
 
 def _lock(path: Path, flag: str):
-    """The open file and whether it is locked; not one that its last holder has just removed."""
+    """The open lock file and whether it is locked; a file that was removed meanwhile is no lock."""
     while True:
         file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                time.sleep(0.1)  # it may have been taken just now, and not signed yet
+                time.sleep(0.1)  # the holder may not have written its name yet
                 file.seek(0)
                 other = file.read().decode() or "another process"
             raise UserError(
@@ -89,16 +147,60 @@ def _lock(path: Path, flag: str):
         file.close()
 
 
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether writing puts a new file in this place: it is empty, or holds a regular file."""
+    return path.is_file() or not path.exists()
+
+
+def _opened_already(path: Path) -> BinaryIO | None:
+    """The stream of this process that ``path`` names, such as ``-`` and ``/dev/stdout``.
+
+    A shell may have redirected the stream to a regular file. To open that file a second time would
+    overwrite what the stream wrote.
+    """
+    if path == STDOUT:
+        sys.stdout.flush()
+        return sys.stdout.buffer
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # no descriptor, or no such file
+            same = os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+            if same and not path.samefile(os.devnull):
+                stream.flush()
+                return stream.buffer
+    return None
+
+
 def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if (stream := _opened_already(path)) is not None:
+        stream.write(data)
+        stream.flush()
+        return
+    if not _is_replaced(path):
+        with path.open("wb") as file:
+            file.write(data)
+        return
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
+    # Mode 666 less the umask of the process, as for any new file.
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
+            with suppress(FileNotFoundError):
+                _copy_owner(target.stat(), handle)
             file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # mkstemp's files are the owner's alone
-        os.replace(partial, path)
+        os.replace(partial, target)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink()
         raise
+
+
+def _copy_owner(before: os.stat_result, handle: int) -> None:
+    """Give the open file the owner and the mode of the file that it will replace."""
+    if os.geteuid() == 0:
+        os.fchown(handle, before.st_uid, before.st_gid)
+    os.fchmod(handle, stat.S_IMODE(before.st_mode))

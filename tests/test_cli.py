@@ -1,6 +1,8 @@
 """Command lines: flags into values, mistakes into one line, and exit codes."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import pty
 import subprocess
@@ -13,7 +15,8 @@ import pytest
 import tyro
 from tiny_run import RECIPE, ROOT
 
-from sedd.commands.cli import parse, parse_config, run, take
+import sedd
+from sedd.commands.cli import console, note, parse, parse_config, printable, run, take
 from sedd.configuration.components import options
 from sedd.configuration.config import Config
 from sedd.errors import UserError
@@ -31,6 +34,7 @@ class Command:
     share: float | None = None
     step: int | Literal["best"] | None = None
     quick: bool = False
+    others: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
 
     def __post_init__(self):
         if self.count < 1:
@@ -69,6 +73,22 @@ def test_parse():
     expected = Command(where=Path("a b"), count=3, kind="two", quick=True)
     arguments = ["--where", "a b", "--count=3", "--kind", "two", "--quick"]
     assert parse(Command, arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [
+        ("~/x y", Path.home() / "x y"),
+        ("~", Path.home()),
+        ("a/~/b", Path("a/~/b")),
+        ("~no_such_user_here/x", Path("~no_such_user_here/x")),
+        ("-", Path("-")),
+    ],
+)
+def test_a_tilde_is_the_home_directory(written, path):
+    """A shell expands ``--where ~/x``, and leaves ``--where=~/x`` to the command."""
+    command = parse(Command, [f"--where={written}", f"--others={written}", "--others", written])
+    assert (command.where, command.others) == (path, (path, path))
 
 
 @pytest.mark.parametrize(
@@ -288,3 +308,98 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_no_encoding_makes_printing_fail(encoding, monkeypatch):
+    streams = {
+        name: io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        for name in ("stdout", "stderr")
+    }
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def main(arguments):
+        print("plain é ≤ 国 😀 \ud800")
+        console.print("console é ≤ 国 \ud800")
+        console.rule("rule é 国")
+        note("note é 国 \ud800")
+        raise UserError("mistake é 国")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())
+    assert "plain" in out
+    assert "console" in out
+    assert err.splitlines()[-1].startswith("error: mistake ")
+    assert r"\ud800" in out
+
+
+@pytest.mark.parametrize("missing", ["stdout", "stderr"])
+def test_a_closed_descriptor_makes_no_difference(missing, monkeypatch):
+    """Python's stream is None after ``>&-``."""
+    monkeypatch.setattr(sys, missing, None)
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def main(arguments):
+        print("text")
+        console.print("text")
+        note("text")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("printed", [print, console.print, "write"])
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_closed_pipe_ends_a_command_with_success(printed, size, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "argv", ["command"])
+        write = stdout.write if printed == "write" else printed
+
+        def main(arguments):
+            write("x" * size)
+
+        with pytest.raises(SystemExit) as stop:
+            run(main)
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 国\n\ttext", "plain é 国\n\ttext"),
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("bell\x07 back\x08 return\r", r"bell\x07 back\x08 return\r"),
+        ("\x9b2J", r"\x9b2J"),  # the one-byte form of ESC [
+        ("\u202egnirts", r"\u202egnirts"),
+        ("\ud800", r"\ud800"),
+        ("👩\u200d💻", "👩\u200d💻"),  # a joiner within a character is harmless
+    ],
+)
+def test_what_a_terminal_would_act_on_is_escaped(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize("say", [note, lambda text: outcome_of(UserError(text))])
+def test_messages_hold_no_control_characters(say, capsys):
+    say("a\x1b[2Jb")
+    assert r"a\x1b[2Jb" in capsys.readouterr().err
+
+
+def outcome_of(error):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command"])
+        with pytest.raises(SystemExit):
+            run(raising(error))
+
+
+def test_every_command_has_a_version(capsys, monkeypatch):
+    result = outcome(raising(AssertionError()), capsys, monkeypatch, "--version")
+    assert result == (0, f"{sedd.__version__}\n", "")

@@ -127,7 +127,7 @@ class Outcome:
 def call(name: str, *arguments: object) -> Outcome:
     """``sedd NAME ARGUMENTS`` in this process."""
     command = importlib.import_module(f"sedd.commands.{name}")
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     argv = [f"{name}.py", *map(str, arguments)]
     with (
         mock.patch.object(sys, "argv", argv),
@@ -139,7 +139,8 @@ def call(name: str, *arguments: object) -> Outcome:
         try:
             run(command.main)
         except SystemExit as stop:
-            return Outcome(int(stop.code or 0), out.getvalue(), err.getvalue())
+            printed = (stream.buffer.getvalue().decode() for stream in (out, err))
+            return Outcome(int(stop.code or 0), *printed)
         finally:
             gc.enable()
     raise AssertionError("a command ends by exiting")

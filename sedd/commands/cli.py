@@ -8,11 +8,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import tyro
+from rich.console import Console
 
+import sedd
 from sedd.configuration.components import makers
 from sedd.configuration.config import COMPONENTS, Config, load_config, with_component
 from sedd.errors import UserError, first_line
@@ -21,25 +24,63 @@ from sedd.training.distributed import on_tpu
 Command = TypeVar("Command")
 
 
+class Terminal(Console):
+    """A rich console for plain text, on which a reader that closes the pipe ends the command."""
+
+    def __init__(self, **settings: Any):
+        plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+        super().__init__(**{**plain, **settings})
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError, which ``run`` takes for a success; rich would exit with 1."""
+        raise BrokenPipeError
+
+
+console = Terminal()  # of every command: standard output
+
+# Control characters but newline and tab; line and paragraph separators; marks that change the
+# direction of text; halves of surrogate pairs. A terminal may act on the first and reorder by them.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""The text with characters that a terminal acts on written as escapes, such as ``\x1b``."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def run(
     main: Callable[[Sequence[str]], int | None], *, interrupted: Callable[[int], Any] = sys.exit
 ) -> None:
     """Run a command and exit: 0, or 2 with one ``error: …`` line for a user's mistake.
 
-    ``--debug`` shows the traceback instead. ``interrupted`` is how it exits after Ctrl-C.
+    ``--debug`` shows the traceback instead, ``--version`` the version. A reader of the output that
+    has seen enough (``| head``) is no error.
+
+    Args:
+        main: the command, from its arguments to an exit code or None.
+        interrupted: what exits after Ctrl-C, given the code 130.
     """
     leave = sys.exit
+    prepare_streams()
     leave_libtpu_alone()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        code = main(arguments) or 0
+        if arguments == ["--version"]:
+            print(sedd.__version__)
+            code = 0
+        else:
+            code = main(arguments) or 0
+        sys.stdout.flush()
+    except SystemExit as stop:  # after --help
+        code = stop.code
     except UserError as error:
         if debug:
             raise
         code = fail(str(error))
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         code = 0
     except OSError as error:
         if debug:
@@ -55,8 +96,27 @@ def run(
         )
     except KeyboardInterrupt:
         code, leave = 130, interrupted
-    sys.stdout.flush()
+    flush_streams()
     leave(code)
+
+
+def prepare_streams() -> None:
+    """Make printing safe: no encoding and no closed descriptor raises an exception."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # its descriptor was closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_streams() -> None:
+    """Flush what was printed; a stream whose reader is gone is led to the null device."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # Python would try again at exit, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave_libtpu_alone() -> None:
@@ -70,14 +130,35 @@ def leave_libtpu_alone() -> None:
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Print the one line and return the exit code."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """Print the one line of an error and return the exit code."""
+    _print_line(f"error: {message}")
     return code
 
 
 def note(message: str) -> None:
-    """Say on standard error what the user should know."""
-    print(f"note: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """Print a line that the user should know of on standard error."""
+    _print_line(f"note: {message}")
+
+
+def _print_line(message: str) -> None:
+    print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
+
+
+PATHS = tyro.constructors.ConstructorRegistry()  # how flags become paths
+
+
+@PATHS.primitive_rule
+def _path_rule(info: Any) -> Any:
+    """``~`` in a path is the home directory, in ``--flag=~/x`` as well, which no shell expands."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(os.path.expanduser(words[0])),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def parse(
@@ -96,6 +177,7 @@ def parse(
                 kind,
                 args=list(arguments),
                 description=description,
+                registry=PATHS,
                 **({} if default is None else {"default": default}),
             )
     except SystemExit as stop:

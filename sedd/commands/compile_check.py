@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
 from rich.table import Table
 
-from sedd.commands.cli import parse_config
+from sedd.commands.cli import console, parse_config
 from sedd.configuration.build import build_parallel, build_parts, build_step
 from sedd.configuration.config import Config
 from sedd.errors import UserError
@@ -78,12 +77,11 @@ def main(arguments: Sequence[str]) -> None:
         )
     num_tokens = command.num_tokens or vocabulary_of(config)
     devices = devices_of(command.topology)
-    console = Console(highlight=False)
     with console.status(f"compiling for {len(devices)} devices"):
         compiled = compile_step(config, num_tokens, devices)
     if command.program is not None:
         write_whole(command.program, compiled.text.encode())
-    show(console, command, compiled, num_tokens)
+    show(command, compiled, num_tokens)
     if compiled.peak > HBM[generation]:
         raise UserError(
             f"it does not fit: {gib(compiled.peak)} of {gib(HBM[generation])} a device. "
@@ -297,7 +295,7 @@ def advice(config: Config) -> str:
     return f"Try {', '.join(options)}"
 
 
-def show(console: Console, command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
+def show(command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
     """The figures as a table."""
     config = command.config
     hbm = HBM[command.topology.partition(":")[0]]

@@ -4,10 +4,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 import sedd
-from sedd.commands.cli import fail
+from sedd.commands.cli import Terminal, fail
 from sedd.commands.evaluate_flags import Evaluation, read_command
 from sedd.commands.evaluate_report import beyond_perplexity, write_report
 from sedd.files import write_whole
@@ -22,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         table = evaluation.table(results)
         shown = table if len(results) > 1 else evaluation.detail(*results[0])
         # Where no terminal sets the width, no column is cut.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        console = Terminal(width=None if sys.stdout.isatty() else 160, markup=True, soft_wrap=False)
         console.print(shown.rich())
         sections, more = beyond_perplexity(evaluation, results)
         for section in sections:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 import sedd
-from sedd.commands.cli import fail, note
+from sedd.commands.cli import console, fail, note
 from sedd.commands.sample_flags import (
     SampleCommand,
     build_command_sampler,
@@ -42,7 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     check_requests(command, sampler, asked)
     for line in notes(command, model, sampler, asked):
         note(line)
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     processor = reshape["logit_processor"]
     answers: list[Answer] = []
     try:

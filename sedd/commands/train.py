@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 import jax
 import tyro
-from rich.console import Console
 
 import sedd
-from sedd.commands.cli import note, parse_config
+from sedd.commands.cli import console, note, parse_config
 from sedd.configuration.build import (
     Data,
     HeldOut,
@@ -40,7 +39,6 @@ from sedd.training.parallel import check_batch_size, check_mesh, prepare_cpu
 from sedd.training.state import TrainState, init_state
 
 SAMPLES = 4  # texts drawn each time during training
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Checkpoints of the Hugging Face hub, by ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``."""
 
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def fetch(path: str) -> Path:
     ``UserError`` where it cannot be downloaded.
     """
     if not path.startswith(SCHEME):
-        return Path(path)
+        return Path(os.path.expanduser(path))
     match = REPOSITORY.fullmatch(path)
     if match is None:
         raise UserError(f"checkpoint {path}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
