@@ -168,7 +168,12 @@ def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=N
                 )
     if tokenizer is None:
         whole = corpora[0] if len(corpora) == 1 else Mixture.of(corpora)
-        tokenizer = build_tokenizer(config.data.tokenizer, whole, cache_dir=cache_dir)
+        tokenizer = build_tokenizer(
+            config.data.tokenizer,
+            whole,
+            cache_dir=cache_dir,
+            end_of_text=config.data.end_of_text,
+        )
     parts = {
         split: [
             (_pack(corpus, split, tokenizer, config.data, cache_dir, progress), weight)

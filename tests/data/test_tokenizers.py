@@ -327,3 +327,19 @@ def test_byte_pairs_agree_with_their_trainer(corpus, pairs):
     trainer = trainers.BpeTrainer(vocab_size=289, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(corpus.documents("train"), trainer)
     assert pairs.encode_batch([WORDS])[0].tolist() == backend.encode(WORDS).ids
+
+
+def test_an_unusual_end_of_text_is_noted_and_can_be_named(tmp_path, capsys):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(byte_level().replace("</s>", "<fin>"))
+    assert build_tokenizer(str(path), None, cache_dir=tmp_path).eos_id is None
+    assert "has no end of text" in capsys.readouterr().err
+    named = build_tokenizer(str(path), None, cache_dir=tmp_path, end_of_text="<fin>")
+    assert named.eos_id is not None
+    assert not capsys.readouterr().err
+    again = tokenizer_from_json(json.loads(json.dumps(named.to_json())))
+    assert (again.eos_id, again.fingerprint()) == (named.eos_id, named.fingerprint())
+    with pytest.raises(UserError, match="no such token; its special tokens are <fin>, <pad>"):
+        build_tokenizer(str(path), None, cache_dir=tmp_path, end_of_text="</s>")
+    with pytest.raises(UserError, match="tokenizer 'bytes' is no file"):
+        build_tokenizer("bytes", None, cache_dir=tmp_path, end_of_text="</s>")
