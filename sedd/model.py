@@ -1,8 +1,10 @@
 """A trained model: loaded, asked for its scores, and evaluated."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,26 +19,40 @@ from sedd.configuration.config import Config, DataOptions, default_cache_dir
 from sedd.data.tokenizers import Pretrained, Tokenizer, build_tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
-from sedd.evaluation.bound import BoundResult, evaluate_bound
+from sedd.evaluation.datasets import TextReader, token_data_set
+from sedd.evaluation.protocols import PROTOCOLS, Protocol, check_fit
+from sedd.evaluation.protocols import protocol as protocol_named
+from sedd.evaluation.scoring import EvaluationResult, Order, choose_estimate, score_data_set
 from sedd.interop.hub import fetch
 from sedd.interop.layouts import find_config
 from sedd.interop.published import Published, load_published
 from sedd.training.checkpoint import find_checkpoints
+from sedd.training.distributed import leave_libtpu_alone
 from sedd.types import Array, Float, Int, Key
 
 GPT2_TOKENS = 50257
-UNKNOWN = "unknown"  # what a published configuration does not say
+UNKNOWN = "unknown"  # the name of a corpus or tokenizer that a published checkpoint leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Everything that sampling and evaluation need."""
+    """A trained model; ``load`` makes one.
+
+    Args:
+        denoiser: the network with its parameters, as log scores and log conditionals.
+        parts: the other components, built from the configuration.
+        config: the configuration of the run, or one that describes a published checkpoint.
+        tokenizer: None where a published checkpoint brings none.
+        source: where the model came from, for messages.
+        step: the training step of the checkpoint; None for a published one.
+    """
 
     denoiser: Denoiser
     parts: Parts
     config: Config
     tokenizer: Tokenizer | None
-    source: str  # where it came from, for messages
+    source: str
+    step: int | None = None
 
     @property
     def network_config(self):
@@ -60,6 +76,37 @@ class Model:
         """Tokens in a training sequence."""
         return self.config.data.length
 
+    @property
+    def digest(self) -> str:
+        """A hash of the parameters and of the configuration that gives them meaning."""
+        digest = hashlib.blake2b(digest_size=16)
+        config = {**self.config.to_json(), "data": None, "training": None, "sampler": None}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for leaf in jax.tree.leaves(self.denoiser.params):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def text_reader(self) -> TextReader:
+        """Makes rows of text as the model was trained on them.
+
+        Raises:
+            UserError: if the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"checkpoint {self.source}: it has no tokenizer to read text with; put its "
+                "tokenizer.json beside its config.json"
+            )
+        data = self.config.data
+        return TextReader(
+            tokenizer=self.tokenizer,
+            length=data.length,
+            wrap=data.wrap,
+            corpus=data.corpus,
+            cache_dir=Path(data.cache_dir).expanduser(),
+        )
+
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Float[Array, "B L V"]:
@@ -79,15 +126,27 @@ _log_conditional = jax.jit(Denoiser.log_conditional)
 
 
 def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Model:
-    """The model of a run's directory, or of a published checkpoint's; averaged (EMA) parameters.
+    """Load a trained model with its averaged (EMA) parameters.
 
-    Of a run the newest whole checkpoint by default, ``"best"`` by validation, or that of a step.
-    ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION`` is a published one on the Hugging Face hub.
-    UserError when there is none, it is damaged, or it does not fit its configuration.
+    Args:
+        path: the directory of a run or of a published checkpoint, or ``hf://OWNER/NAME`` or
+            ``hf://OWNER/NAME@REVISION``, a checkpoint on the Hugging Face hub.
+        step: which checkpoint of a run: the newest whole one by default, that of a step, or
+            ``"best"``, the one with the lowest validation bound.
+
+    Raises:
+        UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration.
     """
-    source, path = str(path), fetch(str(path))
+    source = str(path)
+    leave_libtpu_alone()
+    if source.startswith("hf:") and not source.startswith("hf://"):
+        name = source.removeprefix("hf:")
+        raise UserError(f"checkpoint {source}: a checkpoint of the hub is written hf://{name}")
+    path = fetch(source)
     if not path.is_dir():
-        raise UserError(f"checkpoint {path}: no such directory")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not path.parent.is_dir()
+        hint = f"; for a checkpoint of the Hugging Face hub write hf://{source}" if hub else ""
+        raise UserError(f"checkpoint {path}: no such directory{hint}")
     if find_config(path) is not None:
         if step is not None:
             raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
@@ -105,13 +164,14 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
         step = checkpoints.best()
         if step is None:
             raise UserError(f"checkpoint {path}: none was validated, so there is no best one")
-    params = jax.device_put(checkpoints.restore_params(step, abstract_params=expected))
+    found, params = checkpoints.restore_step(step, abstract_params=expected)
     return Model(
-        denoiser=parts.denoiser(params),
+        denoiser=parts.denoiser(jax.device_put(params)),
         parts=parts,
         config=config,
         tokenizer=tokenizer,
         source=source,
+        step=found,
     )
 
 
@@ -212,27 +272,61 @@ def _read_json(path: Path, reader: Callable[[Any], Any]) -> Any:
 
 def evaluate(
     model: Model,
-    x0_BL: np.ndarray,
-    key: Key[Array, ""],
+    data: str | Any,
+    key: Key[Array, ""] | int = 0,
     *,
-    scored_BL: np.ndarray | None = None,
-    draws: int = 16,
+    protocol: str | Protocol = "default",
+    scored_BL: Any = None,
+    order: Order | None = None,
+    split: str | None = None,
+    max_sequences: int | None = None,
     batch_size: int = 32,
-) -> BoundResult:
-    """The bound over sequences of token ids [S, L]. See ``sedd.evaluation.bound``."""
-    x0_BL = np.asarray(x0_BL)
-    scored_BL = np.ones(x0_BL.shape, bool) if scored_BL is None else np.asarray(scored_BL)
+) -> EvaluationResult:
+    """Bound the perplexity of a model on token ids or on a corpus; see ``docs/evaluation.md``.
 
-    def batches() -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        for first in range(0, len(x0_BL), batch_size):
-            yield x0_BL[first : first + batch_size], scored_BL[first : first + batch_size]
+    Args:
+        model: from ``load``.
+        data: token ids [S, L], or a corpus as ``evaluate.py --data`` takes it: the name of one, a
+            file, a folder, or ``NAME=FILE``.
+        key: of the noise, or an integer to make it from. A sequence's draws depend on this and on
+            its place in the data, not on ``batch_size`` or the devices.
+        protocol: the name of a protocol, or a ``Protocol`` (a named one can be changed by
+            ``dataclasses.replace``). Of token ids only its estimate is used, not its cut.
+        scored_BL: which token ids are scored, [S, L]; the others are conditioned on. All by
+            default.
+        order: compute the exact likelihood of this order of the tokens instead of a bound.
+        split: of a corpus; the protocol's by default.
+        max_sequences: evaluate at most so many, evenly spread.
+        batch_size: sequences side by side, over all devices.
 
-    return evaluate_bound(
+    Raises:
+        UserError: if the data cannot be read, or does not fit the protocol or the model.
+    """
+    name = protocol if isinstance(protocol, str) else None
+    chosen = protocol_named(name) if isinstance(protocol, str) else protocol
+    name = name or next((n for n, known in PROTOCOLS.items() if known == chosen), "default")
+    if isinstance(data, str):
+        if scored_BL is not None:
+            raise UserError("scored_BL belongs to token ids: of a corpus the protocol decides")
+        reader = model.text_reader
+        check_fit(name, chosen, tokenizer=reader.tokenizer.name, length=model.length)
+        rows = reader.open(data, chosen, name=name, split=split, max_sequences=max_sequences)
+    else:
+        rows = token_data_set(
+            data,
+            scored_BL,
+            num_tokens=model.process.num_tokens,
+            max_sequences=max_sequences,
+        )
+    return score_data_set(
         model.denoiser,
         model.schedule,
-        key,
-        batches(),
-        draws=draws,
+        jax.random.key(key) if isinstance(key, int) else key,
+        rows,
+        choose_estimate(chosen, model.denoiser, order),
+        protocol=chosen,
+        protocol_name=name,
+        batch_size=batch_size,
         count_text=text_counter(model.tokenizer),
     )
 

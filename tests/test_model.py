@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,9 +14,11 @@ from sedd.constraints.clamp import free, from_infill, from_prompt
 from sedd.data.tokenizers import BytePairs, Bytes, Pretrained
 from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
+from sedd.evaluation.protocols import Protocol
 from sedd.model import text_counter
 from sedd.samplers.euler import Euler
 from sedd.schedules import LogLinear
+from sedd.training import distributed
 
 KINDS = ["radd", "sedd", "uniform"]
 
@@ -121,6 +124,47 @@ def test_load_of_a_folder_inside_a_run_names_the_run(runs):
             sedd.load(runs["radd"] / inside)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("owner/model-owt", "write hf://owner/model-owt"),
+        ("owner/model@v1", "write hf://owner/model@v1"),
+        ("hf:owner/model", "is written hf://owner/model"),
+        ("runs", "no such directory$"),
+        ("/runs/mine", "no such directory$"),
+        ("./mine/run/4", "no such directory$"),
+    ],
+)
+def test_load_of_a_name_of_the_hub_says_how_it_is_written(name, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=hint):
+        sedd.load(name)
+
+
+@pytest.mark.parametrize(
+    ("tpu", "platforms", "plugins", "expected"),
+    [
+        (False, None, None, "cpu"),
+        (True, None, None, None),  # a TPU is to be used
+        (False, "cuda", None, "cuda"),  # chosen by the user
+        (False, None, "a plugin", None),
+    ],
+)
+def test_load_keeps_libtpu_quiet_where_there_is_no_tpu(
+    monkeypatch, tmp_path, tpu, platforms, plugins, expected
+):
+    updates = {"jax_platforms": platforms}
+    stand_in = SimpleNamespace(
+        jax_platforms=platforms, update=lambda name, value: updates.update({name: value})
+    )
+    monkeypatch.setattr(distributed, "on_tpu", lambda: tpu)
+    monkeypatch.setattr(distributed, "find_spec", lambda name: plugins)
+    monkeypatch.setattr(distributed.jax, "config", stand_in)
+    with pytest.raises(UserError, match="no such directory"):
+        sedd.load(tmp_path / "none")
+    assert updates == {"jax_platforms": expected}
+
+
 @pytest.mark.parametrize("sampler", ["tweedie", "euler"])
 def test_given_tokens_are_kept(model, sampler):
     clamps = [
@@ -196,8 +240,13 @@ def test_evaluate_is_the_bound_at_any_batch_size(model):
     )
     assert whole.num_tokens == scored.sum() == whole.num_characters
     for batch_size in (3, 32):
-        result = sedd.evaluate(model, tokens, key, scored_BL=scored, draws=8, batch_size=batch_size)
-        assert result.to_json().keys() == whole.to_json().keys()
+        result = sedd.evaluate(
+            *(model, tokens, key),
+            scored_BL=scored,
+            protocol=Protocol(draws=8),
+            batch_size=batch_size,
+        )
+        assert result.to_json().keys() > whole.to_json().keys()
         for name, value in whole.to_json().items():
             other = result.to_json()[name]
             # float32 sums over another batch; the draws are the same
@@ -207,7 +256,7 @@ def test_evaluate_is_the_bound_at_any_batch_size(model):
 
 def test_evaluate_of_everything_scored(runs):
     model = sedd.load(runs["radd"])
-    result = sedd.evaluate(model, np.zeros((2, 12), int), jax.random.key(0), draws=4)
+    result = sedd.evaluate(model, np.zeros((2, 12), int), protocol=Protocol(draws=4))
     assert (result.num_tokens, result.num_sequences, result.num_bytes) == (24, 2, 24)
 
 

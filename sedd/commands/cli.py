@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ import sedd
 from sedd.configuration.components import makers
 from sedd.configuration.config import COMPONENTS, Config, load_config, with_component
 from sedd.errors import UserError, first_line
-from sedd.training.distributed import on_tpu
+from sedd.training.distributed import leave_libtpu_alone
 
 Command = TypeVar("Command")
 
@@ -117,16 +116,6 @@ def flush_streams() -> None:
             stream.flush()
         except BrokenPipeError:  # Python would try again at exit, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def leave_libtpu_alone() -> None:
-    """Where there is no TPU, libtpu is there to compile for one: JAX shall not try to start it.
-
-    It would fall back to the CPU all the same, after an error message of many lines.
-    """
-    gpus = find_spec("jax_plugins")  # the package of their plugins
-    if not on_tpu() and "JAX_PLATFORMS" not in os.environ and not gpus:
-        jax.config.update("jax_platforms", "cpu")
 
 
 def fail(message: str, code: int = 2) -> int:

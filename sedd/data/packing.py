@@ -32,6 +32,10 @@ TASK_CHARACTERS = 1 << 18  # what a thread tokenises at a time
 Progress = Callable[[int, int], None]  # documents and tokens so far
 
 
+class TooShortError(UserError):
+    """The joined documents have fewer tokens than one row."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
     """Rows of ``length`` tokens, read from a memory map.
@@ -53,6 +57,7 @@ class Packed:
     pad_id: int
     tokens: np.ndarray  # every document followed by its end, where the tokenizer has one
     spans: tuple[np.ndarray, np.ndarray] | None  # first token and size of each row, if not equal
+    num_dropped: int = 0  # tokens of the remainders that are in no row
     file: "Mapped | None" = None  # that of ``tokens``; None where they are in memory
     around: tuple[int, int] | None = None  # what opens and closes every row, scored
     digest: str = ""  # hash of the tokens and the documents' ends; "" for tokens made in memory
@@ -139,14 +144,16 @@ def pack(
     drop_every: int | None = None,
     around: tuple[int, int] | None = None,
     truncate: bool = False,
+    pad_last: bool = False,
 ) -> Packed:
     """Rows of ``length`` tokens of a split, tokenised in ``workers`` threads the first time.
 
     With ``wrap`` documents are joined, each followed by the end of a document where the tokenizer
     has one, and cut into rows; the remainder is dropped, once or after each ``drop_every``
-    documents. Without, a document begins a row, fills as many as it needs (with ``truncate`` one,
-    and the rest of it is dropped), and the last is filled up with ``tokenizer.pad_id``, unscored.
-    ``around`` are ids that open and close every row, within ``length``; they are scored.
+    documents, or with ``pad_last`` it is a row filled up with unscored padding. Without, a document
+    begins a row, fills as many as it needs (with ``truncate`` one, and the rest of it is dropped),
+    and the last is filled up with ``tokenizer.pad_id``, unscored. ``around`` are ids that open and
+    close every row, within ``length``; they are scored.
 
     The tokens are kept in ``cache_dir/packed``, under a hash of everything that they come from.
     They appear there whole or not at all; processes that need the same ones build them once.
@@ -177,7 +184,9 @@ def pack(
     if meta is None:
         raise UserError(f"{folder} cannot be read back; is the disk full?")
     name = f"{corpus.name} ({split})"
-    return _open(folder, meta, name, tokenizer, length, wrap, drop_every, around, truncate)
+    return _open(
+        folder, meta, name, tokenizer, length, wrap, drop_every, around, truncate, pad_last
+    )
 
 
 def validation_rows(packed: Packed, max_rows: int | None) -> np.ndarray:
@@ -198,6 +207,7 @@ def _open(
     drop_every: int | None,
     around: tuple[int, int] | None,
     truncate: bool,
+    pad_last: bool,
 ) -> Packed:
     total = meta["num_tokens"]
     ends = np.load(folder / "ends.npy", mmap_mode="r")
@@ -210,7 +220,7 @@ def _open(
     if inside < 1:
         raise UserError(f"length {length} leaves no room between what opens and closes a row")
     if wrap:
-        spans, dropped = _wrapped(ends, total, inside, drop_every)
+        spans, dropped = _wrapped(ends, total, inside, drop_every, pad_last)
     else:
         eos = 0 if tokenizer.eos_id is None else 1
         spans, dropped = _spans(ends, inside, eos, truncate)
@@ -221,21 +231,22 @@ def _open(
         counts -= np.bincount(np.asarray(tokens[begin:end], np.int64), minlength=len(counts))
     for special in around or ():
         counts[special] += num_rows
+    if not num_rows and not wrap:
+        raise UserError(f"{name} holds no text")
     if not num_rows:
-        raise UserError(
+        raise TooShortError(
             f"length {length} is longer than the data: {name} has {total:,} tokens, "
             f"{len(ends):,} ends of documents included"
             + (f", and no {drop_every:,} documents fill a row" if drop_every else "")
-            if wrap
-            else f"{name} holds no text"
         )
     characters, size = _text_size(meta, counts, tokenizer)
-    equal = wrap and drop_every is None and around is None
+    equal = wrap and drop_every is None and around is None and not pad_last
     return Packed(
         name=name,
         num_rows=num_rows,
         length=length,
         num_tokens_total=int(counts.sum()),
+        num_dropped=int((dropped[1] - dropped[0]).sum()),
         text_characters=characters,
         text_bytes=size,
         counts=counts,
@@ -252,19 +263,24 @@ Ranges = tuple[np.ndarray, np.ndarray]
 
 
 def _wrapped(
-    ends: np.ndarray, total: int, length: int, drop_every: int | None
+    ends: np.ndarray, total: int, length: int, drop_every: int | None, pad_last: bool
 ) -> tuple[Ranges, Ranges]:
-    """First token and size of each row of joined documents, and what is dropped, from and to."""
+    """First token and size of each row of joined documents; the ranges of tokens in no row.
+
+    With ``pad_last`` the remainder is a row of fewer than ``length`` tokens, and nothing is
+    dropped.
+    """
     stops = (
         np.array([total])
         if drop_every is None
         else np.append(ends[drop_every - 1 :: drop_every], total)
     )
     begins = np.concatenate([[0], stops[:-1]])
-    rows_of = (stops - begins) // length
+    rows_of = -(-(stops - begins) // length) if pad_last else (stops - begins) // length
     rank = np.arange(rows_of.sum()) - np.repeat(np.cumsum(rows_of) - rows_of, rows_of)
     first = np.repeat(begins, rows_of) + rank * length
-    return (first, np.full(len(first), length, np.int32)), (begins + rows_of * length, stops)
+    size = np.minimum(np.repeat(stops, rows_of) - first, length)
+    return (first, size.astype(np.int32)), (np.minimum(begins + rows_of * length, stops), stops)
 
 
 def _spans(ends: np.ndarray, length: int, eos: int, truncate: bool) -> tuple[Ranges, Ranges]:

@@ -1,5 +1,10 @@
 from .bound import BoundResult as BoundResult
 from .bound import MonteCarlo as MonteCarlo
 from .bound import evaluate_bound as evaluate_bound
+from .datasets import DataSet as DataSet
+from .protocols import PROTOCOLS as PROTOCOLS
 from .protocols import Protocol as Protocol
 from .protocols import protocol as protocol
+from .scoring import EvaluationResult as EvaluationResult
+from .tables import detail_table as detail_table
+from .tables import summary_table as summary_table

@@ -414,7 +414,9 @@ def summarise(
     if not num_tokens:
         raise ValueError("no token of these sequences is scored")
     per_token = total_S.sum() / num_tokens
-    error_draws = math.sqrt((total_SR.var(-1, ddof=1) / REPLICATES).sum()) / num_tokens
+    error_draws = 0.0  # rounding gives equal replicates a variance of their own
+    if not exact:
+        error_draws = math.sqrt((total_SR.var(-1, ddof=1) / REPLICATES).sum()) / num_tokens
     if num > 1:  # of the ratio of two sums over sequences
         residual_S = total_S - per_token * s.tokens_S
         error = math.sqrt(num / (num - 1) * (residual_S**2).sum()) / num_tokens

@@ -411,8 +411,7 @@ def consistency(
     ValueError on a process without a mask, on fewer possible first positions than ``pairs``, and
     on a grid that is too large.
     """
-    if not denoiser.process.absorbing:
-        raise ValueError("pair tables need a process on which a visible token is certain")
+    positions = draw_pairs(denoiser, np.asarray(scored_BL), key, pairs=pairs, distance=distance)
     mask_id, num_tokens = denoiser.mask_id, denoiser.process.num_tokens
     size = num_tokens if top is None else min(top, num_tokens)
     if not 2 <= size <= LARGEST_GRID:
@@ -423,7 +422,6 @@ def consistency(
         if x0_BL.shape[1] < 3:  # where that is infinite
             raise ValueError("sequences of fewer than 3 tokens need a sigma")
         sigma = -math.log1p(-2 / x0_BL.shape[1])
-    positions = _draw_positions(np.asarray(scored_BL), key, pairs, distance)
     x0_PL, places_P2 = np.asarray(x0_BL)[positions[:, 0]], positions[:, 1:]
     true_P2 = np.take_along_axis(x0_PL, places_P2, 1)
     masked_PL = x0_PL.copy()
@@ -462,10 +460,22 @@ def consistency(
     )
 
 
-def _draw_positions(
-    scored_BL: np.ndarray, key: Key[Array, ""], pairs: int, distance: int | None
+def draw_pairs(
+    denoiser: Denoiser,
+    scored_BL: np.ndarray,
+    key: Key[Array, ""],
+    *,
+    pairs: int,
+    distance: int | None,
 ) -> np.ndarray:
-    """[P, 3]: a sequence and two of its scored positions, ascending."""
+    """Draw pairs of scored positions: [P, 3], a sequence and two positions, ascending.
+
+    ValueError if the model has no conditionals of masked pairs, or there are too few pairs.
+    """
+    if not denoiser.process.absorbing:
+        raise ValueError("pair tables need a process on which a visible token is certain")
+    if denoiser.causal:
+        raise ValueError("an autoregressive model is one joint: its conditionals are consistent")
     rng = np.random.default_rng(int(jax.random.bits(key)))
     if distance is None:
         possible_BL = scored_BL & (scored_BL.sum(1, keepdims=True) > 1)

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from sedd.data.packing import unigram_entropy
-from sedd.evaluation.report import Cell
-
-Estimate = tuple[float, float | None]  # a mean over samples, and its standard error if there is one
+from sedd.evaluation.report import Cell, Measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +24,11 @@ class Diversity:
     tokenization: str
     num_samples: int
     num_tokens: int
-    length: Estimate
-    entropy: Estimate
+    length: Measured
+    entropy: Measured
     distinct: tuple[float, float, float, float]
-    repeated_4grams: Estimate
-    longest_repeat: Estimate
+    repeated_4grams: Measured
+    longest_repeat: Measured
     entropy_S: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
@@ -47,13 +45,13 @@ class Diversity:
         }
 
     def rows(self) -> list[tuple[Cell, ...]]:
-        """(name, value, standard error) of every figure."""
+        """The name of each figure, and its value."""
         return [
-            ("length, tokens", *self.length),
-            ("entropy of a sample, nats", *self.entropy),
-            *((f"distinct-{n}", share, None) for n, share in enumerate(self.distinct, start=1)),
-            ("repeated 4-grams (rep-4)", *self.repeated_4grams),
-            ("longest repeat / length", *self.longest_repeat),
+            ("length, tokens", self.length),
+            ("entropy of a sample, nats", self.entropy),
+            *((f"distinct-{n}", share) for n, share in enumerate(self.distinct, start=1)),
+            ("repeated 4-grams (rep-4)", self.repeated_4grams),
+            ("longest repeat / length", self.longest_repeat),
         ]
 
 
@@ -86,11 +84,11 @@ def measure_diversity(sequences: Sequence[np.ndarray], *, tokenization: str) -> 
         tokenization=tokenization,
         num_samples=len(sequences),
         num_tokens=len(flat),
-        length=estimate(length_S),
-        entropy=estimate(entropy_S),
+        length=mean_of(length_S),
+        entropy=mean_of(entropy_S),
         distinct=(distinct[0], distinct[1], distinct[2], distinct[3]),
-        repeated_4grams=estimate(repeated_S),
-        longest_repeat=estimate(repeat_S),
+        repeated_4grams=mean_of(repeated_S),
+        longest_repeat=mean_of(repeat_S),
         entropy_S=entropy_S,
     )
 
@@ -119,8 +117,8 @@ def _pairs(rank, shift, size):
     return rank[: len(rank) - shift] * size + rank[shift:]
 
 
-def estimate(values_S: np.ndarray) -> Estimate:
+def mean_of(values_S: np.ndarray) -> Measured:
     """The mean, and its standard error where there are at least two values."""
     size = len(values_S)
     error = float(values_S.std(ddof=1) / np.sqrt(size)) if size > 1 else None
-    return float(values_S.mean()), error
+    return Measured(float(values_S.mean()), error)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from sedd.data.packing import unigram_entropy
-from sedd.evaluation.diversity import Diversity, Estimate, estimate, measure_diversity
+from sedd.evaluation.diversity import Diversity, mean_of, measure_diversity
 from sedd.evaluation.judges import Judge, Judgement
-from sedd.evaluation.report import Cell, Section, Table
+from sedd.evaluation.report import Cell, Measured, Section, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class JudgedTexts:
     rule. Texts without a scored token enter neither.
     """
 
-    mean_of_nats: Estimate
-    mean_of_perplexities: Estimate
+    mean_of_nats: Measured
+    mean_of_perplexities: Measured
     num_tokens: int
     num_unscored: int
     judgement: Judgement
@@ -49,10 +49,10 @@ class JudgedTexts:
         }
 
     def rows(self) -> list[tuple[Cell, ...]]:
-        """(name, value, standard error) of every figure."""
+        """The name of each figure, and its value."""
         return [
-            ("perplexity, mean of nats", *self.mean_of_nats),
-            ("perplexity, mean of perplexities", *self.mean_of_perplexities),
+            ("perplexity, mean of nats", self.mean_of_nats),
+            ("perplexity, mean of perplexities", self.mean_of_perplexities),
             *self.diversity.rows(),
         ]
 
@@ -93,15 +93,11 @@ class GenerativePerplexity:
 
     def table(self) -> Table:
         """A row a figure."""
-        none = [(None, None, None)] * len(self.samples.rows())
-        reference = none if self.reference is None else self.reference.rows()
-        return Table(
-            columns=("", "samples", "± s.e.", "real text", "± s.e."),
-            rows=[
-                (*mine, *real[1:])
-                for mine, real in zip(self.samples.rows(), reference, strict=True)
-            ],
-        )
+        columns, rows = ["", "samples ± s.e."], self.samples.rows()
+        if self.reference is not None:
+            columns.append("real text ± s.e.")
+            rows = [(*a, b) for a, (_, b) in zip(rows, self.reference.rows(), strict=True)]
+        return Table(columns=columns, rows=rows)
 
     def figure(self):
         """Every text by its own entropy and perplexity: what is gamed lies left of real text."""
@@ -162,7 +158,7 @@ def judge_texts(texts: Sequence[str], judge: Judge) -> JudgedTexts:
     nats, tokens = judgement.nats_S[scored_S], judgement.tokens_S[scored_S]
     return JudgedTexts(
         mean_of_nats=pooled_perplexity(nats, tokens),
-        mean_of_perplexities=estimate(np.exp(nats / tokens)),
+        mean_of_perplexities=mean_of(np.exp(nats / tokens)),
         num_tokens=int(tokens.sum()),
         num_unscored=int((~scored_S).sum()),
         judgement=judgement,
@@ -170,15 +166,15 @@ def judge_texts(texts: Sequence[str], judge: Judge) -> JudgedTexts:
     )
 
 
-def pooled_perplexity(nats_S: np.ndarray, tokens_S: np.ndarray) -> Estimate:
+def pooled_perplexity(nats_S: np.ndarray, tokens_S: np.ndarray) -> Measured:
     """exp(all nats / all tokens), with the error of a ratio of sums over texts carried through."""
     rate, size = nats_S.sum() / tokens_S.sum(), len(nats_S)
     perplexity = float(np.exp(rate))
     if size < 2:
-        return perplexity, None
+        return Measured(perplexity)
     residual_S = nats_S - rate * tokens_S
     error = np.sqrt(size / (size - 1) * (residual_S**2).sum()) / tokens_S.sum()
-    return perplexity, float(perplexity * error)
+    return Measured(perplexity, float(perplexity * error))
 
 
 def _warnings(judge, samples, reference, judged, real) -> list[str]:

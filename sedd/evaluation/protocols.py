@@ -1,16 +1,16 @@
-"""How a perplexity is measured: published tables differ in it, and their figures with it.
+"""Evaluation protocols: how text is cut and which estimate is computed, as in published tables.
 
-The same model scores differently under each protocol. What a protocol does not fix it leaves to the
-model: its tokenizer, its length, its way of cutting text. See ``docs/evaluation.md``.
+The same model has another perplexity under each protocol. Fields that a protocol does not set are
+taken from the model: its tokenizer, its length, its way of cutting text. See
+``docs/evaluation.md``.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sedd.errors import UserError
+from sedd.errors import UserError, did_you_mean
 from sedd.evaluation.bound import Estimator, check_draws
 
 ZEROSHOT = ("lambada", "wikitext2", "ptb", "wikitext103", "lm1b", "ag_news", "pubmed", "arxiv")
@@ -21,27 +21,28 @@ class Protocol:
     """What is evaluated, and how."""
 
     estimator: Estimator = "auto"
-    """auto: k_dce (the mean over orders) for time-independent absorbing models, else the other."""
+    """auto: k_dce (mean over orders) for time-independent absorbing models, else score_entropy."""
     outer_terms: bool = True
-    """Add the prior and the reconstruction to a score entropy. Left out, the figure is no bound: it
-    is the mean of the loss over t in [t_min, 1]."""
+    """Add the prior and the reconstruction to a score entropy. Without them the figure is no bound:
+    it is the mean of the loss over t in [t_min, 1]."""
     t_min: float = 1e-3
-    """The smallest time of a score entropy."""
+    """The smallest time of a score entropy, in (0, 1)."""
     draws: int = 64
-    """Noise levels a sequence; a multiple of 4."""
+    """Noise levels for each sequence; a multiple of 4."""
     length: int | None = None
     """Tokens in a row; the model's own by default."""
     tokenizer: str | None = None
-    """The tokenizer that the model must have; any by default."""
-    cut: Literal["as_trained", "wrapped", "truncated"] = "as_trained"
-    """wrapped: documents joined, each with its end, cut into rows. truncated: a document a row, its
-    rest cut off."""
+    """The name of the tokenizer that the model must have; any by default."""
+    cut: Literal["as_trained", "wrapped", "whole", "truncated"] = "as_trained"
+    """wrapped: documents joined, each followed by its end, cut into rows, the remainder dropped.
+    whole: the same, but the remainder is a last row, padded: every token is scored exactly once.
+    truncated: one row for each document, the rest of it dropped."""
     drop_every: int | None = None
-    """Documents after which the remainder is dropped; once at the end by default (wrapped)."""
+    """Drop the remainder after each so many documents (wrapped); by default once, at the end."""
     specials: bool = False
-    """Open every row with the beginning of a document and close it with the end, both scored."""
+    """Begin every row with the beginning of a document, end it with the end, and score both."""
     detokenize: bool = False
-    """Undo the data set's separation of words, where it has a detokenizer."""
+    """Undo the data set's separation of words, where the project has a detokenizer for it."""
 
     def __post_init__(self):
         check_draws(self.draws)
@@ -52,10 +53,10 @@ class Protocol:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.drop_every is not None and self.cut != "wrapped":
-            raise ValueError("drop_every is a rule of wrapped text: it takes --cut wrapped")
+            raise ValueError(f"drop_every needs cut wrapped, got cut {self.cut}")
 
     def to_json(self) -> dict[str, Any]:
-        """Every field."""
+        """All fields by name."""
         return dataclasses.asdict(self)
 
 
@@ -84,16 +85,19 @@ SPLITS = {
 
 
 def protocol(name: str) -> Protocol:
-    """The protocol of that name; UserError with a suggestion where there is none."""
+    """The protocol called ``name``, one of ``PROTOCOLS``.
+
+    Raises:
+        UserError: if there is none of that name; the message suggests a similar one.
+    """
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
-        raise UserError(f"unknown protocol {name!r}{hint} There are {', '.join(PROTOCOLS)}")
+        near = did_you_mean(name, PROTOCOLS)
+        raise UserError(f"unknown protocol {name!r}{near or ';'} there are {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def describe(name: str, chosen: Protocol) -> str:
-    """The name, with what was changed: ``sedd (draws 64)``."""
+    """The protocol's name, followed by the fields that differ from it: ``sedd (draws 64)``."""
     before = PROTOCOLS[name].to_json()
     changed = [f"{k} {v}" for k, v in chosen.to_json().items() if v != before[k]]
     return f"{name} ({', '.join(changed)})" if changed else name
@@ -102,9 +106,17 @@ def describe(name: str, chosen: Protocol) -> str:
 def check_fit(
     name: str, chosen: Protocol, *, tokenizer: str, length: int, spelled_out: Collection[str] = ()
 ) -> None:
-    """UserError where the protocol expects another tokenizer or length than the model has.
+    """Check that a model has the tokenizer and the length that a protocol expects.
 
-    A length among the fields that were ``spelled_out`` is meant as it is.
+    Args:
+        name: the protocol's name, for the message.
+        chosen: the protocol, possibly with some fields changed.
+        tokenizer: the name of the model's tokenizer.
+        length: tokens in a training row of the model.
+        spelled_out: fields that the user set explicitly; a length among them is not checked.
+
+    Raises:
+        UserError: if they differ; the message gives the flags that accept the difference.
     """
     wrong = []
     if chosen.tokenizer not in (None, tokenizer):
@@ -116,6 +128,6 @@ def check_fit(
         own = " and ".join(str(has) for *_, has in wrong)
         flags = " ".join(f"--{what} {has}" for what, _, has in wrong)
         raise UserError(
-            f"protocol {name} expects {expected}, and the model has {own}; with {flags} it is "
-            "departed from, and the table says so"
+            f"protocol {name} expects {expected}, and the model has {own}; {flags} departs from "
+            "the protocol, and the table says so"
         )

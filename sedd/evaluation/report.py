@@ -1,23 +1,36 @@
-"""Results as tables and pictures: for a terminal, a paper, or one HTML file that needs no other."""
+"""Tables and sections of results: for a terminal, a paper, or one HTML page without other files."""
 
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table as RichTable
 
 from sedd.files import write_whole
 
-Cell = str | int | float | None
+
+class Measured(NamedTuple):
+    """A value with its standard error; ``None`` where there is none, as of a single sample."""
+
+    value: float
+    error: float | None = None
+
+
+Cell = str | int | float | Measured | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of cells under column names; a float is shown to four digits, None as a dash."""
+    """Rows of cells under column names.
+
+    A float is shown to four digits, a measured value as ``2.370 ± 0.022``: both to two digits of
+    the error. ``None`` is a dash.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -81,18 +94,23 @@ class Table:
         )
 
     def _numeric(self) -> list[bool]:
-        """Whether each column holds numbers alone, which are set to the right."""
+        """Whether each column holds numbers alone; such columns are aligned to the right."""
         return [
-            all(isinstance(row[i], int | float | None) for row in self.rows)
+            all(isinstance(row[i], int | float | Measured | None) for row in self.rows)
             for i in range(len(self.columns))
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a report: what it is, its tables, its figures (matplotlib's or PNG files), texts.
+    """A part of a report.
 
-    ``text`` is paragraphs, divided by empty lines.
+    Args:
+        title: its heading.
+        text: paragraphs, separated by empty lines.
+        tables: shown below the text.
+        figures: matplotlib figures, or paths of PNG files; shown below the tables.
+        samples: texts, each shown verbatim in a block.
     """
 
     title: str
@@ -103,7 +121,7 @@ class Section:
 
 
 def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> None:
-    """All sections in one file, figures and style within; nothing is fetched when it is opened."""
+    """Write one page with all sections, figures and style inside: opening it fetches nothing."""
     parts = "\n".join(map(_section, sections))
     page = PAGE.format(title=html.escape(title), style=STYLE, sections=parts)
     write_whole(Path(path), page.encode())
@@ -113,7 +131,23 @@ def show(cell: Cell) -> str:
     """A cell as text."""
     if cell is None:
         return "–"
+    if isinstance(cell, Measured):
+        return _show_measured(cell)
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _show_measured(cell: Measured) -> str:
+    """Value and error, both rounded to two digits of the error."""
+    value, error = cell
+    if not error or not math.isfinite(value) or not math.isfinite(error):
+        return f"{value:.4g}"
+    last = 1 - math.floor(
+        math.log10(float(f"{error:.1e}"))
+    )  # the decimal place of the second digit
+    if last > 6 or abs(value) >= 1e6:  # where plain notation would be long
+        return f"{value:.4g} ± {error:.1e}"
+    places = max(last, 0)
+    return f"{round(value, last):,.{places}f} ± {round(error, last):,.{places}f}"
 
 
 def _section(section: Section) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from sedd.evaluation.report import Section, Table
+from sedd.evaluation.report import Measured, Section, Table
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*\s+|\n\s*\n")
@@ -112,8 +112,8 @@ class Statistic:
 
     name: str
     quantity: str  # the number that stands for it, ± standard error over documents
-    samples: tuple[float, float] | None
-    reference: tuple[float, float] | None
+    samples: Measured | None
+    reference: Measured | None
     distance: float  # what is tested: see ``docs/sample_quality.md``
     p: float
     p_holm: float
@@ -189,13 +189,13 @@ class Comparison:
 
     def table(self) -> Table:
         """A row a statistic."""
-        columns = ("statistic", "quantity", "samples", "± s.e.", "reference", "± s.e.")
+        columns = ("statistic", "quantity", "samples ± s.e.", "reference ± s.e.")
         rows = [
             (
                 s.name,
                 s.quantity,
-                *(s.samples or (None, None)),
-                *(s.reference or (None, None)),
+                s.samples,
+                s.reference,
                 s.distance,
                 s.p,
                 s.p_holm,
@@ -430,7 +430,7 @@ def _standardised(curve_SG) -> Distance:
     return distance
 
 
-Quantity = tuple[str, tuple[float, float] | None, tuple[float, float] | None]
+Quantity = tuple[str, Measured | None, Measured | None]
 
 
 def _quantities(documents: Documents, is_sample_S: np.ndarray) -> dict[str, Quantity]:
@@ -462,19 +462,20 @@ def _quantities(documents: Documents, is_sample_S: np.ndarray) -> dict[str, Quan
     }
 
 
-def _mean(values) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+def _mean(values) -> Measured:
+    return Measured(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
 
-def _ratio(top, bottom) -> tuple[float, float] | None:
+def _ratio(top, bottom) -> Measured | None:
     if not bottom.sum():
         return None
     ratio = top.sum() / bottom.sum()
     residual, n = top - ratio * bottom, len(top)
-    return float(ratio), float(np.sqrt(n / (n - 1) * (residual**2).sum()) / bottom.sum())
+    error = np.sqrt(n / (n - 1) * (residual**2).sum()) / bottom.sum()
+    return Measured(float(ratio), float(error))
 
 
-def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> tuple[float, float] | None:
+def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> Measured | None:
     """The exponent s of p(r) ∝ r^-s over the first ranks, by maximum likelihood.
 
     The error is the jackknife's over documents: words of one document are not independent. Ranks
@@ -502,10 +503,10 @@ def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> tuple[float
         ]
     )
     error = np.sqrt((size - 1) / size * ((left_out - left_out.mean()) ** 2).sum())
-    return float(fit(total[None])[0]), float(error)
+    return Measured(float(fit(total[None])[0]), float(error))
 
 
-def _heaps(curve_SG, reached_G) -> tuple[float, float] | None:
+def _heaps(curve_SG, reached_G) -> Measured | None:
     """The mean over documents of the exponent β of types ∝ words^β, by least squares of logarithms.
 
     Over lengths that at least half of the documents of either text reach, and documents that reach

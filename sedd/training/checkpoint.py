@@ -176,7 +176,13 @@ class Checkpoints:
     def restore_params(
         self, step: int | None = None, *, ema: bool = True, abstract_params: Params | None = None
     ) -> Params:
-        """Parameters as nested dictionaries of numpy arrays; the averaged ones by default.
+        """Parameters as nested dictionaries of numpy arrays; see ``restore_step``."""
+        return self.restore_step(step, ema=ema, abstract_params=abstract_params)[1]
+
+    def restore_step(
+        self, step: int | None = None, *, ema: bool = True, abstract_params: Params | None = None
+    ) -> tuple[int, Params]:
+        """The step and its parameters (numpy arrays in dictionaries), averaged ones by default.
 
         Without ``step``, of the newest whole checkpoint; bad ones are named on standard error.
         Raises UserError where there is none, where the one asked for is bad, and where
@@ -199,7 +205,7 @@ class Checkpoints:
                     raise UserError(f"checkpoint {self.path(step)} is bad: {bad}") from bad
                 _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
                 continue
-            return _nest(arrays)[tree]
+            return candidate, _nest(arrays)[tree]
         raise UserError(f"no checkpoint in {self.directory} is whole")
 
     def latest_good(self) -> int | None:

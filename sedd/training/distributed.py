@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import jax
 
@@ -134,6 +135,18 @@ def several() -> bool:
     if any("," in os.environ.get(name, "") for name in hosts):
         return True
     return "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def leave_libtpu_alone() -> None:
+    """Keep JAX from starting libtpu where no TPU is: have it use the CPU alone.
+
+    Without this, JAX prints several lines of errors before it falls back to the CPU, where libtpu
+    is installed to compile for TPUs. Nothing changes where the platform is chosen already, by
+    ``JAX_PLATFORMS`` or in ``jax.config``, or where a plugin for GPUs is installed.
+    """
+    gpus = find_spec("jax_plugins")  # the package of their plugins
+    if not (on_tpu() or jax.config.jax_platforms or gpus):  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_platforms", "cpu")
 
 
 def on_tpu() -> bool:

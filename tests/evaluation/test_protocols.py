@@ -13,12 +13,21 @@ import tiny_run
 from tiny_run import TOKENIZER, call
 
 import sedd
-from sedd.commands import evaluate_flags as evaluate_command
-from sedd.commands.evaluate_flags import Evaluation, read_command
+from sedd.commands.evaluate import checked_estimate, evaluate_all, open_data
+from sedd.commands.evaluate_flags import read_command
 from sedd.data import corpora
 from sedd.data.detokenizers import lm1b, wikitext
 from sedd.errors import UserError
-from sedd.evaluation.protocols import PROTOCOLS, ZEROSHOT, check_fit, describe, protocol
+from sedd.evaluation import datasets, scoring
+from sedd.evaluation.protocols import (
+    PROTOCOLS,
+    ZEROSHOT,
+    Protocol,
+    check_fit,
+    describe,
+    protocol,
+)
+from sedd.evaluation.tables import detail_table, summary_table
 
 LENGTH = 12
 EOS = TOKENIZER.eos_id
@@ -108,6 +117,7 @@ def expected(name, kind, tokens):
 
 
 def evaluation(place, kind, *arguments):
+    """The command's flags, a model, and what opens and evaluates the data."""
     command = read_command(
         [
             *("--checkpoint", str(place / kind), "--cache-dir", str(place / "cache")),
@@ -115,7 +125,19 @@ def evaluation(place, kind, *arguments):
             *arguments,
         ]
     )
-    return Evaluation(command=command, model=constant_model(place, kind))
+    model = constant_model(place, kind)
+    return command, model, checked_estimate(command, model)
+
+
+def opened(case):
+    command, model, _ = case
+    return open_data(command, model)
+
+
+def figures_of(case, data):
+    command, model, estimate = case
+    [result] = evaluate_all(command, model, estimate, [data])
+    return result
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -126,16 +148,16 @@ def test_a_protocol_is_what_it_says(place, kind, name):
         *(place, kind, "--data", f"wikitext2={place}/rows.jsonl", "--protocol", name),
         *("--tokenizer", "characters", "--length", str(LENGTH), "--max-sequences", "400"),
     )
-    [data], failed = case.open_all()
+    [data], failed = opened(case)
     assert not failed
     rows = rows_of(name, documents())
-    x0, scored = data.packed.rows(np.arange(data.packed.num_rows))
+    x0, scored = data.source.rows(np.arange(data.source.num_rows))
     assert [x[s].tolist() for x, s in zip(x0, scored, strict=True)] == rows
     tokens = np.concatenate(rows)
-    assert data.packed.num_tokens_total == len(tokens)
-    np.testing.assert_array_equal(data.packed.counts, np.bincount(tokens, minlength=EOS + 1))
-    result = case.run(data, None)
-    tokens = np.concatenate([rows[i] for i in data.rows])
+    assert data.source.num_tokens_total == len(tokens)
+    np.testing.assert_array_equal(data.source.counts, np.bincount(tokens, minlength=EOS + 1))
+    result = figures_of(case, data)
+    tokens = np.concatenate([rows[i] for i in data.chosen])
     exact = expected(name, kind, tokens)
     assert result.num_tokens == len(tokens)
     assert abs(result.nats_per_token - exact) < 4 * result.standard_error_draws
@@ -175,11 +197,11 @@ def test_splits(place, monkeypatch):
         def fingerprint(self):
             return "stand-in"
 
-    monkeypatch.setattr(evaluate_command, "open_corpus", lambda spec, cache_dir: StandIn())
+    monkeypatch.setattr(datasets, "open_corpus", lambda spec, cache_dir: StandIn())
     for name, split in (("sedd", "train"), ("mdlm", "validation"), ("default", "validation")):
         fit = ("--tokenizer", "characters", "--length", str(LENGTH))
         case = evaluation(place, "sedd", "--data", "wikitext2", "--protocol", name, *fit)
-        assert case.open_all()[0][0].split == split
+        assert opened(case)[0][0].split == split
 
 
 # ---------------------------------------------------------------- the command
@@ -212,7 +234,7 @@ def test_several_data_sets_make_one_table(place, tmp_path):
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         name for name in ZEROSHOT if name != "pubmed"
     ]
-    assert lines[0].count("|") == 11
+    assert lines[0].count("|") == 10
     figures = json.loads(json_file.read_text())
     assert [row["data"] for row in figures["results"]] == [n for n in ZEROSHOT if n != "pubmed"]
     assert all(row["is_bound"] is row["exact"] is False for row in figures["results"])
@@ -228,7 +250,13 @@ def test_one_data_set_shows_its_terms(place, tmp_path):
         *(place, "--data", place / "text.txt", "--max-sequences", 4, "--table", table), kind="sedd"
     )
     assert result.code == 0
-    for words in ("nats per token ≤", "prior", "reconstruction", "over draws", "perplexity ≤"):
+    for words in (
+        "nats per token ≤",
+        "prior",
+        "reconstruction",
+        "error of the draws",
+        "perplexity ≤",
+    ):
         assert words in result.out
     assert "left out" not in result.out
     assert r"\begin{tabular}" in table.read_text()
@@ -248,19 +276,114 @@ def test_the_likelihood_of_one_order(place, order):
     case = evaluation(
         *(place, "radd", "--data", f"{place}/text.txt", "--order", order, "--max-sequences", "9")
     )
-    [data], _ = case.open_all()
-    result = case.run(data, None)
-    x0, scored = data.packed.rows(data.rows)
+    [data], _ = opened(case)
+    result = figures_of(case, data)
+    x0, scored = data.source.rows(data.chosen)
     assert result.nats_per_token == pytest.approx(-log_probs()[x0[scored]].mean(), rel=1e-5)
     assert result.estimator == f"{order} order"
     assert result.standard_error_draws == 0
-    figures = case.to_json([(data, result)])
+    figures = result.to_json()
     assert (figures["is_bound"], figures["exact"], figures["draws"]) == (False, True, 0)
-    for shown in (case.table([(data, result)]), case.detail(data, result)):
+    for shown in (summary_table([result]), detail_table(result)):
         assert shown.title.startswith("Exact negative log likelihood")
-        assert not [word for word in ("bound", "≤", "left out") if word in shown.markdown()]
-    with pytest.raises(UserError, match="order needs a time-independent absorbing model"):
+        absent = ("bound", "≤", "left out, ", "prior", "diffusion", "reconstruction", "draws (")
+        assert not [word for word in absent if word in shown.markdown()]
+    with pytest.raises(
+        UserError, match=f"--order {order} needs a time-independent absorbing model"
+    ):
         evaluation(place, "sedd", "--data", "x", "--order", order)
+
+
+# ---------------------------------------------------------------- which tokens are scored
+
+
+@pytest.mark.parametrize(
+    ("cut", "texts"),
+    [
+        ("whole", documents(40)),
+        ("whole", ["ab"]),  # shorter than a row
+        ("whole", ["a" * (2 * LENGTH - 1)]),  # fills two rows to the last place, with its end
+        ("wrapped", documents(40)),
+        ("truncated", documents(40)),
+        ("as_trained", documents(40)),
+    ],
+)
+def test_every_token_is_scored_or_counted_as_dropped(place, tmp_path, cut, texts):
+    """``whole`` drops none: the scored tokens are all tokens, in their order."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    [data], failed = opened(evaluation(place, "radd", "--data", str(file), "--cut", cut))
+    assert not failed
+    x0, scored = data.source.rows(np.arange(data.source.num_rows))
+    assert len(x0) == data.source.num_rows
+    stream = [token for text in texts for token in (*encode(text), EOS)]
+    if cut == "whole":
+        assert x0[scored].tolist() == stream
+        assert data.num_dropped == 0
+    elif cut == "truncated":
+        assert scored.sum() + data.num_dropped == sum(len(encode(text)) for text in texts)
+        assert data.num_dropped > 0
+    else:  # wrapped, as these models are trained
+        assert scored.sum() + data.num_dropped == len(stream)
+        assert data.num_dropped == len(stream) % LENGTH > 0
+
+
+def test_padding_of_the_last_row_changes_no_figure_of_the_others(place, tmp_path):
+    """From Python: a text of one row and a remainder, whole; the constant model is exact."""
+    file = tmp_path / "a.txt"
+    file.write_text("the cat sat on a mat")
+    model = constant_model(place, "radd")
+    result = sedd.evaluate(model, str(file), protocol=Protocol(draws=16, cut="whole"))
+    tokens = [*encode("the cat sat on a mat"), EOS]
+    assert result.num_tokens == len(tokens)
+    assert result.nats_per_token == pytest.approx(-log_probs()[tokens].mean(), rel=0.02)
+    figures = result.to_json()
+    assert (figures["num_tokens_dropped"], figures["num_sequences"]) == (0, 2)
+    cut = sedd.evaluate(model, str(file), protocol=Protocol(draws=4)).to_json()
+    assert (cut["num_tokens"], cut["num_tokens_dropped"]) == (LENGTH, len(tokens) - LENGTH)
+
+
+def test_python_and_the_command_give_the_same_figures(place, tmp_path):
+    """A protocol by name with fields changed; JSON says of what the figures are."""
+    path, text = tmp_path / "a.json", place / "text.txt"
+    flags = ("--protocol", "sedd", "--tokenizer", "characters", "--length", LENGTH, "--draws", 4)
+    ran = evaluate(place, "--data", text, "--max-sequences", 6, "--json", path, *flags)
+    assert ran.code == 0
+    printed = json.loads(path.read_text())
+    model = sedd.load(place / "radd")
+    chosen = dataclasses.replace(PROTOCOLS["sedd"], tokenizer="characters", length=LENGTH, draws=4)
+    result = sedd.evaluate(model, str(text), protocol=chosen, max_sequences=6)
+    for name, value in result.to_json().items():
+        assert printed[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert printed["step"] == 4
+    assert printed["num_sequences_not_evaluated"] == result.data.source.num_rows - 6 > 0
+    assert printed["versions"] == {
+        "sedd": sedd.__version__,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+    }
+    x0, scored = result.data.rows(0, 6)
+    tokens = sedd.evaluate(model, x0, protocol=chosen, scored_BL=scored)
+    assert tokens.to_json()["fingerprint"] == printed["fingerprint"]
+    assert tokens.nats_per_token == pytest.approx(printed["nats_per_token"])
+    other = sedd.evaluate(model, x0[::-1].copy(), protocol=Protocol(draws=4))
+    assert other.to_json()["fingerprint"] != printed["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.zeros((2, 3, 4), int), r"shape \[sequences, length\], got int64 of shape \(2, 3, 4\)"),
+        (np.zeros((0, 12), int), r"got int64 of shape \(0, 12\)"),
+        (np.zeros((2, 12)), "got float64 of shape"),
+        (np.full((2, 12), 99), r"token ids must be in \[0, .*, got 99..99"),
+        (np.full((2, 12), -1), "got -1..-1"),
+        ("nosuch.txt", "no such file"),
+    ],
+)
+def test_python_refuses_what_is_no_data(place, data, message):
+    with pytest.raises(UserError, match=message):
+        sedd.evaluate(sedd.load(place / "radd"), data)
 
 
 # ---------------------------------------------------------------- going on
@@ -268,7 +391,7 @@ def test_the_likelihood_of_one_order(place, order):
 
 def interrupted(monkeypatch, after):
     """Evaluations that stop after some batches."""
-    score = evaluate_command.score_sequences
+    score = scoring.score_sequences
 
     def stops(*args, **kwargs):
         for number, part in enumerate(score(*args, **kwargs)):
@@ -276,7 +399,7 @@ def interrupted(monkeypatch, after):
                 raise KeyboardInterrupt
             yield part
 
-    monkeypatch.setattr(evaluate_command, "score_sequences", stops)
+    monkeypatch.setattr(scoring, "score_sequences", stops)
 
 
 def test_an_interrupted_evaluation_goes_on(place, tmp_path, monkeypatch):
@@ -348,12 +471,12 @@ def test_a_file_that_is_not_an_evaluations_is_left_alone(place, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("radd", "--protocol sed", "unknown protocol 'sed', did you mean 'sedd'?"),
+        ("radd", "--protocol sed", "unknown protocol 'sed'; did you mean 'sedd'?"),
         (
             "radd",
             "--protocol sedd",
             "protocol sedd expects tokenizer gpt2 and length 1024, and the model has characters "
-            "and 12; with --tokenizer characters --length 12 it is departed from",
+            "and 12; --tokenizer characters --length 12 departs from the protocol",
         ),
         ("radd", "--protocol sedd --length 12", "expects tokenizer gpt2, and the model has"),
         ("radd", "--protocol text8 --length 64 --tokenizer gpt2", "expects tokenizer gpt2"),
@@ -361,9 +484,17 @@ def test_a_file_that_is_not_an_evaluations_is_left_alone(place, tmp_path):
         ("radd", "--draws 0", "draws must be a positive multiple of 4, got 0"),
         ("radd", "--max-sequences 0", "max_sequences must be at least 1, got 0"),
         ("radd", "--t-min 0", "t_min must be in (0, 1), got 0.0"),
-        ("radd", "--drop-every 10", "drop_every is a rule of wrapped text"),
+        ("radd", "--drop-every 10", "drop_every needs cut wrapped, got cut as_trained"),
         ("radd", "--specials --length 2", "leaves no room between what opens and closes a row"),
-        ("radd", "--length 100000", "length 100000 is longer than the data"),
+        (
+            "radd",
+            "--length 100000",
+            "length 100000 is longer than the data: "
+            "{place}/text.txt (all) has 1,158 tokens, 1 ends of documents included; "
+            "--cut whole evaluates it in one padded row",
+        ),
+        ("radd", "--report r.pdf", "--report r.pdf: the name must end in .html or .htm"),
+        ("radd", "--report r", "--report r: the name must end in .html or .htm"),
         ("radd", "--table x.html", "--table x.html: the name must end in .md or .tex"),
     ],
 )
@@ -373,7 +504,7 @@ def test_a_mistake_is_one_line(place, kind, arguments, message):
         *("--data", place / "text.txt", *arguments.split()),
     )
     assert (result.code, len(result.errors)) == (2, 1)
-    assert message in result.errors[0]
+    assert message.replace("{place}", str(place)) in result.errors[0]
     assert result.out == ""
 
 
@@ -383,10 +514,51 @@ def test_an_unknown_data_set_gets_a_suggestion(place):
     assert "unknown corpus 'agnews', did you mean 'ag_news'?" in result.errors[0]
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mine={place}/text.txt", "'mine' is no data set that can stand before '='"),
+        ("mine={place}/text.txt", "to evaluate the file under its own name, give {place}/text.txt"),
+        ("agnews={place}/text.txt", "before '='; did you mean 'ag_news'?"),
+        ("hf://fancyzhx/ag_news", "hf:// is for checkpoints; data of the hub is written hf:fancy"),
+    ],
+)
+def test_a_source_that_is_no_data_set_gets_a_hint(place, spec, message):
+    result = evaluate(place, "--data", spec.format(place=place))
+    assert (result.code, len(result.errors)) == (2, 1)
+    assert message.format(place=place) in result.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--samples nosuch.jsonl", "--samples nosuch.jsonl: No such file"),
+        ("--samples {place}/text.txt", 'line 1: no JSON with a "text"'),
+        (
+            "--samples {place}/rows.jsonl --judge gpt2",
+            "--judge gpt2: no such directory; did you mean hf:gpt2?",
+        ),
+        ("--samples {place}/rows.jsonl --judge smolm2", "did you mean 'smollm2'?"),
+        ("--samples {place}/rows.jsonl --judge {place}", "no config.json"),
+        ("--consistency 100000", "--consistency 100000: pairs must be in"),
+        ("--table {place}", "must end in .md or .tex"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_computed(place, monkeypatch, arguments, message):
+    def compute(*args, **kwargs):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(scoring, "score_sequences", compute)
+    given = arguments.format(place=place).split()
+    result = evaluate(place, "--data", place / "text.txt", *given)
+    assert (result.code, len(result.errors)) == (2, 1)
+    assert message in result.errors[0]
+
+
 def test_a_data_set_that_is_named_twice(place):
     twice = [f"ptb={place}/text.txt", f"ptb={place}/rows.jsonl"]
-    opened, failed = evaluation(place, "radd", "--data", *twice).open_all()
-    assert [data.label for data in opened] == ["ptb"]
+    found, failed = opened(evaluation(place, "radd", "--data", *twice))
+    assert [data.label for data in found] == ["ptb"]
     assert failed == [f"{twice[1]}: there is a ptb already"]
 
 

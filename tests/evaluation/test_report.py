@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from sedd.evaluation.report import Section, Table, write_html
+from sedd.evaluation.report import Measured, Section, Table, show, write_html
 
 TABLE = Table(
     title="Bounds & others",
@@ -49,6 +49,25 @@ def test_terminal_shows_markup_as_it_is():
     text = console.export_text()
     assert "a_b|c [bold]" in text
     assert "Bounds & others" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (2.37, 0.02238, "2.370 ± 0.022"),
+        (10.7, 0.2396, "10.70 ± 0.24"),
+        (2.37, 0.0998, "2.37 ± 0.10"),
+        (493123.4, 29011.0, "493,000 ± 29,000"),
+        (911.2, 72.4, "911 ± 72"),
+        (5.0, 0.0, "5"),
+        (5.4321987, None, "5.432"),
+        (1.0, 1.458e-17, "1 ± 1.5e-17"),
+        (float("inf"), 1.0, "inf"),
+        (-0.001, 0.5, "-0.00 ± 0.50"),
+    ],
+)
+def test_a_value_has_two_digits_of_its_error(value, error, shown):
+    assert show(Measured(value, error)) == shown
 
 
 def test_rows_must_fit():
