@@ -127,6 +127,12 @@ class Reshape:
         )
         return jnp.where(jnp.isnan(log_probs).any(-1, keepdims=True), jnp.nan, shaped)
 
+    def take(self, sequence_R: Int[Array, " R"]) -> "Reshape":
+        """The Reshape of a batch whose row r is a row of sequence ``sequence_R[r]``."""
+        return jax.tree.map(
+            lambda values: jnp.asarray(values)[sequence_R] if jnp.ndim(values) else values, self
+        )
+
     def repeat(self, count: int) -> "Reshape":
         """For a batch in which each sequence stands ``count`` times in a row."""
         return jax.tree.map(

@@ -151,14 +151,19 @@ def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
 
 
 def _reconstruction(denoiser, schedule, keys_B, x0_BL, scored_BL, t_min) -> Float[Array, " B"]:
-    """-log p(x0 | x at t_min) by the samplers' last step."""
+    """-log p(x0 | xt at t_min), by the last step of the τ-leaping samplers."""
     process = denoiser.process
     sigma_B = jnp.full(x0_BL.shape[0], schedule.sigma(jnp.float32(t_min)))
     xt_BL = jnp.where(scored_BL, process.corrupt(keys_B, x0_BL, sigma_B), x0_BL)
-    log_score_BLV = denoiser.log_score(xt_BL, sigma_B)
-    log_probs_BLV = process.denoise(log_score_BLV, xt_BL, sigma_B[:, None])
+    hidden = denoiser.hidden(xt_BL, sigma_B)
+
+    def nats(rows):
+        log_score_RV = denoiser.log_score_rows(hidden, xt_BL, sigma_B, rows)
+        log_probs_RV = process.denoise(log_score_RV, rows.pick(xt_BL), rows.pick(sigma_B))
+        return -at(log_probs_RV, rows.pick(x0_BL))
+
     unknown_BL = scored_BL & process.can_move(xt_BL)
-    return -jnp.where(unknown_BL, at(log_probs_BLV, x0_BL), 0.0).sum(-1)
+    return denoiser.map_rows(unknown_BL, nats, sigma_B.dtype).sum(-1)
 
 
 def level(shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int) -> Float[Array, " B"]:

@@ -2,3 +2,4 @@ from .base import Attend as Attend
 from .base import Network as Network
 from .base import read_out as read_out
 from .ddit import DDiT as DDiT
+from .rows import Rows as Rows

@@ -35,13 +35,13 @@ class Confidence(Ranked):
         if self.by not in get_args(Score):
             raise FieldError("by", f"must be one of {', '.join(get_args(Score))}, got {self.by!r}")
 
-    def score(self, reading, positions_BK):
-        log_probs_BKN = reading.log_probs(positions_BK)
+    def score(self, prediction, rows):
+        log_probs_RN = prediction.log_probs(rows)
         if self.by == "entropy":
-            return -entropy(log_probs_BKN)
+            return -entropy(log_probs_RN)
         if self.by == "max_probability":
-            return log_probs_BKN.max(-1)
-        best = jnp.exp(jax.lax.top_k(log_probs_BKN, 2)[0])
+            return log_probs_RN.max(-1)
+        best = jnp.exp(jax.lax.top_k(log_probs_RN, 2)[0])
         return best[..., 0] - best[..., 1]
 
     def count(self, state, falling_BL):

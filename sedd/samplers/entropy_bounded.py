@@ -29,8 +29,8 @@ class EntropyBounded(Ranked):
         if not 0 <= self.gamma < math.inf:
             raise FieldError("gamma", f"must be finite and at least 0, got {self.gamma}")
 
-    def score(self, reading, positions_BK):
-        return -jnp.maximum(entropy(reading.log_probs(positions_BK)), 0.0)
+    def score(self, prediction, rows):
+        return -jnp.maximum(entropy(prediction.log_probs(rows)), 0.0)
 
     def count(self, state, falling_BL):
         entropy_BL = -falling_BL  # infinite where there is nothing to reveal

@@ -50,7 +50,7 @@ class EventJump(Revealing):
             k_BL = jnp.where(later, later_BL, k_BL)
         return k_BL
 
-    def choose(self, state, masked_BL, reading):
+    def choose(self, state, masked_BL, prediction):
         return state.plan == state.round_B[:, None]
 
 

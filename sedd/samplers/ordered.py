@@ -65,7 +65,7 @@ class Ordered(Revealing):
             rank_BL = dense_rank(jnp.broadcast_to(place_L, free_BL.shape), free_BL)
         return group_of(rank_BL, free_BL.sum(1), self.steps)
 
-    def choose(self, state, masked_BL, reading):
+    def choose(self, state, masked_BL, prediction):
         return state.plan == state.round_B[:, None]
 
 

@@ -13,7 +13,7 @@ from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.samplers.base import Sampler, Samples, State, SteppedSampler, fill, record
 from sedd.samplers.noise import fold
-from sedd.samplers.reveal import Reading, masked
+from sedd.samplers.reveal import Prediction, masked
 from sedd.samplers.verifier import Verifier, verify
 from sedd.types import Array, Bool, Float, Int, Key
 
@@ -141,13 +141,13 @@ class Particle(Sampler):
         if not denoiser.process.absorbing:
             return state.x_BL, jnp.zeros(state.calls_B.shape, jnp.int32)
         masked_BL = masked(denoiser, state)
-        reading = Reading(
+        prediction = Prediction(
             denoiser=denoiser,
             hidden=denoiser.hidden(state.x_BL, self.inner.sigma(state)),
             x_BL=state.x_BL,
             keys_B=keys_B,
         ).proposing(keys_B, masked_BL)
-        drawn_BL = reading.draw(masked_BL)
+        drawn_BL = prediction.draw(masked_BL)
         return jnp.where(masked_BL, drawn_BL, state.x_BL), masked_BL.any(1).astype(jnp.int32)
 
 

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from sedd.arrays import at
-from sedd.denoiser import Denoiser
+from sedd.denoiser import Denoiser, all_positions
 from sedd.errors import FieldError
+from sedd.networks.rows import Rows
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import coins, fold
-from sedd.samplers.reveal import Reading, at_positions, masked, revealed_share
+from sedd.samplers.reveal import Prediction, masked, revealed_share
 from sedd.types import Array
 
 Strategy = Literal["cap", "rescale", "loop", "confidence"]
@@ -148,22 +149,20 @@ class ReMDM(SteppedSampler):
         )
         called_B = reveals_BL.any(1)
         keys_B = fold(fold(state.keys_B, state.round_B), 2)
-        reading = Reading(
+        prediction = Prediction(
             denoiser=denoiser,
             hidden=denoiser.hidden(state.x_BL, self.sigma(state)),
             x_BL=state.x_BL,
             keys_B=keys_B,
         ).proposing(keys_B, reveals_BL)
-        drawn_BL = reading.draw(reveals_BL)
+        drawn_BL = prediction.draw(reveals_BL)
         psi_BL = state.plan
         if self.strategy == "confidence":
 
-            def log_probability(positions_BK):
-                return at(
-                    reading.log_probs(positions_BK), jnp.take_along_axis(drawn_BL, positions_BK, 1)
-                )
+            def log_probability(rows):
+                return at(prediction.log_probs(rows), rows.pick(drawn_BL))
 
-            log_psi_BL = at_positions(reveals_BL, log_probability, psi_BL.dtype)
+            log_psi_BL = denoiser.map_rows(reveals_BL, log_probability, psi_BL.dtype)
             psi_BL = jnp.where(reveals_BL, jnp.exp(log_psi_BL), psi_BL)
         state = self.masked_again(denoiser, state, remasks_BL & called_B[:, None])
         return replace(
@@ -184,11 +183,15 @@ class ReMDM(SteppedSampler):
         reveal_keys_B, remask_keys_B = (
             fold(fold(state.keys_B, state.round_B), i) for i in range(2)
         )
+        rows = Rows.at(all_positions(state.x_BL))
+
+        def flip(keys_B, probability):
+            probability_BL = jnp.broadcast_to(probability, masked_BL.shape)
+            return coins(keys_B, rows, probability_BL.reshape(-1)).reshape(masked_BL.shape)
+
         return (
-            masked_BL & coins(reveal_keys_B, jnp.broadcast_to(reveal, masked_BL.shape)),
-            state.free_BL
-            & ~masked_BL
-            & coins(remask_keys_B, jnp.broadcast_to(remask, masked_BL.shape)),
+            masked_BL & flip(reveal_keys_B, reveal),
+            state.free_BL & ~masked_BL & flip(remask_keys_B, remask),
         )
 
     def masked_again(self, denoiser: Denoiser, state: State, where_BL: Array) -> State:

@@ -1,29 +1,27 @@
-"""The loop of the samplers that reveal masked positions by the conditional of clean tokens."""
+"""The base of samplers that reveal masked positions by the conditional of clean tokens."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
+from sedd.networks.rows import Rows
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold, tokens_at
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
-BUCKETS = (1, 4, 16, 64)  # positions of a sequence that are read out together
-PROPOSAL = 2**31 - 2  # folded into a round's keys it gives a constraint's; no position is that
+PROPOSAL = 2**31 - 2  # folded into a round's keys for a constraint's; no position is that large
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A network call: the conditionals of clean tokens, and draws from them.
+class Prediction:
+    """The conditionals of clean tokens that one network call predicts, and draws from them.
 
-    Under a constraint the positions that it governs have the tokens of its proposal.
+    Positions that a constraint governs take the tokens of its proposal.
     """
 
     denoiser: Denoiser
@@ -32,37 +30,41 @@ class Reading:
     keys_B: Key[Array, " B"]
     proposal_BL: Int[Array, "B L"] | None = None  # -1 where there is none
 
-    def proposing(self, keys_B: Key[Array, " B"], commit_BL: Bool[Array, "B L"]) -> "Reading":
-        """With what the constraint proposes, if there is one, when ``commit_BL`` is to be kept."""
+    def proposing(self, keys_B: Key[Array, " B"], commit_BL: Bool[Array, "B L"]) -> "Prediction":
+        """With the constraint's proposal, if there is one; ``commit_BL`` of it will be kept."""
         if self.denoiser.constraint is None:
             return self
         none_BL = jnp.full_like(self.x_BL, -1)
         keys_B = fold(keys_B, PROPOSAL)
-        proposal_BL = self.denoiser.propose(keys_B, self.x_BL, commit_BL, self.log_probs, none_BL)
+        proposal_BL = self.denoiser.propose(
+            keys_B,
+            self.x_BL,
+            commit_BL,
+            lambda positions_BK: self.denoiser.log_conditional_at(
+                self.hidden, self.x_BL, positions_BK
+            ),
+            none_BL,
+        )
         return replace(self, proposal_BL=proposal_BL)
 
-    def log_probs(self, positions_BK: Int[Array, "B K"]) -> Float[Array, "B K N"]:
-        """The log conditionals at some positions: the output layer of those alone."""
-        return self.denoiser.log_conditional_at(self.hidden, self.x_BL, positions_BK)
+    def log_probs(self, rows: Rows) -> Float[Array, "R N"]:
+        """The log conditionals of some rows."""
+        return self.denoiser.log_conditional_rows(self.hidden, self.x_BL, rows)
 
-    def tokens(
-        self, positions_BK: Int[Array, "B K"], log_probs_BKN: Float[Array, "B K N"]
-    ) -> Int[Array, "B K"]:
-        """Draws at some positions, whose log conditionals are given."""
-        drawn_BK = tokens_at(self.keys_B, positions_BK, log_probs_BKN)
+    def tokens(self, rows: Rows, log_probs_RN: Float[Array, "R N"]) -> Int[Array, " R"]:
+        """A token of each row, given the log conditionals."""
+        drawn_R = tokens_at(self.keys_B, rows, log_probs_RN)
         if self.proposal_BL is None:
-            return drawn_BK
-        proposal_BK = jnp.take_along_axis(self.proposal_BL, positions_BK, 1)
-        return jnp.where(proposal_BK >= 0, proposal_BK, drawn_BK)
+            return drawn_R
+        proposal_R = rows.pick(self.proposal_BL)
+        return jnp.where(proposal_R >= 0, proposal_R, drawn_R)
 
     def draw(self, select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-        """Tokens at the selected positions, each with its own noise; elsewhere 0, or some token."""
+        """Tokens at the selected positions; elsewhere 0, or any token."""
         if self.proposal_BL is not None:
             select_BL = select_BL & (self.proposal_BL < 0)
-        drawn_BL = at_positions(
-            select_BL,
-            lambda positions_BK: self.tokens(positions_BK, self.log_probs(positions_BK)),
-            jnp.int32,
+        drawn_BL = self.denoiser.map_rows(
+            select_BL, lambda rows: self.tokens(rows, self.log_probs(rows)), jnp.int32
         )
         if self.proposal_BL is None:
             return drawn_BL
@@ -71,10 +73,10 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Revealing(SteppedSampler):
-    """One network call a round and sequence; some of its masked positions are then drawn.
+    """A network call a round for each sequence, after which some masked positions are drawn.
 
-    Every sequence goes at its own pace, and only the positions that are drawn pass through the
-    output layer. What is given costs no call.
+    A sequence needs as many rounds as its own masked positions take, and only positions that are
+    drawn pass through the output layer. A sequence without masks needs no call.
     """
 
     needs_absorbing: ClassVar[bool] = True
@@ -85,13 +87,13 @@ class Revealing(SteppedSampler):
     def make_plan(
         self, keys_B: Key[Array, " B"], free_BL: Bool[Array, "B L"]
     ) -> Int[Array, " B *l"]:
-        """What is decided before the first call; a row a sequence."""
+        """The plan made before the first call; its leaves have a row a sequence."""
 
     @abstractmethod
     def choose(
-        self, state: State, masked_BL: Bool[Array, "B L"], reading: Reading
+        self, state: State, masked_BL: Bool[Array, "B L"], prediction: Prediction
     ) -> Bool[Array, "B L"]:
-        """The masked positions to reveal in this round: at least one where there are any."""
+        """The masked positions to reveal in this round: at least one if a sequence has any."""
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         free_BL = ~fixed_BL
@@ -111,16 +113,16 @@ class Revealing(SteppedSampler):
     def advance(self, denoiser, state):
         masked_BL, active_B = masked(denoiser, state), self.active(denoiser, state)
         round_keys_B = fold(state.keys_B, state.round_B)
-        reading = Reading(
+        prediction = Prediction(
             denoiser=denoiser,
             hidden=denoiser.hidden(state.x_BL),
             x_BL=state.x_BL,
             keys_B=round_keys_B if self.redraws else state.keys_B,
         ).proposing(round_keys_B, masked_BL)
-        chosen_BL = masked_BL & self.choose(state, masked_BL, reading)
+        chosen_BL = masked_BL & self.choose(state, masked_BL, prediction)
         if denoiser.constraint is not None and denoiser.constraint.wants_commit:
-            reading = reading.proposing(round_keys_B, chosen_BL)
-        drawn_BL = reading.draw(chosen_BL)
+            prediction = prediction.proposing(round_keys_B, chosen_BL)
+        drawn_BL = prediction.draw(chosen_BL)
         return state.moved(jnp.where(chosen_BL, drawn_BL, state.x_BL), active_B, active_B)
 
     def max_rounds(self, length):
@@ -129,27 +131,28 @@ class Revealing(SteppedSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Revealing):
-    """Masked positions in the order of a score that the network's output gives; highest first."""
+    """Reveals masked positions by a score of the network's output, highest first."""
 
     @abstractmethod
-    def score(self, reading: Reading, positions_BK: Int[Array, "B K"]) -> Float[Array, "B K"]:
-        """Of masked positions, finite."""
+    def score(self, prediction: Prediction, rows: Rows) -> Float[Array, " R"]:
+        """The score of some masked rows, finite."""
 
     @abstractmethod
     def count(self, state: State, falling_BL: Float[Array, "B L"]) -> Int[Array, " B"]:
-        """How many of the highest to reveal, given the scores in falling order.
+        """How many of the highest scores to reveal, given the scores in falling order.
 
-        ``state.plan`` is the number of free positions; what is not masked scores -inf.
+        ``state.plan`` is the number of free positions. A position that is not masked scores -inf.
         """
 
     def make_plan(self, keys_B, free_BL):
         return free_BL.sum(1)
 
-    def choose(self, state, masked_BL, reading):
-        score_BL = at_positions(
-            masked_BL, lambda positions_BK: self.score(reading, positions_BK), jnp.float32
+    def choose(self, state, masked_BL, prediction):
+        score_BL = prediction.denoiser.map_rows(
+            masked_BL, lambda rows: self.score(prediction, rows), jnp.float32
         )
-        # Behind all others, but before what is not masked: nan would come last and never be chosen.
+        # nan ranks behind all other masked positions, but before those that are not masked: sorted
+        # as nan it would come last and never be revealed.
         least = jnp.finfo(score_BL.dtype).min
         score_BL = jnp.nan_to_num(score_BL, nan=least, neginf=least)
         score_BL = jnp.where(masked_BL, score_BL, -jnp.inf)
@@ -159,33 +162,8 @@ class Ranked(Revealing):
 
 
 def masked(denoiser: Denoiser, state: State) -> Bool[Array, "B L"]:
-    """Free positions that have not been revealed."""
+    """The free positions that are still masked."""
     return state.free_BL & (state.x_BL == denoiser.mask_id)
-
-
-def at_positions(select_BL: Bool[Array, "B L"], values: Callable[[Array], Array], dtype) -> Array:
-    """``values(positions [B, K]) -> [B, K]`` at the selected positions; anything elsewhere.
-
-    K is the smallest bucket that holds the most that any sequence has, and the largest bucket as
-    often as needed: shapes stay static, and neither memory nor work is that of all positions.
-    """
-    batch, length = select_BL.shape
-    order_BL = jnp.argsort(~select_BL, axis=1, stable=True)  # the selected ones first
-    most = select_BL.sum(1).max()
-    sizes = [size for size in BUCKETS if size < length]
-    sizes = [*sizes, length] if length <= BUCKETS[-1] else sizes
-
-    def bucket(size):
-        def one(i, out_BL):
-            # The last slice may reach back over positions that were done: they come out the same.
-            positions_BK = jax.lax.dynamic_slice_in_dim(order_BL, i * size, size, 1)
-            rows_B1 = jnp.arange(batch)[:, None]
-            return out_BL.at[rows_B1, positions_BK].set(values(positions_BK).astype(dtype))
-
-        return lambda out_BL: jax.lax.fori_loop(0, -(-most // size), one, out_BL)
-
-    index = jnp.minimum(jnp.searchsorted(jnp.asarray(sizes), most), len(sizes) - 1)
-    return jax.lax.switch(index, [bucket(s) for s in sizes], jnp.zeros((batch, length), dtype))
 
 
 def check_steps(steps: int | None) -> None:
@@ -197,9 +175,10 @@ def check_steps(steps: int | None) -> None:
 def group_size(
     total_B: Int[Array, " B"], steps: int | None, round_B: Int[Array, " B"]
 ) -> Int[Array, " B"]:
-    """How many of ``total_B`` positions to reveal in a round, spread evenly over ``steps``.
+    """How many of ``total_B`` positions to reveal in a round if they are spread over ``steps``.
 
-    One each without steps, or with more of them than positions. Larger groups come last.
+    Sizes differ by at most 1, and the larger groups come last. One position a round if ``steps`` is
+    None or exceeds the positions.
     """
     groups_B = jnp.maximum(total_B if steps is None else jnp.minimum(total_B, steps), 1)
     return total_B // groups_B + (round_B >= groups_B - total_B % groups_B)
@@ -208,7 +187,7 @@ def group_size(
 def group_of(
     rank_BL: Int[Array, "B L"], total_B: Int[Array, " B"], steps: int | None
 ) -> Int[Array, "B L"]:
-    """The round in which the position of a rank is revealed: the groups of ``group_size``."""
+    """The round in which the position of each rank is revealed, in groups of ``group_size``."""
     total_B1 = total_B[:, None]
     groups_B1 = jnp.maximum(total_B1 if steps is None else jnp.minimum(total_B1, steps), 1)
     small_B1, larger_B1 = total_B1 // groups_B1, total_B1 % groups_B1
@@ -221,15 +200,15 @@ def group_of(
 
 
 def revealed_share(schedule: NoiseSchedule, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The share of positions that are revealed by time t: 0 at t = 1 and 1 at t = 0, exactly."""
+    """The share of positions revealed by time t; exactly 0 at t = 1 and 1 at t = 0."""
     alpha, first, last = (jnp.exp(-schedule.sigma(jnp.asarray(x, float))) for x in (t, 1, 0))
     return (alpha - first) / (last - first)
 
 
 def dense_rank(values_BL: Int[Array, "B L"], select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """0, 1, … for the distinct values of each sequence's selected positions, in rising order.
+    """Rank of each selected position's value among the distinct ones of its sequence, from 0.
 
-    Positions that are not selected rank after them.
+    Positions that are not selected rank last.
     """
     values_BL = jnp.where(select_BL, values_BL, jnp.iinfo(jnp.int32).max)
     order_BL = jnp.argsort(values_BL, axis=1, stable=True)

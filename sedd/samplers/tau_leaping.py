@@ -1,4 +1,4 @@
-"""The loop of the τ-leaping samplers, which work on any process. arXiv:2310.16834, section 4."""
+"""The base of τ-leaping samplers, which work on any process. arXiv:2310.16834, section 4."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from sedd.errors import FieldError
+from sedd.networks.rows import Rows
 from sedd.processes.base import Process
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import fold, leap, tokens_of
+from sedd.samplers.noise import fold, leap, tokens_at
 from sedd.types import Array, Float, Int
 
 T_MIN = 1e-5  # where the steps on the score end and the denoising call begins
@@ -17,15 +18,14 @@ T_MIN = 1e-5  # where the steps on the score end and the denoising call begins
 
 @dataclass(frozen=True, kw_only=True)
 class TauLeaping(SteppedSampler):
-    """All positions leap at once over ``steps`` equal intervals of time, from t = 1 to 1e-5.
+    """All positions move at once in each of ``steps`` equal intervals of time, from t = 1 to 1e-5.
 
-    One denoising call follows, so that no mask survives: steps + 1 network calls for every
-    sequence. The law tends to the model's own as the steps grow; its distance halves as they
-    double.
+    A last call draws clean tokens, so that no mask is left: ``steps`` + 1 network calls a sequence.
+    The law tends to the model's own as the steps grow: the distance halves when they double.
     """
 
     steps: int = 128
-    """Intervals of time, with one network call each; one more call denoises."""
+    """Intervals of time, with one network call each; one more call draws clean tokens."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -40,10 +40,10 @@ class TauLeaping(SteppedSampler):
         t: Float[Array, "..."],
         s: Float[Array, "..."],
     ) -> Float[Array, "*b V"]:
-        """Probabilities of the state at time s given x at t > s: unnormalised, maybe negative."""
+        """Unnormalised probabilities of the state at time s < t given x at t; may be negative."""
 
     def time(self, step):
-        """The time at which a step begins; the last one begins at 1e-5."""
+        """The time at which a step begins; 1e-5 after the last one."""
         done = jnp.minimum(step / self.steps, 1.0)
         return (1 - done) + done * T_MIN
 
@@ -73,34 +73,37 @@ class TauLeaping(SteppedSampler):
 
     def advance(self, denoiser, state):
         process, x_BL, sigma_B = denoiser.process, state.x_BL, self.sigma(state)
-        log_score_BLV = denoiser.log_score(x_BL, sigma_B)
         t_B, s_B = self.time(state.round_B), self.time(state.round_B + 1)
-        probs_BLV = self.step_probs(process, log_score_BLV, x_BL, t_B[:, None], s_B[:, None])
+        active_B, last_B = self.active(denoiser, state), state.round_B >= self.steps
         keys_B = fold(state.keys_B, state.round_B + 1)
-        moved_BL = leap(keys_B, x_BL, probs_BLV)
+        hidden = denoiser.hidden(x_BL, sigma_B)
 
-        def denoised():
-            log_probs_BLV = process.denoise(log_score_BLV, x_BL, sigma_B[:, None])
-            clean_BL = tokens_of(fold(keys_B, 2), log_probs_BLV).astype(x_BL.dtype)
-            return jnp.where(process.can_move(x_BL), clean_BL, x_BL)
+        def clean(rows, log_score_RV):
+            return process.denoise(log_score_RV, rows.pick(x_BL), rows.pick(sigma_B))
 
-        last_B = state.round_B >= self.steps
-        moved_BL = jnp.where(
-            last_B[:, None], jax.lax.cond(last_B.any(), denoised, lambda: x_BL), moved_BL
-        )
+        def move(rows):
+            x_R, last_R = rows.pick(x_BL), rows.pick(last_B)
+            log_score_RV = denoiser.log_score_rows(hidden, x_BL, sigma_B, rows)
+            probs_RV = self.step_probs(process, log_score_RV, x_R, rows.pick(t_B), rows.pick(s_B))
+            leapt_R = leap(keys_B, rows, x_R, probs_RV)
+
+            def denoised():
+                drawn_R = tokens_at(fold(keys_B, 2), rows, clean(rows, log_score_RV))
+                return drawn_R.astype(x_R.dtype)
+
+            return jnp.where(last_R, jax.lax.cond(last_R.any(), denoised, lambda: leapt_R), leapt_R)
+
+        movable_BL = state.free_BL & active_B[:, None] & process.can_move(x_BL)
+        moved_BL = denoiser.map_rows(movable_BL, move, x_BL.dtype)
+        moved_BL = jnp.where(movable_BL, moved_BL, x_BL)
 
         def read(positions_BK):
-            places_BK1 = positions_BK[..., None]
-            log_probs_BKV = process.denoise(
-                jnp.take_along_axis(log_score_BLV, places_BK1, 1),
-                jnp.take_along_axis(x_BL, positions_BK, 1),
-                sigma_B[:, None],
-            )
-            return log_probs_BKV[..., : process.num_tokens]
+            rows = Rows.at(positions_BK)
+            log_probs_RV = clean(rows, denoiser.log_score_rows(hidden, x_BL, sigma_B, rows))
+            return log_probs_RV[:, : process.num_tokens].reshape(*positions_BK.shape, -1)
 
-        # What leaves the mask takes the constraint's token, where there is a constraint.
+        # Positions that leave the mask take the constraint's tokens, where it governs them.
         leaves_BL = moved_BL != x_BL
         moved_BL = denoiser.propose(fold(keys_B, 3), x_BL, leaves_BL, read, moved_BL)
         moved_BL = jnp.where(leaves_BL, moved_BL, x_BL)
-        active_B = self.active(denoiser, state)
         return state.moved(moved_BL, active_B, active_B)

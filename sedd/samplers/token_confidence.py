@@ -43,9 +43,9 @@ class TokenConfidence(Ranked):
         if self.steps is not None:
             raise FieldError("threshold", "decides how many are kept: give no steps beside it")
 
-    def score(self, reading, positions_BK):
-        log_probs_BKN = reading.log_probs(positions_BK)
-        return at(log_probs_BKN, reading.tokens(positions_BK, log_probs_BKN))
+    def score(self, prediction, rows):
+        log_probs_RN = prediction.log_probs(rows)
+        return at(log_probs_RN, prediction.tokens(rows, log_probs_RN))
 
     def count(self, state, falling_BL):
         if self.threshold is None:

@@ -22,7 +22,7 @@ from sedd.samplers.entropy_bounded import EntropyBounded
 from sedd.samplers.event_jump import EventJump
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.remdm import ReMDM
-from sedd.samplers.reveal import Reading, masked
+from sedd.samplers.reveal import Prediction, masked
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.token_confidence import TokenConfidence
 from sedd.samplers.tweedie import Tweedie
@@ -101,14 +101,14 @@ def library_plans(sampler, free):
 
 @functools.partial(jax.jit, static_argnames="sampler", compiler_options=oracle.QUICKLY)
 def library_choice(sampler, denoiser, state):
-    reading = Reading(
+    prediction = Prediction(
         denoiser=denoiser,
         hidden=denoiser.hidden(state.x_BL),
         x_BL=state.x_BL,
         keys_B=state.keys_B,
     )
     masked_BL = masked(denoiser, state)
-    return masked_BL & sampler.choose(state, masked_BL, reading)
+    return masked_BL & sampler.choose(state, masked_BL, prediction)
 
 
 def library_step(sampler, free, plan, round):

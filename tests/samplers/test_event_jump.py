@@ -15,8 +15,9 @@ import oracle
 import pytest
 from oracle import i32, keys
 
-from sedd.denoiser import Denoiser
+from sedd.denoiser import Denoiser, all_positions
 from sedd.networks.base import Attend, Network
+from sedd.networks.rows import CHUNK_BYTES, COPIES, Rows, row_sizes
 from sedd.parameterizations.conditional import Conditional
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
@@ -30,7 +31,7 @@ from sedd.samplers.noise import fold, tokens_at
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.particle import Particle
 from sedd.samplers.remdm import ReMDM
-from sedd.samplers.reveal import at_positions, dense_rank, group_of, group_size
+from sedd.samplers.reveal import dense_rank, group_of, group_size
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.token_confidence import TokenConfidence
 from sedd.samplers.tweedie import Tweedie
@@ -142,8 +143,10 @@ def random_clamps(seed, batch, length, share=0.3):
 
 @jax.jit
 def draw_everywhere(denoiser, keys_B, x_BL):
-    places_BL = jnp.broadcast_to(jnp.arange(x_BL.shape[1]), x_BL.shape)
-    return tokens_at(keys_B, places_BL, denoiser.log_conditional(x_BL))
+    rows = Rows.at(all_positions(x_BL))
+    log_probs_BLN = denoiser.log_conditional(x_BL)
+    log_probs_RN = log_probs_BLN.reshape(-1, log_probs_BLN.shape[-1])
+    return tokens_at(keys_B, rows, log_probs_RN).reshape(x_BL.shape)
 
 
 def step_by_step(sampler, denoiser, keys_B, tokens_BL, fixed_BL):
@@ -478,25 +481,44 @@ def test_dense_rank():
     assert rank_BL[1, [0, 2, 4]].tolist() == [2, 0, 1]
 
 
-# ---------------------------------------------------------------- positions in buckets
+# ---------------------------------------------------------------- rows in chunks
 
 
-@pytest.mark.parametrize("length", [3, 64, 65, 200])
-def test_values_land_at_the_selected_positions(length):
-    """Whatever their number: none, a bucket, more than the largest, whose last slice slides."""
+@pytest.mark.parametrize(("length", "num_states"), [(3, 5), (65, 5), (65, 2**20), (65, 2**40)])
+def test_values_land_at_the_selected_positions(length, num_states):
+    """Whatever their number: none, a chunk, several, the last one filled up; chunks of one row."""
     rng = np.random.default_rng(length)
+    network = oracle.ConstantNetwork(num_states=num_states, time_conditioned=False)
+    denoiser = dataclasses.replace(exact(RADD), params=None, network=network)
 
     @jax.jit
     def squares(select_BL):
-        place_B1 = 1000 * jnp.arange(1, 4)[:, None]
-        return at_positions(select_BL, lambda at_BK: place_B1 + at_BK**2, jnp.int32)
+        def square(rows):
+            return 1000 * (1 + rows.sequence_R) + rows.position_R**2
+
+        return denoiser.map_rows(select_BL, square, jnp.int32)
 
     value_BL = 1000 * np.arange(1, 4)[:, None] + np.arange(length)[None] ** 2
     for count in range(length + 1):
         counts = np.array([count, count // 2, 0])
         select_BL = rng.permuted(np.arange(length)[None] < counts[:, None], axis=1)
         got_BL = np.asarray(squares(jnp.asarray(select_BL)))
-        np.testing.assert_array_equal(got_BL[select_BL], value_BL[select_BL])
+        np.testing.assert_array_equal(got_BL, np.where(select_BL, value_BL, 0))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "num_states", "sizes"),
+    [
+        (32, 512, 50_258, (256, 32)),
+        (1, 512, 50_258, (256, 8, 1)),
+        (512, 64, 50_258, (256,)),  # fewer rows than sequences
+        (3, 6, 5, (18, 3)),
+        (1, 1, 2**40, (1,)),
+    ],
+)
+def test_chunks_fit_into_their_bytes(batch, length, num_states, sizes):
+    assert row_sizes(batch, length, num_states) == sizes
+    assert sizes == (1,) or 4 * COPIES * sizes[0] * num_states <= CHUNK_BYTES
 
 
 # ---------------------------------------------------------------- memory

@@ -13,6 +13,7 @@ from scipy import stats
 
 from sedd.arrays import categorical
 from sedd.denoiser import Denoiser
+from sedd.networks.rows import Rows
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.samplers.event_jump import EventJump
@@ -24,7 +25,12 @@ VOCABULARY = 50_257
 
 def leap_row(key, x_L, probs_LV):
     """`leap` of one sequence."""
-    return leap(key[None], x_L[None], probs_LV[None])[0]
+    return leap(key[None], Rows.at(jnp.arange(len(x_L))[None]), x_L, probs_LV)
+
+
+def each_position(batch, length, first=0):
+    """The rows of all positions, from ``first`` on."""
+    return Rows.at(jnp.broadcast_to(jnp.arange(first, first + length), (batch, length)))
 
 
 def test_the_tail_of_a_zipf_distribution_has_its_mass():
@@ -186,10 +192,10 @@ def test_control_one_stage_float32_has_no_tail():
 # ---------------------------------------------------------------- noise is a request's own
 
 
-def leaves(keys_B, probability_BL):
+def leaves(keys_B, rows, probability_R):
     """Whether `leap` leaves token 1 for token 0."""
-    probs_BLV = jnp.stack([probability_BL, 1 - probability_BL], -1)
-    return leap(keys_B, jnp.ones(probability_BL.shape, jnp.int32), probs_BLV) == 0
+    probs_RV = jnp.stack([probability_R, 1 - probability_R], -1)
+    return leap(keys_B, rows, jnp.ones(probability_R.shape, jnp.int32), probs_RV) == 0
 
 
 @pytest.mark.parametrize("decide", [leaves, coins])
@@ -202,7 +208,8 @@ def test_a_coin_does_not_depend_on_how_many_follow(decide):
         def halve(_, bounds):
             below_BL, above_BL = bounds
             middle_BL = (below_BL + above_BL) / 2
-            falls_BL = decide(keys_B, middle_BL)
+            rows = each_position(*middle_BL.shape)
+            falls_BL = decide(keys_B, rows, middle_BL.reshape(-1)).reshape(middle_BL.shape)
             return (
                 jnp.where(falls_BL, below_BL, middle_BL),
                 jnp.where(falls_BL, middle_BL, above_BL),
@@ -217,12 +224,10 @@ def test_a_coin_does_not_depend_on_how_many_follow(decide):
 def test_the_noise_of_tokens_and_orders_does_not_depend_on_how_many_follow():
     keys_B = oracle.keys(19, 4)
     log_probs_BLN = jax.random.normal(jax.random.key(0), (4, 12, 5))
-    places_BL = jnp.broadcast_to(jnp.arange(12), (4, 12))
     at_some, rank = (jax.jit(f, compiler_options=oracle.QUICKLY) for f in (tokens_at, random_rank))
-    drawn_BL = at_some(keys_B, places_BL, log_probs_BLN)
-    np.testing.assert_array_equal(
-        drawn_BL[:, 3:9], at_some(keys_B, places_BL[:, 3:9], log_probs_BLN[:, 3:9])
-    )
+    drawn_R = at_some(keys_B, each_position(4, 12), log_probs_BLN.reshape(-1, 5))
+    some_R = at_some(keys_B, each_position(4, 6, first=3), log_probs_BLN[:, 3:9].reshape(-1, 5))
+    np.testing.assert_array_equal(drawn_R.reshape(4, 12)[:, 3:9], some_R.reshape(4, 6))
     select_BL = np.random.default_rng(0).random((4, 12)) < 0.7
     select_BL[:, 9:] = False
     rank_BL = np.asarray(rank(keys_B, jnp.asarray(select_BL)))
