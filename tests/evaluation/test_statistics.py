@@ -1,6 +1,7 @@
 """Tests of texts keep their level on real text, see what is not real, and count as they say."""
 
 import re
+import tracemalloc
 from collections import Counter, defaultdict
 from itertools import pairwise
 
@@ -9,16 +10,11 @@ import pytest
 from scipy import stats
 
 from sedd.data.corpora import open_corpus
+from sedd.evaluation import permutation
+from sedd.evaluation.documents import CHECKPOINTS, measure
+from sedd.evaluation.permutation import distances_of, holm, permutation_test
 from sedd.evaluation.report import write_html
-from sedd.evaluation.statistics import (
-    CHECKPOINTS,
-    compare,
-    compare_documents,
-    distances_of,
-    holm,
-    measure,
-    permutation_test,
-)
+from sedd.evaluation.statistics import compare, compare_documents
 
 ALPHA, SPLITS, WORDS = 0.01, 200, 100
 
@@ -47,7 +43,8 @@ def rejections(documents, distances, *, cheat=0.0):
         if rng.random() < cheat:
             order = np.argsort(documents.stop_share_S)
         is_sample = np.isin(np.arange(size), order[: size // 2])
-        found.append(permutation_test(distances, is_sample, 899, seed=split)[1])
+        p = permutation_test(distances, is_sample, 899, seed=split, width=documents.num_types)[1]
+        found.append(p)
     return np.array(found), sum(min(holm(p)) <= ALPHA for p in found)
 
 
@@ -150,6 +147,42 @@ def test_distances_by_hand():
     assert found["words"] == pytest.approx([1.0, 0.5])
     assert found["stop words"] == pytest.approx([1.0, 0.5])
     assert found["document length"].tolist() == [0, 0]
+
+
+def test_the_distance_of_one_number_a_document_is_kolmogorov_smirnov(pieces):
+    """Against scipy, with ties and without; equal values are one step of both laws."""
+    rng = np.random.default_rng(0)
+    for values in (rng.integers(0, 4, 30), rng.random(30), np.ones(30), rng.integers(0, 20, 30)):
+        distance = permutation._ks_of_values(values)
+        labels = rng.random((5, 30)) < 0.4
+        expected = [stats.ks_2samp(values[row], values[~row]).statistic for row in labels]
+        assert distance(labels.astype(np.float32)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("cells", [1, 40 * 150, 1 << 22])
+def test_blocks_of_labellings_change_no_p_value(pieces, monkeypatch, cells):
+    documents, is_sample = measure(pieces[:40]), np.arange(40) < 15
+    distances = distances_of(documents)
+    rng = np.random.default_rng(3)
+    labels = np.concatenate(
+        [is_sample[None], rng.permuted(np.tile(is_sample, (99, 1)), axis=1)]
+    ).astype(np.float32)
+    expected = [float((f(labels) >= f(labels)[0] * (1 - 1e-6)).mean()) for f in distances.values()]
+    monkeypatch.setattr(permutation, "CELLS", cells)
+    _, p = permutation_test(distances, is_sample, 99, seed=3, width=documents.num_types)
+    assert p == pytest.approx(expected, abs=1e-12)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_documents():
+    """8,000 documents of different shares: a table of documents by values would be 256 MB."""
+    size = 8000
+    distance = permutation._ks_of_values(np.random.default_rng(0).random(size))
+    is_sample = np.arange(size) < size // 2
+    tracemalloc.start()
+    permutation_test({"one": distance}, is_sample, 600, seed=0, width=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 4 * permutation.CELLS < 4 * size**2
 
 
 def test_holm():

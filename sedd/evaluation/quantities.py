@@ -1,0 +1,135 @@
+"""The quantities of two texts that are shown beside the tests: exponents, means, curves."""
+
+from typing import Any
+
+import numpy as np
+
+from sedd.evaluation.documents import CHECKPOINTS, LONGEST, Documents
+from sedd.evaluation.permutation import CELLS, descending
+from sedd.evaluation.report import Measured
+
+ZIPF_RANKS = 1000  # Zipf's law holds for the most frequent words; the tail falls faster
+
+Quantity = tuple[str, Measured | None, Measured | None]
+
+
+def quantities_of(documents: Documents, is_sample_S: np.ndarray) -> dict[str, Quantity]:
+    sets = (is_sample_S, ~is_sample_S)
+    num_types = [int((documents.counts(s) > 0).sum()) for s in sets]
+    ranks = max(min(ZIPF_RANKS, *num_types), 2)
+    reached = np.all([(documents.words_S[s, None] >= CHECKPOINTS).mean(0) >= 0.5 for s in sets], 0)
+
+    def mean_length(numbers_SK):
+        return lambda s: _ratio(numbers_SK[s] @ np.arange(1, LONGEST + 1), numbers_SK[s].sum(1))
+
+    def both(name, function):
+        return name, function(sets[0]), function(sets[1])
+
+    return {
+        "rank–frequency": both(
+            f"Zipf exponent, ranks 1–{ranks}", lambda s: _zipf(documents, s, ranks)
+        ),
+        "words": ("", None, None),
+        "type–token": both("Heaps exponent", lambda s: _heaps(documents.types_SG[s], reached)),
+        "bigram type–token": both(
+            "Heaps exponent of pairs", lambda s: _heaps(documents.bigram_types_SG[s], reached)
+        ),
+        "sentence length": both("words a sentence", mean_length(documents.sentences_SK)),
+        "stop-word runs": both("stop words a run", mean_length(documents.stop_runs_SK)),
+        "document length": both("words a document", lambda s: _mean(documents.words_S[s])),
+        "stop words": both("share of the words", lambda s: _mean(documents.stop_share_S[s])),
+        "symbols": both("share of the characters", lambda s: _mean(documents.symbol_share_S[s])),
+    }
+
+
+def _mean(values) -> Measured:
+    return Measured(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+
+def _ratio(top, bottom) -> Measured | None:
+    if not bottom.sum():
+        return None
+    ratio = top.sum() / bottom.sum()
+    residual, n = top - ratio * bottom, len(top)
+    error = np.sqrt(n / (n - 1) * (residual**2).sum()) / bottom.sum()
+    return Measured(float(ratio), float(error))
+
+
+def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> Measured | None:
+    """The exponent s of p(r) ∝ r^-s over the first ranks, by maximum likelihood.
+
+    The error is the jackknife's over documents: words of one document are not independent. Ranks
+    are those of the same counts, which biases s upwards a little, in both texts alike.
+    """
+    total = documents.counts(chosen_S)
+    if not total.any():
+        return None
+    log_rank = np.log(np.arange(1, ranks + 1))
+    s = np.linspace(0, 5, 501)
+    law = np.exp(-s[:, None] * log_rank)
+    expected = (law * log_rank).sum(1) / law.sum(1)  # falls with s
+
+    def fit(counts_PV):
+        head = descending(counts_PV)[:, :ranks].astype(float)
+        mean = (head * log_rank[: head.shape[1]]).sum(1) / np.maximum(head.sum(1), 1)
+        return np.interp(mean, expected[::-1], s[::-1])
+
+    chosen, rows = np.flatnonzero(chosen_S), max(1, CELLS // len(total))
+    size = len(chosen)
+    left_out = np.concatenate(
+        [
+            fit(total - documents.counts_SV[chosen[i : i + rows]].toarray())
+            for i in range(0, size, rows)
+        ]
+    )
+    error = np.sqrt((size - 1) / size * ((left_out - left_out.mean()) ** 2).sum())
+    return Measured(float(fit(total[None])[0]), float(error))
+
+
+def _heaps(curve_SG, reached_G) -> Measured | None:
+    """The mean over documents of the exponent β of types ∝ words^β, by least squares of logarithms.
+
+    Over lengths that at least half of the documents of either text reach, and documents that reach
+    them all, so that both texts are fitted at the same places.
+    """
+    curve = curve_SG[:, reached_G]
+    curve = curve[~np.isnan(curve).any(1)]
+    if reached_G.sum() < 2 or len(curve) < 2:
+        return None
+    x = np.log(CHECKPOINTS[reached_G])
+    x = x - x.mean()
+    return _mean(np.log(curve) @ x / (x @ x))
+
+
+def curves_of(documents: Documents, chosen_S: np.ndarray) -> dict[str, Any]:
+    counts = descending(documents.counts(chosen_S)[None])[0]
+    counts = counts[counts > 0]
+    growth: dict[str, Any] = {}
+    for name, curve_SG in (
+        ("types", documents.types_SG),
+        ("bigram_types", documents.bigram_types_SG),
+    ):
+        curve = curve_SG[chosen_S]
+        number = (~np.isnan(curve)).sum(0)
+        kept = number > max(1, len(curve) // 10)  # a mean of a few long documents wobbles
+        growth["words"] = CHECKPOINTS[kept].tolist()
+        growth[name] = np.nanmean(curve[:, kept], 0).tolist()
+        error = np.nanstd(curve[:, kept], 0, ddof=1) / np.sqrt(number[kept])
+        growth[f"{name}_error"] = error.tolist()
+
+    def of_lengths(numbers_SK):
+        numbers = numbers_SK[chosen_S].sum(0)
+        return np.arange(LONGEST + 1), np.append(0, np.cumsum(numbers)) / max(numbers.sum(), 1)
+
+    def of_values(values_S):
+        values = np.sort(values_S[chosen_S])
+        return np.append(values[0], values), np.arange(len(values) + 1) / len(values)
+
+    return {
+        "rank_frequency": (np.arange(1, len(counts) + 1), counts / counts.sum()),
+        "growth": growth,
+        "sentence_length": of_lengths(documents.sentences_SK),
+        "stop_runs": of_lengths(documents.stop_runs_SK),
+        "stop_words": of_values(documents.stop_share_S),
+        "symbols": of_values(documents.symbol_share_S),
+    }
