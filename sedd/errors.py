@@ -1,6 +1,8 @@
 """The one exception that a user's mistake raises, and what others' errors say."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -26,6 +28,16 @@ class FieldError(UserError):
     def named(self, name: str) -> str:
         """The message with another name for the field, such as a flag."""
         return f"{self.where}{': ' if self.where else ''}{name} {self.problem}"
+
+
+@contextmanager
+def fields_within(path: str) -> Iterator[None]:
+    """Prefix the field of a FieldError of this block: ``steps`` becomes ``training.steps``."""
+    try:
+        yield
+    except FieldError as error:
+        field = f"{path}.{error.field}" if path else error.field
+        raise FieldError(field, error.problem, error.where) from error
 
 
 def first_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """Command lines: typed flags in, one clear line out when the user made a mistake."""
 
-import contextlib
 import dataclasses
 import io
 import os
@@ -13,11 +12,13 @@ from typing import Any, TypeVar
 import jax
 import tyro
 from rich.console import Console
+from tyro._errors import on_parse_error
 
 import sedd
-from sedd.configuration.components import makers
-from sedd.configuration.config import COMPONENTS, Config, load_config, with_component
-from sedd.errors import UserError, first_line
+from sedd.commands.mistakes import as_flag, flags_of, reject
+from sedd.configuration.components import COMPONENTS, makers
+from sedd.configuration.config import Config, load_config, with_component
+from sedd.errors import FieldError, UserError, first_line
 from sedd.training.distributed import leave_libtpu_alone
 
 Command = TypeVar("Command")
@@ -78,7 +79,8 @@ def run(
     except UserError as error:
         if debug:
             raise
-        code = fail(str(error))
+        named = isinstance(error, FieldError)
+        code = fail(error.named(as_flag(error.field)) if named else str(error))
     except BrokenPipeError:
         code = 0
     except OSError as error:
@@ -153,15 +155,22 @@ def _path_rule(info: Any) -> Any:
 def parse(
     kind: type[Command], arguments: Sequence[str], *, default=None, description=""
 ) -> Command:
-    """Typed flags from a dataclass by tyro, whose boxes become the one line of a UserError."""
-    # tyro draws its messages for a terminal's width: give it room, so that no line is broken.
-    complaint = io.StringIO()
-    columns = os.environ.get("COLUMNS")
-    wants_help = any(a in ("-h", "--help") for a in arguments)
+    """Fill a dataclass from flags.
+
+    Args:
+        kind: the dataclass; tyro makes a flag of each field, and its help of the field's docstring.
+        arguments: the command line.
+        default: an instance whose values are the defaults; by default those of the fields.
+        description: the beginning of the help.
+
+    Raises:
+        UserError: the arguments were rejected.
+        FieldError: the dataclass refused the value of a field.
+        SystemExit: after ``--help``.
+    """
+    flags = list(flags_of(kind, default))
     try:
-        if not wants_help:
-            os.environ["COLUMNS"] = "10000"
-        with contextlib.redirect_stderr(complaint):
+        with on_parse_error(lambda event: reject(event, arguments, flags)):
             return tyro.cli(
                 kind,
                 args=list(arguments),
@@ -172,64 +181,7 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(one_line(complaint.getvalue())) from None
-    except ValueError as error:  # of a dataclass around the others, which tyro does not catch
-        raise UserError(str(error)) from error
-    finally:
-        if not wants_help:
-            os.environ.pop("COLUMNS")
-            if columns is not None:
-                os.environ["COLUMNS"] = columns
-
-
-def one_line(boxes: str) -> str:
-    """The first complaint of tyro's boxes, and its suggestion."""
-    boxes = re.sub(r"\x1b\[[0-9;]*m", "", boxes)  # colours, where standard output is a terminal
-    lines = [re.sub(r"^[│┃|]|[│┃|]$", "", line.strip()).strip() for line in boxes.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"^[╭╰─┌└━]|-{3,}$", line)]
-    if "╭" not in boxes:
-        lines = lines[1:]  # a box's title, where the terminal's encoding has no borders to hold it
-    if not lines:
-        return "the command line could not be read; see --help"
-    message = lines[0]
-    perhaps = next((i for i, line in enumerate(lines) if "you mean" in line), len(lines))
-    suggestions = [line.split()[0] for line in lines[perhaps:] if line.startswith("--")]
-    argument = next((line for line in lines[1:] if line.startswith("--")), "")
-    if message.startswith("Unrecognized options:"):
-        unknown = message.split(":", 1)[1].split(",")[0].strip()
-        message = f"unrecognized option {unknown}"
-        leaves = [s for s in suggestions if s.rpartition(".")[2] == unknown.removeprefix("--")]
-        suggestions = leaves or suggestions[:1]
-        if unknown.lower() in ("true", "false"):
-            message += "; a switch is written --name or --no-name"
-    elif message.startswith("Error parsing "):
-        message = message.removeprefix("Error parsing ").rstrip(".")
-        message = re.sub(r"no type matching (\S+) could be .* from \['(.*)'\]$", _none_of, message)
-        message = message.replace("invalid literal for int() with base 10:", "not a whole number:")
-        message = message.replace("could not convert string to float:", "not a number:")
-        if argument and len(argument.split()) > 1:
-            message += f"; expected {argument}"
-    elif message.startswith("Missing from"):
-        end = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else None
-        required = [line for line in lines[1:end] if line.startswith("--")]
-        message = f"missing {', '.join(required)}"
-        if end is not None:
-            message += f"; unrecognized option {lines[end + 1]}"
-    message = re.sub(r"^config\.(\w+): (?:\1\.)?", r"\1.", message)
-    message = re.sub(
-        r"^Missing value for argument '(.*?)'.*", r"\1 needs a value (\1=VALUE)", message
-    )
-    message = re.sub(r"^(?:config|\w*Command): ", "", message)
-    if suggestions:
-        return f"{message}; did you mean {' or '.join(suggestions)}?"
-    return f"{message.rstrip('.')}; see --help"
-
-
-def _none_of(match: re.Match[str]) -> str:
-    """What is wrong with the value of a union, said as of a single type where that can be."""
-    kinds = [kind.strip("{}") for kind in match[1].split("|") if kind != "{None}"]
-    single = {"INT": "not a whole number", "FLOAT": "not a number"}
-    return f"{single.get('|'.join(kinds), f'no type matching {match[1]}')}: {match[2]!r}"
+        raise UserError("the command line could not be read; see --help") from None
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

@@ -10,9 +10,9 @@ import tyro
 
 import sedd
 from sedd.commands.cli import parse, take
+from sedd.commands.mistakes import as_flag
 from sedd.commands.sampler_flags import (
     DEFAULT,
-    as_flag,
     check_integers,
     describe,
     fields_of,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import docstring_parser
 import tyro
 
+from sedd.commands.mistakes import as_flag
 from sedd.configuration.build import default_sampler
 from sedd.configuration.components import Options, maker, makers, options_type, values
 from sedd.errors import FieldError, UserError
@@ -86,11 +87,6 @@ def refuse_flags_of_others(
         raise UserError(
             f"{flag}: it is a flag of {' and '.join(owners[option])}, not of {kinds[depth].name}"
         )
-
-
-def as_flag(field: str) -> str:
-    """The flag of an option: ``--inner.block-length`` for ``inner.block_length``."""
-    return f"--{field.replace('_', '-')}"
 
 
 def flags_of(kinds: Sequence[type[Options]]) -> type[Options]:

@@ -14,7 +14,7 @@ from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, unigram_entropy, validation_rows
 from sedd.data.tokenizers import Tokenizer, build_tokenizer
 from sedd.denoiser import Denoiser
-from sedd.errors import FieldError, UserError
+from sedd.errors import UserError, fields_within
 from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
 from sedd.parameterizations.base import Parameterization
@@ -54,6 +54,8 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
     process = config.process.build(num_tokens=num_tokens)
     schedule = config.schedule.build()
     parameterization = config.parameterization.build(process=process)
+    with fields_within("sampler"):
+        sampler = build_sampler(config.sampler.name, schedule, **values(config.sampler))
     parts = Parts(
         process=process,
         schedule=schedule,
@@ -63,7 +65,7 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
             time_conditioned=not parameterization.time_independent,
         ),
         objective=config.objective.build(schedule=schedule, parameterization=parameterization),
-        sampler=build_sampler(config.sampler.name, schedule, **values(config.sampler)),
+        sampler=sampler,
     )
     parts.sampler.check(parts.denoiser(None))
     return parts
@@ -113,11 +115,8 @@ def build_sampler(
         context["verifier"] = verifier
     if "inner" in fields:
         if not isinstance(inner, Sampler):
-            try:
+            with fields_within("inner"):
                 inner = build_sampler(inner, schedule)
-            except FieldError as error:
-                field = f"inner.{error.field}"
-                raise FieldError(field, error.problem, error.where) from error
         context["inner"] = inner
     return build("samplers", name, **context, **values)
 

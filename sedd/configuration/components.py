@@ -13,7 +13,16 @@ import inspect
 import pkgutil
 from typing import Any, ClassVar, get_type_hints
 
-from sedd.errors import FieldError, UserError, did_you_mean
+from sedd.errors import FieldError, UserError, did_you_mean, fields_within
+
+COMPONENTS = {  # fields of a configuration: the family that each chooses from
+    "process": "processes",
+    "schedule": "schedules",
+    "parameterization": "parameterizations",
+    "network": "networks",
+    "objective": "objectives",
+    "sampler": "samplers",
+}
 
 
 @functools.cache
@@ -70,7 +79,9 @@ class Options:
         """The component with these options, given what the rest of the model determines."""
         known = {field.name for field in dataclasses.fields(maker(self.family, self.name))}
         given = {key: value for key, value in context.items() if key in known}
-        return build(self.family, self.name, **given, **values(self))
+        place = next(key for key, family in COMPONENTS.items() if family == self.family)
+        with fields_within(place):
+            return build(self.family, self.name, **given, **values(self))
 
 
 def values(options: Options) -> dict[str, Any]:

@@ -10,20 +10,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from sedd.configuration.components import Options, options, options_type, values
-from sedd.errors import UserError, did_you_mean
+from sedd.configuration.components import COMPONENTS, Options, options, options_type, values
+from sedd.errors import FieldError, UserError, did_you_mean, fields_within
 from sedd.evaluation.bound import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 
-COMPONENTS = {
-    "process": "processes",
-    "schedule": "schedules",
-    "parameterization": "parameterizations",
-    "network": "networks",
-    "objective": "objectives",
-    "sampler": "samplers",
-}
 # What may differ between the parts of one run: it changes at most rounding, memory, what is shown
 # and how far the run goes (and with it the learning rates of a falling schedule).
 RESUMABLE = (
@@ -72,7 +64,7 @@ class DataOptions:
 
     def __post_init__(self):
         if self.length < 1:
-            raise ValueError(f"data.length must be at least 1, got {self.length}")
+            raise FieldError("length", f"must be at least 1, got {self.length}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,20 +97,17 @@ class TrainingOptions:
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+                raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
         if self.parallel not in ("pmap", "fsdp"):
-            raise ValueError(f"training.parallel must be pmap or fsdp, got {self.parallel!r}")
+            raise FieldError("parallel", f"must be pmap or fsdp, got {self.parallel!r}")
         if self.fsdp is not None and self.parallel != "fsdp":
-            raise ValueError(
-                f"training.fsdp is {self.fsdp}, which takes --training.parallel fsdp; it is "
-                f"{self.parallel}"
+            raise FieldError(
+                "fsdp",
+                f"is {self.fsdp}, which needs --training.parallel fsdp, got {self.parallel}",
             )
         if self.nonfinite not in ("stop", "skip"):
-            raise ValueError(f"training.nonfinite must be stop or skip, got {self.nonfinite!r}")
-        try:
-            _ = self.cadence
-        except ValueError as error:
-            raise ValueError(f"training.{error}") from error
+            raise FieldError("nonfinite", f"must be stop or skip, got {self.nonfinite!r}")
+        _ = self.cadence  # checks its fields
 
     @property
     def cadence(self) -> Cadence:
@@ -142,13 +131,10 @@ class EvaluationOptions:
     batch_size: int = 64
 
     def __post_init__(self):
-        try:
-            check_draws(self.draws)
-        except ValueError as error:
-            raise ValueError(f"evaluation.{error}") from error
+        check_draws(self.draws)
         for name in ("max_sequences", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+                raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +158,7 @@ class Config:
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+            raise FieldError("seed", f"must be in [0, 2**32), got {self.seed}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; a component is its options and its ``name``."""
@@ -214,9 +200,10 @@ def _typed(kind: type, data: Any, path: str) -> Any:
             _check_type(value, fields[key].type, here)
             given[key] = value
     try:
-        return kind(**given)
-    except ValueError as error:
-        raise UserError(f"configuration: {error}") from error
+        with fields_within(path):
+            return kind(**given)
+    except FieldError as error:
+        raise FieldError(error.field, error.problem, "configuration") from error
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.arrays import at
 from sedd.denoiser import Denoiser
+from sedd.errors import FieldError
 from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
@@ -217,9 +218,9 @@ def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
 
 
 def check_draws(draws: int) -> None:
-    """Raise ValueError unless ``draws`` splits evenly into the replicates."""
+    """Raise FieldError unless ``draws`` splits evenly into the replicates."""
     if draws < REPLICATES or draws % REPLICATES:
-        raise ValueError(f"draws must be a positive multiple of {REPLICATES}, got {draws}")
+        raise FieldError("draws", f"must be a positive multiple of {REPLICATES}, got {draws}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from sedd.errors import FieldError
 from sedd.networks.attention import Backend, attention, is_kept, keep
 from sedd.networks.base import Attend, Network
 from sedd.networks.shard import whole
@@ -58,20 +59,21 @@ class DDiT(Network):
     def __post_init__(self):
         for name in ("num_layers", "num_heads", "condition_dim", "mlp_ratio"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
         if self.num_states < 2:
-            raise ValueError(f"num_states must be at least 2, got {self.num_states}")
+            raise FieldError("num_states", f"must be at least 2, got {self.num_states}")
         if self.hidden_dim < 1 or self.hidden_dim % (2 * self.num_heads):
-            raise ValueError(
-                "hidden_dim must be a positive multiple of 2·num_heads (rotary positions pair the "
-                f"channels of a head), got {self.hidden_dim} with {self.num_heads} heads"
+            raise FieldError(
+                "hidden_dim",
+                "must be a positive multiple of 2·num_heads (rotary positions pair the "
+                f"channels of a head), got {self.hidden_dim} with {self.num_heads} heads",
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise FieldError("dropout", f"must be in [0, 1), got {self.dropout}")
         for name, choices in (("dtype", get_args(Dtype)), ("attention", get_args(Backend))):
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                raise FieldError(
+                    name, f"must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError(f"attention 'cudnn' needs dtype bfloat16, got {self.dtype!r}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.objectives.base import DenoisingCrossEntropy
 
 
@@ -19,7 +20,7 @@ class MDLM(DenoisingCrossEntropy):
     def __post_init__(self):
         super().__post_init__()
         if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+            raise FieldError("num_steps", f"must be at least 1, got {self.num_steps}")
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         step_B = jnp.minimum(jnp.floor(u_B * self.num_steps), self.num_steps - 1)

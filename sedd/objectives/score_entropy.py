@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.objectives.base import Corrupted, Objective
 
 
@@ -20,7 +21,7 @@ class ScoreEntropy(Objective):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.t_min < 1:
-            raise ValueError(f"t_min must be in (0, 1), got {self.t_min}")
+            raise FieldError("t_min", f"must be in (0, 1), got {self.t_min}")
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         t_B = self.t_min + (1 - self.t_min) * u_B

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.arrays import along
+from sedd.errors import FieldError
 from sedd.types import Array, Float, Int, Key
 
 
@@ -31,7 +32,7 @@ class Process(ABC):
 
     def __post_init__(self):
         if self.num_tokens < 2:
-            raise ValueError(f"num_tokens must be at least 2, got {self.num_tokens}")
+            raise FieldError("num_tokens", f"must be at least 2, got {self.num_tokens}")
 
     @property
     @abstractmethod

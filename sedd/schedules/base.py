@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.types import Array, Float
 
 
@@ -38,7 +39,7 @@ class Clamped(NoiseSchedule):
 
     def __post_init__(self):
         if not 0 < self.clamp < 0.5:
-            raise ValueError(f"clamp must be in (0, 0.5), got {self.clamp}")
+            raise FieldError("clamp", f"must be in (0, 0.5), got {self.clamp}")
 
     @abstractmethod
     def _moved(self, t) -> Array: ...

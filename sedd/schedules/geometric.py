@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.schedules.base import NoiseSchedule
 
 
@@ -17,9 +18,9 @@ class Geometric(NoiseSchedule):
 
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                "sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got "
-                f"{self.sigma_min} and {self.sigma_max}"
+            raise FieldError(
+                "sigma_min",
+                f"must be above 0 and below sigma_max, {self.sigma_max}, got {self.sigma_min}",
             )
 
     def sigma(self, t):

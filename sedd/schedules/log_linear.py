@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.schedules.base import NoiseSchedule
 
 
@@ -15,7 +16,7 @@ class LogLinear(NoiseSchedule):
 
     def __post_init__(self):
         if not 0 < self.eps < 1:
-            raise ValueError(f"eps must be in (0, 1), got {self.eps}")
+            raise FieldError("eps", f"must be in (0, 1), got {self.eps}")
 
     def sigma(self, t):
         return -jnp.log1p(-(1 - self.eps) * t)

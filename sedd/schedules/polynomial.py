@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sedd.errors import FieldError
 from sedd.schedules.base import Clamped
 
 
@@ -14,7 +15,7 @@ class Polynomial(Clamped):
     def __post_init__(self):
         super().__post_init__()
         if self.power < 1:
-            raise ValueError(f"power must be at least 1, got {self.power}")
+            raise FieldError("power", f"must be at least 1, got {self.power}")
 
     def _moved(self, t):
         return t**self.power

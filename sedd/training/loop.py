@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.flops import peak_flops
 from sedd.training.metrics import Metrics, ProgressReport, plot_curves
@@ -36,7 +36,7 @@ class TrainingDiverged(UserError):  # noqa: N818
 class Cadence:
     """Every how many steps; None is never. A checkpoint ends a run, and what is not never does too.
 
-    Raises ValueError on a number below 1.
+    Raises FieldError on a number below 1.
     """
 
     log_every: int = 100
@@ -48,7 +48,7 @@ class Cadence:
         for name in ("log_every", "eval_every", "sample_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise FieldError(name, f"must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

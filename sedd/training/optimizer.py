@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from sedd.errors import FieldError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """Defaults are SEDD's. Raises ValueError on a value that is out of range."""
+    """Defaults are SEDD's. Raises FieldError on a value that is out of range."""
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = 3e-4  # the peak
@@ -31,21 +33,21 @@ class OptimizerOptions:
             ("schedule", ("constant", "cosine", "linear")),
         ):
             if getattr(self, field) not in choices:
-                raise ValueError(
-                    f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}"
+                raise FieldError(
+                    field, f"must be one of {', '.join(choices)}, got {getattr(self, field)!r}"
                 )
         for field, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("ema_decay", 0, 1)):
             if not low <= getattr(self, field) < high:
-                raise ValueError(f"{field} must be in [0, 1), got {getattr(self, field)}")
+                raise FieldError(field, f"must be in [0, 1), got {getattr(self, field)}")
         if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+            raise FieldError("final_fraction", f"must be in [0, 1], got {self.final_fraction}")
         for field in ("warmup_steps", "weight_decay"):
             if not getattr(self, field) >= 0:
-                raise ValueError(f"{field} must not be negative, got {getattr(self, field)}")
+                raise FieldError(field, f"must not be negative, got {getattr(self, field)}")
         for field in ("learning_rate", "eps", "clip_norm"):
             value = getattr(self, field)
             if value is not None and not value > 0:
-                raise ValueError(f"{field} must be positive, got {value}")
+                raise FieldError(field, f"must be positive, got {value}")
 
 
 def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
