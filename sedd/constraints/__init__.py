@@ -8,6 +8,7 @@ from typing import Any
 from sedd.constraints.decode import Automaton
 from sedd.constraints.json_schema import regex_to_compile
 from sedd.constraints.token_automaton import Vocabulary, compile_tokens
+from sedd.errors import UserError
 
 __all__ = ["Automaton", "compile_json_schema", "compile_regex"]
 
@@ -26,6 +27,8 @@ def compile_regex(
     was compiled. UserError, with the position, on what is no regex or not supported, on one that
     matches nothing or grows too large, and where the vocabulary cannot spell it.
     """
+    if not isinstance(pattern, str):
+        raise UserError(f"expected a regex as text, got {pattern!r}")
     index = _index(tuple(vocabulary), eos_id)
     kept = None if cache_dir is None else cache_dir / "automata"
     return Automaton.of(compile_tokens(pattern, index, cache_dir=kept))

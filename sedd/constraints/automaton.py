@@ -14,6 +14,7 @@ from sedd.constraints.regex import (
     Alternate,
     Chars,
     Concat,
+    Joined,
     Node,
     Ranges,
     RegexError,
@@ -98,6 +99,8 @@ def _size(node: Node) -> int:
 def _children(node: Node) -> tuple[Node, ...]:
     if isinstance(node, Repeat):
         return (node.node,)
+    if isinstance(node, Joined):
+        return (node.item, node.separator)
     if isinstance(node, Concat):
         return node.parts
     return node.options if isinstance(node, Alternate) else ()
@@ -154,6 +157,11 @@ class _Positions:
             for option in node.options:
                 starts.append(self.build(option, out))
             return self.state(node, -1, tuple(starts))
+        if isinstance(node, Joined):
+            after = self.state(node, -1, ())
+            first = self.build(node.item, after)
+            self.follow[after] = (self.build(node.separator, first), out)
+            return first
         assert isinstance(node, Repeat)
         end = out
         if node.most is None:
@@ -279,13 +287,17 @@ def _blown_up(
         leaf = positions.node[state]
         weight[leaf.start, leaf.end] = weight.get((leaf.start, leaf.end), 0) + times
 
-    def inside(node: Node) -> int:
-        return sum(n for (a, b), n in weight.items() if node.start <= a and b <= node.end)
-
+    spans = sorted(weight)
+    total = sum(weight.values())
     node = blamed = positions.tree
     while children := _children(node):
-        largest = max(children, key=inside)
-        if 2 * inside(largest) < sum(weight.values()):
+        heaviest, largest = 0, children[0]
+        for child in children:  # spans of children do not overlap: each weight is summed once
+            first, end = bisect_left(spans, (child.start, 0)), bisect_left(spans, (child.end, 0))
+            inside = sum(weight[span] for span in spans[first:end] if span[1] <= child.end)
+            if inside > heaviest:
+                heaviest, largest = inside, child
+        if 2 * heaviest < total:
             break
         node = largest
         known = _copies(blamed) if isinstance(blamed, Repeat) else 0

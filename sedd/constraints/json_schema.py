@@ -43,12 +43,12 @@ from sedd.constraints.json_text import (
     FORMATS,
     TEXT,
     Path,
-    Pattern,
     literal,
     number,
     one_of,
     refuse,
     repeat,
+    searched,
     show,
 )
 from sedd.constraints.regex import RegexError
@@ -97,7 +97,7 @@ ALL_TYPES = frozenset(TYPES)
 
 ANY_DEPTH = 2
 MAX_NESTING = 64  # far above any real schema's; Python's own stack ends at about four times that
-MAX_CHARACTERS = 2**20  # of a regex: references to references can double it at each step
+MAX_CHARACTERS = 2**18  # of a regex: references to references can double it at each step
 MAX_COUNT = 2**32 - 2  # the most that Python's re counts to
 
 
@@ -448,7 +448,7 @@ class _Converter:
                 refuse((*path, "pattern"), "not supported beside format")
             piece, source = FORMATS[name], "format"
         elif "pattern" in schema:
-            piece, source = Pattern(schema["pattern"], (*path, "pattern")).search(), "pattern"
+            piece, source = searched(schema["pattern"], (*path, "pattern")), "pattern"
         if low <= piece.low and piece.high <= high:
             return f'"{piece.text}"'
         key = "minLength" if low > piece.low else "maxLength"

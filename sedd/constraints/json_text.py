@@ -10,7 +10,21 @@ from fractions import Fraction
 from itertools import groupby
 from typing import Any, NoReturn
 
-from sedd.constraints.regex import CATEGORIES, Ranges, complement, union
+from sedd.constraints.regex import (
+    SURROGATES,
+    Alternate,
+    Chars,
+    Concat,
+    Joined,
+    Node,
+    Ranges,
+    RegexError,
+    Repeat,
+    complement,
+    parse_search,
+    union,
+    without,
+)
 from sedd.errors import UserError
 
 Path = tuple[str, ...]
@@ -25,11 +39,7 @@ BOUND_DIGITS = 19  # the greatest bound of an integer, 64 bits
 EXACT = 10**9
 
 _LARGEST = sys.maxunicode
-_ASCII = ((0, 0x7F),)
 _ANY = ((0, _LARGEST),)
-_LINE_ENDS = ((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))
-_CONTROLS = {"t": 0x09, "n": 0x0A, "v": 0x0B, "f": 0x0C, "r": 0x0D}
-_HEX_DIGITS = {"x": 2, "u": 4}
 _ESCAPES = {0x22: '"', 0x5C: "\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x09: "t"}
 _NOT_RAW = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 
@@ -47,148 +57,55 @@ class Piece:
     atom: str | None = None
 
 
-class Pattern:
-    """A ``pattern``, read as a regex of characters and written as one of JSON string content."""
+def searched(source: Any, path: Path) -> Piece:
+    """The strings in which the ``pattern`` at ``path`` is found, as JSON string content."""
+    if not isinstance(source, str):
+        refuse(path, f"expected a regular expression, got {show(source)}")
+    try:
+        tree = parse_search(source)
+    except RegexError as error:
+        where = f"{show(source)} at position {error.position}"
+        refuse(path, f"{where}: {error.reason}: {show(error.piece)}")
+    return _piece(tree, source, path)
 
-    def __init__(self, source: Any, path: Path):
-        if not isinstance(source, str):
-            refuse(path, f"expected a regular expression, got {show(source)}")
-        self.source, self.path, self.at = source, path, 0
 
-    def search(self) -> Piece:
-        """The strings in which the pattern is found."""
-        branches = []
-        while True:
-            start = self._take("^")
-            branch = self._sequence()
-            end = self._take("$")
-            if not start:
-                branch = _joined([TEXT, branch])
-            if not end:
-                branch = _joined([branch, TEXT])
-            branches.append(branch)
-            if not self._next():
-                return _either(branches)
-            if not self._take("|"):
-                self._refuse("an anchor or a bracket out of place")
-
-    def _refuse(self, problem: str) -> NoReturn:
-        refuse(self.path, f"{show(self.source)} at position {self.at}: {problem}")
-
-    def _next(self) -> str:
-        return self.source[self.at : self.at + 1]
-
-    def _take(self, text: str) -> bool:
-        found = self.source.startswith(text, self.at)
-        self.at += len(text) * found
-        return found
-
-    def _read(self, regex: str) -> str:
-        """What a regex matches here; nothing where it does not."""
-        match = re.compile(regex, re.ASCII).match(self.source, self.at)
-        self.at += len(match[0]) if match else 0
-        return match[0] if match else ""
-
-    def _sequence(self) -> Piece:
-        pieces = []
-        while self._next() not in ("", "|", ")", "$"):
-            pieces.append(self._quantified(self._atom()))
-        return _joined(pieces)
-
-    def _atom(self) -> Piece:
-        if self._take("("):
-            if not self._take("?:") and self._next() == "?":
-                self._refuse("only (…) and (?:…) are supported, no look-around, names or flags")
-            branches = [self._sequence()]
-            while self._take("|"):
-                branches.append(self._sequence())
-            if not self._take(")"):
-                self._refuse("expected )")
-            return _either(branches)
-        if self._take("["):
-            return self._character(self._class())
-        if self._take("."):
-            return self._character(_without(_ANY, _LINE_ENDS))
-        if self._next() in "^*+?{}]":
-            self._refuse(f"{self._next()!r} out of place; write \\{self._next()} for the character")
-        return self._character(self._member()[0])
-
-    def _character(self, ranges: Ranges) -> Piece:
-        text = json_character(ranges)
+def _piece(node: Node, source: str, path: Path) -> Piece:
+    """The JSON string content for a tree of characters."""
+    if isinstance(node, Chars):
+        text = json_character(_with_surrogates(node.ranges))
         if not text:
-            self._refuse("a character before this stands only in \\u escapes, which are not used")
+            where = f"{show(source)} at position {node.start}"
+            refuse(path, f"{where}: only a \\u escape writes it, which is not supported")
         return Piece(text=text, low=1, high=1, atom=text)
-
-    def _class(self) -> Ranges:
-        negated = self._take("^")
-        if self._next() == "]":
-            self._refuse("']' out of place; write \\] for the character")
-        ranges, disputed = [], False
-        while not self._take("]"):
-            if not self._next():
-                self._refuse("expected ]")
-            low, shorthand = self._member()
-            disputed |= shorthand
-            if self._next() == "-" and self.source[self.at + 1 : self.at + 2] not in ("", "]"):
-                self.at += 1
-                high, also = self._member()
-                if shorthand or also or high[0][0] < low[0][0]:
-                    self._refuse("a range without order")
-                low = ((low[0][0], high[0][0]),)
-            ranges += low
-        if not negated:
-            return union(ranges)
-        # Outside ASCII, Python's \d, \w and \s hold more than ECMAScript's.
-        return _without(_ASCII if disputed else _ANY, union(ranges))
-
-    def _member(self) -> tuple[Ranges, bool]:
-        """A character or a shorthand, such as the one for digits, and whether it is the latter."""
-        character = self._read(r"(?s:.)")
-        code = ord(character)
-        if character == "\\":
-            letter = self._read(r"(?s:.)")
-            if letter.lower() in CATEGORIES:
-                ranges = CATEGORIES[letter.lower()]
-                return (ranges if letter.islower() else _without(_ASCII, ranges)), True
-            if letter in _HEX_DIGITS:
-                digits = self._read(f"[0-9a-fA-F]{{{_HEX_DIGITS[letter]}}}")
-                if not digits:
-                    self._refuse(f"expected {_HEX_DIGITS[letter]} hexadecimal digits")
-                code = int(digits, 16)
-            elif letter in _CONTROLS:
-                code = _CONTROLS[letter]
-            elif not letter or letter.isalnum() or not letter.isascii():
-                self._refuse(f"\\{letter} before this is not supported")
-            else:
-                code = ord(letter)
-        if 0xD800 <= code <= 0xDFFF:
-            self._refuse("half of a surrogate pair before this; write the character itself")
-        return ((code, code),), False
-
-    def _quantified(self, piece: Piece) -> Piece:
-        mark = self._read(r"[*+?]|\{[0-9]{1,9}(?:,(?:[0-9]{1,9})?)?\}")
-        if not mark:
-            return piece
-        if mark[0] == "{":
-            least, comma, most = mark[1:-1].partition(",")
-            low, high = int(least), int(most) if most else math.inf if comma else int(least)
-        else:
-            low, high = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[mark]
-        if low > high:
-            self._refuse("the least count before this exceeds the greatest")
-        self._take("?")  # a lazy quantifier matches the same strings
-        if self._next() and self._next() in "*+?{":
-            self._refuse("a quantifier of a quantifier, or a possessive one")
-        once = piece.low == piece.high == 1
-        return Piece(
-            text=repeat(piece.text if piece.atom and once else f"(?:{piece.text})", low, high),
-            low=piece.low * low,
-            high=piece.high * high if piece.high and high else 0,
-            atom=piece.atom if once else None,
-        )
+    if isinstance(node, Concat):
+        return _joined([_piece(part, source, path) for part in node.parts])
+    if isinstance(node, Alternate):
+        return _either([_piece(option, source, path) for option in node.options])
+    if isinstance(node, Joined):
+        item, separator = (_piece(part, source, path) for part in (node.item, node.separator))
+        text = f"{item.text}(?:{separator.text}{item.text})*"
+        return Piece(text=text, low=item.low, high=math.inf)
+    assert isinstance(node, Repeat)
+    piece = _piece(node.node, source, path)
+    low, high = node.least, math.inf if node.most is None else node.most
+    once = piece.low == piece.high == 1
+    return Piece(
+        text=repeat(piece.text if piece.atom and once else f"(?:{piece.text})", low, high),
+        low=piece.low * low,
+        high=piece.high * high if piece.high and high else 0,
+        atom=piece.atom if once else None,
+    )
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
+def _with_surrogates(ranges: Ranges) -> Ranges:
+    """The ranges without a gap at the surrogates: texts hold none, and a class is shorter so."""
+    (low, high) = SURROGATES[0]
+    edges = {edge for pair in ranges for edge in pair}
+    return union([*ranges, *SURROGATES]) if {low - 1, high + 1} <= edges else ranges
+
+
+def _joined(pieces: Iterable[Piece]) -> Piece:
+    pieces = [piece for piece in pieces if piece.text]
     if len(pieces) == 1:
         return pieces[0]
     return Piece(
@@ -344,13 +261,9 @@ def literal(text: str) -> str:
     return re.sub(r"[\\.^$*+?{}\[\]|()]", r"\\\g<0>", text)
 
 
-def _without(ranges: Ranges, others: Ranges) -> Ranges:
-    return complement(union([*complement(ranges), *others]))
-
-
 def json_character(ranges: Ranges) -> str:
     """An atom for one character of a JSON string; nothing where none can be written."""
-    raw = _without(ranges, _NOT_RAW)
+    raw = without(ranges, _NOT_RAW)
     letters = [
         letter
         for code, letter in _ESCAPES.items()

@@ -1,29 +1,39 @@
-"""Regular expressions, parsed to sets of code points, concatenation, alternation and repetition.
+"""Regular expressions parsed to a tree of character sets, concatenations, choices and repeats.
 
-The language is that of ``re.fullmatch(pattern, text, re.ASCII)``. What cannot be an automaton over
-the text alone, and what Python spells but few use, is refused with its position, never ignored.
+There is one reader with two entry points. ``parse`` reads the dialect of
+``re.fullmatch(pattern, text, re.ASCII)``. ``parse_search`` reads the ``pattern`` keyword of JSON
+Schema: the dialect on which ECMAScript and Python agree, matched anywhere in the text.
+
+A construct that no finite automaton can express (look-around, back-references) raises
+``RegexError`` with its position. So does every construct that Python warns about, such as the
+nested set in ``[[:alpha:]]``: its meaning is rarely what the author meant.
 """
 
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from sedd.errors import UserError
 
 Ranges = tuple[tuple[int, int], ...]  # code points, both ends included, rising and apart
 
-MAX_DEPTH = 100  # of nested groups: what walks the tree is recursive, and Python's stack is short
-SHOWN = 40  # characters of a piece that a message shows
-SURROGATES = ((0xD800, 0xDFFF),)  # no text in UTF-8 holds them
+MAX_DEPTH = 100  # nested groups: functions that walk the tree recurse, and Python's stack is short
+SHOWN = 40  # characters of the pattern that a message shows
+SURROGATES = ((0xD800, 0xDFFF),)  # UTF-8 encodes none of them
 
 CATEGORIES: dict[str, Ranges] = {  # of re.ASCII
     "d": ((0x30, 0x39),),
     "s": ((0x09, 0x0D), (0x20, 0x20)),
     "w": ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)),
 }
+LINE_ENDS = ((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))  # that "." excludes in ECMAScript
+# Characters outside the complement of a category in Python (Unicode) or in ECMAScript.
+DISPUTED = {"d": r"\d", "s": r"[\s\ufeff]", "w": r"\w"}
 CONTROLS = {"a": 0x07, "f": 0x0C, "n": 0x0A, "r": 0x0D, "t": 0x09, "v": 0x0B}
 COUNT = re.compile(r"\{([0-9]*)(?:(,)([0-9]*))?\}")
+SPACED_COUNT = re.compile(r"\{ *[0-9]+ *(?:, *(?:[0-9]+ *)?)?\}")
 HEXADECIMAL = {"x": 2, "u": 4, "U": 8}  # digits that must follow
 GROUPS = {  # what may follow "(?", and why it is refused; longer ones first
     "<=": "look-behind is not supported",
@@ -39,13 +49,14 @@ GROUPS = {  # what may follow "(?", and why it is refused; longer ones first
 
 
 class RegexError(UserError):
-    """A pattern that cannot be read or compiled, for a piece of it that begins at ``position``.
+    """A pattern that cannot be read or compiled.
 
-    ``position`` counts the pattern's characters from 0.
+    ``position`` is the index in the pattern of the part at fault, ``piece`` the text of that part
+    and ``reason`` the message without both.
     """
 
     def __init__(self, pattern: str, start: int, end: int, reason: str):
-        self.position, self.piece = start, pattern[start:end]
+        self.position, self.piece, self.reason = start, pattern[start:end], reason
         super().__init__(f"regex, position {start}: {reason}: {shown(self.piece)}")
 
 
@@ -93,15 +104,26 @@ class Repeat(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Joined(Node):
+    """``item`` once or more, with ``separator`` between: ``item(?:separator item)*``.
+
+    Compiled from one copy of ``item``. Written as above, lists nested n deep would have 2^n copies.
+    """
+
+    item: Node
+    separator: Node
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Anchor(Node):
-    """The start or the end of the text; none is left in a parsed pattern."""
+    """The start or the end of the text. A parsed pattern contains none."""
 
     at_start: bool
 
 
 @dataclass
 class _Group:
-    """A group that is being read: the options so far, and the parts of the one under way."""
+    """A group during parsing: its finished options, and the parts of the current option."""
 
     start: int
     options: list[Node]
@@ -109,7 +131,7 @@ class _Group:
     option_start: int
 
     def close_option(self, end: int) -> None:
-        parts = tuple(self.parts)
+        parts = _joined(self.parts)
         single = len(parts) == 1
         self.options.append(
             parts[0] if single else Concat(start=self.option_start, end=end, parts=parts)
@@ -118,12 +140,72 @@ class _Group:
 
 
 def parse(pattern: str) -> Node:
-    """The tree of a pattern. RegexError, with the position, on what is wrong or not supported."""
-    return _Parser(pattern).parse()
+    """Parse ``pattern`` in the dialect of ``re.fullmatch(pattern, text, re.ASCII)``.
+
+    Raises:
+        RegexError: the pattern is malformed or uses an unsupported construct.
+    """
+    parser = _Parser(pattern)
+    return parser.without_anchors(parser.parse(), at_start=True, at_end=True)
+
+
+def parse_search(pattern: str) -> Node:
+    r"""Parse the ``pattern`` of a JSON schema: the tree matches every text that contains a match.
+
+    Accepts the constructs that ECMAScript and Python read alike. A character on which they
+    disagree, such as a non-ASCII digit for ``\D``, matches neither a category nor its complement.
+
+    Raises:
+        RegexError: as for ``parse``, and for constructs that differ between the two languages.
+    """
+    parser = _Parser(pattern, portable=True)
+    branches = tuple(map(parser.found, _branches(parser.parse())))
+    end = len(pattern)
+    return branches[0] if len(branches) == 1 else Alternate(start=0, end=end, options=branches)
+
+
+def _branches(node: Node) -> list[Node]:
+    """The alternatives of a whole pattern, with the groups around it opened."""
+    if isinstance(node, Alternate):
+        return [branch for option in node.options for branch in _branches(option)]
+    if isinstance(node, Concat) and len(node.parts) == 1:
+        return _branches(node.parts[0])
+    return [node]
+
+
+def _joined(parts: list[Node]) -> tuple[Node, ...]:
+    """The parts of a concatenation with every ``item(?:separator item)*`` as one ``Joined``."""
+    found: list[Node] = []
+    for part in parts:
+        joined = None
+        if isinstance(part, Repeat) and (part.least, part.most) == (0, None):
+            joined = _join(found, part)
+        if joined is None:
+            found.append(part)
+        else:
+            found, last = joined
+            found.append(last)
+    return tuple(found)
+
+
+def _join(before: list[Node], repeat: Repeat) -> tuple[list[Node], Joined] | None:
+    """The parts before the list, and the list, if ``before`` ends with the repeat's item."""
+    body = repeat.node
+    inner = body.parts if isinstance(body, Concat) else ()
+    size = 0
+    while size + 1 < len(inner) and size < len(before) and before[-1 - size] == inner[-1 - size]:
+        size += 1
+    if not size:
+        return None
+    first, inside = before[-size:], len(inner) - size
+    item = Concat(start=first[0].start, end=first[-1].end, parts=tuple(first))
+    separator = Concat(start=body.start, end=inner[inside - 1].end, parts=inner[:inside])
+    joined = Joined(start=item.start, end=repeat.end, item=item, separator=separator)
+    return before[:-size], joined
 
 
 def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The same code points as rising ranges that do not touch."""
+    """The same code points as ascending ranges that neither overlap nor touch."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if merged and low <= merged[-1][1] + 1:
@@ -134,29 +216,45 @@ def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def complement(ranges: Ranges) -> Ranges:
-    """Every other code point."""
+    """All code points outside ``ranges``."""
     edges = [-1, *(edge for pair in ranges for edge in pair), sys.maxunicode + 1]
     gaps = zip(edges[::2], edges[1::2], strict=True)
     return tuple((low + 1, high - 1) for low, high in gaps if low + 1 < high)
 
 
 def without_surrogates(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The code points of ``ranges`` that UTF-8 can hold."""
+    """The code points of ``ranges`` that UTF-8 can encode."""
     return complement(union([*complement(union(ranges)), *SURROGATES]))
 
 
-ANY = without_surrogates(complement(((0x0A, 0x0A),)))  # what "." stands for
+def without(ranges: Ranges, others: Ranges) -> Ranges:
+    """The code points of ``ranges`` that are not in ``others``."""
+    return complement(union([*complement(ranges), *others]))
+
+
+@lru_cache(maxsize=len(DISPUTED))
+def _portable_complement(category: str) -> Ranges:
+    """The code points that are outside a category in both ECMAScript and Python."""
+    text = "".join(map(chr, range(sys.maxunicode + 1)))
+    inside = re.finditer(f"(?:{DISPUTED[category]})+", text)
+    return complement(union((found.start(), found.end() - 1) for found in inside))
+
+
+EVERYTHING = without_surrogates(((0, sys.maxunicode),))
+ANY = without(EVERYTHING, ((0x0A, 0x0A),))  # "." of Python
+PORTABLE_ANY = without(EVERYTHING, LINE_ENDS)  # "." of Python and ECMAScript
 
 
 class _Parser:
-    """A cursor in a pattern, and the groups open at it: a list, since Python's stack is short."""
+    """A cursor in a pattern. ``portable`` refuses what ECMAScript reads differently."""
 
-    def __init__(self, pattern: str):
-        self.pattern = pattern
+    def __init__(self, pattern: str, *, portable: bool = False):
+        self.pattern, self.portable = pattern, portable
         self.index = 0
         self.names: set[str] = set()
 
     def parse(self) -> Node:
+        """The tree of the pattern, anchors included. Open groups are a list, not a recursion."""
         pattern = self.pattern
         groups = [_Group(0, [], [], 0)]
         while self.index < len(pattern):
@@ -183,18 +281,30 @@ class _Parser:
                 group.parts.append(self.escaped(start))
             else:
                 ranges = self.character_set(start) if character == "[" else self.literal(start)
-                ranges = ANY if character == "." else ranges
+                if character == ".":
+                    ranges = PORTABLE_ANY if self.portable else ANY
                 group.parts.append(Chars(start=start, end=self.index, ranges=ranges))
         if len(groups) > 1:
             raise self.error(groups[-1].start, "missing ), unterminated subpattern")
-        root = self.close(groups[0], len(pattern), 0, len(pattern))
-        return self.without_anchors(root, at_start=True, at_end=True)
+        return self.close(groups[0], len(pattern), 0, len(pattern))
+
+    def found(self, branch: Node) -> Node:
+        """The texts that contain a match of ``branch``: free text around it unless anchored."""
+        parts = branch.parts if isinstance(branch, Concat) else (branch,)
+        at_start = bool(parts) and isinstance(parts[0], _Anchor) and parts[0].at_start
+        at_end = bool(parts) and isinstance(parts[-1], _Anchor) and not parts[-1].at_start
+        start, end = branch.start, branch.end
+        whole = self.without_anchors(branch, at_start=at_start, at_end=at_end)
+        anything = Chars(start=start, end=end, ranges=EVERYTHING)
+        free = Repeat(start=start, end=end, node=anything, least=0, most=None)
+        around = (() if at_start else (free,), () if at_end else (free,))
+        return Concat(start=start, end=end, parts=(*around[0], whole, *around[1]))
 
     def error(self, start: int, reason: str, end: int | None = None) -> RegexError:
         return RegexError(self.pattern, start, self.index if end is None else end, reason)
 
     def close(self, group: _Group, option_end: int, start: int, end: int) -> Node:
-        """What a group has read. Its node spans the parentheses, and is never an open repeat."""
+        """The node of a finished group. It spans the parentheses and is never a bare repeat."""
         group.close_option(option_end)
         if len(group.options) > 1:
             return Alternate(start=start, end=end, options=tuple(group.options))
@@ -204,13 +314,16 @@ class _Parser:
         return replace(option, start=start, end=end)
 
     def open_group(self, start: int) -> None:
-        """Moves behind what opens a group, such as ``(?P<name>``."""
+        """Move the cursor behind the opening of a group, such as ``(?P<name>``."""
         pattern = self.pattern
         if not pattern.startswith("?", self.index):
             return
         self.index += 1
         if pattern.startswith(":", self.index):
             self.index += 1
+        elif pattern.startswith("P<", self.index) and self.portable:
+            self.index += 2
+            raise self.error(start, "ECMAScript names groups differently: write (?:…)")
         elif pattern.startswith("P<", self.index):
             name, closed, _ = pattern[self.index + 2 :].partition(">")
             self.index += 2 + len(name) + len(closed)
@@ -230,12 +343,18 @@ class _Parser:
             raise self.error(start, reason, end)
 
     def count(self, start: int) -> re.Match[str] | None:
-        """The count at ``start``, such as ``{2,}``; any other brace stands for itself."""
+        """The count at ``start``, such as ``{2,}``. Any other brace is a literal character."""
         found = COUNT.match(self.pattern, start)
+        if found is None and (spaced := SPACED_COUNT.match(self.pattern, start)):
+            right = spaced.group().replace(" ", "")
+            reason = f"a count has no spaces: write {right}, or \\{{ for the character"
+            raise self.error(start, reason, spaced.end())
+        if self.portable and found and found.group()[1] == ",":
+            raise self.error(start, "ECMAScript needs the least count: write {0,…}", found.end())
         return None if found is None or found.group() == "{}" else found
 
     def repeat(self, group: _Group, start: int, character: str) -> Node:
-        """The group's last part, repeated by the quantifier at ``start``."""
+        """The last part of the group, repeated by the quantifier at ``start``."""
         if character == "{":
             least, most = self.bounds(start)
         else:
@@ -253,7 +372,7 @@ class _Parser:
         return Repeat(start=node.start, end=self.index, node=node, least=least, most=most)
 
     def bounds(self, start: int) -> tuple[int, int | None]:
-        """The least and the most that the count at ``start`` allows; moves behind it."""
+        """The bounds of the count at ``start``. Moves the cursor behind it."""
         found = self.count(start)
         assert found is not None
         self.index = found.end()
@@ -275,8 +394,12 @@ class _Parser:
         return ((code, code),)
 
     def escaped(self, start: int) -> Node:
-        """What the escape at ``start`` stands for outside a character set."""
+        """The node of the escape at ``start``, outside a character set."""
         letter = self.pattern[self.index : self.index + 1]
+        if self.portable and letter and letter in "AZ":
+            self.index += 1
+            anchor = "^" if letter == "A" else "$"
+            raise self.error(start, f"no anchor in ECMAScript: write {anchor}")
         if letter in ("A", "Z"):
             self.index += 1
             return _Anchor(start=start, end=self.index, at_start=letter == "A")
@@ -293,20 +416,29 @@ class _Parser:
         return Chars(start=start, end=self.index, ranges=ranges)
 
     def octal(self, index: int, digits: int) -> str:
-        """The run of at most ``digits`` octal digits at ``index``."""
+        """The octal digits at ``index``, at most ``digits`` of them."""
         run = self.pattern[index : index + digits]
         return run[: len(run) - len(run.lstrip("01234567"))]
 
     def escape(self, start: int) -> int | Ranges:
-        """The code point, or the category's ranges, of the escape at ``start``."""
+        """The code point of the escape at ``start``, or the ranges of a category."""
         pattern, index = self.pattern, self.index
         if index == len(pattern):
             raise self.error(start, "bad escape (end of pattern)")
         letter = pattern[index]
         self.index += 1
         if letter.lower() in CATEGORIES:
+            if self.portable and letter.isupper():
+                return _portable_complement(letter.lower())
             ranges = CATEGORIES[letter.lower()]
             return ranges if letter.islower() else complement(ranges)
+        if letter in "pP" and pattern.startswith("{", self.index):
+            name = pattern[start:].partition("}")[0] + "}"
+            reason = f"Unicode properties (\\{letter}{{…}}) are not supported: list the characters"
+            raise self.error(start, reason, start + len(name))
+        null = letter == "0" and not self.octal(index + 1, 1)
+        if self.portable and letter in "aUN01234567" and not null:
+            raise self.error(start, "ECMAScript reads this escape differently")
         if letter in CONTROLS:
             return CONTROLS[letter]
         if letter in HEXADECIMAL:
@@ -332,29 +464,56 @@ class _Parser:
 
     def character_set(self, start: int) -> Ranges:
         """The code points of the set that opens at ``start``."""
+        if self.pattern.startswith("[", self.index):
+            reason = "a set within a set is not supported: write \\[ for the character"
+            if self.pattern.startswith("[:", self.index):
+                reason = "POSIX classes are not supported: write a-zA-Z for [:alpha:]"
+            raise self.error(start, reason, self.index + 1)
         negated = self.pattern.startswith("^", self.index)
         self.index += negated
         first = self.index
+        if self.portable and self.pattern.startswith("]", first):
+            raise self.error(start, "ECMAScript ends the set here: write \\] for the character")
         ranges: list[tuple[int, int]] = []
+        disputed: list[tuple[int, int]] = []  # on which ECMAScript and Python differ
         while not (self.pattern.startswith("]", self.index) and self.index > first):
             here = self.index
+            self.check_operator(here, first)
             low = self.member(start)
             if self.pattern.startswith("-", self.index) and not self.pattern.startswith(
                 "-]", self.index
             ):
                 self.index += 1
+                if self.pattern.startswith("-", self.index):
+                    raise self.error(here, "write \\- for the character", self.index + 1)
                 high = self.member(start)
                 if not (isinstance(low, int) and isinstance(high, int) and low <= high):
                     raise self.error(here, "bad character range")
                 ranges.append((low, high))
             else:
                 ranges.extend([(low, low)] if isinstance(low, int) else low)
+                if self.portable and not isinstance(low, int):
+                    disputed.extend(self.disputed(here))
         self.index += 1
         found = union(ranges)
-        return without_surrogates(complement(found) if negated else found)
+        if negated:
+            found = complement(union([*found, *disputed]))
+        return without_surrogates(found)
+
+    def disputed(self, start: int) -> Ranges:
+        """The code points that the category at ``start`` holds in one of the two languages only."""
+        category = self.pattern[start + 1].lower()
+        return without(complement(_portable_complement(category)), CATEGORIES[category])
+
+    def check_operator(self, index: int, first: int) -> None:
+        """Refuse ``--``, ``&&``, ``~~`` and ``||`` in a set, which Python warns about."""
+        pair = self.pattern[index : index + 2]
+        if index > first and pair in ("--", "&&", "~~", "||"):
+            reason = f"set operators are not supported: write \\{pair[0]} for the character"
+            raise self.error(index, reason, index + 2)
 
     def member(self, start: int) -> int | Ranges:
-        """The next member of the set that opens at ``start``."""
+        """The next code point or category in the set that opens at ``start``."""
         if self.index == len(self.pattern):
             raise self.error(start, "unterminated character set")
         here, character = self.index, self.pattern[self.index]
@@ -367,9 +526,9 @@ class _Parser:
         return self.escape(here)
 
     def without_anchors(self, node: Node, *, at_start: bool, at_end: bool) -> Node:
-        """The tree without its anchors, which hold at the edges of the whole match anyway.
+        """The tree without its anchors, which are redundant at the edges of the text.
 
-        RegexError where an anchor stands anywhere else.
+        Raises RegexError for an anchor in any other place.
         """
         if isinstance(node, _Anchor):
             if not (at_start if node.at_start else at_end):
@@ -380,6 +539,10 @@ class _Parser:
         if isinstance(node, Repeat):
             inner = self.without_anchors(node.node, at_start=False, at_end=False)
             return replace(node, node=inner)
+        if isinstance(node, Joined):
+            item = self.without_anchors(node.item, at_start=False, at_end=False)
+            separator = self.without_anchors(node.separator, at_start=False, at_end=False)
+            return replace(node, item=item, separator=separator)
         changed = []  # loops, not comprehensions: those would take a second frame of the stack
         if isinstance(node, Alternate):
             for option in node.options:
@@ -396,7 +559,7 @@ class _Parser:
 
 
 def is_empty(node: Node) -> bool:
-    """Whether a node is nothing but anchors and empty groups."""
+    """Whether a node consists of anchors and empty groups only."""
     stack = [node]
     while stack:
         node = stack.pop()

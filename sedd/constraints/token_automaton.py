@@ -45,7 +45,7 @@ class Vocabulary:
         Nor do tokens of no bytes, of which a text could hold any number, and the end of a text.
         """
         if eos_id is not None and not 0 <= eos_id < len(tokens):
-            raise ValueError(f"eos_id must be in 0..{len(tokens) - 1}, got {eos_id}")
+            raise UserError(f"eos_id must be in 0..{len(tokens) - 1}, got {eos_id}")
         digest = hashlib.sha256(f"{len(tokens)} {eos_id}".encode())
         for token in tokens:
             digest.update(b"-" if token is None else b"%d:%s" % (len(token), token))
