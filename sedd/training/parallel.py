@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -55,13 +54,12 @@ class DataParallel:
         )
 
     def init(self, make: Callable[[], TrainState]) -> TrainState:
-        """The state that ``make`` makes, in place."""
-        return self.place(make())
+        """The state that ``make`` returns, computed on every local device: one copy on each."""
+        return jax.jit(make, out_shardings=self._replicated)()
 
     def place(self, state: TrainState) -> TrainState:
-        """A copy on every local device, which the steps may then donate."""
-        # device_put may take an array as the first replica, and a step would donate the caller's.
-        return jax.device_put(jax.tree.map(jnp.copy, state), self._replicated)
+        """Copy a state to every local device; the steps may donate the copy."""
+        return _placed(state, jax.tree.map(lambda _: self._replicated, state))
 
     def for_evaluation(self, params: Params) -> Params:
         """Parameters of a placed state on one device, until a step donates them."""
@@ -162,11 +160,8 @@ class FullySharded:
         return jax.jit(make, out_shardings=self.shardings)()
 
     def place(self, state: TrainState) -> TrainState:
-        """Its parts on their devices, which the steps may then donate."""
-        key = jax.random.key_data(state.key)
-        shardings = replace(self.shardings, key=NamedSharding(self.mesh, PartitionSpec()))
-        placed = jax.tree.map(_put, replace(state, key=key), shardings)
-        return replace(placed, key=jax.random.wrap_key_data(placed.key))
+        """Copy the parts of a whole state to their devices; the steps may donate the copies."""
+        return _placed(state, self.shardings)
 
     def for_evaluation(self, params: Params) -> Params:
         """Parameters of a placed state, whole, in the host's memory."""
@@ -234,10 +229,30 @@ def _state_specs(state: TrainState, param_specs: Any) -> TrainState:
     return jax.tree_util.tree_map_with_path(spec_of, state)
 
 
+def _placed(state: TrainState, shardings: TrainState) -> TrainState:
+    """A copy of a whole state on the devices, which shares no memory with ``state``.
+
+    It is made array by array through the host. ``jax.device_put`` would keep an array that is on
+    a device already as the first replica, and a step would then donate the caller's array.
+    """
+    key = shardings.key
+    placed = jax.tree.map(
+        _put,
+        replace(state, key=jax.random.key_data(state.key)),
+        replace(shardings, key=NamedSharding(key.mesh, PartitionSpec())),
+    )
+    return replace(placed, key=jax.random.wrap_key_data(placed.key))
+
+
 def _put(leaf, sharding: NamedSharding) -> jax.Array:
     """A copy of a whole array, of which this process makes its own devices' parts."""
     array = np.asarray(leaf)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    # On a CPU a device takes over the memory that it is given: each gets memory of its own.
+    parts = [
+        jax.device_put(np.array(array[index]), device)
+        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def check_mesh(num_devices: int, fsdp: int) -> None:

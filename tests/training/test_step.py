@@ -18,7 +18,7 @@ from sedd.training.optimizer import (
     make_schedule,
 )
 from sedd.training.parallel import DataParallel, check_batch_size
-from sedd.training.state import ema_decay_at, init_state, update_ema
+from sedd.training.state import ema_decay_at, from_host, init_state, to_host, update_ema
 from sedd.training.step import Step, keep_if_finite, sum_over_devices
 
 
@@ -129,6 +129,38 @@ def test_the_gradient_is_that_of_the_mean_of_sums():
         np.testing.assert_allclose(seen["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
         np.testing.assert_allclose(seen["loss"], loss, rtol=1e-5)
         np.testing.assert_allclose(leaves(after.ema_params), leaves(after.params))
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [(1, None), (2, None), (2, 2)])
+def test_a_placed_state_shares_no_memory(devices, fsdp):
+    """A step donates it: neither its source nor another replica may be in the same memory."""
+    state, runner = setup(devices=devices, fsdp=fsdp)
+    before = leaves(to_host(state).params)
+    for source in (state, from_host(to_host(state))):
+        placed = runner.place(source)
+        for leaf in jax.tree.leaves(placed.params):
+            addresses = [s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards]
+            assert len(set(addresses)) == devices
+        jax.block_until_ready(runner(placed, next(ToyBatches())))
+        np.testing.assert_array_equal(leaves(source.params), before)
+
+
+@pytest.mark.parametrize("fsdp", [None, 2])
+def test_the_first_state_is_made_in_place(fsdp):
+    """Inside a compiled program whose results are the placed arrays: no array is copied to them."""
+    state, runner = setup(devices=2, fsdp=fsdp)
+    traced = []
+
+    def make():
+        made = init_state(Toy(), make_optimizer(SGD, 300), 0)
+        traced.append(isinstance(made.step, jax.core.Tracer))
+        return made
+
+    placed = runner.init(make)
+    assert traced == [True]
+    np.testing.assert_array_equal(leaves(placed.params), leaves(state.params))
+    new, _ = runner(placed, next(ToyBatches()))
+    assert int(new.step) == 1
 
 
 def test_a_reduction_in_the_wrong_place_would_be_noticed():
