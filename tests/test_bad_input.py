@@ -71,6 +71,11 @@ def place(tmp_path_factory):
     (top / "uncallable.py").write_text("get_config = 3\n")
     (top / "syntax.py").write_text("def get_config(:\n")
     (top / "stops.py").write_text("import sys\n\nsys.exit(3)\n")
+    (top / "leaves.py").write_text("def get_config():\n    exit('no')\n")
+    (top / "lacks.py").write_text("import nothing_beside_it_is_named_so\n")
+    (top / "recipe.yaml").write_text("training:\n  steps: 3\n")
+    (top / "broken.json").write_text("{training: 3}")
+    (top / "wrong.json").write_text('{"training": {"steps": 0}}')
     (top / "code.py").write_text(CODE)
     (top / "requests.jsonl").write_text('{"id": "good"}\n{"id": "bad", "prompt": 7}\n')
     config = tiny_run.config(corpus=str(top / "text.txt"))
@@ -130,7 +135,17 @@ TRAIN = [
     ("--training.batch-size 6", "batch_size must be divisible by devices × accumulate = 4 × 1"),
     ("--training.batch-size 8 --training.accumulate 4", "4 × 4 = 16, got 8; the nearest"),
     ("--config {place}/none.py", "--config {place}/none.py: no such file"),
-    ("--config {place}/syntx.py", "no such file; did you mean 'syntax.py'?"),
+    ("--config {place}/syntx.py", "no such file or recipe; did you mean '{place}/syntax.py'?"),
+    ("--config quikstart", "--config quikstart: no such file or recipe; did you mean 'quickstart'"),
+    ("--config {place}/quickstart.py", "no such file or recipe; did you mean 'quickstart'?"),
+    ("--config {place}/stops.py", "stops.py, line 3: SystemExit: 3"),
+    ("--config {place}/leaves.py", "leaves.py, line 2: SystemExit: no"),
+    ("--config {place}/lacks.py", "lacks.py, line 1: ModuleNotFoundError: No module named"),
+    ("--config {place}/recipe.yaml", "a configuration is a Python file (.py) with get_config()"),
+    ("--config {place}/text.txt", "with get_config(), or the config.json of a run, got .txt"),
+    ("--config {place}/null.json", "null.json: configuration: the file must be an object, got N"),
+    ("--config {place}/broken.json", "broken.json: not JSON (Expecting"),
+    ("--config {place}/wrong.json", "wrong.json: configuration: training.steps must be at least"),
     ("--config {place}", "--config {place}: no such file"),
     ("--config {place}/nothing.py", "nothing.py: it defines no get_config()"),
     ("--config {place}/raises.py", "raises.py, line 2: ZeroDivisionError: division by zero"),

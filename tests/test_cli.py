@@ -167,7 +167,7 @@ def config_of(*arguments) -> Config:
 
 
 def test_without_a_recipe_nothing_starts():
-    with pytest.raises(UserError, match=r"missing --config FILE.*configs/quickstart\.py"):
+    with pytest.raises(UserError, match=r"missing --config: a FILE.* by name \(.*quickstart"):
         parse_config(["--workdir", "x"], Training, "")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from sedd.configuration.config import (
     default_cache_dir,
     differences,
     load_config,
+    recipes,
     with_component,
 )
 from sedd.errors import UserError
@@ -200,3 +202,40 @@ def test_a_corpus_that_has_changed_is_not_resumed():
         check(11, 96, "digest")
     with pytest.raises(UserError, match=r"corpus has changed .* size is the same, its text is not"):
         check(12, 96, "another")
+
+
+@pytest.mark.parametrize(
+    ("imports", "used"),
+    [
+        ("from steps_beside import STEPS", "STEPS"),
+        ("import steps_beside", "steps_beside.STEPS"),
+        ("", "__import__('folder_beside.steps').steps.STEPS"),  # while get_config() runs
+    ],
+)
+def test_a_recipe_may_import_what_is_beside_it(tmp_path, monkeypatch, imports, used):
+    (tmp_path / "steps_beside.py").write_text("STEPS = 7\n")
+    (tmp_path / "folder_beside").mkdir()
+    (tmp_path / "folder_beside" / "steps.py").write_text("STEPS = 7\n")
+    (tmp_path / "recipe.py").write_text(
+        f"from sedd.configuration import Config, TrainingOptions\n{imports}\n"
+        f"def get_config():\n    return Config(training=TrainingOptions(steps={used}))\n"
+    )
+    monkeypatch.chdir("/")
+    before = list(sys.path)
+    assert load_config(tmp_path / "recipe.py").training.steps == 7
+    assert sys.path == before
+
+
+def test_the_configuration_of_a_run_is_read(tmp_path):
+    config = changed(Config(seed=3), "sampler", options("samplers", "euler", steps=9))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipes().keys() == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert load_config("quickstart") == load_config(ROOT / "configs" / "quickstart.py")
+    mine = tmp_path / "quickstart"
+    mine.mkdir()  # a folder of that name is no file
+    assert load_config("quickstart").network.num_layers

@@ -17,7 +17,7 @@ from tyro._errors import on_parse_error
 import sedd
 from sedd.commands.mistakes import as_flag, flags_of, reject
 from sedd.configuration.components import COMPONENTS, makers
-from sedd.configuration.config import Config, load_config, with_component
+from sedd.configuration.config import Config, load_config, recipes, with_component
 from sedd.errors import FieldError, UserError, first_line
 from sedd.training.distributed import leave_libtpu_alone
 
@@ -208,7 +208,9 @@ def parse_config(arguments: Sequence[str], command: type[Any], description: str)
     """
     path, rest = take(arguments, "--config")
     if path is None and not {"-h", "--help"} & set(arguments):
-        raise UserError("missing --config FILE, a recipe such as configs/quickstart.py")
+        raise UserError(
+            f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
+        )
     config = Config() if path is None else load_config(path)
     for name in COMPONENTS:
         chosen, rest = take(rest, f"--{name}")

@@ -1,9 +1,11 @@
-"""The typed configuration of a run: what ``configs/*.py`` return and the command line overrides."""
+"""The typed configuration of a run, which ``configs/*.py`` return and the command line changes."""
 
 import dataclasses
+import difflib
 import json
 import os
 import runpy
+import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from sedd.configuration.components import COMPONENTS, Options, options, options_type, values
-from sedd.errors import FieldError, UserError, did_you_mean, fields_within
+from sedd.errors import FieldError, UserError, did_you_mean, fields_within, first_line
 from sedd.evaluation.bound import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
@@ -233,35 +235,71 @@ def recipes() -> dict[str, Path]:
 
 
 def load_config(name: str | Path) -> Config:
-    """The configuration that a Python file's ``get_config()`` returns.
+    """Read a configuration.
 
-    ``name`` is the path of a file, or the name of one of the ``recipes()``.
+    Args:
+        name: a Python file whose ``get_config()`` returns a Config, the ``config.json`` of a run,
+            or one of ``recipes()``. A Python file may import files of its own folder.
+
+    Raises:
+        UserError: there is no such file or recipe, it raises an exception or exits, or it gives no
+            Config.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     known = recipes()
     if str(name) in known and not path.is_file():
         path = known[str(name)]
     if not path.is_file():
-        near = [*known, *map(str, path.parent.glob("*.py") if path.parent.is_dir() else ())]
+        raise UserError(f"--config {name}: no such file or recipe{_near(path, known)}")
+    if path.suffix == ".json":
+        return _read_json(path)
+    if path.suffix != ".py":
         raise UserError(
-            f"--config {name}: no such file, and no recipe of that name"
-            f"{did_you_mean(str(name), near)}"
+            f"--config {path}: a configuration is a Python file (.py) with get_config(), or the "
+            f"config.json of a run, got {path.suffix or 'a name without a suffix'}"
         )
+    config = _run_config(path)
+    if not isinstance(config, Config):
+        raise UserError(
+            f"--config {path}: get_config() must return a Config, got {type(config).__name__}"
+        )
+    return config
+
+
+def _near(path: Path, known: dict[str, Path]) -> str:
+    """``; did you mean …?`` with a file of the same folder or a recipe, or nothing."""
+    beside = {p.name: str(p) for p in path.parent.glob("*") if p.suffix in (".py", ".json")}
+    close = difflib.get_close_matches(path.name, beside, 1)
+    if close:
+        return f"; did you mean {beside[close[0]]!r}?"
+    return did_you_mean(path.stem, known)
+
+
+def _read_json(path: Path) -> Config:
+    try:
+        return Config.from_json(json.loads(path.read_text(encoding="utf-8-sig")))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path}: not JSON ({first_line(error)})") from error
+
+
+def _run_config(path: Path) -> Any:
+    """What the file's ``get_config()`` returns; UserError with the line where it fails."""
+    sys.path.insert(0, str(path.parent.resolve()))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if get_config is not None else None
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"--config {path}{where}: {kind}{error}") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
     if get_config is None:
         raise UserError(f"--config {path}: it defines no get_config()")
-    if not isinstance(config, Config):
-        raise UserError(
-            f"--config {path}: get_config() must return a Config, got {type(config).__name__}"
-        )
     return config
 
 
