@@ -55,7 +55,10 @@ def main(arguments: Sequence[str]) -> int:
         several = len(results) > 1
         console.print((summary_table(results) if several else detail_table(results[0])).rich())
         for section in sections:
-            console.print(*(table.rich() for table in section.tables))
+            if section.tables:
+                console.print(f"\n{section.title}", style="bold", markup=False)
+            for table in section.tables:
+                console.print(table.rich())
     for message in failed:
         fail(message)
     return 2 if failed else 0

@@ -226,11 +226,12 @@ def write_report(
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f".\n\nCommand: evaluate.py {shlex.join(command.arguments)}"
     )
+    details = map(detail_table, results)
     sections = [
         Section(
             title=title(results[0]),
             text=f"{how}\n\n{FIGURES}",
-            tables=[summary_table(results), *map(detail_table, results)],
+            tables=[*([summary_table(results)] if len(results) > 1 else []), *details],
         )
     ]
     if curves.is_file():

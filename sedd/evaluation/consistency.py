@@ -1,9 +1,9 @@
 """Are a masked model's conditionals those of one joint? See ``docs/consistency.md``.
 
-Two positions of a held-out sequence are masked and the rest is given. The model says p(a | b) for
-every token b and p(b | a) for every token a; nothing in it makes them agree. Every way to derive a
-joint of the pair from them (arXiv:2305.15501, section 2) is right for conditionals that do agree,
-except a product, which is wrong even then. How far the joints part is measured here.
+Two positions of a held-out sequence are masked; all others are given. The network defines p(a | b)
+for every token b and p(b | a) for every token a, and nothing in it makes the two consistent. If
+they were the conditionals of one joint, several constructions of ``joints`` would all return that
+joint. This module measures how far the constructed joints differ (arXiv:2305.15501).
 """
 
 import math
@@ -15,154 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.denoiser import Denoiser
-from sedd.evaluation.report import Section, Table
+from sedd.evaluation.joints import (
+    JOINTS,
+    arnold_gokhale_step,
+    log_sum,
+    pair_joints,
+    total_variation,
+)
+from sedd.evaluation.report import Measured, Section, Table
 from sedd.networks.base import read_out
-from sedd.types import Array, Bool, Float, Int, Key
+from sedd.types import Array, Bool, Int, Key
 
 LARGEST_GRID = 2048  # tokens a position: beyond, V² probabilities and 2V network rows a pair
-
-JOINTS = {  # every joint, as it is named for a reader
-    "independent": "independent",
-    "chain_ab": "chain, a first",
-    "chain_ba": "chain, b first",
-    "mrf": "product of conditionals",
-    "mrf_logit": "product of logits",
-    "hcb": "Hammersley–Clifford–Besag",
-    "arnold_gokhale": "Arnold–Gokhale",
-}
-
-# ---------------------------------------------------------------- joints of two positions
-
-
-def pair_joints(
-    log_a_given_b: Float[np.ndarray, "A B"],
-    log_b_given_a: Float[np.ndarray, "A B"],
-    log_a: Float[np.ndarray, " A"],
-    log_b: Float[np.ndarray, " B"],
-    *,
-    logits: tuple[Float[np.ndarray, "A B"], Float[np.ndarray, "A B"]] | None = None,
-) -> dict[str, np.ndarray]:
-    """Name → log joint [A, B] on a grid of tokens a, b, in float64; each sums to 1 there.
-
-    ``log_a_given_b[a, b]`` = log p(a | b), ``log_b_given_a[a, b]`` = log p(b | a); ``log_a`` and
-    ``log_b`` are with both masked; ``logits`` are the first two before their normalisation. All
-    may be normalised over more tokens than the grid's: every joint but Arnold–Gokhale's is then
-    that of all tokens, given that the pair is on the grid.
-
-    ==================  ===================================================================
-    ``independent``     p(a) p(b), what is drawn when both are revealed at once
-    ``chain_ab``        p(a) p(b | a)
-    ``chain_ba``        p(b) p(a | b)
-    ``mrf``             ∝ p(a | b) p(b | a)
-    ``mrf_logit``       ∝ exp(logit(a; b) + logit(b; a)), with ``logits`` only
-    ``hcb``             see ``besag``, its pivot the likeliest a
-    ``arnold_gokhale``  see ``arnold_gokhale``
-    ==================  ===================================================================
-    """
-    given_b, given_a = np.asarray(log_a_given_b, np.float64), np.asarray(log_b_given_a, np.float64)
-    a_A1, b_B = np.asarray(log_a, np.float64)[:, None], np.asarray(log_b, np.float64)
-    joints = {
-        "independent": a_A1 + b_B,
-        "chain_ab": a_A1 + given_a,
-        "chain_ba": b_B + given_b,
-        "mrf": given_b + given_a,
-    }
-    if logits is not None:
-        joints["mrf_logit"] = np.asarray(logits[0], np.float64) + np.asarray(logits[1], np.float64)
-    joints["hcb"] = besag(given_b, given_a, int(a_A1.argmax()))
-    joints["arnold_gokhale"] = arnold_gokhale(given_b, given_a)
-    return {name: joint - _log_sum(joint) for name, joint in joints.items()}
-
-
-def besag(
-    log_a_given_b: Float[np.ndarray, "A B"], log_b_given_a: Float[np.ndarray, "A B"], pivot: int
-) -> Float[np.ndarray, "A B"]:
-    """p(a, b) ∝ p(a | b) / p(a* | b) · p(b | a*), a* the pivot (Hammersley–Clifford–Besag).
-
-    For conditionals of one joint it is that joint, whatever the pivot; if it is the same for
-    all pivots, they are. Log, and normalised.
-    """
-    joint = log_a_given_b - log_a_given_b[pivot] + log_b_given_a[pivot]
-    return joint - _log_sum(joint)
-
-
-def arnold_gokhale(
-    log_a_given_b: Float[np.ndarray, "A B"],
-    log_b_given_a: Float[np.ndarray, "A B"],
-    *,
-    tolerance: float = 1e-12,
-    max_iterations: int = 100,
-) -> Float[np.ndarray, "A B"]:
-    """The joint whose conditionals are closest to the given ones. Log, and normalised.
-
-    Closest: Σ_b KL(p(· | b) ‖ joint's) + Σ_a KL(p(· | a) ‖ joint's) is least, a convex function of
-    the joint's log. At its minimum the joint is weight / (1/α_a + 1/β_b), weight = p(a | b) +
-    p(b | a), with marginals α and β. That is a Bradley–Terry model, in which a beats b p(a | b)
-    times and b beats a p(b | a) times, of strengths α and β: Newton's method on their logs takes
-    some ten steps, where the fixed point of ``arnold_gokhale_step`` is not reached in 10,000. Ends
-    where that iteration would move the joint by less than ``tolerance`` in total variation.
-    """
-    wins, losses = _normalised(log_a_given_b, 0), _normalised(log_b_given_a, 1)
-    weight, split = wins + losses, len(wins)
-    log_weight = np.log(np.maximum(weight, np.finfo(np.float64).tiny))
-
-    def objective(strength):
-        lead = strength[:split, None] - strength[split:]
-        return (wins * np.logaddexp(0, -lead) + losses * np.logaddexp(0, lead)).sum()
-
-    strength = np.zeros(sum(weight.shape))
-    for _ in range(max_iterations):
-        log_joint = log_weight - np.logaddexp(-strength[:split, None], -strength[split:])
-        log_joint -= _log_sum(log_joint)
-        joint = np.exp(log_joint)
-        if _total_variation(arnold_gokhale_step(weight, joint), joint) < tolerance:
-            break
-        a_wins = 1 / (1 + np.exp(strength[split:] - strength[:split, None]))
-        surplus, curvature = wins - weight * a_wins, weight * a_wins * (1 - a_wins)
-        gradient = np.concatenate([surplus.sum(1), -surplus.sum(0)])
-        # Scaled to a diagonal of ones: curvatures of rare tokens are many orders smaller.
-        root = np.sqrt(np.concatenate([curvature.sum(1), curvature.sum(0)]) + 1e-300)
-        hessian = np.eye(len(root))
-        hessian[:split, split:] = -curvature / root[:split, None] / root[split:]
-        hessian[split:, :split] = hessian[:split, split:].T
-        # Strengths are known up to a constant; the outer product fixes it and nothing else.
-        hessian += np.outer(root, root) / (root @ root)
-        step = np.linalg.solve(hessian, gradient / root) / root
-        size, now = 1.0, objective(strength)
-        while size > 1e-6 and objective(strength + size * step) > now:
-            size /= 2
-        strength = strength + size * step
-    return log_joint
-
-
-def arnold_gokhale_step(
-    weight: Float[np.ndarray, "A B"], joint: Float[np.ndarray, "A B"]
-) -> Float[np.ndarray, "A B"]:
-    """The published fixed-point iteration, on probabilities; weight = p(a | b) + p(b | a).
-
-    The objective is Σ log joint(a) + Σ log joint(b) - Σ weight·log joint up to a constant. Tangents
-    of its first two terms, which are concave, bound it from above, and this minimises the bound:
-    it never rises.
-    """
-    joint = weight / (1 / joint.sum(1, keepdims=True) + 1 / joint.sum(0, keepdims=True))
-    return joint / joint.sum()
-
-
-def _total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return np.asarray(0.5 * np.abs(p - q).sum((-2, -1)))
-
-
-def _normalised(log_probs: np.ndarray, axis: int) -> np.ndarray:
-    return np.exp(log_probs - _log_sum(log_probs, axis))
-
-
-def _log_sum(log_probs: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """log Σ exp, over all entries or with the axis kept."""
-    highest = log_probs.max(axis, keepdims=True)
-    return highest + np.log(np.exp(log_probs - highest).sum(axis, keepdims=True))
-
-
-# ---------------------------------------------------------------- their comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,21 +77,22 @@ class Consistency:
             columns=(
                 "joint",
                 "pair perplexity",
-                "Δ nats",
-                "±",
+                "Δ nats ± s.e.",
                 "token perplexity",
                 "KL, true",
                 "KL, all",
             ),
             rows=[
-                ("the model's conditionals", None, None, None, model, 0.0, 0.0),
-                *((JOINTS[name], *of.values()) for name, of in self._of_joints().items()),
+                ("the model's conditionals", None, None, model, 0.0, 0.0),
+                *(_joint_row(JOINTS[name], of) for name, of in self._of_joints().items()),
             ],
         )
         orders = Table(
             title="Between the two orders of the chain",
-            columns=("measure", "mean", "±", "largest"),
-            rows=[(ORDERS[name], *of.values()) for name, of in self._of_orders().items()],
+            columns=("measure", "mean ± s.e.", "largest"),
+            rows=[
+                (ORDERS[name], _mean(x_P), float(x_P.max())) for name, x_P in self.orders.items()
+            ],
         )
         return Section(
             title="Are the conditionals consistent?",
@@ -305,22 +170,24 @@ class Consistency:
     def _text(self) -> str:
         apart = "at random distances" if self.distance is None else f"{self.distance} apart"
         tokens = (
-            f"All {self.num_tokens} tokens of each position are compared: the figures are exact."
+            f"All {self.num_tokens} tokens of each position are compared: the joints of a pair are "
+            "exact, and errors are standard errors over pairs."
             if self.exact
-            else f"Approximate: of each position the {self.num_tokens} likeliest tokens, the true "
-            "one among them, are compared, and all probabilities are given that the pair is of "
-            f"these ({100 * self.coverage.mean():.1f} % of the chain's mass)."
+            else f"Approximate: only the {self.num_tokens} most likely tokens of each position "
+            "(the true one among them) are compared. All probabilities are conditional on both "
+            f"tokens being among these ({100 * self.coverage.mean():.1f} % of the chain's mass)."
         )
         time = "" if self.sigma is None else f" The model was asked at σ = {self.sigma:.4g}."
         return (
-            f"{len(self.positions)} pairs of positions a < b, {apart}, both masked and the rest "
-            f"given. {tokens}{time}\n\nPair perplexity is a token's, of the true pair under the "
-            "joint; Δ is its nats a token above the chain that draws a first. Token perplexity is "
-            "that of one true token given the other. KL is from the model's conditional of one "
-            "token given the other to the joint's, in nats, where the other is the true one or, "
-            "evenly, any: 0 for a faithful joint. Conditionals of one joint would make every joint "
-            "that one, except the independent joint and the two products, and the last table 0."
-            "\n\nOne more fixed-point iteration would move no Arnold–Gokhale joint by more than "
+            f"{len(self.positions)} pairs of positions a < b, {apart}; both are masked, all others "
+            f"given. {tokens}{time}\n\nPair perplexity is that of the true pair under the joint, "
+            "per token; Δ is the difference of its nats per token from the chain that draws a "
+            "first. Token perplexity is that of one true token given the other. KL is the divergence of "
+            "the joint's conditional of one token from the model's, in nats, given the true other "
+            "token, or averaged over all tokens as the other one; it is 0 if the joint agrees with "
+            "the model.\n\nIf the conditionals were consistent, all rows but the independent joint "
+            "and the two products would be equal, and the last table would be 0.\n\nOne more "
+            "fixed-point iteration changes no Arnold–Gokhale joint by more than "
             f"{self.residual.max():.1g} in total variation."
         )
 
@@ -335,11 +202,17 @@ ORDERS = {
 }
 
 
-def _mean(values_P: np.ndarray) -> tuple[float, float | None]:
-    """The mean and its standard error, which one value has not."""
+def _joint_row(name: str, figures: dict[str, Any]) -> tuple[Any, ...]:
+    """A row of the table of joints; the difference and its error share a cell."""
+    pair, above, error, *others = figures.values()
+    return (name, pair, Measured(above, error), *others)
+
+
+def _mean(values_P: np.ndarray) -> Measured:
+    """The mean and its standard error; a single value has no error."""
     count = len(values_P)
     error = float(values_P.std(ddof=1)) / math.sqrt(count) if count > 1 else None
-    return float(values_P.mean()), error
+    return Measured(float(values_P.mean()), error)
 
 
 def _kl(log_p: np.ndarray, log_q: np.ndarray, axis: Any = (-2, -1)) -> np.ndarray:
@@ -358,7 +231,7 @@ def _compare(
     # Of the model and then of the joints, normalised on the grid: [1 + J, A, B].
     by_b = np.stack([given_b, *joints.values()])
     by_a = np.stack([given_a, *joints.values()])
-    by_b, by_a = by_b - _log_sum(by_b, -2), by_a - _log_sum(by_a, -1)
+    by_b, by_a = by_b - log_sum(by_b, -2), by_a - log_sum(by_a, -1)
     unary = -(by_b[:, a, b] + by_a[:, a, b]) / 2
     kl_b, kl_a = _kl(by_b[:1], by_b[1:], -2), _kl(by_a[:1], by_a[1:], -1)
     stacked = np.stack(list(joints.values()))
@@ -373,18 +246,15 @@ def _compare(
         "pairwise_nats": -stacked[:, a, b],
         "kl_true": (kl_b[:, b] + kl_a[:, a]) / 2,
         "kl_all": np.concatenate([kl_b, kl_a], -1).mean(-1),
-        "distances": _total_variation(probs[:, None], probs),
-        "residual": _total_variation(arnold_gokhale_step(weight, fitted), fitted),
-        "total_variation": _total_variation(np.exp(ab), np.exp(ba)),
+        "distances": total_variation(probs[:, None], probs),
+        "residual": total_variation(arnold_gokhale_step(weight, fitted), fitted),
+        "total_variation": total_variation(np.exp(ab), np.exp(ba)),
         "jensen_shannon": 0.5 * (_kl(ab, middle) + _kl(ba, middle)),
         "kl_ab_ba": _kl(ab, ba),
         "kl_ba_ab": _kl(ba, ab),
         "true_pair": abs(ab[a, b] - ba[a, b]),
         "max_log_ratio": np.abs(ab - ba).max(),
     }
-
-
-# ---------------------------------------------------------------- of a model
 
 
 def consistency(
@@ -473,7 +343,7 @@ def draw_pairs(
     ValueError if the model has no conditionals of masked pairs, or there are too few pairs.
     """
     if not denoiser.process.absorbing:
-        raise ValueError("pair tables need a process on which a visible token is certain")
+        raise ValueError("consistency is of masked positions: it needs an absorbing process")
     if denoiser.causal:
         raise ValueError("an autoregressive model is one joint: its conditionals are consistent")
     rng = np.random.default_rng(int(jax.random.bits(key)))
@@ -508,11 +378,11 @@ def _grid(log_probs_N: np.ndarray, true: int, size: int) -> np.ndarray:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    return logits - _log_sum(logits, -1)
+    return logits - log_sum(logits, -1)
 
 
 class _Reader:
-    """Logits of one position of each row, in float64, by batches of one size."""
+    """Reads logits of one position of each row, in float64, in batches of one size."""
 
     def __init__(self, denoiser: Denoiser, sigma: float | None, batch_size: int):
         self.denoiser, self.sigma, self.batch_size = denoiser, sigma, batch_size

@@ -89,8 +89,8 @@ class Table:
         title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
         return (
-            f"<table>{title}<thead><tr>{line(self.columns, 'th')}</tr></thead>"
-            f"<tbody>{body}</tbody></table>"
+            f"<div class=wide><table>{title}<thead><tr>{line(self.columns, 'th')}</tr></thead>"
+            f"<tbody>{body}</tbody></table></div>"
         )
 
     def _numeric(self) -> list[bool]:
@@ -153,7 +153,7 @@ def _show_measured(cell: Measured) -> str:
 def _section(section: Section) -> str:
     paragraphs = "".join(f"<p>{html.escape(p)}</p>" for p in section.text.split("\n\n") if p)
     tables = "".join(table.html() for table in section.tables)
-    figures = "".join(map(_figure, section.figures))
+    figures = "".join(_figure(figure, section.title) for figure in section.figures)
     samples = "".join(f"<pre>{html.escape(text)}</pre>" for text in section.samples)
     return (
         f"<section><h2>{html.escape(section.title)}</h2>{paragraphs}{tables}{figures}{samples}"
@@ -161,7 +161,7 @@ def _section(section: Section) -> str:
     )
 
 
-def _figure(figure) -> str:
+def _figure(figure: Any, description: str) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if isinstance(figure, Path):
@@ -170,7 +170,8 @@ def _figure(figure) -> str:
         image = io.BytesIO()
         FigureCanvasAgg(figure).print_png(image)
         data = image.getvalue()
-    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return f'<img alt="{html.escape(description)}" src="{source}">'
 
 
 def _literal(text: str) -> str:
@@ -186,18 +187,30 @@ def _latex(text: str) -> str:
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem }
+:root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ddd; --rule: #888;
+  --code: #f6f6f6 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --page: #181a1b; --line: #3a3d40; --rule: #777; --code: #24272a }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
+h1, p { overflow-wrap: anywhere }
+.wide { overflow-x: auto }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
-th { border-bottom: 2px solid #888 } .n { text-align: right }
-img { max-width: 100%; height: auto }
-pre { background: #f6f6f6; padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line) }
+th { border-bottom: 2px solid var(--rule) } .n { text-align: right; white-space: nowrap }
+td:first-child { white-space: pre-wrap }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
+pre { background: var(--code); padding: .7rem 1rem; white-space: pre-wrap;
+  overflow-wrap: anywhere }
 """
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
 <body><h1>{title}</h1>
 {sections}
 </body></html>

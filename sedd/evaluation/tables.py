@@ -31,23 +31,25 @@ def summary_table(results: Sequence[EvaluationResult]) -> Table:
 def detail_table(result: EvaluationResult) -> Table:
     """All figures of one data set, one below the other.
 
-    The three terms are those of a bound: an exact likelihood has none.
+    Only a score entropy has three terms; k-DCE and exact likelihoods are one.
     """
     at_most, nats, error = _at_most(result), result.nats_per_token, result.standard_error
     rows: list[tuple[Cell, Cell]] = [
         (f"nats per token{at_most}", Measured(nats, error)),
-        (f"perplexity{at_most}", Measured(result.perplexity, result.perplexity * error)),
     ]
+    if not result.exact:
+        rows.append(("  of it the error of the draws", result.standard_error_draws))
+    perplexity = Measured(result.perplexity, result.perplexity * error)
+    rows.append((f"perplexity{at_most}", perplexity))
     for name in ("bits_per_character", "bits_per_byte"):
         value = getattr(result, name)
         if value is not None:
             rows.append(
                 (f"{name.replace('_', ' ')}{at_most}", Measured(value, value * error / nats))
             )
-    if not result.exact:
+    if result.estimator == "score_entropy":
         left_out = "" if result.is_bound else ", left out"
         rows += [
-            ("  of it the error of the draws", result.standard_error_draws),
             (f"  prior{left_out}", result.prior),
             ("  diffusion", result.diffusion),
             (f"  reconstruction{left_out}", result.reconstruction),

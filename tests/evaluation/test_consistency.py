@@ -9,14 +9,8 @@ import oracle
 import pytest
 from oracle import L, N
 
-from sedd.evaluation.consistency import (
-    ORDERS,
-    arnold_gokhale,
-    arnold_gokhale_step,
-    besag,
-    consistency,
-    pair_joints,
-)
+from sedd.evaluation.consistency import ORDERS, consistency
+from sedd.evaluation.joints import arnold_gokhale, arnold_gokhale_step, besag, pair_joints
 
 RIGHT = ("chain_ab", "chain_ba", "hcb", "arnold_gokhale")  # for the conditionals of one joint
 

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,6 +49,10 @@ def test_everything_on_one_page_and_in_json(place):
     for title in ("Upper bound", "Samples", "consistent"):
         assert title in page
     assert "<script" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert "the figures are exact" not in page
+    for told in ("step 4", f"sedd {sedd.__version__}", f"jax {jax.__version__}", " UTC"):
+        assert told in page
     for printed in ("stop words", "Arnold–Gokhale"):
         assert printed in ran.out
 
