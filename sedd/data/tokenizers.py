@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sedd.data.base import Corpus, digest, exclusive, say
+from sedd.data.network import why_hub_unreachable
 from sedd.errors import UserError
 from sedd.files import write_whole
 
@@ -498,14 +499,20 @@ def _download(url: str) -> bytes:
 
 
 def _hub_tokenizer(name: str, cache_dir: Path) -> str:
+    unreachable = why_hub_unreachable()
     try:
         import huggingface_hub as hub
     except ImportError as error:
         raise UserError(f"tokenizer {name!r} needs the hub: pip install 'sedd[hub]'") from error
     try:
-        path = hub.hf_hub_download(name, "tokenizer.json", cache_dir=str(cache_dir / "hub"))
+        path = hub.hf_hub_download(
+            name,
+            "tokenizer.json",
+            cache_dir=str(cache_dir / "hub"),
+            local_files_only=unreachable is not None,
+        )
     except Exception as error:  # the hub's own errors, and those of the network beneath it
-        reason = " ".join(str(error).split())[:200]
+        reason = unreachable or " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot download tokenizer.json of {name!r} ({type(error).__name__}: {reason}); "
             f"give the path of a copy instead"

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from sedd.data.network import why_hub_unreachable
 from sedd.errors import UserError
 
 SCHEME = "hf://"
@@ -17,6 +18,11 @@ def fetch(path: str) -> Path:
 
     ``UserError`` where it cannot be downloaded.
     """
+    if path.startswith("hf:") and not path.startswith(SCHEME) and not Path(path).exists():
+        raise UserError(
+            f"checkpoint {path}: a checkpoint of the hub is hf://OWNER/NAME; hf:OWNER/NAME is a "
+            "data set"
+        )
     if not path.startswith(SCHEME):
         return Path(os.path.expanduser(path))
     match = REPOSITORY.fullmatch(path)
@@ -27,10 +33,24 @@ def fetch(path: str) -> Path:
     except ImportError as error:
         raise UserError(f"checkpoint {path} needs the hub: pip install 'sedd[hub]'") from error
 
+    unreachable = why_hub_unreachable()
+
     def download(files: list[str]) -> Path:
         try:
-            return Path(hub.snapshot_download(match[1], revision=match[2], allow_patterns=files))
+            return Path(
+                hub.snapshot_download(
+                    match[1],
+                    revision=match[2],
+                    allow_patterns=files,
+                    local_files_only=unreachable is not None,
+                )
+            )
         except Exception as error:  # the hub's own errors, and those of the network beneath it
+            if unreachable:
+                raise UserError(
+                    f"checkpoint {path}: the hub cannot be reached ({unreachable}), and its cache "
+                    "does not hold this checkpoint; give the directory of a copy instead"
+                ) from error
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"checkpoint {path}: cannot download it ({type(error).__name__}: {reason})"

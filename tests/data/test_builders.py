@@ -5,9 +5,11 @@ The published files themselves are not fetched by any test.
 
 import contextlib
 import io
+import os
 import sys
 import tarfile
 import threading
+import time
 import types
 import zipfile
 from functools import partial
@@ -16,8 +18,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from sedd.data import builders, catalogue
+from sedd.data import builders, catalogue, network
 from sedd.data.corpora import open_corpus
+from sedd.data.network import why_unreachable
 from sedd.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -165,6 +168,56 @@ def test_a_failed_download_names_the_address_and_where_a_copy_may_go(tmp_path, m
     assert "\n" not in message
 
 
+# A closed port, a name that does not exist, and a proxy that is not there.
+@pytest.mark.parametrize(
+    ("url", "proxy"),
+    [
+        ("http://127.0.0.1:9/text8.zip", ""),
+        ("http://no-such-host.invalid/text8.zip", ""),
+        ("http://example.org/text8.zip", "http://127.0.0.1:9"),
+    ],
+)
+def test_without_a_network_a_download_fails_at_once(tmp_path, monkeypatch, capsys, url, proxy):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.setattr(builders.Text8, "url", url)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"cannot download {url} .*; a copy put at ") as caught:
+        open_corpus("text8", cache_dir=tmp_path / "cache").documents("train")
+    assert time.monotonic() - began < 20  # with TFDS's own retries 205 s
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_server_that_refuses_is_a_server(direct, tmp_path):
+    with serving(tmp_path) as address:
+        assert why_unreachable(address + "/no-such-file") is None
+    assert "refused" in str(why_unreachable(address))
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
+    def load_dataset_builder(path, config, cache_dir):
+        assert os.environ["HF_HUB_OFFLINE"] == "1"  # so that the library gives up at once
+        raise ConnectionError("offline")
+
+    fake = types.SimpleNamespace(load_dataset_builder=load_dataset_builder)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    network.why_hub_unreachable.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"the hub cannot be reached .*; copy that folder"):
+            open_corpus("hf:owner/name", cache_dir=tmp_path)
+    finally:
+        network.why_hub_unreachable.cache_clear()
+
+
+@pytest.mark.parametrize("spec", ["hf://owner/name", "hf://owner"])
+def test_a_checkpoints_address_is_no_corpus(tmp_path, spec):
+    with pytest.raises(UserError, match=r"expected hf:OWNER/NAME.*; hf://OWNER/NAME is a checkpoi"):
+        open_corpus(spec, cache_dir=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["text8", "lambada"])
 def test_a_broken_archive_is_named(tmp_path, name):
     file = {"text8": "text8.zip", "lambada": "lambada-dataset.tar.gz"}[name]
@@ -268,6 +321,7 @@ def test_the_hub_is_asked_for_owner_name_and_configuration(tmp_path, monkeypatch
 
     fake = types.SimpleNamespace(load_dataset_builder=load_dataset_builder)
     monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(catalogue, "why_hub_unreachable", lambda: None)
     corpus = open_corpus("hf:owner/name/small:text", cache_dir=tmp_path)
     assert asked == [("owner/name", "small")]
     assert everything(corpus) == {"train": ["a", "b"], "validation": ["c"]}

@@ -240,7 +240,7 @@ def hub(monkeypatch, tmp_path):
     (remote["some/pickled"] / "training_args.bin").write_bytes(b"of no use")
     asked = []
 
-    def snapshot_download(repo_id, *, revision=None, allow_patterns):
+    def snapshot_download(repo_id, *, revision=None, allow_patterns, local_files_only):
         asked.append((repo_id, revision))
         if repo_id not in remote:
             raise OSError(f"404 for {repo_id}\nsee the documentation")
@@ -254,6 +254,7 @@ def hub(monkeypatch, tmp_path):
     module = types.ModuleType("huggingface_hub")
     module.snapshot_download = snapshot_download  # pyright: ignore
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.setattr("sedd.interop.hub.why_hub_unreachable", lambda: None)
     return asked
 
 
@@ -286,6 +287,7 @@ def test_the_flag_of_the_commands_takes_the_hub(hub):
         ("hf://some", "expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION"),
         ("hf://a/b/c", "expected hf://OWNER/NAME"),
         ("hf://some/safe@", "expected hf://OWNER/NAME"),
+        ("hf:some/safe", "a checkpoint of the hub is hf://OWNER/NAME; hf:OWNER/NAME is a data set"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(hub, path, message):
