@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 STEPS ?=
-export NPROC ?= 16
+# Two workers or more; a file's tests run in one worker, so that its fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test coverage lint lock clean
+.PHONY: install quickstart test test-all pytest coverage lint lock clean
 
 install: $(VENV)/.installed
 
@@ -30,12 +31,20 @@ quickstart: install
 	@echo
 	@ls -1d $(RUN)/checkpoints $(RUN)/curves.png $(RUN)/metrics.jsonl $(RUN)/trace.html
 
-test: install lint
-	$(BIN)/python -m pytest -n auto
+# Everything that a change must pass. Pyright uses one core, and runs beside the tests.
+test: install
+	$(MAKE) --jobs 2 lint pytest
+
+pytest: install
+	$(PYTEST)
+
+# The nightly tests as well: further models, compilation at full size, 20 kills.
+test-all: install lint
+	SEDD_FAULTS=20 $(PYTEST) -m ""
 
 # Which lines the tests reach.
 coverage: install
-	$(BIN)/python -m pytest -n auto --cov=sedd --cov-report=term:skip-covered
+	$(PYTEST) --cov=sedd --cov-report=term:skip-covered
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,20 +1,28 @@
-"""Simulated devices and checked array types for every test, set up before JAX is used."""
+"""Sets up JAX for all tests: simulated devices, quick compilation, checked array types."""
 
 import gc
 import os
 from pathlib import Path
 
-# XLA's CPU collectives wait for each other for ever with four devices on two cores.
+# With the two threads of a two-core machine, the collectives of four devices can deadlock.
 os.environ.setdefault("NPROC", "16")
-# Half the time to compile; what it makes slower runs for milliseconds. For child processes too.
+# Compiling a toy program takes longer than running it. The settings are environment variables, so
+# that child processes have them too. Without the fusion emitters compilation takes half as long.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# All workers, their child processes and later runs share the compiled programs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache/programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from jax._src import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
-ROOT = Path(__file__).parents[1]
+PROGRAMS = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+MAX_BYTES = 2**29  # of compiled programs that are kept for the next run
 
 # The annotated shapes and types of the mathematics are checked in tests only: users pay nothing.
 CHECKED = ("schedules", "processes", "networks", "parameterizations", "denoiser", "objectives")
@@ -22,21 +30,59 @@ CHECKED += ("samplers", "evaluation")
 install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype").__enter__()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _compile_quickly():
-    """Toy programs take longer to compile than to run: they are kept, between runs as well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# The files that take longest start first, so that workers end at the same time.
+LONGEST = (
+    *("test_compile_check", "test_sampling", "test_sample_command", "test_searches"),
+    *("test_end_to_end", "test_loop", "test_conditional_laws", "test_spans", "test_multiprocess"),
+    *("test_event_jump", "test_tau_leaping", "test_step", "test_model", "test_benchmarks"),
+    *("test_conformance", "test_noise", "test_kills", "test_known_entropy", "test_bound"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Order files by their duration as measured, longest first; the others keep their order."""
+    rank = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_configure(config):
+    """Clean the cache of compiled programs, once a run: before the workers start."""
+    if not hasattr(config, "workerinput"):
+        clean_programs(PROGRAMS, MAX_BYTES)
+
+
+def clean_programs(directory: Path, max_bytes: int) -> None:
+    """Delete damaged programs, and the least recently written ones beyond ``max_bytes``.
+
+    JAX writes an entry in place, without a lock. A process that is killed while it writes leaves a
+    part of the entry. Later runs would warn of it, compile the program, and never replace it.
+    JAX's own bound (``jax_compilation_cache_max_size``) reads the whole directory at every write.
+    """
+    entries = sorted(directory.glob("*-cache"), key=lambda path: -path.stat().st_mtime)
+    total = 0
+    for path in entries:
+        content = path.read_bytes()
+        total += len(content)
+        if total > max_bytes or not is_whole(content):
+            path.unlink(missing_ok=True)
+
+
+def is_whole(entry: bytes) -> bool:
+    """Whether an entry of the cache of compiled programs can be decompressed."""
+    try:
+        return bool(compilation_cache.decompress_executable(entry))
+    except Exception:  # of the compression library that JAX has found
+        return False
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _collected():
-    """Reads that orbax could not complete complain when they are collected: here, not in a test.
+    """Collect garbage and forget compiled programs after each module.
 
-    The complaint parses source code, which breaks a parse under way (CPython's issue 106905).
-    Programs go too: a process may map only so many pieces of code (Linux's max_map_count).
+    Reads that orbax could not complete complain when they are collected. The complaint parses
+    source code, which breaks a parse under way (CPython's issue 106905), so it must not come in a
+    test.
+    A process may map only so many pieces of code (Linux's max_map_count), hence the programs.
     """
     yield
     gc.collect()

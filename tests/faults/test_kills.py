@@ -60,10 +60,8 @@ class Run:
             env={
                 **os.environ,
                 "SEDD_CACHE": str(self.place / f"{self.name}-cache"),
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                # A kill may leave a part of a program, which is not to stay for other tests.
                 "JAX_COMPILATION_CACHE_DIR": str(self.place / "programs"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             },
         )
 
@@ -166,4 +164,4 @@ def test_a_run_survives_kills_signals_and_damage(tmp_path):
     assert run.records() == whole.records()
     print(json.dumps(counts, indent=1, sort_keys=True))
     late = [n for what, n in counts.items() if what.endswith("after the end")]
-    assert sum(late) <= len(events) // 4  # or little was tried
+    assert sum(late) <= max(1, len(events) // 4)  # or little was tried

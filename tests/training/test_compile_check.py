@@ -27,7 +27,7 @@ def check(*arguments):
     )
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
+@pytest.mark.parametrize("parallel", ["pmap", pytest.param("fsdp", marks=pytest.mark.nightly)])
 def test_gpt2_small_fits_four_chips_and_no_hidden_state_travels(parallel, tmp_path):
     program = tmp_path / "program.txt"
     ran = check("--topology", "v5e:2x2", "--training.parallel", parallel, "--program", program)

@@ -34,7 +34,7 @@ def start(workdir, steps, fsdp):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=dict(os.environ, JAX_NUM_CPU_DEVICES="2", JAX_DISABLE_MOST_OPTIMIZATIONS="1"),
+            env=dict(os.environ, JAX_NUM_CPU_DEVICES="2"),
         )
         for i in range(2)
     ]
