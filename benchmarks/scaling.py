@@ -13,9 +13,9 @@ import jax
 from report import report, start
 
 from sedd.commands.compile_check import compile_step
+from sedd.commands.cpu import prepare_cpu
 from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions, TrainingOptions
-from sedd.training.parallel import prepare_cpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ def main(settings: Settings) -> None:
 
 def simulate(number: int) -> None:
     """So many devices on the CPU; before the first array."""
-    prepare_cpu()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
+    prepare_cpu()
 
 
 if __name__ == "__main__":

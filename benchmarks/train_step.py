@@ -27,7 +27,6 @@ from sedd.objectives.lambda_dce import LambdaDCE
 from sedd.objectives.score_entropy import ScoreEntropy
 from sedd.training.flops import peak_flops, step_flops
 from sedd.training.optimizer import OptimizerOptions, make_optimizer
-from sedd.training.parallel import prepare_cpu
 from sedd.training.state import init_state
 from sedd.training.step import Step
 
@@ -143,7 +142,6 @@ def compiled_step(settings: Settings, parts, objective, optimizer=None):
 
 def main(settings: Settings) -> None:
     """Print the table of the speeds, or of the compile times."""
-    prepare_cpu()
     if settings.depths:
         rows = []
         for depth in settings.depths:

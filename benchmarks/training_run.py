@@ -28,7 +28,6 @@ from sedd.training import loop
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, train
 from sedd.training.metrics import read_metrics
-from sedd.training.parallel import prepare_cpu
 from sedd.training.state import init_state
 
 
@@ -52,7 +51,6 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Print the loader's row, and the run's."""
-    prepare_cpu()
     config = Config(
         data=DataOptions(corpus=settings.corpus, tokenizer="bytes", length=settings.length),
         network=options(

@@ -15,6 +15,7 @@ from rich.console import Console
 from tyro._errors import on_parse_error
 
 import sedd
+from sedd.commands.cpu import prepare_cpu
 from sedd.commands.mistakes import as_flag, flags_of, reject
 from sedd.configuration.components import COMPONENTS, makers
 from sedd.configuration.config import Config, load_config, recipes, with_component
@@ -65,6 +66,7 @@ def run(
     leave = sys.exit
     prepare_streams()
     leave_libtpu_alone()
+    prepare_cpu()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:

@@ -35,7 +35,7 @@ from sedd.training.flops import step_flops
 from sedd.training.loop import leave_on_signals, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_schedule
-from sedd.training.parallel import check_batch_size, check_mesh, prepare_cpu
+from sedd.training.parallel import check_batch_size, check_mesh
 from sedd.training.state import TrainState, init_state
 
 SAMPLES = 4  # texts drawn each time during training
@@ -62,7 +62,6 @@ class TrainCommand:
 @leave_on_signals()
 def main(arguments: Sequence[str]) -> None:
     """Check what can be checked before any work, and train as the directory's only writer."""
-    prepare_cpu()
     command = parse_config(arguments, TrainCommand, __doc__ or "")
     connect(command.processes)
     console.quiet = jax.process_index() > 0  # one of several speaks for all

@@ -1,6 +1,5 @@
 """One step on many devices: a replica of the state on each, or a part of it."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,14 +18,6 @@ from sedd.types import Params
 AXIS, DATA, FSDP = "devices", "data", "fsdp"
 BATCH = ("x0", "scored", "index")  # what of a batch goes to the devices
 LEAST_SPLIT = 2**17  # entries; to gather less costs more than to keep it
-
-
-def prepare_cpu() -> None:
-    """Give XLA's CPU client enough threads; call it before the first array is made.
-
-    With simulated devices and few cores its collectives wait for each other for ever.
-    """
-    os.environ.setdefault("NPROC", "16")
 
 
 class DataParallel:

@@ -26,7 +26,7 @@ from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
-from sedd.training.parallel import DataParallel, FullySharded, prepare_cpu
+from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import init_state
 from sedd.training.step import Step
 
@@ -202,7 +202,6 @@ def records(workdir):
 
 
 if __name__ == "__main__":
-    prepare_cpu()
     sys.dont_write_bytecode = True  # a limit on files would cut what Python caches, for good
     workdir, steps, *limit = sys.argv[1:]
 
