@@ -53,12 +53,12 @@ def main(arguments: Sequence[str]) -> int:
         width = None if sys.stdout.isatty() else NO_TERMINAL_WIDTH
         console = Terminal(width=width, markup=True, soft_wrap=False)
         several = len(results) > 1
-        console.print((summary_table(results) if several else detail_table(results[0])).rich())
+        console.print(summary_table(results) if several else detail_table(results[0]))
         for section in sections:
             if section.tables:
                 console.print(f"\n{section.title}", style="bold", markup=False)
             for table in section.tables:
-                console.print(table.rich())
+                console.print(table)
     for message in failed:
         fail(message)
     return 2 if failed else 0

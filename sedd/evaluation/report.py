@@ -4,11 +4,12 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
 
 from sedd.files import write_whole
@@ -41,12 +42,24 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"a row of {len(row)} cells under {len(self.columns)} columns")
 
-    def rich(self) -> RichTable:
-        """For a terminal."""
-        table = RichTable(title=self.title or None, title_justify="left")
-        for name, numeric in zip(self.columns, self._numeric(), strict=True):
-            table.add_column(_literal(name), justify="right" if numeric else "left")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        """Print on a terminal; where it is too narrow, each row becomes a table of two columns."""
+        wide = self._rich(self.columns, self.rows, self._numeric(), self.title)
+        natural = console.measure(wide, options=options.update(max_width=10_000)).maximum
+        if natural <= options.max_width or len(self.columns) < 3:
+            yield wide
+            return
         for row in self.rows:
+            pairs = list(zip(self.columns[1:], row[1:], strict=True))
+            head = (self.columns[0], show(row[0]))
+            yield self._rich(head, pairs, [False, True], self.title if row is self.rows[0] else "")
+
+    @staticmethod
+    def _rich(columns, rows, numeric, title) -> RichTable:
+        table = RichTable(title=_literal(title) or None, title_justify="left")
+        for name, right in zip(columns, numeric, strict=True):
+            table.add_column(_literal(name), justify="right" if right else "left", overflow="fold")
+        for row in rows:
             table.add_row(*(_literal(show(cell)) for cell in row))
         return table
 

@@ -45,10 +45,27 @@ def test_latex():
 
 def test_terminal_shows_markup_as_it_is():
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(TABLE.rich())
+    console.print(TABLE)
     text = console.export_text()
     assert "a_b|c [bold]" in text
     assert "Bounds & others" in text
+
+
+@pytest.mark.parametrize("width", [20, 34, 60, 200])
+def test_a_narrow_terminal_cuts_no_figure(width):
+    """Where the columns do not fit, each row is a table of names and values."""
+    rows = [("a", "all", Measured(3.66921, 0.0143), 2880), ("b", "all", Measured(12.5, 0.5), 7)]
+    table = Table(columns=("data", "split", "nats/token ≤", "tokens"), rows=rows, title="Bounds")
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    text = console.export_text()
+    for shown in ("2880", "7"):
+        assert f" {shown} " in text
+    assert "…" not in text
+    assert text.count("nats/token ≤") == (1 if width >= 60 else 2) or width == 20
+    if width > 20:
+        assert "3.669 ± 0.014" in text
+        assert "12.50 ± 0.50" in text
 
 
 @pytest.mark.parametrize(
