@@ -1,7 +1,6 @@
 """Bound the perplexity of a model; the same as ``sedd evaluate``."""
 
-from sedd.commands.cli import run
-from sedd.commands.evaluate import main
+from sedd.__main__ import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("evaluate")

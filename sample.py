@@ -1,7 +1,6 @@
 """Draw or infill text; the same as ``sedd sample``."""
 
-from sedd.commands.cli import run
-from sedd.commands.sample import main
+from sedd.__main__ import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("sample")

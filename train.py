@@ -1,7 +1,6 @@
 """Train a discrete diffusion language model; the same as ``sedd train``."""
 
-from sedd.commands.cli import run
-from sedd.commands.train import main
+from sedd.__main__ import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("train")

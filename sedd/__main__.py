@@ -1,6 +1,7 @@
 """The ``sedd`` command: ``sedd train``, ``sedd sample`` and the others by name."""
 
 import importlib
+import signal
 import sys
 
 from sedd.errors import did_you_mean
@@ -32,10 +33,21 @@ def main() -> None:
         hint = did_you_mean(name, COMMANDS)
         print(f"error: sedd has no command {name!r}{hint}; see sedd --help", file=sys.stderr)
         sys.exit(2)
-    from sedd.commands.cli import run
-
     sys.argv = [f"sedd {name}", *rest]
-    run(importlib.import_module(f"sedd.commands.{name}").main)
+    run_command(name)
+
+
+def run_command(name: str) -> None:
+    """Import the command ``name`` and run it with the arguments of ``sys.argv``.
+
+    Ctrl-C during the imports ends the process as the system does by default: an exception there
+    would show a traceback from the middle of a library, or leave one half imported.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    cli = importlib.import_module("sedd.commands.cli")
+    command = importlib.import_module(f"sedd.commands.{name}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.run(command.main)
 
 
 if __name__ == "__main__":
