@@ -15,7 +15,7 @@ import numpy as np
 from report import report, start
 
 import sedd
-from sedd.configuration.build import HeldOut, pack_split
+from sedd.configuration.build import ValidationRows, pack_split
 from sedd.evaluation.bound import level, sequence_nats, tile, toward_few_masks
 from sedd.samplers.noise import random_rank
 
@@ -99,7 +99,7 @@ def main(settings: Settings) -> None:
     cache_dir = Path(model.config.data.cache_dir).expanduser()
     data = model.config.data
     packed, _ = pack_split(settings.data, "validation", model.tokenizer, data, cache_dir=cache_dir)
-    held_out = HeldOut(
+    held_out = ValidationRows(
         parts=[packed], max_sequences=settings.sequences, batch_size=settings.sequences
     )
     x0_BL = jnp.asarray(next(iter(held_out))[0])

@@ -26,7 +26,7 @@ from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.data.loader import Batches
 from sedd.training import loop
 from sedd.training.checkpoint import Checkpoints
-from sedd.training.loop import Cadence, train
+from sedd.training.loop import Cadence, Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.state import init_state
 
@@ -85,20 +85,20 @@ def measure_loader(config: Config, settings: Settings) -> None:
 @contextmanager
 def timed_saves() -> Iterator[list[float]]:
     """Seconds of each of the loop's saves, once the steps before it and the last save are done."""
-    stalls, save = [], loop._Run.save
+    stalls, save = [], loop._Loop.save
 
     def timed(self, state, step):
-        self.checkpoints.wait()
+        self.run.checkpoints.wait()
         jax.block_until_ready(state.params)
         start = time.perf_counter()
         save(self, state, step)
         stalls.append(time.perf_counter() - start)
 
-    loop._Run.save = timed
+    loop._Loop.save = timed
     try:
         yield stalls
     finally:
-        loop._Run.save = save
+        loop._Loop.save = save
 
 
 def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
@@ -113,15 +113,15 @@ def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
     batch = partial(Batches, data.train, batch_size=settings.batch_size, seed=0)
     begun = time.perf_counter()
     with timed_saves() as stalls:
-        result = train(
+        run = Run(
             workdir=workdir,
-            state=state,
             parallel=parallel,
             batches=batch(),
             checkpoints=checkpoints,
             steps=config.training.steps,
             cadence=Cadence(log_every=1, eval_every=None, checkpoint_every=settings.steps_between),
         )
+        result = train(run, state)
     took = time.perf_counter() - begun
     checkpoints.close()
     lines = [line for line in read_metrics(workdir) if "steps_per_second" in line]

@@ -202,18 +202,25 @@ def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def parse_config(arguments: Sequence[str], command: type[Any], description: str) -> Any:
+def parse_config(
+    arguments: Sequence[str],
+    command: type[Any],
+    description: str,
+    *,
+    saved: Config | None = None,
+) -> Any:
     """A command whose field ``config`` is a Config: first the file and the components, then flags.
 
     ``--config FILE`` gives the defaults, ``--process uniform`` (or any other component by name)
     swaps a component, and every remaining flag is a field: ``--optimizer.learning-rate 1e-3``.
+    ``saved`` is the configuration where no --config is given: that of the run to resume.
     """
     path, rest = take(arguments, "--config")
-    if path is None and not {"-h", "--help"} & set(arguments):
+    if path is None and saved is None and not {"-h", "--help"} & set(arguments):
         raise UserError(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
-    config = Config() if path is None else load_config(path)
+    config = (saved or Config()) if path is None else load_config(path)
     for name in COMPONENTS:
         chosen, rest = take(rest, f"--{name}")
         if chosen is not None:

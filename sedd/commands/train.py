@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -9,20 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
 
 import sedd
-from sedd.commands.cli import console, note, parse_config
+from sedd.commands.cli import console, note, parse_config, take
 from sedd.configuration.build import (
     Data,
-    HeldOut,
     Parts,
+    ValidationRows,
     build_data,
     build_parallel,
     build_parts,
     build_step,
 )
+from sedd.configuration.components import values
 from sedd.configuration.config import Config, differences
+from sedd.data.baselines import CharacterTrigram, joined_text, unigram_nats
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
@@ -32,24 +36,26 @@ from sedd.model import read_config, read_tokenizer, text_counter
 from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
-from sedd.training.loop import leave_on_signals, train
+from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_schedule
 from sedd.training.parallel import check_batch_size, check_mesh
+from sedd.training.signals import leave_on_signals
 from sedd.training.state import TrainState, init_state
 
 SAMPLES = 4  # texts drawn each time during training
+TRIGRAM_TOKENS = 8_000_000  # of each part of the training text
+FREE = ("dropout", "remat", "dtype", "attention")  # options that change no parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """The flags of ``train.py``, those of the configuration among them."""
+    """The flags of ``sedd train``, those of the configuration among them."""
 
     workdir: Path
-    """Everything is written here; a run that is there already is resumed."""
+    """Directory of the run. A run that is there already is resumed, with its configuration where no
+    --config is given."""
     config: Annotated[Config, tyro.conf.arg(name="")]
-    init_from: str | None = None
-    """Start from the weights of another run's newest checkpoint, or of a published one."""
     profile: int | None = None
     """Record so many steps for a profiler's viewer, into WORKDIR/profile."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
@@ -61,14 +67,17 @@ class TrainCommand:
 
 @leave_on_signals()
 def main(arguments: Sequence[str]) -> None:
-    """Check what can be checked before any work, and train as the directory's only writer."""
-    command = parse_config(arguments, TrainCommand, __doc__ or "")
+    """Check everything that can be checked before any work, lock the directory, and train."""
+    workdir, _ = take(arguments, "--workdir")
+    saved = None if workdir is None else read_config(Path(workdir).expanduser())
+    command = parse_config(arguments, TrainCommand, __doc__ or "", saved=saved)
     connect(command.processes)
     console.quiet = jax.process_index() > 0  # one of several speaks for all
     config, workdir = command.config, command.workdir
     build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
     check_mesh(jax.device_count(), config.training.fsdp or 1)
+    check_is_run(workdir)
     check_writable(workdir / "config.json", f"--workdir {workdir}")
     with ExitStack() as closes:
         if jax.process_index() == 0 and not closes.enter_context(
@@ -79,14 +88,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train_in(workdir: Path, command: TrainCommand) -> None:
-    """Build what the configuration says, train it, and say where everything is."""
+    """Build everything that the configuration names, train, and print the result."""
     config = command.config
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
     tokenizer = source = None
     if checkpoints.steps():
-        tokenizer = check_same_run(workdir, config)
-    elif command.init_from is not None:
-        source = source_of(command.init_from, config)
+        config, tokenizer = check_same_run(workdir, config)
+    elif config.init_from is not None:
+        source = source_of(config.init_from, config)
         tokenizer = source.tokenizer
 
     with console.status("reading the corpus") as status:
@@ -106,7 +115,7 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         state = parallel.place(restored.state)
     elif source is not None:
         expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
-        require_same(f"--init-from {command.init_from}", kinds_of(source.denoiser.params), expected)
+        require_same(f"--init-from {config.init_from}", kinds_of(source.denoiser.params), expected)
         state = parallel.place(make_state(params=source.denoiser.params))
         del source  # its copy of the parameters would stay on the device
     else:
@@ -114,12 +123,11 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     save_description(workdir, config, data.tokenizer)
     introduce(command, data, state, restored)
 
-    held_out = HeldOut(
+    rows = ValidationRows(
         parts=[packed for packed, _ in data.validation],
         max_sequences=config.evaluation.max_sequences,
         batch_size=config.evaluation.batch_size,
     )
-    entropy = held_out.unigram_entropy()
     batches = Batches(
         data.train,
         batch_size=config.training.batch_size,
@@ -130,29 +138,56 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     )
     if restored:
         check_same_data(workdir, restored, batches)
-    result = train(
+    frequencies = unigram_nats(train_frequencies(data), rows.counts())
+    run = Run(
         workdir=workdir,
-        state=state,
         parallel=parallel,
         batches=batches,
         checkpoints=checkpoints,
         steps=config.training.steps,
         cadence=config.training.cadence,
-        pending=restored.pending if restored else None,
         learning_rate=make_schedule(config.optimizer, config.training.steps),
-        validate=validator(config, parts, data.tokenizer, held_out),
+        validate=validator(config, parts, data.tokenizer, rows),
         sample=text_sampler(config, parts, data.tokenizer),
-        unigram_entropy=entropy,
+        unigram_nats=frequencies,
         flops=partial(step_flops, parts.network, config.training.batch_size, config.data.length),
         profile=command.profile,
         wandb={"project": config.training.wandb} if config.training.wandb else None,
     )
-    if not result.stopped:
-        conclude(workdir, entropy, "NLL" if parts.parameterization.causal else "bound")
+    result = train(run, state, pending=restored.pending if restored else None)
+    if not result.stopped and jax.process_index() == 0:
+        conclude(workdir, data, rows, frequencies, exact=parts.parameterization.causal)
 
 
-def check_same_run(workdir: Path, config: Config) -> Tokenizer:
-    """The tokenizer of the run that is there; UserError when it is not this configuration's."""
+def check_is_run(workdir: Path) -> None:
+    """UserError where ``workdir`` belongs to something else, whose files a run would overwrite."""
+    where = f"--workdir {workdir}"
+    resolved = workdir.resolve()
+    roots = {Path(resolved.anchor), Path.home().resolve(), *map(Path, ("/tmp", "/home", "/root"))}
+    system = [Path(p) for p in ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sys", "/usr")]
+    if resolved in roots or any(p == resolved or p in resolved.parents for p in system):
+        raise UserError(f"{where}: it is a directory of the system; name a new one in it or beside")
+    if (workdir / "checkpoints").is_dir():
+        return
+    try:
+        is_run = read_config(workdir) is not None
+    except UserError:
+        is_run = False  # the config.json of something else
+    names = ("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
+    found = [name for name in names if (workdir / name).exists()]
+    if found and not (is_run and found[-1] in ("config.json", "tokenizer.json")):
+        raise UserError(
+            f"{where}: it holds {' and '.join(found)} and no run of this project; a run would "
+            "overwrite files there: choose another directory"
+        )
+
+
+def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
+    """The configuration to go on with, and the run's tokenizer.
+
+    UserError where the run in ``workdir`` was started with another configuration. The run keeps the
+    weights it was initialised from on record.
+    """
     saved = read_config(workdir)
     if saved is None:
         raise UserError(f"--workdir {workdir}: it holds checkpoints but no config.json")
@@ -161,11 +196,14 @@ def check_same_run(workdir: Path, config: Config) -> Tokenizer:
             f"--workdir {workdir}: it holds a run of another configuration: {'; '.join(found)}. "
             "Choose another directory, or the same values"
         )
-    return read_tokenizer(workdir)
+    if config.init_from not in (None, saved.init_from):
+        note("--init-from is read when a run begins; this one has begun, and is resumed")
+    config = dataclasses.replace(config, init_from=saved.init_from)
+    return config, read_tokenizer(workdir)
 
 
 def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None:
-    """UserError when the corpus has changed since the checkpoint: its place would mean nothing."""
+    """UserError where the corpus is not the one that the checkpoint's position belongs to."""
     here = json.loads(json.dumps(batches.state()["parts"]))
     for there, now in zip(restored.data["parts"], here, strict=True):
         if there != now[: len(there)]:  # runs of older versions recorded no digest
@@ -182,22 +220,31 @@ def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None
 
 
 def source_of(init_from: str, config: Config) -> sedd.Model:
-    """The model to start from, with the same tokenizer: without it the weights mean nothing."""
+    """The model to start from; UserError where its tokenizer or its network is another one."""
+    where = f"--init-from {init_from}"
     try:
         source = sedd.load(init_from)
     except UserError as error:
-        raise UserError(f"--init-from {init_from}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     there = source.config.data.tokenizer
     if source.tokenizer is None or there != config.data.tokenizer:
         raise UserError(
-            f"--init-from {init_from}: its tokenizer is {there}, and --data.tokenizer is "
-            f"{config.data.tokenizer}; weights go with their tokenizer"
+            f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
+            "weights go with their tokenizer"
         )
+    other = [
+        f"its network.{name} is {value} and --network.{name.replace('_', '-')} is {here[name]}"
+        for here in [values(config.network)]
+        for name, value in values(source.config.network).items()
+        if name in here and here[name] != value and name not in FREE
+    ]
+    if other:
+        raise UserError(f"{where} is of another configuration: {'; '.join(other)}")
     return source
 
 
 def save_description(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """What ``sedd.load`` needs beside the checkpoints."""
+    """Write config.json and tokenizer.json, which ``sedd.load`` reads beside the checkpoints."""
     if jax.process_index() == 0:
         for name, content in (("config", config.to_json()), ("tokenizer", tokenizer.to_json())):
             text = json.dumps(content, indent=2 if name == "config" else None)
@@ -207,7 +254,7 @@ def save_description(workdir: Path, config: Config, tokenizer: Tokenizer) -> Non
 def introduce(
     command: TrainCommand, data: Data, state: TrainState, restored: Restored | None
 ) -> None:
-    """Say what is about to happen."""
+    """Print the sizes of the run, and where it resumes."""
     config = command.config
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     rows = sum(packed.num_rows for packed, _ in data.train)
@@ -224,12 +271,10 @@ def introduce(
             console.print(
                 f"{command.workdir} is complete at {steps}; a larger --training.steps goes on"
             )
-        if command.init_from is not None:
-            console.print("--init-from was used when this run began; it changes nothing now")
 
 
-def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: HeldOut):
-    """From averaged parameters to the validation bound."""
+def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: ValidationRows):
+    """The function from averaged parameters to the figures of the validation bound."""
     count_text = text_counter(tokenizer)
 
     def validate(params) -> dict[str, Any]:
@@ -249,7 +294,7 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Held
 
 
 def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
-    """From averaged parameters to a few texts."""
+    """The function from averaged parameters to a few texts."""
 
     def sample(params) -> list[str]:
         model = sedd.Model(
@@ -265,21 +310,62 @@ def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
     return sample
 
 
-def conclude(workdir: Path, entropy: float, what: str) -> None:
-    """The last validation beside what a model without context would reach, and the files.
+def train_frequencies(data: Data):
+    """Expected counts of the tokens in as many training examples as there are rows, [N]."""
+    total = sum(weight for _, weight in data.train)
+    rows = sum(packed.num_rows for packed, _ in data.train)
+    shares = (
+        rows * weight / total / packed.num_rows * packed.counts for packed, weight in data.train
+    )
+    return np.sum(list(shares), axis=0)
 
-    ``what`` was validated: a bound on the NLL, or the NLL itself.
+
+def trigram_bits(data: Data, rows: ValidationRows) -> float | None:
+    """Bits per character of a character trigram model on the validation rows.
+
+    It is fitted to the beginning of the training text, ``TRIGRAM_TOKENS`` tokens of each part. None
+    where the tokenizer does not say which text its tokens spell.
     """
+    try:
+        pieces = data.tokenizer.token_bytes()
+    except UserError:
+        return None
+    text = "".join(joined_text(pieces, packed.tokens[:TRIGRAM_TOKENS]) for packed, _ in data.train)
+    texts = (
+        joined_text(pieces, x0_L[scored_L])
+        for batch in rows
+        for x0_L, scored_L in zip(*batch, strict=True)
+    )
+    nats, characters = CharacterTrigram.fit(text).nats(texts)
+    return nats / characters / math.log(2)
+
+
+def conclude(
+    workdir: Path, data: Data, rows: ValidationRows, frequencies: float, *, exact: bool
+) -> None:
+    """Print the last validation beside two baselines on the same tokens, and the files.
+
+    ``frequencies`` are the nats per token of the training frequencies. ``exact`` says that the
+    figures are likelihoods, not bounds.
+    """
+    files = f"written to {workdir}: checkpoints/, curves.png, metrics.jsonl, samples/, tensorboard/"
     validated = [r for r in read_metrics(workdir) if r.get("validation_nats_per_token") is not None]
     if not validated:
-        console.print(f"\n{workdir} has no validation in its metrics.jsonl")
+        console.print(f"\nfinished without a validation, as --training.eval-every asks\n{files}")
         return
     last = validated[-1]
-    bound, error = last["validation_nats_per_token"], last["validation_standard_error"]
+    nats, error = last["validation_nats_per_token"], last["validation_standard_error"]
+    sign = "=" if exact else "≤"
     console.print(
-        f"\n{f'validation {what}':18}{bound:.4f} ± {error:.4f} nats per token (standard error), "
-        f"perplexity {'≤' if what == 'bound' else '='} {last['validation_perplexity']:.3f}\n"
-        f"unigram entropy   {entropy:.4f} nats per token of the same tokens; the {what} plus three "
-        f"standard errors is {(bound + 3 * error) / entropy:.3f} of it\n"
-        f"written to {workdir}: checkpoints/, curves.png, metrics.jsonl, samples/, tensorboard/"
+        f"\nvalidation {'NLL' if exact else 'bound'} at step {last['step']:,}, ± standard error\n"
+        f"  {sign} {nats:.4f} ± {error:.4f} nats per token, perplexity {sign} "
+        f"{last['validation_perplexity']:.3f}\n"
+        f"    {frequencies:.4f} by the frequencies of the training tokens alone"
     )
+    bits = last.get("validation_bits_per_character")
+    trigram = None if bits is None else trigram_bits(data, rows)
+    if bits is not None:
+        console.print(f"  {sign} {bits:.4f} ± {bits * error / nats:.4f} bits per character")
+    if trigram is not None:
+        console.print(f"    {trigram:.4f} by a character trigram model of the training text")
+    console.print(files)

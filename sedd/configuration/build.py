@@ -11,7 +11,7 @@ import numpy as np
 from sedd.configuration.components import build, maker, values
 from sedd.configuration.config import Config, DataOptions
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
-from sedd.data.packing import Packed, pack, unigram_entropy, validation_rows
+from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.tokenizers import Tokenizer, build_tokenizer
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError, fields_within
@@ -211,8 +211,8 @@ def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> P
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Sequences to evaluate: evenly spread rows of every part, in batches, as often as asked."""
+class ValidationRows:
+    """Evenly spread rows of every part, in batches. Iterable any number of times."""
 
     parts: Sequence[Packed]
     max_sequences: int | None
@@ -226,13 +226,12 @@ class HeldOut:
             for first in range(0, len(rows), self.batch_size):
                 yield packed.rows(rows[first : first + self.batch_size])
 
-    def unigram_entropy(self) -> float:
-        """Nats per token of these tokens' own frequencies: what no context at all attains."""
-        counts = np.zeros(self.parts[0].counts.size, np.int64)
+    def counts(self) -> np.ndarray:
+        """How often each token is scored, [N]."""
+        counts_N = np.zeros(self.parts[0].counts.size, np.int64)
         for x0_BL, scored_BL in self:
-            ids = x0_BL[scored_BL]
-            counts += np.bincount(ids, minlength=counts.size)
-        return unigram_entropy(counts)
+            counts_N += np.bincount(x0_BL[scored_BL], minlength=counts_N.size)
+        return counts_N
 
     def _rows(self):
         each = None if self.max_sequences is None else -(-self.max_sequences // len(self.parts))

@@ -22,6 +22,7 @@ from sedd.training.optimizer import OptimizerOptions
 # and how far the run goes (and with it the learning rates of a falling schedule).
 RESUMABLE = (
     "aim",
+    "init_from",
     "data.cache_dir",
     "training.steps",
     "training.accumulate",
@@ -145,6 +146,8 @@ class Config:
 
     aim: str = ""
     """Which published result this configuration aims at."""
+    init_from: str | None = None
+    """Start from the weights of another run's newest checkpoint, or of a published one."""
     seed: int = 0
     data: DataOptions = DataOptions()
     process: Options = options("processes", "absorbing")

@@ -74,7 +74,7 @@ class Mixture(Corpus):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mapped(Corpus):
+class MappedCorpus(Corpus):
     """A corpus with a function applied to each document, such as a detokenizer.
 
     ``label`` names the function in the fingerprint: change it whenever the function changes.
@@ -92,7 +92,7 @@ class Mapped(Corpus):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut(Corpus):
+class WithHeldOut(Corpus):
     """A corpus that declares no validation split, with one held out of its training split."""
 
     source: Corpus

@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from sedd.data.base import Corpus, HeldOut, Mapped, Mixture
+from sedd.data.base import Corpus, MappedCorpus, Mixture, WithHeldOut
 from sedd.data.catalogue import (
     BENCHMARKS,
     ELSEWHERE,
@@ -18,7 +18,7 @@ from sedd.data.embedded import Addresses, StandardLibrary
 from sedd.data.files import exists, open_files
 from sedd.errors import UserError
 
-__all__ = ["NAMES", "Corpus", "Mapped", "Mixture", "open_corpus", "parse_mixture"]
+__all__ = ["NAMES", "Corpus", "MappedCorpus", "Mixture", "open_corpus", "parse_mixture"]
 
 NAMES = ("sotu", "stdlib", *BENCHMARKS, "lm1b", *ELSEWHERE)
 FORMS = "tfds:NAME, hf:OWNER/NAME, or the path of a file, a folder or a pattern"
@@ -36,9 +36,9 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
     """
     kind, colon, rest = spec.partition(":")
     if colon and kind == "tfds":
-        return HeldOut.of(CatalogueCorpus.of(spec, rest, cache_dir))
+        return WithHeldOut.of(CatalogueCorpus.of(spec, rest, cache_dir))
     if colon and kind == "hf":
-        return HeldOut.of(HubCorpus.of(spec, rest, cache_dir))
+        return WithHeldOut.of(HubCorpus.of(spec, rest, cache_dir))
     name = rest if colon and kind == "corpus" else spec
     if name == "sotu":
         return Addresses(name=spec)
@@ -51,7 +51,7 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
     if name in BENCHMARKS:
         return BenchmarkCorpus.of(name, cache_dir)
     if name == spec and name and (corpus := open_files(spec)) is not None:
-        return HeldOut.of(corpus)
+        return WithHeldOut.of(corpus)
     if name == spec and re.search(r"[/\\*?]|\.\w+$", name):
         raise UserError(f"no such file, folder or pattern: {name}")
     near = difflib.get_close_matches(name, NAMES, n=1)

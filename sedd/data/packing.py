@@ -58,7 +58,7 @@ class Packed:
     tokens: np.ndarray  # every document followed by its end, where the tokenizer has one
     spans: tuple[np.ndarray, np.ndarray] | None  # first token and size of each row, if not equal
     num_dropped: int = 0  # tokens of the remainders that are in no row
-    file: "Mapped | None" = None  # that of ``tokens``; None where they are in memory
+    file: "MappedFile | None" = None  # that of ``tokens``; None where they are in memory
     around: tuple[int, int] | None = None  # what opens and closes every row, scored
     digest: str = ""  # hash of the tokens and the documents' ends; "" for tokens made in memory
 
@@ -96,14 +96,14 @@ class Packed:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Mapped:
+class MappedFile:
     """A file in memory."""
 
     path: Path
     content: mmap.mmap
 
     @classmethod
-    def of(cls, path: Path) -> "Mapped":
+    def of(cls, path: Path) -> "MappedFile":
         """All of a file that is not empty, to read."""
         with path.open("rb") as file:
             return cls(path=path, content=mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -213,7 +213,7 @@ def _open(
     ends = np.load(folder / "ends.npy", mmap_mode="r")
     if not total:
         raise UserError(f"{name} holds no text")
-    file = Mapped.of(folder / "tokens.bin")
+    file = MappedFile.of(folder / "tokens.bin")
     tokens = np.frombuffer(file.content, dtype=meta["dtype"])
     counts = np.array(meta["counts"], np.int64)
     inside = length - (0 if around is None else 2)

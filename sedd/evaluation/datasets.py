@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.data.corpora import NAMES, Mapped, open_corpus, parse_mixture
+from sedd.data.corpora import NAMES, MappedCorpus, open_corpus, parse_mixture
 from sedd.data.detokenizers import DETOKENIZERS
 from sedd.data.packing import Packed, TooShortError, pack, unigram_entropy, validation_rows
 from sedd.data.tokenizers import Tokenizer
@@ -168,7 +168,7 @@ class TextReader:
         split = split or self._validation_split(spec) or corpus.evaluation_split
         if chosen.detokenize and label in DETOKENIZERS:
             function = DETOKENIZERS[label]
-            corpus = Mapped(
+            corpus = MappedCorpus(
                 name=corpus.name,
                 splits=corpus.splits,
                 source=corpus,

@@ -1,9 +1,6 @@
 """The training loop: steps, and between them logging, validation, samples and checkpoints."""
 
 import math
-import signal
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,14 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sedd.errors import FieldError, UserError
 from sedd.training.checkpoint import Checkpoints
-from sedd.training.flops import peak_flops
 from sedd.training.metrics import Metrics, ProgressReport, plot_curves
 from sedd.training.parallel import DataParallel, FullySharded
+from sedd.training.signals import stop_requests
 from sedd.training.state import TrainState, to_host
+from sedd.training.tally import Clock, Profile, Skips, Window
 from sedd.types import Params
 
 IN_FLIGHT = 8  # steps that the host runs ahead of the devices
@@ -29,14 +26,15 @@ MAX_SKIPS = 100  # updates left out in a row, after which nothing can be hoped f
 
 
 class TrainingDiverged(UserError):  # noqa: N818
-    """A loss, a gradient norm or a parameter is not finite; nothing of it has been saved."""
+    """A loss, a gradient norm or a parameter is not finite; no checkpoint of it was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """Every how many steps; None is never. A checkpoint ends a run, and what is not never does too.
+    """Periods in steps; ``None`` disables.
 
-    Raises FieldError on a number below 1.
+    Enabled actions also run at the last step, and a checkpoint is always written there. Raises
+    FieldError on a number below 1.
     """
 
     log_every: int = 100
@@ -61,186 +59,127 @@ class TrainResult:
     validation: dict[str, Any] | None  # of the last step, if it was validated
 
 
-def train(
-    *,
-    workdir: str | Path,
-    state: TrainState,
-    parallel: DataParallel | FullySharded,
-    batches: Any,
-    checkpoints: Checkpoints,
-    steps: int,
-    cadence: Cadence,
-    pending: dict | None = None,
-    learning_rate: Callable[[int], Any] | None = None,
-    validate: Callable[[Params], dict[str, Any]] | None = None,
-    sample: Callable[[Params], list[str]] | None = None,
-    unigram_entropy: float | None = None,
-    flops: Callable[..., float] | None = None,
-    profile: int | None = None,
-    wandb: dict[str, Any] | None = None,
-) -> TrainResult:
-    """Run updates ``state.step + 1 … steps``.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a training run consists of, except for its state.
 
-    ``state`` is placed by ``parallel``. It and ``pending`` are a checkpoint's when resuming, and
-    ``batches`` must be at its step.
-    ``learning_rate`` is the schedule, to be logged. ``validate`` and ``sample`` get the averaged
-    parameters as ``parallel.for_evaluation`` has them; ``validate`` returns at least
-    ``nats_per_token``, and is logged under ``validation_…``. ``flops(read=…)`` are those of a step
-    that reads out so many positions. ``profile`` steps after the first ones are recorded for a
-    profiler's viewer. In ``workdir``: ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
-    ``curves.png``, ``profile/``.
-
-    SIGTERM and SIGINT end the run after the step under way, with a checkpoint of it; so does the
-    preemption of one of several processes. A second signal acts as usual. Raises TrainingDiverged,
-    and UserError where something cannot be written. What ``batches``, ``validate`` or ``sample``
-    raise ends the run too, with a checkpoint of what was learned before.
+    ``train`` writes ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``curves.png`` and
+    ``profile/`` into ``workdir``, and checkpoints by ``checkpoints``.
     """
-    step = int(state.step)
-    pending = pending or {}
+
+    workdir: str | Path
+    parallel: DataParallel | FullySharded
+    """The training step on the devices."""
+    batches: Any
+    """Iterates over batches from the state's step on; has ``state()``: ``sedd.data.Batches``."""
+    checkpoints: Checkpoints
+    steps: int
+    """The last step of the run."""
+    cadence: Cadence = Cadence()
+    learning_rate: Callable[[int], Any] | None = None
+    """The schedule, for the log."""
+    validate: Callable[[Params], dict[str, Any]] | None = None
+    """From averaged parameters to figures, ``nats_per_token`` at least, logged as ``validation_…``.
+    """
+    sample: Callable[[Params], list[str]] | None = None
+    """From averaged parameters to texts, kept in ``samples/``."""
+    unigram_nats: float | None = None
+    """Nats per validation token of the training frequencies: a line in the plot of the curves."""
+    flops: Callable[..., float] | None = None
+    """``flops(read=rows)``: FLOPs of a step whose output layer runs at so many positions."""
+    profile: int | None = None
+    """Steps to record for a profiler's viewer."""
+    wandb: dict[str, Any] | None = None
+    """Arguments of ``wandb.init``, where the run is logged there too."""
+
+
+def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainResult:
+    """Run the updates ``state.step + 1 … run.steps``.
+
+    ``state`` is placed by ``run.parallel``; of a resumed run, ``state`` and ``pending`` are those
+    of its checkpoint. SIGTERM, SIGINT and the preemption of one of several processes end the run
+    after the step under way, with a checkpoint; a second signal acts as usual.
+
+    Raises TrainingDiverged, and UserError where something cannot be written. If ``batches``,
+    ``validate`` or ``sample`` raise, a checkpoint of the step before is written first.
+    """
+    step, pending = int(state.step), pending or {}
     with ExitStack() as closes:
         metrics = report = None
         if jax.process_index() == 0:
-            report = closes.enter_context(closing(ProgressReport(start=step, steps=steps)))
+            report = closes.enter_context(closing(ProgressReport(start=step, steps=run.steps)))
             keep_last = pending.get("held") is None
             metrics = closes.enter_context(
-                closing(Metrics(workdir, step=step, keep_last=keep_last, wandb=wandb))
+                closing(Metrics(run.workdir, step=step, keep_last=keep_last, wandb=run.wandb))
             )
-        run = _Run(
+        profile = None
+        if run.profile is not None:
+            profile = Profile(Path(run.workdir) / "profile", step, run.profile)
+        loop = _Loop(
+            run=run,
             metrics=metrics,
             report=report,
-            parallel=parallel,
-            batches=batches,
-            checkpoints=checkpoints,
-            steps=steps,
-            cadence=cadence,
-            learning_rate=learning_rate,
-            validate=validate,
-            sample=sample,
-            window=_Window(**pending.get("window", {})),
-            skips=_Skips(**pending.get("skips", {})),
+            window=Window(**pending.get("window", {})),
+            skips=Skips(**pending.get("skips", {})),
             held=pending.get("held"),
             saved=step,
-            clock=_Clock(flops, parallel.num_devices),
-            profile=None if profile is None else _Profile(Path(workdir) / "profile", step, profile),
+            clock=Clock(run.flops, run.parallel.num_devices),
+            profile=profile,
         )
         stop = closes.enter_context(stop_requests())  # until all is written
         try:
-            state, step = run.go(state, step, stop)
-            checkpoints.wait()
+            state, step = loop.go(state, step, stop)
+            run.checkpoints.wait()
         except BaseException:
-            # What is being written is still to be completed, and one error is enough.
+            # A checkpoint that is being written is completed; the first error is the one to report.
             with suppress(Exception):
-                checkpoints.wait()
+                run.checkpoints.wait()
             raise
         if jax.process_index() == 0:
-            plot_curves(workdir, unigram_entropy=unigram_entropy)
+            plot_curves(run.workdir, unigram_nats=run.unigram_nats)
     return TrainResult(
-        state=state, step=step, stopped=step < steps, validation=run.validations.get(step)
+        state=state, step=step, stopped=step < run.steps, validation=loop.validations.get(step)
     )
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields ``stop(step) -> bool``: whether SIGTERM or SIGINT has come.
-
-    The second signal acts as it does in any program. With several processes the signal is the
-    coordinator's to see, so that all stop after the same step. Outside the main thread, where no
-    handler can be set, it is never true.
-    """
-    if jax.process_count() > 1:
-        with _handlers({signal.SIGINT: USUAL[signal.SIGINT]}):
-            yield multihost_utils.reached_preemption_sync_point
-        return
-    requested = threading.Event()
-
-    def request(number, frame):
-        requested.set()
-        for number, handler in USUAL.items():
-            signal.signal(number, handler)
-
-    with _handlers(dict.fromkeys(USUAL, request)):
-        yield lambda step: requested.is_set()
-
-
-@contextmanager
-def leave_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end the program with exit code 0; for what comes before ``train``.
-
-    What is half-written by then is removed on the way out. ``train`` has handlers of its own.
-    """
-
-    def leave(number, frame):
-        print("stopped before the first step; start again to go on", flush=True)
-        sys.exit(0)
-
-    with _handlers(dict.fromkeys(USUAL, leave)):
-        yield
-
-
-USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-
-
-@contextmanager
-def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, new) for number, new in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # None is one that was not set from Python
-                signal.signal(number, handler)
-
-
 @dataclass(kw_only=True)
-class _Run:
+class _Loop:
+    """The mutable part of a run: what was counted, what is in flight, what is still to be written.
+
+    The host dispatches up to ``IN_FLIGHT`` steps ahead and looks at the metrics of a step when it
+    leaves that queue. A record that a validation belongs to is held back until it is validated.
+    """
+
+    run: Run
     metrics: Metrics | None
     report: ProgressReport | None
-    parallel: DataParallel | FullySharded
-    batches: Any
-    checkpoints: Checkpoints
-    steps: int
-    cadence: Cadence
-    learning_rate: Callable[[int], Any] | None
-    validate: Callable[[Params], dict[str, Any]] | None
-    sample: Callable[[Params], list[str]] | None
-    window: "_Window"
-    skips: "_Skips"
+    window: Window
+    skips: Skips
     held: dict | None  # the record of a step that is still to be validated
-    saved: int  # the last step that was
-    clock: "_Clock"
-    profile: "_Profile | None"
+    saved: int  # the last step of which there is a checkpoint
+    clock: Clock
+    profile: Profile | None
 
     def __post_init__(self):
         self.in_flight: deque[_InFlight] = deque()
         self.validations: dict[int, dict] = {}
 
     def go(self, state: TrainState, step: int, stop: Callable[[int], bool]):
-        """Steps until the last one or a stop; returns the state and its step."""
+        """Run until the last step or a stop; returns the state and its step."""
+        run = self.run
         if self.held is not None:  # the run was stopped before it could validate this step
             self.evaluate(state, step)
-        while step < self.steps:
+        while step < run.steps:
             if self.profile is not None and self.profile.due(step):
                 self.collect_all()
                 self.profile.toggle()
-            with self.kept(state, step), self.clock.waiting():
-                batch = next(self.batches)
-            step += 1
-            if batch["step"] != step - 1:
-                raise ValueError(f"the loader gave batch {batch['step']} for batch {step - 1}")
-            state, metrics = self.parallel(state, batch)
-            self.in_flight.append(_InFlight(step, metrics))
-            for flight in self.in_flight:
-                flight.look()
-            if len(self.in_flight) >= IN_FLIGHT:
-                self.collect()
-            stopping = stop(step) and step < self.steps
+            state, step = self.step(state, step)
+            stopping = stop(step) and step < run.steps
             if self.validates(step) or self.samples(step):
                 self.collect_all()
                 if not stopping:
                     self.evaluate(state, step)
-            if stopping or self.due(self.cadence.checkpoint_every, step):
+            if stopping or self.due(run.cadence.checkpoint_every, step):
                 self.collect_all()
                 with self.clock.paused():
                     self.save(state, step)
@@ -253,23 +192,38 @@ class _Run:
             self.profile.toggle()
         return state, step
 
+    def step(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Dispatch the next step, and look at the oldest one where enough are in flight."""
+        with self.kept(state, step), self.clock.waiting():
+            batch = next(self.run.batches)
+        step += 1
+        if batch["step"] != step - 1:
+            raise ValueError(f"the loader gave batch {batch['step']} for batch {step - 1}")
+        state, metrics = self.run.parallel(state, batch)
+        self.in_flight.append(_InFlight(step, metrics))
+        for flight in self.in_flight:
+            flight.look()
+        if len(self.in_flight) >= IN_FLIGHT:
+            self.collect()
+        return state, step
+
     def due(self, every: int | None, step: int) -> bool:
-        return step == self.steps or (every is not None and step % every == 0)
+        return step == self.run.steps or (every is not None and step % every == 0)
 
     def validates(self, step: int) -> bool:
-        every = self.cadence.eval_every
-        return self.validate is not None and every is not None and self.due(every, step)
+        every = self.run.cadence.eval_every
+        return self.run.validate is not None and every is not None and self.due(every, step)
 
     def samples(self, step: int) -> bool:
-        every = self.cadence.sample_every
-        return self.sample is not None and every is not None and self.due(every, step)
+        every = self.run.cadence.sample_every
+        return self.run.sample is not None and every is not None and self.due(every, step)
 
     def collect_all(self) -> None:
         while self.in_flight:
             self.collect()
 
     def collect(self) -> None:
-        """Look at the oldest step's metrics, which waits for them, and log where it is due."""
+        """Wait for the metrics of the oldest step in flight, and log them where a log is due."""
         flight = self.in_flight.popleft()
         step, metrics = flight.step, flight.metrics
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -286,11 +240,11 @@ class _Run:
         if self.report is not None:
             self.report.advance(step)
         record = None
-        if self.due(self.cadence.log_every, step):
+        if self.due(self.run.cadence.log_every, step):
             record = self.window.close()
-            if self.learning_rate is not None:
+            if self.run.learning_rate is not None:
                 updates = step - self.skips.total  # the schedule counts these
-                record["learning_rate"] = float(self.learning_rate(max(updates - 1, 0)))
+                record["learning_rate"] = float(self.run.learning_rate(max(updates - 1, 0)))
             record |= self.clock.speeds()
         if self.validates(step) or self.samples(step):
             self.held = record or {}
@@ -298,15 +252,15 @@ class _Run:
             self.write(step, record)
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Validate and sample with the averaged parameters, and write the held record with it."""
+        """Validate and sample with the averaged parameters; write the record that was held back."""
         record = dict(self.held or {})
         with self.kept(state, step), self.clock.paused():
-            params = self.parallel.for_evaluation(state.ema_params)
-            if self.validate is not None and self.validates(step):
-                self.validations[step] = self.validate(params)
+            params = self.run.parallel.for_evaluation(state.ema_params)
+            if self.run.validate is not None and self.validates(step):
+                self.validations[step] = self.run.validate(params)
                 record |= {f"validation_{k}": v for k, v in self.validations[step].items()}
-            if self.sample is not None and self.samples(step):
-                texts = self.sample(params)
+            if self.run.sample is not None and self.samples(step):
+                texts = self.run.sample(params)
                 if self.metrics is not None:
                     self.metrics.write_samples(step, texts)
         self.held = None
@@ -317,7 +271,7 @@ class _Run:
             self.metrics.write(step, record)
         if self.report is not None:
             self.report.report(step, record)
-        self.checkpoints.check()
+        self.run.checkpoints.check()
 
     def save(self, state: TrainState, step: int) -> None:
         if self.metrics is not None:
@@ -327,9 +281,9 @@ class _Run:
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise self.diverged(step, name, float(array[~np.isfinite(array)].flat[0]))
-        self.checkpoints.save(
+        self.run.checkpoints.save(
             host,
-            data=self.batches.state(),
+            data=self.run.batches.state(),
             pending={
                 "window": dict(vars(self.window)),
                 "skips": dict(vars(self.skips)),
@@ -341,9 +295,10 @@ class _Run:
 
     @contextmanager
     def kept(self, state: TrainState, step: int) -> Iterator[None]:
-        """What has been learned outlives the failure of anything but the step itself.
+        """If the block raises, write a checkpoint of this step, then re-raise.
 
-        A single process can save alone; of several the others know nothing of the failure.
+        Only a single process does so: of several, the others do not know of the failure, and a
+        checkpoint takes all of them.
         """
         try:
             yield
@@ -352,11 +307,11 @@ class _Run:
                 with suppress(Exception):  # the first error is the one to report
                     self.collect_all()
                     self.save(state, step)
-                    self.checkpoints.wait()
+                    self.run.checkpoints.wait()
             raise
 
     def skip(self, step: int, name: str, value: float, *, skipped: bool) -> None:
-        """Count an update that was left out; raises TrainingDiverged where it was not."""
+        """Count a skipped update; raises TrainingDiverged where the update was applied."""
         if not skipped:
             raise self.diverged(step, name, value)
         self.skips.total += 1
@@ -367,17 +322,17 @@ class _Run:
             self.report.say(f"step {step}: {name} is {value}; its update is skipped")
 
     def diverged(self, step: int, name: str, value: float) -> TrainingDiverged:
-        self.checkpoints.wait()
-        good = self.checkpoints.latest_good()
+        self.run.checkpoints.wait()
+        good = self.run.checkpoints.latest_good()
         place = "no checkpoint was written before"
         if good is not None:
-            place = f"the last good checkpoint is {self.checkpoints.path(good)}"
+            place = f"the last good checkpoint is {self.run.checkpoints.path(good)}"
         return TrainingDiverged(f"training diverged at step {step}: {name} is {value}; {place}")
 
 
 @dataclass
 class _InFlight:
-    """A step that was dispatched; ``done`` is when it was first seen to be over."""
+    """A dispatched step; ``done`` is the time at which it was first seen to be over."""
 
     step: int
     metrics: dict[str, Any]
@@ -386,123 +341,3 @@ class _InFlight:
     def look(self) -> None:
         if self.done is None and self.metrics["loss"].is_ready():
             self.done = time.perf_counter()
-
-
-@dataclass
-class _Window:
-    """Sums since the last log; a checkpoint carries them, so that a resume changes no mean."""
-
-    steps: int = 0
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    tokens: int = 0
-    skipped: int = 0
-
-    def add(self, loss: float, grad_norm: float, tokens: int) -> None:
-        self.steps += 1
-        self.loss += loss
-        self.grad_norm += grad_norm
-        self.tokens += tokens
-
-    def skip(self, tokens: int) -> None:
-        self.skipped += 1
-        self.tokens += tokens
-
-    def close(self) -> dict[str, Any]:
-        """The means over the steps that were not skipped, and an empty window."""
-        record: dict[str, Any] = {"tokens": self.tokens}
-        if self.steps:
-            means = {"loss": self.loss / self.steps, "grad_norm": self.grad_norm / self.steps}
-            record = means | record
-        if self.skipped:
-            record["skipped"] = self.skipped
-        self.__init__()
-        return record
-
-
-@dataclass
-class _Skips:
-    """Updates that were left out since the run began, and without one between them."""
-
-    total: int = 0
-    in_a_row: int = 0
-
-
-class _Profile:
-    """A recording of ``steps`` steps, from the tenth on after the start at ``first``.
-
-    The first one compiles, and those after it find the devices idle.
-    """
-
-    def __init__(self, directory: Path, first: int, steps: int):
-        self.directory = directory
-        self.between = (first + 10, first + 10 + steps)
-        self.running = False
-
-    def due(self, step: int) -> bool:
-        return step in self.between
-
-    def toggle(self) -> None:
-        if self.running:
-            jax.profiler.stop_trace()
-        else:
-            jax.profiler.start_trace(self.directory)
-        self.running = not self.running
-
-
-class _Clock:
-    """Speed between two logs; the first step, which compiles, and pauses do not count."""
-
-    def __init__(self, flops: Callable[..., float] | None = None, num_devices: int = 1):
-        self.flops, self.num_devices = flops, num_devices
-        self.since: float | None = None  # the end of the last step before those that are counted
-        self.last = 0.0  # the end of the last one of them
-        self._zero()
-
-    def _zero(self) -> None:
-        self.steps = self.tokens = self.read = 0
-        self.waited = 0.0
-
-    def tick(self, tokens: int, read: int, done: float) -> None:
-        """A step over at ``done``: its scored tokens, and how many positions were read out."""
-        self.last = done
-        if self.since is None:
-            self.since = done
-            self._zero()
-        else:
-            self.steps += 1
-            self.tokens += tokens
-            self.read += read
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.since is not None:
-            self.since += time.perf_counter() - start
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """For data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    def speeds(self) -> dict[str, float]:
-        """Of all devices together, but FLOPs, which are one's; ``mfu`` where its peak is known."""
-        if self.since is None or self.last <= self.since:
-            return {}
-        seconds = self.last - self.since
-        speeds = {
-            "tokens_per_second": self.tokens / seconds,
-            "steps_per_second": self.steps / seconds,
-            "waiting_for_data": self.waited / seconds,
-        }
-        if self.flops is not None:
-            flops = self.flops(read=self.read / self.steps) * self.steps / seconds
-            speeds["tflops_per_second"] = flops / self.num_devices / 1e12
-            if (peak := peak_flops()) is not None:
-                speeds["mfu"] = flops / self.num_devices / peak
-        self.since = self.last
-        self._zero()
-        return speeds

@@ -152,10 +152,10 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return _records(Path(workdir) / "metrics.jsonl")
 
 
-def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) -> Path | None:
+def plot_curves(workdir: str | Path, *, unigram_nats: float | None = None) -> Path | None:
     """Draw ``curves.png``: training loss, validation ± 1 standard error, in nats per token.
 
-    ``unigram_entropy`` (nats per token) is what a model that knows only frequencies would score.
+    ``unigram_nats`` (nats per token) is the cross entropy of the training frequencies.
     Returns the picture's path; None where nothing has been recorded. Raises UserError where it
     cannot be written.
     """
@@ -207,15 +207,15 @@ def plot_curves(workdir: str | Path, *, unigram_entropy: float | None = None) ->
             color=orange,
             va="center",
         )
-    if unigram_entropy is not None:
+    if unigram_nats is not None:
         axes.axhline(
-            unigram_entropy,
+            unigram_nats,
             color=grey,
             linestyle="--",
             linewidth=1.2,
-            label=f"unigram entropy, {unigram_entropy:.3f}",
+            label=f"training frequencies, {unigram_nats:.3f}",
         )
-        heights.append(unigram_entropy)
+        heights.append(unigram_nats)
     # One wild early loss must not flatten the rest.
     low, high = min(heights), max(heights)
     margin = 0.06 * (high - low) or 0.1

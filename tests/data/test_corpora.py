@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedd.data.base import hold_out
-from sedd.data.corpora import NAMES, Mapped, Mixture, open_corpus, parse_mixture
+from sedd.data.corpora import NAMES, MappedCorpus, Mixture, open_corpus, parse_mixture
 from sedd.errors import UserError
 
 
@@ -247,7 +247,7 @@ def test_a_mixture_chains_the_splits_that_its_parts_share(tmp_path):
 def test_a_mapped_corpus_applies_its_function(tmp_path):
     (tmp_path / "a.txt").write_text("a b")
     source = open_corpus(str(tmp_path / "a.txt"), cache_dir=tmp_path)
-    mapped = Mapped(
+    mapped = MappedCorpus(
         name="upper", splits=source.splits, source=source, function=str.upper, label="upper 1"
     )
     assert list(mapped.documents("all")) == ["A B"]

@@ -157,7 +157,7 @@ def write_run(workdir, steps=200, noise=0.15):
 def test_curves(tmp_path):
     assert plot_curves(tmp_path) is None
     write_run(tmp_path)
-    path = plot_curves(tmp_path, unigram_entropy=2.8)
+    path = plot_curves(tmp_path, unigram_nats=2.8)
     assert path == tmp_path / "curves.png"
     assert path.read_bytes().startswith(b"\x89PNG")
 

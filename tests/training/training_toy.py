@@ -23,7 +23,7 @@ from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.schedules import LogLinear
 from sedd.training.checkpoint import Checkpoints
-from sedd.training.loop import Cadence, train
+from sedd.training.loop import Cadence, Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
 from sedd.training.parallel import DataParallel, FullySharded
@@ -170,18 +170,17 @@ def run(
     state = parallel.place(restored.state if restored else state)
     batches = batches or ToyBatches()
     batches.next_step = int(state.step)
-    return train(
+    run = Run(
         workdir=workdir,
-        state=state,
         parallel=parallel,
         batches=batches,
         checkpoints=checkpoints,
         steps=steps,
         cadence=cadence or Cadence(log_every=7, eval_every=20, checkpoint_every=25),
-        pending=restored.pending if restored else None,
         learning_rate=make_schedule(options, of_steps or steps),
         **kwargs,
     )
+    return train(run, state, pending=restored.pending if restored else None)
 
 
 def fake_validation(params):

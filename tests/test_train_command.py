@@ -1,0 +1,114 @@
+"""``sedd train``: where it may write, how it resumes, and what its last lines compare with."""
+
+import json
+
+import pytest
+import tiny_run
+
+from sedd.model import read_config
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny_run.text())
+    return path
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, text):
+    """A run of two steps, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "begun"
+    flags = ("--data.corpus", text, "--training.steps", 2, "--evaluation.max-sequences", 8)
+    outcome = tiny_run.call("train", "--workdir", workdir, *tiny_run.TINY, *flags)
+    assert outcome.code == 0, outcome.err
+    return workdir, outcome
+
+
+def test_the_last_lines_compare_with_frequencies_and_a_trigram_model(begun):
+    _, outcome = begun
+    lines = outcome.out.splitlines()
+    [start] = [i for i, line in enumerate(lines) if "validation bound at step 2" in line]
+    assert "by the frequencies of the training tokens alone" in lines[start + 2]
+    assert "bits per character" in lines[start + 3]
+    trigram = float(lines[start + 4].split()[0])
+    assert 0.5 < trigram < 4  # lines of thirteen words
+    assert "trigram model" in lines[start + 4]
+
+
+def test_a_run_resumes_with_its_own_configuration(begun):
+    workdir, _ = begun
+    before = read_config(workdir)
+    outcome = tiny_run.call("train", "--workdir", workdir, "--training.steps", 3)
+    assert outcome.code == 0, outcome.err
+    assert f"resuming {workdir} at step 2 of 3" in outcome.out
+    after = read_config(workdir)
+    assert after.network == before.network
+    assert after.training.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--network.num-layers", 2), "its network.num_layers is 1 and --network.num-layers is 2"),
+        (("--network.mlp-ratio", 2), "its network.mlp_ratio is 4 and --network.mlp-ratio is 2"),
+        (("--network.num-heads", 1), "its network.num_heads is 2 and --network.num-heads is 1"),
+    ],
+)
+def test_init_from_names_the_option_that_differs(begun, tmp_path, text, flags, message):
+    workdir, _ = begun
+    outcome = tiny_run.call(
+        *("train", "--workdir", tmp_path / "new", *tiny_run.TINY, "--data.corpus", text),
+        *("--init-from", workdir, *flags),
+    )
+    assert outcome.code == 2
+    assert message in outcome.errors[0]
+
+
+def test_init_from_is_recorded_and_kept(begun, tmp_path, text):
+    workdir, _ = begun
+    new = tmp_path / "new"
+    flags = ("--data.corpus", text, "--training.eval-every", "None", "--training.steps")
+    outcome = tiny_run.call(
+        "train", "--workdir", new, *tiny_run.TINY, *flags, 1, "--init-from", workdir
+    )
+    assert outcome.code == 0, outcome.err
+    assert "finished without a validation" in outcome.out
+    assert read_config(new).init_from == str(workdir)
+    tiny_run.call("train", "--workdir", new, *tiny_run.TINY, *flags, 2)
+    assert read_config(new).init_from == str(workdir)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": '{"model_type": "llama"}'},
+        {"tokenizer.json": "{}"},
+        {"config.json": "{}", "model.safetensors": ""},
+        {"config.json": "not JSON"},
+    ],
+)
+def test_files_of_something_else_are_not_overwritten(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    outcome = tiny_run.call("train", "--workdir", tmp_path, *tiny_run.TINY)
+    assert outcome.code == 2
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == files
+    assert len(outcome.errors) == 1
+    assert "choose another directory" in outcome.errors[0] or "config.json" in outcome.errors[0]
+
+
+@pytest.mark.parametrize("place", ["/", "/etc", "/usr/lib", "~"])
+def test_directories_of_the_system_are_refused(place):
+    outcome = tiny_run.call("train", "--workdir", place, *tiny_run.TINY)
+    assert outcome.code == 2
+    assert "a directory of the system" in outcome.errors[0]
+
+
+def test_a_directory_with_other_files_is_fine(tmp_path, text):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.json").write_text(json.dumps(tiny_run.config().to_json()))
+    flags = ("--data.corpus", text, "--training.steps", 1, "--training.eval-every", "None")
+    outcome = tiny_run.call("train", "--workdir", tmp_path, *tiny_run.TINY, *flags)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
