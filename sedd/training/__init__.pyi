@@ -1,6 +1,8 @@
 from .checkpoint import Checkpoints as Checkpoints
 from .loop import Cadence as Cadence
+from .loop import Run as Run
 from .loop import TrainResult as TrainResult
+from .loop import train as train
 from .optimizer import OptimizerOptions as OptimizerOptions
 from .optimizer import make_optimizer as make_optimizer
 from .parallel import DataParallel as DataParallel
