@@ -110,13 +110,31 @@ class Model:
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Float[Array, "B L V"]:
-        """See ``Denoiser.log_score``."""
+        """Log score of each token at each position at noise σ; see ``Denoiser.log_score``.
+
+        Example:
+            >>> import numpy as np, sedd
+            >>> model = sedd.load("runs/quickstart")
+            >>> x_BL = np.zeros((2, 12), np.int32)
+            >>> log_score_BLV = model.log_score(x_BL, np.array([0.5, 1.0], np.float32))
+            >>> log_score_BLV.shape == (2, 12, model.process.num_states)
+            True
+        """
         return _log_score(self.denoiser, jnp.asarray(x_BL), jnp.asarray(sigma_B))
 
     def log_conditional(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"] | None = None
     ) -> Float[Array, "B L N"]:
-        """See ``Denoiser.log_conditional``."""
+        """Log p(x0 at i | x) of each real token; see ``Denoiser.log_conditional``.
+
+        Example:
+            >>> import jax, numpy as np, sedd
+            >>> model = sedd.load("runs/quickstart")
+            >>> x_BL = np.full((1, 12), model.process.mask_id)
+            >>> log_probs_BLN = model.log_conditional(x_BL)
+            >>> bool(abs(jax.nn.logsumexp(log_probs_BLN, -1)).max() < 1e-5)
+            True
+        """
         sigma_B = None if sigma_B is None else jnp.asarray(sigma_B)
         return _log_conditional(self.denoiser, jnp.asarray(x_BL), sigma_B)
 
@@ -136,12 +154,15 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
 
     Raises:
         UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration.
+
+    Example:
+        >>> import sedd
+        >>> model = sedd.load("runs/quickstart")
+        >>> model.length, model.time_independent
+        (12, True)
     """
     source = str(path)
     leave_libtpu_alone()
-    if source.startswith("hf:") and not source.startswith("hf://"):
-        name = source.removeprefix("hf:")
-        raise UserError(f"checkpoint {source}: a checkpoint of the hub is written hf://{name}")
     path = fetch(source)
     if not path.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not path.parent.is_dir()
@@ -301,6 +322,16 @@ def evaluate(
 
     Raises:
         UserError: if the data cannot be read, or does not fit the protocol or the model.
+
+    Example:
+        >>> import sedd
+        >>> from sedd.evaluation import Protocol
+        >>> model = sedd.load("runs/quickstart")
+        >>> result = sedd.evaluate(model, "my.txt", protocol=Protocol(draws=16), max_sequences=8)
+        >>> result.is_bound, result.num_sequences, result.num_tokens
+        (True, 8, 96)
+        >>> result.standard_error < result.nats_per_token
+        True
     """
     name = protocol if isinstance(protocol, str) else None
     chosen = protocol_named(name) if isinstance(protocol, str) else protocol

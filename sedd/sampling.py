@@ -143,6 +143,13 @@ def sample(
     The number of sequences and the length are rounded up by ``bucket``: nothing is compiled twice
     for the same ones. UserError on an unknown sampler or option, a sampler that does not go with
     the model, and a verifier that fails.
+
+    Example:
+        >>> import jax, sedd
+        >>> model = sedd.load("runs/quickstart")
+        >>> result = sedd.sample(model, jax.random.key(0), num=2, sampler="event_jump")
+        >>> result.tokens.shape, len(result.text)
+        ((2, 12), 2)
     """
     if num < 1:
         raise UserError(f"num must be at least 1, got {num}")

@@ -129,7 +129,7 @@ def test_load_of_a_folder_inside_a_run_names_the_run(runs):
     [
         ("owner/model-owt", "write hf://owner/model-owt"),
         ("owner/model@v1", "write hf://owner/model@v1"),
-        ("hf:owner/model", "is written hf://owner/model"),
+        ("hf:owner/model", "a checkpoint of the hub is hf://OWNER/NAME"),
         ("runs", "no such directory$"),
         ("/runs/mine", "no such directory$"),
         ("./mine/run/4", "no such directory$"),

@@ -26,6 +26,12 @@ def compile_regex(
     ``eos_id`` a string may end early, and is filled up with that token. ``cache_dir`` keeps what
     was compiled. UserError, with the position, on what is no regex or not supported, on one that
     matches nothing or grows too large, and where the vocabulary cannot spell it.
+
+    Example:
+        >>> from sedd.constraints import compile_regex
+        >>> automaton = compile_regex("(ab)+", [b"a", b"b", b"ab"])
+        >>> automaton.run([2, 0, 1]) >= 0, automaton.run([0, 0])
+        (True, -1)
     """
     if not isinstance(pattern, str):
         raise UserError(f"expected a regex as text, got {pattern!r}")
@@ -44,6 +50,13 @@ def compile_json_schema(
     """The token strings that are JSON of the schema; see ``schema_to_regex`` for its subset.
 
     UserError, with the path, on what is not in the subset or grows too large.
+
+    Example:
+        >>> from sedd.constraints import compile_json_schema
+        >>> vocabulary = [bytes([byte]) for byte in range(256)]
+        >>> automaton = compile_json_schema({"enum": ["yes", "no"]}, vocabulary)
+        >>> automaton.run(b'"yes"') >= 0, automaton.run(b'"maybe"')
+        (True, -1)
     """
     with regex_to_compile(schema) as pattern:
         return compile_regex(pattern, vocabulary, eos_id=eos_id, cache_dir=cache_dir)

@@ -33,6 +33,13 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
     ``hf:OWNER/NAME[/config][:text_key]`` of the Hugging Face hub; both are prepared here. Anything
     else is a path (``open_files``). Where one of these declares a train split and no validation,
     that is held out of it (``hold_out``). ``UserError`` where there is nothing of that name.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from sedd.data.corpora import open_corpus
+        >>> corpus = open_corpus("my.txt", cache_dir=Path("cache"))
+        >>> corpus.splits, next(corpus.documents("all"))[:7]
+        (('train', 'validation', 'all'), 'the cat')
     """
     kind, colon, rest = spec.partition(":")
     if colon and kind == "tfds":

@@ -159,6 +159,19 @@ def pack(
     They appear there whole or not at all; processes that need the same ones build them once.
     ``progress(documents, tokens)`` is called as they are made. ``UserError`` where there is no text
     or none long enough.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from sedd.data.corpora import open_corpus
+        >>> from sedd.data.packing import pack
+        >>> from sedd.data.tokenizers import build_tokenizer
+        >>> cache = Path("cache")
+        >>> corpus = open_corpus("my.txt", cache_dir=cache)
+        >>> tokenizer = build_tokenizer("bytes", None, cache_dir=cache)
+        >>> packed = pack(corpus, tokenizer, "all", length=16, wrap=True, cache_dir=cache)
+        >>> x0_BL, scored_BL = packed.rows([0, 1])
+        >>> x0_BL.shape, scored_BL.all()
+        ((2, 16), np.True_)
     """
     if length < 1:
         raise UserError(f"length must be at least 1, got {length}")

@@ -372,6 +372,13 @@ def build_tokenizer(
     downloaded once; ``bert-base-uncased`` comes from the Hugging Face hub; a path is a
     ``tokenizers`` JSON file, of which ``end_of_text`` names the token that ends a document.
     ``UserError`` for anything else.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from sedd.data.tokenizers import build_tokenizer
+        >>> tokenizer = build_tokenizer("bytes", None, cache_dir=Path("cache"))
+        >>> tokenizer.encode_batch(["aé"])[0].tolist()
+        [97, 195, 169]
     """
     kind, colon, argument = spec.partition(":")
     path = Path(spec).expanduser()

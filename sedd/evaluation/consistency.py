@@ -184,10 +184,10 @@ class Consistency:
             "per token; Δ is the difference of its nats per token from the chain that draws a "
             "first. Token perplexity is that of one true token given the other. KL is the "
             "divergence of the joint's conditional of one token from the model's, in nats, given "
-            "the true other token, or averaged over all tokens as the other one; it is 0 if the joint agrees with "
-            "the model.\n\nIf the conditionals were consistent, all rows but the independent joint "
-            "and the two products would be equal, and the last table would be 0.\n\nOne more "
-            "fixed-point iteration changes no Arnold–Gokhale joint by more than "
+            "the true other token, or averaged over all tokens as the other one; it is 0 if the "
+            "joint agrees with the model.\n\nIf the conditionals were consistent, all rows but the "
+            "independent joint and the two products would be equal, and the last table would be 0."
+            "\n\nOne more fixed-point iteration changes no Arnold–Gokhale joint by more than "
             f"{self.residual.max():.1g} in total variation."
         )
 

@@ -241,7 +241,4 @@ def _label(spec: str) -> tuple[str, str]:
             f"there are {', '.join(NAMES)}; to evaluate the file under its own name, give "
             f"{source} alone"
         )
-    if spec.startswith("hf://"):
-        name = spec.removeprefix("hf://").partition("@")[0]
-        raise UserError(f"hf:// is for checkpoints; data of the hub is written hf:{name}")
     return spec.removeprefix("corpus:"), spec

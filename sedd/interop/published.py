@@ -69,6 +69,12 @@ def load_published(path: str | os.PathLike) -> Published:
     MDLM without ``time_conditioning`` holds a network that is conditioned on σ but always runs at
     σ = 0. It is returned as the network without a condition that it is a longer spelling of (see
     ``at_constant_sigma``), so that nothing downstream has to know of a σ that is not one.
+
+    Example:
+        >>> from sedd.interop.published import load_published
+        >>> published = load_published("exports/radd")
+        >>> published.description.process, published.description.length
+        ('absorbing', 12)
     """
     directory = Path(path)
     layout = read_layout(find_config(directory) or directory / "config.json")

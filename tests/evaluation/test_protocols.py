@@ -520,7 +520,7 @@ def test_an_unknown_data_set_gets_a_suggestion(place):
         ("mine={place}/text.txt", "'mine' is no data set that can stand before '='"),
         ("mine={place}/text.txt", "to evaluate the file under its own name, give {place}/text.txt"),
         ("agnews={place}/text.txt", "before '='; did you mean 'ag_news'?"),
-        ("hf://fancyzhx/ag_news", "hf:// is for checkpoints; data of the hub is written hf:fancy"),
+        ("hf://fancyzhx/ag_news", "hf://OWNER/NAME is a checkpoint"),
     ],
 )
 def test_a_source_that_is_no_data_set_gets_a_hint(place, spec, message):
