@@ -7,12 +7,15 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tyro
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tiny_run import RECIPE, ROOT
 
 import sedd
@@ -439,3 +442,89 @@ def outcome_of(error):
 def test_every_command_has_a_version(capsys, monkeypatch):
     result = outcome(raising(AssertionError()), capsys, monkeypatch, "--version")
     assert result == (0, f"{sedd.__version__}\n", "")
+
+
+@pytest.fixture
+def own_programs(tmp_path, monkeypatch):
+    """A folder of compiled programs of this test's own, in a cache folder of its own."""
+    before = jax.config.jax_compilation_cache_dir
+    settings = ("jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_max_size")
+    values = {name: getattr(jax.config, name) for name in settings}
+    monkeypatch.setenv("SEDD_CACHE", str(tmp_path / "cache"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()
+    yield tmp_path / "cache" / "programs"
+    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in values.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def compile_something(arguments=()):
+    jax.clear_caches()
+    # Any compile time counts here: a program that takes long enough would slow the tests.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    assert jax.jit(lambda x: jnp.sin(x) * 2 + jnp.arange(7.0))(0.0)[6] == 6
+
+
+def damage_nothing(path):
+    pass
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_nothing, truncate, empty, flip, remove])
+def test_programs_are_kept_and_damaged_ones_are_ignored(own_programs, damage, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            reset_cache()
+            with pytest.raises(SystemExit) as stop:
+                run(compile_something)
+            assert stop.value.code == 0
+            kept = list(own_programs.glob("*-cache"))
+            assert kept
+            for path in kept:
+                damage(path)
+    assert said == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment"), [("--no-compile-cache", None), (None, "elsewhere")]
+)
+def test_programs_are_not_kept_where_it_is_not_wanted(
+    own_programs, tmp_path, flag, environment, monkeypatch
+):
+    if environment is not None:  # as by JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / environment))
+    monkeypatch.setattr(sys, "argv", ["command", *([flag] if flag else [])])
+    with pytest.raises(SystemExit):
+        run(compile_something)
+    assert not own_programs.exists()
+
+
+def test_a_cache_folder_that_cannot_be_made_is_no_error(own_programs, capfd, monkeypatch):
+    own_programs.parent.write_text("a file in its place")
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+        run(compile_something)
+    assert stop.value.code == 0
+    assert capfd.readouterr() == ("", "")

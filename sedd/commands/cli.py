@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +19,18 @@ import sedd
 from sedd.commands.cpu import prepare_cpu
 from sedd.commands.mistakes import as_flag, flags_of, reject
 from sedd.configuration.components import COMPONENTS, makers
-from sedd.configuration.config import Config, load_config, recipes, with_component
+from sedd.configuration.config import (
+    Config,
+    default_cache_dir,
+    load_config,
+    recipes,
+    with_component,
+)
 from sedd.errors import FieldError, UserError, first_line
 from sedd.training.distributed import leave_libtpu_alone
 
 Command = TypeVar("Command")
+PROGRAMS_SIZE = 2**30  # bytes of compiled programs that are kept
 
 
 class Terminal(Console):
@@ -56,8 +64,9 @@ def run(
 ) -> None:
     """Run a command and exit: 0, or 2 with one ``error: …`` line for a user's mistake.
 
-    ``--debug`` shows the traceback instead, ``--version`` the version. A reader of the output that
-    has seen enough (``| head``) is no error.
+    Flags of every command: ``--debug`` shows the traceback instead of the line, ``--version`` the
+    version, ``--no-compile-cache`` keeps no compiled programs. A reader of the output that has seen
+    enough (``| head``) is no error.
 
     Args:
         main: the command, from its arguments to an exit code or None.
@@ -67,8 +76,10 @@ def run(
     prepare_streams()
     leave_libtpu_alone()
     prepare_cpu()
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--no-compile-cache")]
+    debug = "--debug" in sys.argv[1:]
+    if "--no-compile-cache" not in sys.argv[1:]:
+        keep_programs()
     try:
         if arguments == ["--version"]:
             print(sedd.__version__)
@@ -111,6 +122,22 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def keep_programs() -> None:
+    """Keep compiled programs in the user's cache folder, so that later starts read them.
+
+    Nothing changes where JAX has been told of a folder already (``JAX_COMPILATION_CACHE_DIR``). An
+    entry that cannot be read or written is compiled again. Beyond ``PROGRAMS_SIZE`` the programs
+    that were used least recently are removed.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = Path(default_cache_dir()).expanduser() / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_compilation_cache_max_size", PROGRAMS_SIZE)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
 
 
 def flush_streams() -> None:

@@ -99,7 +99,7 @@ class CatalogueCorpus(Corpus):
             raise
         except ImportError as error:
             missing = error.name or str(error)
-            package = "'sedd[tf]'" if missing.startswith("tensorflow") else missing
+            package = "-e '.[tf]'" if missing.startswith("tensorflow") else missing
             raise UserError(
                 f"corpus {name!r} needs {missing}, which is not installed: pip install {package}"
             ) from error
@@ -136,7 +136,7 @@ class BillionWords(CatalogueCorpus):
     def of(cls, name: str, spec: str, cache_dir: Path) -> "BillionWords":
         """Open ``lm1b:text``; ``UserError`` without TensorFlow, which its builder needs."""
         if importlib.util.find_spec("tensorflow") is None:
-            raise UserError(f"corpus {name!r} needs TensorFlow to be built: pip install 'sedd[tf]'")
+            raise UserError(f"corpus {name!r} needs TensorFlow to be built: pip install -e '.[tf]'")
         entry = CatalogueCorpus.of(name, spec, cache_dir)
         return cls(name=name, builder=entry.builder, key=entry.key)
 
@@ -167,7 +167,7 @@ class HubCorpus(Corpus):
         try:
             datasets: Any = importlib.import_module("datasets")
         except ImportError as error:
-            raise UserError(f"corpus {name!r} needs datasets: pip install 'sedd[hub]'") from error
+            raise UserError(f"corpus {name!r} needs datasets: pip install -e '.[hub]'") from error
         try:
             builder = datasets.load_dataset_builder(
                 f"{owner}/{dataset}", config or None, cache_dir=str(cache_dir / "hub")

@@ -510,7 +510,7 @@ def _hub_tokenizer(name: str, cache_dir: Path) -> str:
     try:
         import huggingface_hub as hub
     except ImportError as error:
-        raise UserError(f"tokenizer {name!r} needs the hub: pip install 'sedd[hub]'") from error
+        raise UserError(f"tokenizer {name!r} needs the hub: pip install -e '.[hub]'") from error
     try:
         path = hub.hf_hub_download(
             name,

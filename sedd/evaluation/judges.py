@@ -143,7 +143,7 @@ def hugging_face_judge(
             AutoTokenizer,
         )
     except ImportError as error:
-        raise UserError(f"judge {name!r} needs PyTorch: pip install 'sedd[judge]'") from error
+        raise UserError(f"judge {name!r} needs PyTorch: pip install -e '.[judge]'") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)

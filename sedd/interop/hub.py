@@ -31,7 +31,7 @@ def fetch(path: str) -> Path:
     try:
         import huggingface_hub as hub
     except ImportError as error:
-        raise UserError(f"checkpoint {path} needs the hub: pip install 'sedd[hub]'") from error
+        raise UserError(f"checkpoint {path} needs the hub: pip install -e '.[hub]'") from error
 
     unreachable = why_hub_unreachable()
 

@@ -286,7 +286,7 @@ def _start_wandb(options: dict[str, Any]):
     try:
         import wandb  # pyright: ignore
     except ImportError as error:
-        raise UserError("wandb is not installed: pip install 'sedd[wandb]'") from error
+        raise UserError("wandb is not installed: pip install -e '.[wandb]'") from error
     return wandb.init(**options)
 
 

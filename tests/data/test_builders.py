@@ -277,7 +277,7 @@ def test_a_catalogue_entry_that_cannot_be_read_is_refused(tmp_path, spec, messag
 
 def test_lm1b_says_that_it_needs_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"lm1b.*pip install 'sedd\[tf\]'"):
+    with pytest.raises(UserError, match=r"lm1b.*pip install -e '\.\[tf\]'"):
         open_corpus("lm1b", cache_dir=tmp_path)
 
 
@@ -333,5 +333,5 @@ def test_the_hub_is_asked_for_owner_name_and_configuration(tmp_path, monkeypatch
 
 def test_the_hub_without_its_extra_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'sedd\[hub\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
         open_corpus("hf:owner/name", cache_dir=tmp_path)

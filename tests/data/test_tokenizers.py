@@ -264,7 +264,7 @@ def test_the_hub_gives_bert_with_its_padding(cache, monkeypatch):
     with pytest.raises(UserError, match="give the path of a copy instead"):
         build_tokenizer("bert-base-uncased", None, cache_dir=cache)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"pip install 'sedd\[hub\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
         build_tokenizer("bert-base-uncased", None, cache_dir=cache)
 
 

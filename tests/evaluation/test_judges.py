@@ -225,7 +225,7 @@ def test_files_that_cannot_be_judges(tmp_path):
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"pip install 'sedd\[judge\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[judge\]'"):
         hugging_face_judge("gpt2")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install gguf"):

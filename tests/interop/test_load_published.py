@@ -298,5 +298,5 @@ def test_what_the_hub_does_not_have_is_one_line(hub, path, message):
 
 def test_without_the_extra_the_hub_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"needs the hub: pip install 'sedd\[hub\]'"):
+    with pytest.raises(UserError, match=r"needs the hub: pip install -e '\.\[hub\]'"):
         sedd.load("hf://some/safe")
