@@ -34,7 +34,7 @@ GPT2_TOKENS = 50257
 UNKNOWN = "unknown"  # the name of a corpus or tokenizer that a published checkpoint leaves out
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Model:
     """A trained model; ``load`` makes one.
 
@@ -107,10 +107,31 @@ class Model:
             cache_dir=Path(data.cache_dir).expanduser(),
         )
 
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.denoiser.params))
+        names = ("process", "schedule", "parameterization", "network", "objective")
+        parts = ", ".join(f"{name} {getattr(self.config, name).name}" for name in names)
+        tokens = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
+        return (
+            f"Model({self.source!r}: {count:,} parameters, length {self.length}, {tokens},\n"
+            f"      {parts})"
+        )
+
+    def check_ids(self, ids: Any, *, mask: bool = False) -> None:
+        """Raise UserError on an id that is no token, or with ``mask`` no state, of the model."""
+        if isinstance(ids, jax.core.Tracer) or not np.size(ids):
+            return
+        ids, size = np.asarray(ids), self.process.num_states if mask else self.process.num_tokens
+        bad = ids[(ids < 0) | (ids >= size)]
+        if len(bad):
+            raise UserError(f"token id {bad[0]}: the ids of this model are 0 to {size - 1}")
+
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Float[Array, "B L V"]:
         """Log score of each token at each position at noise σ; see ``Denoiser.log_score``.
+
+        Raises UserError on an id out of range.
 
         Example:
             >>> import numpy as np, sedd
@@ -120,12 +141,15 @@ class Model:
             >>> log_score_BLV.shape == (2, 12, model.process.num_states)
             True
         """
+        self.check_ids(x_BL, mask=True)
         return _log_score(self.denoiser, jnp.asarray(x_BL), jnp.asarray(sigma_B))
 
     def log_conditional(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"] | None = None
     ) -> Float[Array, "B L N"]:
         """Log p(x0 at i | x) of each real token; see ``Denoiser.log_conditional``.
+
+        Raises UserError on an id out of range.
 
         Example:
             >>> import jax, numpy as np, sedd
@@ -135,6 +159,7 @@ class Model:
             >>> bool(abs(jax.nn.logsumexp(log_probs_BLN, -1)).max() < 1e-5)
             True
         """
+        self.check_ids(x_BL, mask=True)
         sigma_B = None if sigma_B is None else jnp.asarray(sigma_B)
         return _log_conditional(self.denoiser, jnp.asarray(x_BL), sigma_B)
 

@@ -1,8 +1,10 @@
-"""Samples from a model: requests of any kind into one batch, and what comes back."""
+"""Draw samples from a model: ``sedd.sample``, and the batch that it is made of."""
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,38 +13,47 @@ import numpy as np
 
 from sedd.arrays import NAN, bucket
 from sedd.configuration.build import build_sampler, default_sampler
+from sedd.configuration.config import default_cache_dir
 from sedd.constraints.clamp import Clamp, check_prefix, free
 from sedd.constraints.spans import Given, Rule, Span, batch_spans, spans_of
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
+from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
 from sedd.types import Array, Key
 
 TextScorer = Callable[[list[str]], Sequence[float]]
-DEFAULTS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}
-RESHAPES = {*DEFAULTS, "logit_processor"}
+NUMBERS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}  # and their defaults
+TEXTS = ("prompt", "suffix", "infill", "regex", "json_schema")
 NO_NUMBERS = "the model's probabilities are nan, or the logit processor's"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleResult:
-    """Samples, the network calls each needed, and their text where there is a tokenizer."""
+    """The sequences that a call drew, in the order of its requests."""
 
-    tokens: np.ndarray  # [B, L]
-    calls: np.ndarray  # [B]
+    tokens: np.ndarray
+    """Token ids [B, L]; what lies behind the end of a shorter sequence is padding."""
+    calls: np.ndarray
+    """Network calls of each sequence, [B]; candidates of a search and guidance included."""
     text: list[str] | None
-    trace: np.ndarray | None  # [T, B, L]
-    times: np.ndarray | None  # [T], diffusion times of the trace's frames, where they share them
-    score: np.ndarray | None  # [B], the verifier's, where there is one
+    """The decoded sequences; None without a tokenizer."""
+    trace: np.ndarray | None
+    """Token ids at the start and after every round, [T, B, L]; None unless asked for."""
+    times: np.ndarray | None
+    """Diffusion time of each frame of the trace, [T], where all sequences share them."""
+    score: np.ndarray | None
+    """The verifier's scores, [B]; None without a verifier."""
 
 
 class TextVerifier:
-    """A user's function on texts as a verifier of tokens; what goes wrong in it is kept.
+    """A verifier of tokens made from a user's function on texts.
 
-    A failure scores nan, which ends a search.
+    The function is called from inside a compiled search, where no exception gets out. On a failure
+    the scores are nan, which ends the search, and the error is kept for ``take_error``.
     """
 
     def __init__(self, function: TextScorer, tokenizer: Tokenizer, name: str):
@@ -50,7 +61,7 @@ class TextVerifier:
         self._error: UserError | None = None
 
     def __call__(self, tokens_RL: np.ndarray, real_RL: np.ndarray) -> np.ndarray:
-        """Scores of the texts, or nan for all."""
+        """Scores [R] of the texts; nan for all once something has failed."""
         if (np.asarray(tokens_RL) == NAN).any():
             self._error = UserError(NO_NUMBERS)
         if self._error is None:
@@ -62,7 +73,7 @@ class TextVerifier:
         return np.full(len(tokens_RL), np.nan, np.float32)
 
     def take_error(self) -> UserError | None:
-        """What went wrong since the last time, if anything."""
+        """The error since the last call of this method, or None."""
         error, self._error = self._error, None
         return error
 
@@ -87,23 +98,28 @@ class TextVerifier:
 
 
 def verifier_error(sampler: Sampler) -> UserError | None:
-    """What went wrong in the sampler's verifier since the last time, if anything."""
+    """The error of the sampler's verifier since the last call of this function, or None."""
     verifier = getattr(sampler, "verifier", None)
     return verifier.take_error() if isinstance(verifier, TextVerifier) else None
 
 
 def text_verifier(model: Model, function: TextScorer, name: str = "") -> TextVerifier:
-    """The verifier of a function on texts: the same one for the same function and model."""
+    """The verifier of a function on texts; the same object for the same function and tokenizer.
+
+    A new object would compile a new program. Verifiers live as long as a compiled program or the
+    caller holds them.
+    """
     if model.tokenizer is None:
         raise UserError("a verifier reads text, and this model has no tokenizer to make it")
-    key = (function, id(model.tokenizer))
-    if key not in _VERIFIERS:  # another object would compile another program
+    key = (function, id(model.tokenizer))  # a verifier holds its tokenizer: no id is used again
+    verifier = _VERIFIERS.get(key)
+    if verifier is None:
         name = name or getattr(function, "__name__", str(function))
-        _VERIFIERS[key] = TextVerifier(function, model.tokenizer, name)
-    return _VERIFIERS[key]
+        verifier = _VERIFIERS[key] = TextVerifier(function, model.tokenizer, name)
+    return verifier
 
 
-_VERIFIERS: dict[Any, TextVerifier] = {}  # which keep their tokenizers, so that no id is reused
+_VERIFIERS: weakref.WeakValueDictionary[Any, TextVerifier] = weakref.WeakValueDictionary()
 
 
 @partial(jax.jit, static_argnames=("sampler", "trace"))
@@ -113,11 +129,16 @@ def _run(sampler: Sampler, denoiser, keys_B, tokens_BL, fixed_BL, *, trace) -> S
 
 def sample(
     model: Model,
-    key: Key[Array, "..."],
+    key: Key[Array, "..."] | int,
     *,
-    num: int = 1,
+    num: int | None = None,
     length: int | None = None,
     sampler: str | SamplerOptions | Sampler | None = None,
+    prompt: str | Sequence[str] | None = None,
+    suffix: str | Sequence[str] | None = None,
+    infill: str | Sequence[str] | None = None,
+    regex: str | Sequence[Any] | None = None,
+    json_schema: Mapping[str, Any] | Sequence[Any] | None = None,
     clamp: Clamp | Sequence[Clamp] | None = None,
     constraint: Given | Sequence[Given] = None,
     rule: Rule = "joint",
@@ -125,54 +146,59 @@ def sample(
     trace: bool = False,
     **options: Any,
 ) -> SampleResult:
-    """Draw ``num`` sequences of ``length`` tokens (default: the training length).
+    """Draw sequences from a model.
 
-    ``key`` is one key, from which each sequence gets its own, or one key a sequence. ``clamp`` is
-    one for all or one a sequence; sequences of different lengths share a batch, padded and masked.
-    ``constraint`` is an automaton for all, or one a sequence: each None, an automaton for all from
-    the first free position to the last, or a list with one or None for each gap. ``rule`` says how
-    a step draws under it, see ``Spans``; temperature 0 takes the likeliest string. What comes back
-    always matches.
-    ``sampler`` is tweedie by default, and ordered for an autoregressive model, which takes no other
-    and no tokens after free ones.
-    ``options`` are the sampler's, such as ``steps=128``, and those of ``Reshape``, such as
-    ``temperature=0.9`` or ``top_p=0.95``. A sampler that wraps another one takes ``inner``, a
-    name or ``sedd.samplers.options(name, …)``; a search takes a ``verifier``, a function from a
-    list of texts to a score each, higher is better.
+    Sequences of different lengths share a batch, padded and masked. The number of sequences and
+    the length are rounded up to a few sizes (``sedd.arrays.bucket``), so that nearby ones share a
+    compiled program, as do different texts, seeds, temperatures, top-k and top-p.
 
-    The number of sequences and the length are rounded up by ``bucket``: nothing is compiled twice
-    for the same ones. UserError on an unknown sampler or option, a sampler that does not go with
-    the model, and a verifier that fails.
+    Args:
+        model: what ``sedd.load`` returned.
+        key: an integer seed or one key, from which each sequence derives its own, or one key a
+            sequence. Both ``jax.random.key`` and ``jax.random.PRNGKey`` will do.
+        num: sequences to draw; by default as many as there are keys or texts, or 1.
+        length: tokens in a sequence, the given ones included; the training length by default.
+        sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. By default tweedie, or
+            ordered for an autoregressive model.
+        prompt: text at the start; one for all sequences, or one each.
+        suffix: text at the end; one for all sequences, or one each.
+        infill: text with gaps such as ``{mask:12}``; one for all sequences, or one each.
+        regex: what the free text must match; one for all sequences, or one each, of which each
+            may be None, or a list with one or None for each gap.
+        json_schema: a JSON Schema of the free text, in the same form.
+        clamp: the given tokens as a ``Clamp``, instead of texts; one for all, or one each.
+        constraint: compiled automata, instead of ``regex`` or ``json_schema``, of the same form.
+        rule: how a step draws under a constraint, see ``sedd.constraints.spans.Spans``. At
+            temperature 0 the most likely matching string is taken.
+        verifier: a function from a list of texts to a finite score each, higher is better; for
+            the searches best_of_n and particle.
+        trace: keep the tokens after every round.
+        options: those of the sampler (``steps=128``; ``inner=`` a name or options for samplers
+            that wrap another one), the numbers ``temperature``, ``top_k``, ``top_p`` and
+            ``guidance``, one for all sequences or one each, and ``logit_processor``, see
+            ``sedd.reshape.Reshape``.
+
+    Raises:
+        UserError: an unknown or bad option, numbers of keys and texts that differ, a text that
+            does not fit, a sampler that does not go with the model, or a verifier that fails.
+            A ``FieldError`` names the option in its ``field``.
 
     Example:
-        >>> import jax, sedd
+        >>> import sedd
         >>> model = sedd.load("runs/quickstart")
-        >>> result = sedd.sample(model, jax.random.key(0), num=2, sampler="event_jump")
-        >>> result.tokens.shape, len(result.text)
-        ((2, 12), 2)
+        >>> result = sedd.sample(model, 0, num=2, prompt="the ", sampler="event_jump", top_p=0.9)
+        >>> [text.startswith("the ") for text in result.text]
+        [True, True]
     """
-    if num < 1:
-        raise UserError(f"num must be at least 1, got {num}")
-    if clamp is None:
-        clamp = free(model.length if length is None else length)
-    elif length is not None:
-        raise UserError("a clamp has a length of its own: give no length beside it")
-    clamps = list(clamp) if isinstance(clamp, Sequence) else [clamp]
-    keys_B = key if key.ndim else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num))
-    num = len(keys_B)
-    if len(clamps) == 1:
-        clamps = clamps * num
-    if len(clamps) != num:
-        raise UserError(f"{len(clamps)} clamps for {num} sequences")
-    one_each = isinstance(constraint, Sequence)
-    constraints = list(constraint) if one_each else [constraint] * num
-    if len(constraints) != num:
-        raise UserError(f"{len(constraints)} constraints for {num} sequences")
-    if model.denoiser.causal:
-        for c in clamps:
-            check_prefix(c)
-    spans = [spans_of(c, given) for c, given in zip(clamps, constraints, strict=True)]
-    reshape = reshape_of(num, {name: options.pop(name) for name in RESHAPES & options.keys()})
+    texts = {"prompt": prompt, "suffix": suffix, "infill": infill, "regex": regex}
+    texts["json_schema"] = json_schema
+    texts = {name: value for name, value in texts.items() if value is not None}
+    each = {"clamp": clamp, "constraint": constraint, **texts}
+    num, keys_B = _keys(key, num, {name: value for name, value in each.items() if _is_list(value)})
+    clamps, spans = _given(model, num, length, texts, clamp, constraint)
+    numbers = {name: options.pop(name) for name in NUMBERS if name in options}
+    processor = options.pop("logit_processor", None)
+    reshape = reshape_of(num, numbers, processor)
     if sampler is None:
         sampler = default_sampler(model.parts.parameterization)
     if not isinstance(sampler, Sampler):
@@ -181,52 +207,126 @@ def sample(
     elif options or verifier is not None:
         given = [*options, *(["verifier"] if verifier else [])]
         raise UserError(f"the sampler is built already: it takes no {', '.join(given)}")
+    return draw(model, keys_B, sampler, clamps, spans, reshape=reshape, rule=rule, trace=trace)
 
-    lengths = [c.length for c in clamps]
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _keys(key: Any, num: int | None, lists: Mapping[str, Sequence[Any]]) -> tuple[int, Array]:
+    """How many sequences there are, and one key for each of them."""
+    if isinstance(key, int | np.integer):
+        key = jax.random.key(key)
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.shape[-1:] != (2,):
+            raise FieldError("key", f"must be an integer or keys of jax.random, got {key.dtype}")
+        key = jax.random.wrap_key_data(key)
+    counts = {name: len(values) for name, values in lists.items()}
+    counts |= {} if num is None else {"num": num}
+    counts |= {"key": len(key)} if key.ndim else {}
+    num = next(iter(counts.values()), 1)
+    if num < 1:
+        raise FieldError(next(iter(counts)), f"must be at least 1, got {num}")
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise UserError(f"the numbers of sequences differ: {said}")
+    if not key.ndim:
+        key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num))
+    return num, key
+
+
+def _given(model, num, length, texts, clamp, constraint) -> tuple[list[Clamp], list[list[Span]]]:
+    """The given tokens and the spans that must match of each sequence."""
+    if clamp is not None:
+        for name in ("length", "prompt", "suffix", "infill"):
+            if name in texts or (name == "length" and length is not None):
+                raise FieldError(
+                    name, "does not go with clamp, which has its own tokens and length"
+                )
+    if constraint is not None and texts.keys() & {"regex", "json_schema"}:
+        raise UserError("regex, json_schema and constraint: give one of them")
+    if texts and model.tokenizer is None:
+        raise UserError(f"{', '.join(texts)}: this model has no tokenizer to read text with")
+    cache_dir = Path(default_cache_dir()).expanduser()
+
+    def one(row: int) -> tuple[Clamp, list[Span]]:
+        own = {name: v[row] if _is_list(v) else v for name, v in texts.items()}
+        request = Request(id=row, length=length, **own)
+        if clamp is not None:
+            tokens = clamp[row] if isinstance(clamp, Sequence) else clamp
+        elif own.keys() & {"prompt", "suffix", "infill"}:
+            tokens = request.clamp(model.tokenizer, model.length)
+        else:
+            tokens = free(model.length if length is None else length)
+        compiled = constraint[row] if isinstance(constraint, Sequence) else constraint
+        if own.keys() & {"regex", "json_schema"}:
+            compiled = request.constraint(model.tokenizer, cache_dir)
+        return tokens, spans_of(tokens, compiled)
+
+    same = not any(map(_is_list, (clamp, constraint, *texts.values())))
+    rows = [one(0)] * num if same else [one(row) for row in range(num)]
+    return [tokens for tokens, _ in rows], [spans for _, spans in rows]
+
+
+def draw(
+    model: Model,
+    keys_B: Key[Array, " B"],
+    sampler: Sampler,
+    clamps: Sequence[Clamp],
+    spans: Sequence[Sequence[Span]],
+    *,
+    reshape: Reshape | None = None,
+    rule: Rule = "joint",
+    trace: bool = False,
+) -> SampleResult:
+    """Draw one sequence for each key, with its clamp and its spans, as one padded batch.
+
+    See ``sample``, which builds the arguments. Raises UserError where the sampler does not go with
+    the model, an id is out of range, probabilities are nan, or the verifier fails.
+    """
+    for c in clamps if model.denoiser.causal else ():
+        check_prefix(c)
+    num, lengths = len(clamps), [c.length for c in clamps]
     rows, longest = bucket(num), bucket(max(lengths))
-    row_of_B = np.minimum(np.arange(rows), num - 1)  # the last one again: it costs no call more
+    row_of_B = np.minimum(np.arange(rows), num - 1)  # padding repeats the last sequence
     tokens_BL = np.zeros((rows, longest), np.int32)
-    fixed_BL = np.ones((rows, longest), bool)  # padding is fixed: it is never drawn
+    fixed_BL = np.ones((rows, longest), bool)  # padded positions are fixed: never drawn
     real_BL = np.zeros((rows, longest), bool)
     for row in range(rows):
         c = clamps[row_of_B[row]]
         tokens_BL[row, : c.length], fixed_BL[row, : c.length] = c.tokens_L, c.fixed_L
         real_BL[row, : c.length] = True
+    given_BL = fixed_BL & real_BL
+    model.check_ids(tokens_BL[given_BL])
+    guided = False
     if reshape is not None:
         rule = _rule(rule, reshape, any(spans))
         reshape = jax.tree.map(lambda values: values[row_of_B], reshape)
-    padded = [spans[row] for row in row_of_B]
-    given_BL = fixed_BL & real_BL
-    guided = reshape is not None and (given_BL.any(1) & (reshape.guidance_B > 0)).any()
-    segments = None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32))
+        guided = (given_BL.any(1) & (reshape.guidance_B > 0)).any()
     denoiser = replace(
         model.denoiser,
-        attend=segments,
+        attend=None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32)),
         reshape=reshape,
         given_BL=jnp.asarray(given_BL) if guided else None,
-        constraint=batch_spans(padded, rule) if any(spans) else None,
+        constraint=batch_spans([spans[row] for row in row_of_B], rule) if any(spans) else None,
     )
     sampler.check(denoiser)
-    verifier_error(sampler)  # what an earlier call may have left
-    samples = _run(
-        sampler,
-        denoiser,
-        keys_B[row_of_B],
-        jnp.asarray(tokens_BL),
-        jnp.asarray(fixed_BL),
-        trace=trace,
-    )
+    verifier_error(sampler)  # forget an earlier call's
+    tokens_BL, fixed_BL = jnp.asarray(tokens_BL), jnp.asarray(fixed_BL)
+    samples = _run(sampler, denoiser, keys_B[row_of_B], tokens_BL, fixed_BL, trace=trace)
     _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
     result = _result(model, sampler, samples, lengths)
     for tokens_L, row in zip(result.tokens, spans, strict=True):
         for span in row:
             if not span.automaton.accepts(tokens_L[span.start : span.start + span.length]):
-                raise RuntimeError(f"drawn, but no match of {span.automaton.pattern!r}")  # ours
+                raise RuntimeError(f"drawn, but no match of {span.automaton.pattern!r}")  # our bug
     return result
 
 
 def _check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
-    """UserError where there was nan in place of probabilities: position, and state of a span."""
+    """Raise UserError on a token drawn from nan, with its position and the state of its span."""
     bad = np.argwhere(tokens_BL == NAN)
     if not len(bad):
         return
@@ -239,7 +339,7 @@ def _check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None
 
 
 def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]) -> SampleResult:
-    """On the host, without what was padded."""
+    """The samples on the host, without padding."""
     num, longest = len(lengths), max(lengths)
     tokens, calls = np.asarray(samples.tokens_BL), np.asarray(samples.calls_B)
     score = None if samples.score_B is None else np.asarray(samples.score_B)
@@ -266,7 +366,7 @@ def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]
 
 
 def _rule(rule: Rule, reshape: Reshape, constrained: bool) -> Rule:
-    """The rule of a step under a constraint: the most likely string at temperature 0."""
+    """``rule``, or most_likely for constrained sequences at temperature 0."""
     zero_B = reshape.temperature_B == 0
     if rule != "joint" or not constrained or not zero_B.any():
         return rule
@@ -278,15 +378,19 @@ def _rule(rule: Rule, reshape: Reshape, constrained: bool) -> Rule:
     return "most_likely"
 
 
-def reshape_of(num: int, options: dict[str, Any]) -> Reshape | None:
-    """The changes to the conditionals of ``num`` sequences; FieldError on a bad value.
+def reshape_of(
+    num: int, numbers: Mapping[str, Any], processor: Callable[..., Any] | None = None
+) -> Reshape | None:
+    """The changes to the conditionals of ``num`` sequences, or None where there are none.
 
-    Values are numbers, or sequences with one each. None where every value is the default number.
+    ``numbers`` are values of ``NUMBERS``: one for all sequences, or a sequence with one each, which
+    makes a Reshape whatever its values are. Raises FieldError on a bad value.
     """
-    for name, value in options.items():
-        if name in DEFAULTS and np.ndim(value) and np.shape(value) != (num,):
+    for name, value in numbers.items():
+        if np.ndim(value) and np.shape(value) != (num,):
             raise FieldError(name, f"must be a number or {num} numbers, got {len(value)}")
-    if all(np.ndim(value) == 0 and value == DEFAULTS.get(name) for name, value in options.items()):
+    unchanged = all(np.ndim(v) == 0 and v == NUMBERS[name] for name, v in numbers.items())
+    if unchanged and processor is None:
         return None
-    reshape = Reshape.of(**options)
+    reshape = Reshape.of(**numbers, logit_processor=processor)
     return jax.tree.map(lambda values: np.broadcast_to(values, num), reshape)

@@ -22,8 +22,7 @@ BESIDE = {  # inside a level: what a family may still import
     "denoiser": {"constraints", "parameterizations", "reshape"},
     "reshape": {"parameterizations"},
     "model": {"configuration"},
-    "sampling": {"configuration", "model"},
-    "requests": {"configuration", "model", "sampling"},
+    "sampling": {"configuration", "model", "requests"},
 }
 PROTOCOLS = {  # modules of another level than their families, so that others can use them
     "sedd.constraints.base": 2,

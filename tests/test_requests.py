@@ -1,17 +1,25 @@
 """Requests: what a line may say, which line is refused and how, and what is answered."""
 
 import json
+import os
+import threading
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tiny_run
+import tokenizers
 
 import sedd
-from sedd.constraints.clamp import from_prompt
+from sedd.commands.answers import Answer, Answering, Asked
+from sedd.constraints.clamp import Clamp, from_infill, from_prompt
 from sedd.constraints.spans import spans_of
+from sedd.data.tokenizers import Pretrained
 from sedd.errors import UserError
-from sedd.requests import Answer, Asked, Request, answer, ask, read_requests
+from sedd.requests import FIELD_TYPES, Request, RequestFile
 from sedd.samplers.tweedie import Tweedie
+from sedd.sampling import NUMBERS
 
 LENGTH = 10
 
@@ -19,7 +27,21 @@ LENGTH = 10
 def read(tmp_path, text):
     path = tmp_path / "requests.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return list(read_requests(path, tiny_run.TOKENIZER, LENGTH))
+    with RequestFile(path) as file:
+        return list(file.read(0, ask))
+
+
+class Read(NamedTuple):
+    """A request, its tokens and its spans."""
+
+    request: Request
+    clamp: Clamp
+    spans: list
+
+
+def ask(request):
+    clamp = request.clamp(tiny_run.TOKENIZER, LENGTH)
+    return Read(request, clamp, spans_of(clamp, request.constraint(tiny_run.TOKENIZER, None)))
 
 
 def test_every_field(tmp_path):
@@ -29,23 +51,34 @@ def test_every_field(tmp_path):
         {"infill": "a{mask:2}b", "length": 6},
         {"prompt": "xy"},
         {},
+        dict.fromkeys(FIELD_TYPES),
+        {"temperature": 0, "top_k": 3, "top_p": 0.5, "guidance": 1.5, "sampler": {"steps": 2}},
     ]
     found = read(tmp_path, "\n".join(map(json.dumps, lines)))
+    assert FIELD_TYPES.keys() == vars(found[0].request).keys()
     assert [one.request for one in found] == [
         Request(id="a", prompt="ab", suffix="c", length=5, seed=7),
         Request(id=12, infill="a{mask:2}b", seed=1),
         Request(id=3, infill="a{mask:2}b", length=6, seed=2),
         Request(id=4, prompt="xy", seed=3),
         Request(id=5, seed=4),
+        Request(id=6, seed=5),  # null is the default of every field
+        Request(
+            id=7, seed=6, temperature=0, top_k=3, top_p=0.5, guidance=1.5, sampler={"steps": 2}
+        ),
     ]
-    assert [one.clamp.length for one in found] == [5, 4, 6, LENGTH, LENGTH]
+    assert [one.clamp.length for one in found] == [5, 4, 6, *[LENGTH] * 4]
     assert found[0][1].fixed_L.tolist() == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": null}', "id must be a string or a whole number, got null"),
+        ('{"prompt": ["é"]}', 'prompt must be a string, got ["é"]'),
+        ('{"temperature": "1"}', 'temperature must be a number, got "1"'),
+        ('{"top_k": 2.5}', "top_k must be a whole number, got 2.5"),
+        ('{"top_p": true}', "top_p must be a number, got true"),
+        ('{"sampler": "tweedie"}', "sampler must be an object of the sampler's options, got"),
         ('{"id": 1.5}', "id must be a string or a whole number, got 1.5"),
         ('{"id": true}', "id must be a string or a whole number, got true"),
         ('{"prompt": 3}', "prompt must be a string, got 3"),
@@ -79,12 +112,16 @@ def test_every_field(tmp_path):
         ('{"prompt": "a"', "not JSON"),
         ("prompt", "not JSON"),
         ("[" * 100_000, "not JSON"),
+        (b'{"prompt": "\xff"}', "not UTF-8 text, at byte 13"),
+        (b"\xe9", "not UTF-8 text, at byte 1"),
+        ('{"prompt": "a"}'.encode("utf-16"), "not UTF-8 text, at byte 1"),
         ('["a"]', 'a request must be an object, got ["a"]'),
         ("null", "a request must be an object, got null"),
     ],
 )
 def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, message):
-    before, bad, after = read(tmp_path, f'{{"id": 1}}\n\n  \n{line}\n{{"id": 2}}\n')
+    line = line if isinstance(line, bytes) else line.encode()
+    before, bad, after = read(tmp_path, b'{"id": 1}\n\n  \n' + line + b'\n{"id": 2}\n')
     assert isinstance(bad, UserError)
     assert str(bad).startswith(f"{tmp_path}/requests.jsonl, line 4: ")
     assert message in str(bad)
@@ -99,7 +136,7 @@ def test_lines_end_where_json_lines_do(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "the file is empty"), ("\n \n", "the file is empty"), (b"\xff\xfe{}", "not UTF-8 text")],
+    [("", "the file is empty"), ("\n \n", "the file is empty"), ("\ufeff", "the file is empty")],
 )
 def test_a_file_without_requests(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
@@ -109,13 +146,77 @@ def test_a_file_without_requests(tmp_path, content, message):
 def test_a_file_that_cannot_be_read(tmp_path):
     for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=f"--requests {path}: {message}"):
-            list(read_requests(path, tiny_run.TOKENIZER, LENGTH))
+            RequestFile(path)
+
+
+def test_a_pipe_is_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    text = '{"id": "a"}\nnothing\n{"id": "b"}\n'
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,))
+    writer.start()
+    with RequestFile(tmp_path / "pipe") as file:
+        for _ in range(2):
+            first, bad, last = file.read(0, lambda request: request)
+            assert (first.id, last.id) == ("a", "b")
+            assert "line 2: not JSON" in str(bad)
+    writer.join()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     return sedd.load(tiny_run.make_run(directory, tiny_run.config()))
+
+
+def asked_of(model, request, steps=4, **numbers):
+    sampler = Tweedie(schedule=model.schedule, steps=steps)
+    clamp = request.clamp(model.tokenizer, model.length)
+    return Asked(request, clamp, [], sampler, {**NUMBERS, **numbers})
+
+
+def answering(model, asked, batch_size, **options):
+    counts = Counter(one.program for one in asked)
+    return Answering(model=model, counts=counts, batch_size=batch_size, **options)
+
+
+def test_requests_of_other_programs_are_answered_in_their_order(model):
+    """Steps and guidance are compiled in; seeds and temperatures are not."""
+    kinds = [(2, {}), (3, {}), (2, {"guidance": 1.0}), (2, {"temperature": 0.5}), (3, {})]
+    asked = [
+        asked_of(model, Request(id=i, prompt="ab", length=9, seed=i), steps, **numbers)
+        for i, (steps, numbers) in enumerate(kinds)
+    ]
+    assert len({one.program for one in asked}) == 3
+    batches = list(answering(model, asked, 2, reshaped=True).answers(asked))
+    assert [[one.request.id for one in batch] for batch in batches] == [[0], [1], [2, 3, 4]]
+    assert [one.calls for batch in batches for one in batch] == [3, 4, 6, 3, 4]
+    for one in [each for batch in batches for each in batch]:
+        (alone,) = answering(model, asked, 2, reshaped=True).answers([asked[one.request.id]])
+        np.testing.assert_array_equal(alone[0].tokens, one.tokens)
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt, SystemExit])
+def test_what_was_drawn_comes_before_the_error(model, monkeypatch, error):
+    """Also what waits for an earlier request of another program."""
+    asked = [
+        asked_of(model, Request(id=i, length=9, seed=i), steps) for i, steps in enumerate((2, 2, 3))
+    ]
+    drawing = answering(model, asked, 1)
+    draw = Answering._draw
+    calls = []
+
+    def fails_at_last(self, batch, trace):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise error
+        return draw(self, batch, trace)
+
+    monkeypatch.setattr(Answering, "_draw", fails_at_last)
+    batches = drawing.answers([asked[0], asked[2], asked[1]])  # the one in the middle fails
+    assert [one.request.id for one in next(batches)] == [0]
+    assert [one.request.id for one in next(batches)] == [1]
+    with pytest.raises(error):
+        next(batches)
 
 
 def test_answers_do_not_depend_on_the_batch(model):
@@ -126,11 +227,10 @@ def test_answers_do_not_depend_on_the_batch(model):
         Request(id=2, infill="a{mask:4}b{mask:2}y", seed=2**32 - 1),
         Request(id=3, length=12, seed=4),
     ]
-    asked = [ask(request, model.tokenizer, model.length) for request in requests]
-    sampler = Tweedie(schedule=model.schedule, steps=4)
+    asked = [asked_of(model, request) for request in requests]
 
     def tokens(asked, batch_size):
-        batches = answer(model, asked, sampler, batch_size=batch_size)
+        batches = answering(model, asked, batch_size).answers(asked)
         return {one.request.id: one.tokens.tolist() for batch in batches for one in batch}
 
     together = tokens(asked, 4)
@@ -143,9 +243,8 @@ def test_answers_do_not_depend_on_the_batch(model):
 
 def test_what_an_answer_holds(model):
     request = Request(id="x", prompt="ab", length=6, seed=9)
-    clamp = from_prompt(model.tokenizer, 6, prompt="ab")
-    sampler = Tweedie(schedule=model.schedule, steps=4)
-    ((one,),) = answer(model, [Asked(request, clamp)], sampler, batch_size=32, trace=True)
+    asked = [asked_of(model, request)]
+    ((one,),) = answering(model, asked, 32, traced=1).answers(asked)
     line = json.loads(json.dumps(one.to_json()))
     assert line.keys() == {"id", "text", "tokens", "calls", "entropy", "seed"}
     assert (line["id"], line["calls"], line["seed"]) == ("x", 5, 9)
@@ -183,7 +282,7 @@ def test_constraints_of_requests(tmp_path):
         {},
     ]
     found = read(tmp_path, "\n".join(map(json.dumps, lines)))
-    spans = [spans_of(one.clamp, one.constraint) for one in found]
+    spans = [one.spans for one in found]
     assert [[(s.start, s.length) for s in row] for row in spans] == [
         [(0, LENGTH)],
         [(1, 2)],
@@ -197,4 +296,50 @@ def test_constraints_of_requests(tmp_path):
 def test_requests_with_the_same_regex_share_an_automaton(tmp_path):
     """In a batch it is then held once."""
     first, second = read(tmp_path, '{"regex": "ab*"}\n{"regex": "ab*"}')
-    assert first.constraint is second.constraint
+    assert first.spans[0].automaton is second.spans[0].automaton
+
+
+# ------------------------------------------------- stretches of text around a gap
+
+
+def spaced(**options):
+    """A small tokenizer like Llama's: it puts a space before every text, and decodes without."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(**options)
+    backend.decoder = tokenizers.decoders.Metaspace(**options)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=120,
+        special_tokens=["<unk>"],
+        initial_alphabet=list("\n.,1"),
+        show_progress=False,
+    )
+    text = "the state of the union is strong, 1 people of the state are free.\n"
+    backend.train_from_iterator([text] * 9, trainer)
+    return Pretrained.of("spaced", backend.to_str())
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize(
+    ("stretches", "sizes"),
+    [
+        (["the state ", " union is ", "ong"], [1, 2]),
+        (["", "tate of", ", free."], [1, 3]),
+        (["the", " state", "s\n of"], [2, 2]),
+    ],
+)
+def test_stretches_join_as_in_the_whole_text(scheme, stretches, sizes):
+    tokenizer = spaced(prepend_scheme=scheme)
+    gaps = [f"{{mask:{size}}}" for size in sizes] + [""]
+    clamp = from_infill(tokenizer, "".join(map("".join, zip(stretches, gaps, strict=True))))
+    tokens_L = np.where(clamp.fixed_L, clamp.tokens_L, tokenizer.backend.token_to_id("1"))
+    filled = zip(stretches, [*sizes, 0], strict=True)
+    assert tokenizer.decode(tokens_L) == "".join(text + "1" * size for text, size in filled)
+
+
+def test_a_suffix_is_no_beginning():
+    tokenizer = spaced(prepend_scheme="first")
+    clamp = from_prompt(tokenizer, 9, prompt="the", suffix="state")
+    (alone,) = tokenizer.encode_batch(["state"])
+    ids = clamp.tokens_L[clamp.fixed_L]
+    assert tokenizer.decode(ids) == "thestate"
+    assert tokenizer.decode([*tokenizer.encode_batch(["the"])[0], *alone]) == "the state"

@@ -14,6 +14,8 @@ from tiny_run import TOKENIZER, call
 
 import sedd
 from sedd.commands import sample
+from sedd.commands.answers import Answering
+from sedd.commands.asking import Asking
 from sedd.commands.cli import run
 from sedd.configuration.components import makers, options_type
 
@@ -140,6 +142,12 @@ def test_a_regex_of_the_command_line(place, tmp_path):
     for line in lines:
         assert re.fullmatch("a (cat|dog)s?", line["text"])
     assert "(cat|dog)s?" in page.read_text()
+
+
+@pytest.mark.parametrize("schema", ['{"enum":["a"]}', '  {"const": "a"}', '{"const":\n"a"}'])
+def test_a_schema_may_be_inline(place, tmp_path, schema):
+    (line,) = answers(place, tmp_path, "--sampler ordered --length 3", "--json-schema", schema)
+    assert line["text"] == '"a"'
 
 
 def test_a_regex_for_each_gap(place, tmp_path):
@@ -347,7 +355,7 @@ def test_temperature_0_is_the_same_for_any_seed(place, tmp_path):
 @pytest.fixture
 def nothing_drawn(monkeypatch):
     """What is said beforehand needs no samples."""
-    monkeypatch.setattr(sample, "answer", lambda *arguments, **options: iter([]))
+    monkeypatch.setattr(Answering, "answers", lambda self, asked: iter([]))
 
 
 @pytest.mark.usefixtures("nothing_drawn")
@@ -473,12 +481,12 @@ def test_a_verifier_that_fails_late(place, tmp_path):
 
 
 def test_an_interruption(place, tmp_path, monkeypatch):
-    def interrupted(*arguments, **options):
-        yield next(before(*arguments, **options))
+    def interrupted(self, asked):
+        yield next(before(self, asked))
         raise KeyboardInterrupt
 
-    before = sample.answer
-    monkeypatch.setattr(sample, "answer", interrupted)
+    before = Answering.answers
+    monkeypatch.setattr(Answering, "answers", interrupted)
     flags = "--steps 2 --num 3 --batch-size 1"
     (line,) = answers(place, tmp_path, flags, code=130)
     assert line["id"] == 0  # the code of one that Ctrl-C ended
@@ -490,6 +498,110 @@ def test_nothing_replaces_a_file_when_nothing_was_drawn(place, tmp_path):
     requests.write_text("no request")
     draw(place, "", "--requests", requests, "--output", output, code=2)
     assert output.read_text() == "before"
+
+
+def test_each_batch_is_in_the_file_before_the_next(place, tmp_path, monkeypatch):
+    """A signal, a crash or a full disk then takes nothing of them."""
+    path, before, seen = tmp_path / "out.jsonl", Answering.answers, []
+
+    def watched(self, asked):
+        for batch in before(self, asked):
+            yield batch
+            seen.append([line["id"] for line in read(path)])
+
+    monkeypatch.setattr(Answering, "answers", watched)
+    draw(place, "--steps 2 --num 3 --batch-size 1", "--output", path)
+    assert seen == [[0], [0, 1], [0, 1, 2]]
+
+
+def test_a_reader_that_goes_away_does_not_end_the_file(place, tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sample, "show", closed)
+    flags = "--steps 2 --num 2 --batch-size 1"
+    result = draw(place, flags, "--output", tmp_path / "out.jsonl")
+    assert (result.out, [line["id"] for line in read(tmp_path / "out.jsonl")]) == ("", [0, 1])
+    assert draw(place, flags).out == ""  # the control: without a file it ends at once
+
+
+def test_standard_output_holds_json_alone(place):
+    result = draw(place, "--steps 2 --num 2 --output -")
+    assert [json.loads(line)["id"] for line in result.out.splitlines()] == [0, 1]
+
+
+def test_requests_are_answered_while_they_are_read(place, monkeypatch):
+    """The second pass never holds more than a window of batches."""
+    held, most = [], []
+    before = Answering._draw
+
+    def watched(self, batch, trace):
+        most.append(len(held))
+        held.clear()
+        return before(self, batch, trace)
+
+    asking = Asking.__call__
+    monkeypatch.setattr(Asking, "__call__", lambda self, r: held.append(r) or asking(self, r))
+    monkeypatch.setattr(Answering, "_draw", watched)
+    path = place / "many.jsonl"
+    path.write_text('{"seed": 1, "length": 2}\n' * 100)
+    draw(place, "--steps 1 --batch-size 2", "--requests", path)
+    assert len(most) == 50
+    assert max(most[1:]) <= 2 * 8
+
+
+# ------------------------------------------------------- what a line may carry
+
+
+def test_lines_carry_numbers_and_sampler_options(place, tmp_path):
+    lines = [
+        {"seed": 1, "temperature": 0},
+        {"seed": 2, "sampler": {"steps": 3}},
+        {"seed": 3, "temperature": 0},
+        {"sampler": {"stesp": 3}},
+        {"sampler": {"steps": "3"}},
+        {"sampler": {"steps": 0}},
+        {"sampler": {"inner": {}}},
+        {"top_p": 1.5},
+        {"seed": 2, "prompt": None},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--sampler", "confidence", "--steps", 2, "--length", 6, "--requests", path)
+    result = draw(place, "", *flags, "--output", tmp_path / "out.jsonl", code=2)
+    for said, message in zip(
+        result.errors,
+        [
+            "line 4: sampler.stesp: confidence has no such option; did you mean 'steps'",
+            "line 5: sampler.steps must be int | None, got '3'",
+            "line 6: samplers 'confidence': steps must be at least 1, got 0",
+            "line 7: sampler.inner: confidence has no such option",
+            "line 8: top_p must be in (0, 1], got 1.5",
+        ],
+        strict=True,
+    ):
+        assert message in said
+    found = read(tmp_path / "out.jsonl")
+    assert [line["id"] for line in found] == [1, 2, 3, 9]
+    assert [line["calls"] for line in found] == [2, 3, 2, 2]
+
+
+@pytest.mark.usefixtures("nothing_drawn")
+@pytest.mark.parametrize("ids", [["a", "b", "a"], [7, 7], [2, None]], ids=str)
+def test_an_id_of_two_lines_is_noted(place, tmp_path, ids):
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(json.dumps({"id": one}) for one in ids))
+    note = draw(place, "", "--requests", path).err
+    assert note == f"note: --requests {path}: the id {ids[0]!r} stands in several lines\n"
+
+
+def test_control_characters_never_reach_a_terminal(place, tmp_path):
+    path = tmp_path / "in.jsonl"
+    lines = [{"id": "a\x1b[2Jb\u202ec\r"}, {"id": "\x07", "regex": "\x1b("}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result = draw(place, "--steps 2", "--requests", path, code=2)
+    assert "a\\x1b[2Jb\\u202ec\\r · seed" in result.out
+    assert not set("\x1b\x07\u202e\r") & set(result.out + result.err)
 
 
 # ------------------------------------------------------------------ help

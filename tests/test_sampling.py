@@ -1,5 +1,6 @@
 """``sedd.sample``: what is compiled, which options go where, what is refused, what comes back."""
 
+import doctest
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,7 @@ import tiny_run
 import sedd
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import makers
-from sedd.constraints.clamp import from_infill, from_prompt
+from sedd.constraints.clamp import Clamp, free, from_infill, from_prompt
 from sedd.errors import FieldError, UserError
 from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
@@ -39,6 +40,100 @@ def model(models):
 def vowels(texts):
     """A verifier."""
     return [float(sum(character in "aeiou" for character in text)) for text in texts]
+
+
+# ---------------------------------------------------------------- texts and keys
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    """Compiled constraints are kept there, not in the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEDD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_texts_are_one_for_all_or_one_each(model):
+    options = {"sampler": "ordered", "steps": 2, "length": 9}
+    one = sedd.sample(model, 0, num=3, prompt="the ", suffix="s", **options)
+    assert all(text.startswith("the ") and text.endswith("s") for text in one.text)
+    clamp = from_prompt(model.tokenizer, 9, prompt="the ", suffix="s")
+    same = sedd.sample(model, KEY, num=3, clamp=clamp, sampler="ordered", steps=2)
+    np.testing.assert_array_equal(one.tokens, same.tokens)
+    each = sedd.sample(model, 0, prompt=["a", "b", "cat"], **options)
+    assert [text[:1] for text in each.text] == ["a", "b", "c"]
+    gaps = sedd.sample(model, 0, infill=["a{mask:2}b", "c{mask:4}"], sampler="ordered", steps=2)
+    assert (gaps.text[0][0], gaps.text[0][3], gaps.text[1][0]) == ("a", "b", "c")
+
+
+def test_constraints_are_one_for_all_or_one_each(model):
+    options = {"sampler": "ordered", "steps": 2, "length": 6}
+    one = sedd.sample(model, 0, num=2, regex="(cat|dog)s", **options)
+    assert {text.rstrip("s") for text in one.text} <= {"cat", "dog"}
+    each = sedd.sample(model, 0, regex=["[ab]+", None], prompt=["a", "b"], **options)
+    assert set(each.text[0]) <= {"a", "b"}
+    gaps = ["x{mask:2}y{mask:1}", "x{mask:2}y{mask:1}"]
+    result = sedd.sample(
+        model, 0, infill=gaps, regex=[["ab", None], "c{2}yd"], sampler="ordered", steps=2
+    )
+    assert result.text[0].startswith("xaby")
+    assert result.text[1] == "xccyd"
+
+
+def test_keys_of_every_kind(model):
+    options = {"sampler": "ordered", "steps": 2, "num": 2}
+    tokens = sedd.sample(model, jax.random.key(3), **options).tokens
+    for key in (3, np.int64(3), jax.random.PRNGKey(3), np.array([0, 3], np.uint32)):
+        np.testing.assert_array_equal(sedd.sample(model, key, **options).tokens, tokens)
+    own = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(2))
+    for keys in (own, jax.random.key_data(own)):
+        got = sedd.sample(model, keys, sampler="ordered", steps=2)
+        np.testing.assert_array_equal(got.tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num": -1}, "num must be at least 1, got -1"),
+        ({"prompt": []}, "prompt must be at least 1, got 0"),
+        ({"num": 2, "prompt": ["a"] * 3}, "the numbers of sequences differ: 3 of prompt, 2 of num"),
+        ({"prompt": ["a", "b"], "regex": ["a"]}, "sequences differ: 2 of prompt, 1 of regex"),
+        ({"key": 1.5}, "key must be an integer or keys of jax.random, got float32"),
+        ({"prompt": "a" * 13}, r"prompt \(13 tokens\): longer than the length of 12"),
+        ({"prompt": "a", "clamp": free(3)}, "prompt does not go with clamp"),
+        ({"length": 3, "clamp": free(3)}, "length does not go with clamp"),
+        ({"prompt": "A"}, "prompt: character 'A'"),
+        ({"regex": "a(b"}, "position 1"),
+        ({"clamp": Clamp(tokens_L=np.array([40, 1]), fixed_L=np.array([True, False]))}, "id 40: "),
+        ({"clamp": Clamp(tokens_L=np.array([1, -2]), fixed_L=np.array([False, True]))}, "id -2: "),
+    ],
+)
+def test_texts_and_keys_that_do_not_fit(model, options, message):
+    with pytest.raises(UserError, match=message):
+        sedd.sample(model, **{"key": 0, **options})
+
+
+@pytest.mark.parametrize("bad", [-1, 34, 2**31 - 1])
+def test_ids_out_of_range_are_named(model, bad):
+    x_BL = np.array([[1, 2, bad]])
+    for function in (model.log_conditional, lambda x: model.log_score(x, [0.5])):
+        with pytest.raises(UserError, match=f"token id {bad}: the ids of this model are 0 to 33"):
+            function(x_BL)
+    assert np.isfinite(model.log_conditional(np.array([[1, 2, model.process.mask_id]]))).all()
+
+
+def test_a_model_is_shown_in_a_few_lines(model):
+    assert len(repr(model).splitlines()) == 2
+    assert "4,322 parameters, length 12, tokenizer characters" in repr(model)
+
+
+def test_the_examples_of_docstrings(model):
+    for function in (sedd.sample, sedd.samplers.options):
+        (test,) = doctest.DocTestFinder(recurse=False).find(
+            function, globs={"sedd": sedd, "model": model}
+        )
+        assert test.examples
+        assert not doctest.DocTestRunner().run(test).failed
 
 
 # ---------------------------------------------------------------- buckets
@@ -235,9 +330,9 @@ def test_a_built_sampler_takes_no_options(model, options, message):
 
 def test_clamps_that_do_not_fit_are_refused(model):
     clamp = from_prompt(model.tokenizer, 8, prompt="ab")
-    with pytest.raises(UserError, match="2 clamps for 3 sequences"):
+    with pytest.raises(UserError, match="2 of clamp, 3 of num"):
         sedd.sample(model, KEY, num=3, clamp=[clamp, clamp])
-    with pytest.raises(UserError, match="give no length beside it"):
+    with pytest.raises(UserError, match="length does not go with clamp"):
         sedd.sample(model, KEY, clamp=clamp, length=8)
 
 

@@ -1,74 +1,117 @@
 """Draw text from a trained model: from nothing, after a prompt, or into gaps."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+import numpy as np
 from rich.text import Text
 
 import sedd
-from sedd.commands.cli import console, fail, note
-from sedd.commands.sample_flags import (
-    SampleCommand,
-    build_command_sampler,
-    check_requests,
-    notes,
-    read_command,
-    requested,
-    reshape_options,
-)
+from sedd.commands.answers import Answer, Answering
+from sedd.commands.asking import TRACED, Asking, Survey, check_guidance, notes
+from sedd.commands.cli import console, fail, note, printable
+from sedd.commands.sample_flags import SampleCommand, read_command, reshape_numbers
 from sedd.commands.sampler_flags import flat, sampler_options
 from sedd.commands.trace import TraceRow, write_trace
-from sedd.files import write_whole
-from sedd.requests import Answer, answer
-
-REFUSALS = 20  # lines that are named; a file that holds no requests at all has thousands
+from sedd.errors import UserError
+from sedd.files import STDOUT, open_stream
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer the requests; 2 when one of them was refused, else 0."""
+    """Answer the requests of the flags; returns 2 where one of them was refused, else 0."""
     command = read_command(arguments)
     model = sedd.load(command.checkpoint, step=command.step)
-    reshape = reshape_options(command, model)
-    sampler = build_command_sampler(command, model, reshape)
-    asked, refused = requested(command, model)
-    for error in refused[:REFUSALS]:
-        fail(str(error))
-    if len(refused) > REFUSALS:
-        fail(f"{command.requests}: {len(refused) - REFUSALS} more lines are like these")
-    if not asked:
-        return 2
-    check_requests(command, sampler, asked)
-    for line in notes(command, model, sampler, asked):
-        note(line)
-    processor = reshape["logit_processor"]
-    answers: list[Answer] = []
-    try:
-        for batch in answer(
-            model,
-            asked,
-            sampler,
+    asking = Asking.of(command, model)
+    with asking.requests() as requests:
+        survey = Survey.of(requests(), asking.processor)
+        for message in survey.refused:
+            fail(message)
+        if survey.num_refused > len(survey.refused):
+            more = survey.num_refused - len(survey.refused)
+            fail(f"{command.requests}: {more} more lines are like these")
+        if not survey.counts:
+            return 2
+        check_guidance(command, survey)
+        sampler = asking.sampler({}, reshape_numbers(command))
+        for message in notes(command, model, sampler, survey):
+            note(message)
+        answering = Answering(
+            model=model,
+            counts=survey.counts,
             batch_size=command.batch_size,
-            trace=command.trace is not None,
+            reshaped=survey.reshaped,
+            processor=asking.processor,
             rule=command.rule,
-            **reshape,
-        ):
-            if processor is not None:
-                processor.raise_error()
-            answers += batch
-            for one in batch:
-                show(console, one, model.tokenizer)
-    finally:  # an error later on does not lose what was answered before
-        if answers:
-            save(console, command, model, answers)
-    return 2 if refused else 0
+            traced=0 if command.trace is None else TRACED,
+        )
+        asked = (one for one in requests() if not isinstance(one, UserError))
+        deliver(command, model, answering.answers(asked), asking.processor)
+    return 2 if survey.num_refused else 0
 
 
-def show(console: Console, one: Answer, tokenizer) -> None:
-    """Print a sample: what was given dim, what was drawn plain."""
+def deliver(
+    command: SampleCommand, model: sedd.Model, batches: Iterator[list[Answer]], processor: Any
+) -> None:
+    """Write and print each batch when it is done, and the trace page at the end.
+
+    An error or an interruption leaves what was drawn before in the files. A batch that cannot be
+    written is printed before the error ends the command; where the reader of standard output goes
+    away, the files are still completed.
+    """
+    traced: list[Answer] = []
+    output, count = None, 0
+    printing = command.output is None or not is_stdout(command.output)
+    with contextlib.ExitStack() as stack:
+        try:
+            for batch in batches:
+                if processor is not None:
+                    processor.raise_error()
+                traced += [one for one in batch if one.frames is not None]
+                try:
+                    if command.output is not None:
+                        output = output or stack.enter_context(open_stream(command.output))
+                        lines = [json.dumps(one.to_json(), ensure_ascii=False) for one in batch]
+                        output.write("".join(f"{line}\n" for line in lines).encode())
+                        output.flush()
+                        count += len(lines)
+                finally:
+                    printing = printing and printed(batch, model, goes_on=output or command.trace)
+        finally:
+            if command.trace is not None and traced:
+                write_page(command.trace, command, model, traced[:TRACED])
+    if printing and output is not None:
+        console.print(f"wrote {count} samples to {printable(str(command.output))}")
+    if printing and command.trace is not None:
+        console.print(f"wrote {printable(str(command.trace))}")
+
+
+def printed(batch: Sequence[Answer], model: sedd.Model, *, goes_on: Any) -> bool:
+    """Print a batch; False where the reader of standard output is gone and files ``goes_on``."""
+    try:
+        for one in batch:
+            show(one, model.tokenizer)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not goes_on:
+            raise
+        return False
+    return True
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether a file is standard output, in which samples in plain text would disturb JSON."""
+    return path == STDOUT or os.path.realpath(path) == os.path.realpath("/dev/stdout")
+
+
+def show(one: Answer, tokenizer: Any) -> None:
+    """Print a sample: given text dim, drawn text bold where there is both."""
     about = (
-        f"{one.request.id} · seed {one.request.seed} · {one.calls} network calls · "
+        f"{printable(str(one.request.id))} · seed {one.request.seed} · {one.calls} network calls · "
         f"entropy {one.entropy:.2f} nats"
     )
     if one.score is not None:
@@ -77,36 +120,24 @@ def show(console: Console, one: Answer, tokenizer) -> None:
         console.print(Text(" ".join(about.split()), style="dim"))
     else:
         console.rule(about, style="dim")
-    drawn = "bold" if one.clamp.fixed_L.any() else ""
-    text = Text()
-    start = 0
-    for end in range(1, one.clamp.length + 1):
-        if end == one.clamp.length or one.clamp.fixed_L[end] != one.clamp.fixed_L[start]:
-            text.append(
-                tokenizer.decode(one.tokens[start:end]),
-                style="dim" if one.clamp.fixed_L[start] else drawn,
-            )
-            start = end
+    fixed_L = one.clamp.fixed_L
+    drawn = "bold" if fixed_L.any() else ""
+    text, before = Text(), ""
+    ends = [*(np.flatnonzero(np.diff(fixed_L)) + 1).tolist(), len(fixed_L)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        # Decoded from the start: alone, a stretch may lose its leading space.
+        whole = tokenizer.decode(one.tokens[:end])
+        alone = not whole.startswith(before)  # a character was cut at the boundary
+        stretch = tokenizer.decode(one.tokens[start:end]) if alone else whole[len(before) :]
+        text.append(printable(stretch), style="dim" if fixed_L[start] else drawn)
+        before = whole
     console.print(text)
-
-
-def save(
-    console: Console, command: SampleCommand, model: sedd.Model, answers: Sequence[Answer]
-) -> None:
-    """Write the files that were asked for."""
-    if command.output is not None:
-        lines = "".join(json.dumps(a.to_json(), ensure_ascii=False) + "\n" for a in answers)
-        write_whole(command.output, lines.encode())
-        console.print(f"wrote {len(answers)} samples to {command.output}")
-    if command.trace is not None:
-        write_page(command.trace, command, model, answers)
-        console.print(f"wrote {command.trace}")
 
 
 def write_page(
     path: Path, command: SampleCommand, model: sedd.Model, answers: Sequence[Answer]
 ) -> None:
-    """The trace page of every answer."""
+    """Write the trace page of some answers."""
     tokenizer = model.tokenizer
     assert tokenizer is not None  # there would be no requests
     write_trace(

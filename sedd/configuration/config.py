@@ -212,16 +212,17 @@ def _typed(kind: type, data: Any, path: str) -> Any:
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:
-    if not _fits(value, hint):
+    if not fits(value, hint):
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
         if get_origin(hint) is Literal:
             wanted = f"one of {', '.join(get_args(hint))}"
         raise UserError(f"configuration: {where} must be {wanted}, got {value!r}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON has the type of a field."""
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
+        return any(fits(value, each) for each in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if isinstance(value, bool):

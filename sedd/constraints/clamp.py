@@ -48,7 +48,8 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
     UserError when they do not fit.
     """
     clamp = free(length)
-    before, after = _encode(tokenizer, prompt, "prompt"), _encode(tokenizer, suffix, "suffix")
+    before = _encode(tokenizer, prompt, "prompt")
+    after = _encode(tokenizer, suffix, "suffix", first=False)
     if len(before) + len(after) > length:
         given = " and ".join(
             f"{what} ({len(ids)} tokens)"
@@ -100,15 +101,39 @@ def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list
         raise UserError(
             f"infill gap {broken.group()!r} cannot be read; write {{mask:12}} for twelve tokens"
         )
-    ids = _encode(tokenizer, text, "infill text")
+    ids = _encode(tokenizer, text, "infill text", first=not tokens)
     tokens += [int(i) for i in ids]
     fixed += [True] * len(ids)
 
 
-def _encode(tokenizer: Tokenizer, text: str, what: str) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, text: str, what: str, *, first: bool = True) -> np.ndarray:
+    """The ids of a stretch of text, as in the middle of a text where it is not the first one."""
     if not text:
         return np.zeros(0, np.int32)
     try:
-        return tokenizer.encode_batch([text])[0]
+        ids = tokenizer.encode_batch([text])[0]
+        return ids if first else _continued(tokenizer, text, ids)
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
+
+
+def _continued(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> np.ndarray:
+    """The ids of a text behind other text; ``ids`` are those of the text alone.
+
+    Tokenizers such as Llama's put a space before every text that they encode. It shows when the
+    ids are decoded behind those of an anchor; the text is then encoded together with the anchor,
+    and the anchor's ids are taken off.
+    """
+    for anchor in ("\n", ".", "a", "1"):
+        try:
+            head, whole = tokenizer.encode_batch([anchor, anchor + text])
+        except UserError:  # a character that the tokenizer does not have
+            continue
+        before = tokenizer.decode(head)
+        if tokenizer.decode([*head, *ids]) == before + text:
+            return ids
+        tail = whole[len(head) :]
+        joined = np.array_equal(whole[: len(head)], head)
+        if joined and tokenizer.decode([*head, *tail]) == before + text:
+            return tail
+    return ids

@@ -113,6 +113,14 @@ class SamplerOptions:
     name: str
     values: Mapping[str, Any]
 
+    def updated(self, changes: Mapping[str, Any]) -> "SamplerOptions":
+        """These options with some changed; a mapping in place of ``inner`` changes those within."""
+        values = {**self.values, **changes}
+        inner = self.values.get("inner")
+        if isinstance(inner, SamplerOptions) and isinstance(values["inner"], Mapping):
+            values["inner"] = inner.updated(values["inner"])
+        return SamplerOptions(self.name, values)
+
 
 def options(name: str, /, **values: Any) -> SamplerOptions:
     """The sampler of that name with options of its own, for ``sedd.sample`` and as ``inner``.
