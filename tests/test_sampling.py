@@ -1,6 +1,5 @@
 """``sedd.sample``: what is compiled, which options go where, what is refused, what comes back."""
 
-import doctest
 from dataclasses import replace
 
 import jax
@@ -125,15 +124,6 @@ def test_ids_out_of_range_are_named(model, bad):
 def test_a_model_is_shown_in_a_few_lines(model):
     assert len(repr(model).splitlines()) == 2
     assert "4,322 parameters, length 12, tokenizer characters" in repr(model)
-
-
-def test_the_examples_of_docstrings(model):
-    for function in (sedd.sample, sedd.samplers.options):
-        (test,) = doctest.DocTestFinder(recurse=False).find(
-            function, globs={"sedd": sedd, "model": model}
-        )
-        assert test.examples
-        assert not doctest.DocTestRunner().run(test).failed
 
 
 # ---------------------------------------------------------------- buckets
