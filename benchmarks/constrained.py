@@ -2,8 +2,9 @@
 
 Compile time is that of a pattern to a ready automaton, after the vocabulary was indexed once. The
 steps are for the product of 64 positions' distributions at batch 1, beside one call of a network of
-GPT-2-small's shape on the same 64 tokens. `temporary` is what the compiled step holds on the device
-beside its arguments; states × vocabulary in float32 would be `dense`.
+GPT-2-small's shape on the same 64 tokens. `program` is the compilation of the sampling step,
+`temporary` what it holds on the device beside its arguments; states × vocabulary in float32 would
+be `dense`. `check` is the check of 1,024 positions of which every second one is given.
 
     python benchmarks/constrained.py
     python benchmarks/constrained.py --checkpoint runs/quickstart --length 32
@@ -97,23 +98,45 @@ class Settings:
 
 
 def steps(automaton: Automaton, length: int, repeats: int):
-    """Milliseconds of each question, and the bytes that the likeliest string's program holds."""
+    """Milliseconds of each question, and what the programs take to compile and hold."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.standard_normal((length, len(automaton.class_of))), jnp.float32)
     log_probs = jax.nn.log_softmax(2 * logits)
     (padded, fixed, final), start, size = automaton._ask(log_probs)
     asked = (automaton.tables, padded, fixed, final, jnp.asarray(start), jnp.asarray(size))
     keys = jax.random.split(jax.random.key(0), (1, len(padded)))
-    program = decode._most_likely.lower(*asked).compile()
+    begun = time.perf_counter()
+    program = decode._sample.lower(*asked, keys).compile()
+    compiled = time.perf_counter() - begun
     memory = program.memory_analysis()
     assert memory is not None
     return {
+        "program s": compiled,
         "most likely": 1e3 * seconds(lambda: decode._most_likely(*asked), repeats),
         "sample": 1e3 * seconds(lambda: decode._sample(*asked, keys), repeats),
         "marginals": 1e3 * seconds(lambda: decode._marginals(*asked), repeats),
         "temporary MB": memory.temp_size_in_bytes / 1e6,
         "dense MB": 4e-6 * automaton.num_states * len(automaton.class_of),
+        "check s": check_seconds(automaton),
     }
+
+
+def check_seconds(automaton: Automaton, length: int = 1024) -> float:
+    """Seconds to check ``length`` positions of which every second one is given, by some match."""
+    rng = np.random.default_rng(0)
+    ways_LS = automaton._ways(np.full(length, -1), automaton.accepting)
+    _, token_of = np.unique(automaton.class_of, return_index=True)
+    token_of = token_of[-automaton.num_classes :]
+    fixed, state = np.full(length, -1), 0
+    for position in range(length):
+        edges_E = (automaton.edge_source == state) & ways_LS[position + 1][automaton.edge_target]
+        edge = rng.choice(np.flatnonzero(edges_E))
+        state = automaton.edge_target[edge]
+        if position % 2:
+            fixed[position] = token_of[automaton.edge_class[edge]]
+    begun = time.perf_counter()
+    automaton.check_span(length, fixed=fixed)
+    return time.perf_counter() - begun
 
 
 def network_call(num_tokens: int, settings: Settings) -> float:
@@ -161,7 +184,7 @@ def measure(settings: Settings) -> None:
             "edges": len(automaton.edge_source),
             **steps(automaton, settings.length, settings.repeats),
         }
-        row["of a call"] = f"{row['most likely'] / call:.1%}"
+        row["sample of a call"] = f"{row['sample'] / call:.1%}"
         rows.append(row)
     report(
         "Constrained decoding, milliseconds a step",

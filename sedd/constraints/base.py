@@ -1,4 +1,4 @@
-"""What a constraint is to a sampler."""
+"""The interface of a constraint to the samplers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,17 +9,18 @@ Read = Callable[[Array], Array]  # positions [B, K] -> log conditionals [B, K, N
 
 
 class Constraint(ABC):
-    """What the tokens of some positions have to be together. A pytree.
+    """A joint condition on the tokens of some positions of each sequence. A pytree.
 
-    Samplers on the absorbing process decide what to reveal as ever, and draw what it says from
-    ``propose``: whatever part of a proposal is revealed, the rest can still be completed.
+    Samplers on absorbing processes choose the positions to reveal as without a constraint, and take
+    their tokens from ``propose``. A proposal satisfies the condition as a whole, so whichever part
+    of it is revealed, the rest can still be completed.
     """
 
-    wants_commit: bool  # whether a proposal depends on what is going to be revealed of it
+    wants_commit: bool  # whether a proposal depends on the positions that the sampler will reveal
 
     @abstractmethod
     def inside(self, length: int) -> Bool[Array, "B L"]:
-        """The positions that it governs."""
+        """The positions under the constraint."""
 
     @abstractmethod
     def propose(
@@ -30,11 +31,21 @@ class Constraint(ABC):
         read: Read,
         mask_id: int,
     ) -> Int[Array, "B L"]:
-        """Clean tokens for the positions that it governs, x's own where they are revealed.
+        """Clean tokens for the positions under the constraint.
 
-        ``commit_BL`` are the masked positions whose tokens the sampler is going to keep.
+        Args:
+            keys_B: one key for each sequence; the noise depends on key and position alone.
+            x_BL: the current tokens; those other than ``mask_id`` are kept.
+            commit_BL: the masked positions that the sampler is going to reveal.
+            read: log conditionals at some positions [B, K]; called for a chunk of positions at a
+                time, so that no array has a row of the vocabulary for every position.
+            mask_id: the id of the mask.
+
+        Returns:
+            Tokens [B, L]: the proposal under the constraint, ``x_BL`` elsewhere, and -1 where the
+            log conditionals hold nan.
         """
 
     @abstractmethod
     def repeat(self, count: int) -> "Constraint":
-        """For a batch in which each sequence stands ``count`` times in a row."""
+        """The constraint of a batch in which every sequence stands ``count`` times in a row."""

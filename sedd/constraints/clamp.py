@@ -1,7 +1,7 @@
-"""Infilling: tokens that are given, at any position, and gaps between them."""
+"""Infilling: given tokens at any position, and the gaps between them, which are drawn."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,26 +15,42 @@ MAX_LENGTH = 2**20  # far above any model's; more than that is a mistake that wo
 
 @dataclass(frozen=True, kw_only=True)
 class Clamp:
-    """Where ``fixed_L`` holds, the token is that of ``tokens_L``; the rest (0 there) is free."""
+    """Given tokens ``tokens_L`` where ``fixed_L``; the other positions (0 there) are drawn.
+
+    A gap is a maximal run of free positions; ``gap_starts`` are the positions at which another gap
+    begins although the position before is free as well.
+    """
 
     tokens_L: np.ndarray
     fixed_L: np.ndarray
+    gap_starts: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """Positions, free ones included."""
         return len(self.tokens_L)
 
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """Start and length of every gap."""
+        free_L1 = np.append(~self.fixed_L, False)
+        starts_L1 = np.isin(np.arange(len(free_L1)), self.gap_starts)
+        first_L1 = free_L1 & (starts_L1 | ~np.append(False, free_L1[:-1]))
+        end_L1 = ~free_L1 | first_L1
+        starts, ends = np.flatnonzero(first_L1), np.flatnonzero(end_L1)
+        lengths = ends[np.searchsorted(ends, starts, side="right")] - starts
+        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
 
 def free(length: int) -> Clamp:
-    """Nothing given. UserError on a length out of range."""
+    """A clamp with no given tokens. Raises UserError on a length out of range."""
     if not 1 <= length <= MAX_LENGTH:
         raise UserError(f"length must be in 1..{MAX_LENGTH}, got {length}")
     return Clamp(tokens_L=np.zeros(length, np.int32), fixed_L=np.zeros(length, bool))
 
 
 def check_prefix(clamp: Clamp) -> None:
-    """UserError where a token is given after a free one: an autoregressive model never sees it."""
+    """Raise UserError if a given token follows a free one: a causal model would not see it."""
     if not clamp.fixed_L[: clamp.fixed_L.sum()].all():
         raise UserError(
             "this model is autoregressive and sees what is before a position only: it takes a "
@@ -43,9 +59,9 @@ def check_prefix(clamp: Clamp) -> None:
 
 
 def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: str = "") -> Clamp:
-    """A prompt at the start and a suffix at the end of ``length`` tokens.
+    """A prompt at the start and a suffix at the end of ``length`` tokens, free between them.
 
-    UserError when they do not fit.
+    Raises UserError if they do not fit, or hold what the tokenizer cannot encode.
     """
     clamp = free(length)
     before = _encode(tokenizer, prompt, "prompt")
@@ -64,12 +80,13 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
 
 
 def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> Clamp:
-    """Text with gaps, ``{mask:12}`` for twelve tokens; what follows it up to ``length`` is free.
+    """Text with gaps: ``{mask:12}`` is a gap of twelve tokens, ``{mask}`` of one.
 
-    ``length`` defaults to the text's own. UserError on a gap that cannot be read and on a text that
-    is longer than ``length``.
+    Gaps that touch stay apart. ``length`` defaults to the text's own; positions behind the text are
+    free, and belong to the last gap where the text ends with one. Raises UserError on a gap that
+    cannot be read and on a text that is longer than ``length``.
     """
-    tokens, fixed = [], []
+    tokens, fixed, gap_starts = [], [], []
     end = 0
     for gap in _GAP.finditer(text):
         _append_text(tokenizer, text[end : gap.start()], tokens, fixed)
@@ -80,6 +97,8 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
                 "from 1 to 999999"
             )
         size = 1 if size is None else int(size)
+        if fixed and not fixed[-1]:
+            gap_starts.append(len(tokens))
         tokens += [0] * size
         fixed += [False] * size
         end = gap.end()
@@ -92,7 +111,7 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
         )
     clamp = free(len(tokens) if length is None else length)
     clamp.tokens_L[: len(tokens)], clamp.fixed_L[: len(tokens)] = tokens, fixed
-    return clamp
+    return replace(clamp, gap_starts=tuple(gap_starts))
 
 
 def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list[bool]) -> None:

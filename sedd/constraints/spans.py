@@ -1,8 +1,9 @@
-"""Spans of sequences that must match a regex each, for the samplers. arXiv:2505.23061."""
+"""Joint draws over spans of positions, each under its own automaton, for the samplers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +12,28 @@ import numpy as np
 from sedd.arrays import NAN, bucket
 from sedd.constraints.base import Constraint
 from sedd.constraints.clamp import Clamp
-from sedd.constraints.decode import (
+from sedd.constraints.decode import Automaton
+from sedd.constraints.recursions import (
     ZERO,
-    Automaton,
-    Tables,
-    clamp,
-    class_mass,
-    sizes,
+    class_tokens,
+    given_masses,
+    gumbel,
+    masses,
+    no_noise,
     suffix_values,
-    tables,
     walk,
 )
+from sedd.constraints.tables import Sizes, Tables, sizes_of, tables
 from sedd.errors import UserError
-from sedd.types import Array, Int
+from sedd.networks.rows import CHUNK_BYTES, COPIES
+from sedd.types import Array, Bool, Float, Int, Key
 
 Rule = Literal["joint", "most_likely", "dingo"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """``length`` positions from ``start`` on whose text matches."""
+    """The ``length`` positions from ``start`` on spell a match of the automaton."""
 
     start: int
     length: int
@@ -40,23 +43,28 @@ class Span:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Spans(Constraint):
-    """Each sequence's spans. By ``rule`` a proposal is
+    """The spans of each sequence of a batch, and the rule by which a step draws under them.
 
-    - joint: a sample from the product of the positions' conditionals restricted to the language,
-      given what is revealed. Exact per step; what several steps draw is another matter, as it is
-      without a constraint;
-    - most_likely: the string of the highest probability instead;
-    - dingo: the same, but a position that is not revealed in this step may hold anything that the
-      language allows, at no cost (arXiv:2505.23061). It can commit to a branch that the model finds
-      unlikely.
+    The rules, given the revealed tokens of a span:
 
-    Tokens that ``Reshape`` has left out are used only where the language leaves no other.
+    - ``joint``: a sample from the product of the positions' conditionals restricted to matching
+      strings. This is exact for one step; the law of several steps is not the model's own, as it
+      is not without a constraint.
+    - ``most_likely``: the most likely matching string under that product.
+    - ``dingo``: as ``most_likely``, but a position that is not revealed in this step may hold any
+      token that the language allows, at no cost (arXiv:2505.23061). It can commit to a branch that
+      the model finds unlikely.
+
+    Tokens that ``Reshape`` excludes are drawn only where the language allows no other.
+
+    Sequences and spans are processed together, without a loop over either. Log conditionals are
+    read a chunk of positions at a time and reduced to the token classes at once: memory is
+    [B, K, W, C] for K spans of up to W positions, and one chunk of rows of the vocabulary.
     """
 
     rule: Rule = field(metadata={"static": True})
-    width: int = field(metadata={"static": True})  # of the longest span, at least
-    tables: Tables  # [A, …]
-    automaton_BK: Int[Array, "B K"]
+    width: int = field(metadata={"static": True})  # W, at least the length of every span
+    tables: Tables  # of every span: each array has the leading axes [B, K]
     start_BK: Int[Array, "B K"]
     length_BK: Int[Array, "B K"]  # 0 where a sequence has fewer spans
 
@@ -70,112 +78,210 @@ class Spans(Constraint):
         return ((index_L >= start_BK1) & (index_L < start_BK1 + length_BK1)).any(1)
 
     def propose(self, keys_B, x_BL, commit_BL, read, mask_id):
-        rows_B1 = jnp.arange(len(x_BL))[:, None]
+        batch, length = x_BL.shape
+        count = self.start_BK.shape[1]
+        start_S, length_S = self.start_BK.ravel(), self.length_BK.ravel()
+        table_S = jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), self.tables)
+        offset_W = jnp.arange(self.width)
+        place_SW = jnp.minimum(start_S[:, None] + offset_W, length - 1)
+        inside_SW = offset_W < length_S[:, None]
 
-        def one(tokens_BL, span):
-            automaton_B, start_B, length_B = span
-            offset_W = jnp.arange(self.width)
-            places_BW = start_B[:, None] + offset_W
-            within_BW = jnp.minimum(places_BW, x_BL.shape[1] - 1)
+        def of_spans(values_BL):
+            """The values of a sequence at the positions of its spans."""
+            by_span = values_BL[:, None].repeat(count, 1).reshape(batch * count, length)
+            return jnp.take_along_axis(by_span, place_SW, 1)
 
-            def row(arguments):
-                automaton, length, log_probs_WN, x_W, commit_W, key, places_W = arguments
-                table = jax.tree.map(lambda stack: stack[automaton], self.tables)
-                masked_W = x_W == mask_id
-                log_probs_WN = clamp(log_probs_WN, jnp.where(masked_W, -1, x_W))
-                if self.rule == "dingo":
-                    wild_W = masked_W & ~commit_W
-                    log_probs_WN = jnp.where(wild_W[:, None], 0.0, log_probs_WN)
-                best = self.rule != "joint"
-                mass_WC = class_mass(table, log_probs_WN, best=best)
-                final_S = jnp.where(table.accepting_S, 0.0, ZERO)
-                value_WS = suffix_values(table, mass_WC, final_S, length, best=best)
-                keys_W = None if best else jax.vmap(jax.random.fold_in, (None, 0))(key, places_W)
-                start = jnp.zeros((), int)
-                drawn_W = walk(table, log_probs_WN, mass_WC, value_WS, start, length, keys_W)
-                return jnp.where(jnp.isnan(log_probs_WN).any(1), NAN, drawn_W)
+        x_SW, commit_SW = of_spans(x_BL), of_spans(commit_BL)
+        masked_SW = inside_SW & (x_SW == mask_id)
+        best = self.rule != "joint"
 
-            def take(values_BL):
-                return jnp.take_along_axis(values_BL, within_BW, 1)
+        def read_chunk(place_SR):
+            log_probs_BRN = read(place_SR.reshape(batch, -1))
+            log_probs_SRN = log_probs_BRN.reshape(*place_SR.shape, -1)
+            key_SR = None
+            if not best:
+                key_SR = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
+                    jnp.repeat(keys_B, count), place_SR
+                )
+            return jax.vmap(partial(class_draws, best=best))(table_S, log_probs_SRN, key_SR)
 
-            drawn_BW = jax.lax.map(
-                row,
-                (
-                    automaton_B,
-                    length_B,
-                    read(within_BW),
-                    take(x_BL),
-                    take(commit_BL),
-                    keys_B,
-                    places_BW,
-                ),
-            )
-            outside = x_BL.shape[1]
-            into_BW = jnp.where(offset_W < length_B[:, None], places_BW, outside)
-            return tokens_BL.at[rows_B1, into_BW].set(drawn_BW, mode="drop"), None
+        draws = _in_chunks(masked_SW, place_SW, table_S, read_chunk)
 
-        spans = (self.automaton_BK.T, self.start_BK.T, self.length_BK.T)
-        return jax.lax.scan(one, x_BL, spans)[0]
+        def one(table, length, x_W, free_W, wild_W, draws):
+            mass_WC = given_masses(table, draws.mass_WC, jnp.where(free_W, -1, x_W))
+            mass_WC = jnp.where(wild_W[:, None], 0.0, mass_WC)
+            final_S = jnp.where(table.accepting_S, 0.0, ZERO)
+            value_WS = suffix_values(table, mass_WC, final_S, length, best=best)
+            noisy_WC = mass_WC + draws.noise_WC
+            start = jnp.zeros((), jnp.int32)
+            return walk(table, noisy_WC, draws.token_WC, value_WS, start, length)
+
+        wild_SW = masked_SW & ~commit_SW if self.rule == "dingo" else jnp.zeros_like(masked_SW)
+        drawn_SW = jax.vmap(one)(table_S, length_S, x_SW, masked_SW, wild_SW, draws)
+        drawn_SW = jnp.where(masked_SW, jnp.where(draws.nan_W, NAN, drawn_SW), x_SW)
+        into_SW = jnp.where(inside_SW, place_SW, length)
+        rows_S1 = (jnp.arange(batch * count) // count)[:, None]
+        return x_BL.at[rows_S1, into_SW].set(drawn_SW, mode="drop")
 
     def repeat(self, count):
-        automaton_BK, start_BK, length_BK = (
-            jnp.repeat(values_BK, count, 0)
-            for values_BK in (self.automaton_BK, self.start_BK, self.length_BK)
-        )
-        return replace(self, automaton_BK=automaton_BK, start_BK=start_BK, length_BK=length_BK)
+        arrays = (self.tables, self.start_BK, self.length_BK)
+        repeated = jax.tree.map(lambda each: jnp.repeat(each, count, 0), arrays)
+        tables, start_BK, length_BK = repeated
+        return replace(self, tables=tables, start_BK=start_BK, length_BK=length_BK)
+
+
+class Draws(NamedTuple):
+    """Of each class of tokens at each position of a span: its mass, a token of it, and noise."""
+
+    mass_WC: Float[Array, "*s W C"]
+    token_WC: Int[Array, "*s W C"]
+    noise_WC: Float[Array, "*s W C"]
+    nan_W: Bool[Array, "*s W"]  # the position's probabilities hold nan
+
+
+def class_draws(
+    table: Tables, log_probs_RN: Float[Array, "R N"], keys_R: Key[Array, " R"] | None, *, best: bool
+) -> Draws:
+    """The draws of some positions; the likeliest tokens and no noise if ``best``."""
+    mass = masses(table, log_probs_RN, best=best)
+    noise = no_noise(table, len(log_probs_RN)) if keys_R is None else gumbel(table, keys_R)
+    token_CR = class_tokens(table, mass, noise)
+    return Draws(mass.class_CR.T, token_CR.T, noise.class_CR.T, jnp.isnan(log_probs_RN).any(1))
+
+
+def _in_chunks(
+    masked_SW: Bool[Array, "S W"],
+    place_SW: Int[Array, "S W"],
+    table_S: Tables,
+    read_chunk: Callable[[Array], Draws],
+) -> Draws:
+    """The draws at the masked positions of every span; anything at the others.
+
+    ``read_chunk`` takes positions [S, R], of which ``CHUNK_BYTES`` hold the log probabilities.
+    There are as many chunks as the span with the most masked positions needs: rows of the
+    vocabulary are never held for a whole span, nor computed for revealed positions.
+    """
+    spans, width = masked_SW.shape
+    num_tokens, classes = table_S.class_of_N.shape[1], table_S.num_classes
+    rows = min(max(CHUNK_BYTES // (4 * COPIES * num_tokens * spans), 1), width)
+    order_SW = jnp.argsort(~masked_SW, axis=1, stable=True)
+    most = masked_SW.sum(1).max()
+
+    def chunk(i, draws):
+        # The last chunk may reach back over positions that were done: they come out the same.
+        order_SR = jax.lax.dynamic_slice_in_dim(order_SW, i * rows, rows, 1)
+        new = read_chunk(jnp.take_along_axis(place_SW, order_SR, 1))
+        index = (jnp.arange(spans)[:, None], order_SR)
+        return jax.tree.map(lambda old, values: old.at[index].set(values), draws, new)
+
+    empty = Draws(
+        mass_WC=jnp.zeros((spans, width, classes)),
+        token_WC=jnp.zeros((spans, width, classes), jnp.int32),
+        noise_WC=jnp.zeros((spans, width, classes)),
+        nan_W=jnp.zeros((spans, width), bool),
+    )
+    return jax.lax.fori_loop(0, -(-most // rows), chunk, empty)
 
 
 Given = Automaton | Sequence[Automaton | None] | None
 
 
-def spans_of(clamp: Clamp, given: Given) -> list[Span]:
-    """Where a sequence's constraints are: an automaton is that of all from its first free position
-    to its last, given tokens in between included; a list has one, or None, for each of its gaps.
+def spans_of(
+    clamp: Clamp, given: Given, *, text_of: Callable[[int], str] | None = None
+) -> list[Span]:
+    """The spans of a sequence that have to match.
 
-    UserError where there are not as many gaps, or no string goes with the lengths and the given
-    tokens.
+    Args:
+        clamp: the given tokens of the sequence.
+        given: one automaton for everything from the first free position to the last, given tokens
+            in between included; or a list with an automaton or None for each gap of the clamp.
+        text_of: the text of a token, for messages.
+
+    Raises UserError if the list is not of as many as there are gaps, or if no string goes with a
+    span's length and given tokens.
     """
     if given is None:
         return []
-    free = np.flatnonzero(~clamp.fixed_L)
-    if not len(free):
+    gaps = clamp.gaps
+    if not gaps:
         raise UserError("a constraint needs a gap, and every token is given")
+    over = ""  # what one automaton for several gaps covers, for messages
     if isinstance(given, Automaton):
-        spans = [Span(start=int(free[0]), length=int(free[-1] - free[0] + 1), automaton=given)]
+        first, end = gaps[0][0], sum(gaps[-1])
+        spans = [Span(start=first, length=end - first, automaton=given)]
+        if len(gaps) > 1:
+            over = (
+                f" (one constraint for {len(gaps)} gaps spans them all and the text between them; "
+                "give a list for one a gap)"
+            )
     else:
-        gaps = np.split(free, np.flatnonzero(np.diff(free) > 1) + 1)
         if len(gaps) != len(given):
-            raise UserError(f"{len(given)} constraints for {len(gaps)} gaps")
+            shown = ", ".join(f"{start} to {start + size - 1}" for start, size in gaps)
+            raise UserError(
+                f"{len(given)} constraints for {len(gaps)} gaps (positions {shown}): every {{mask}}"
+                " is a gap, and so are free tokens before, between or behind given ones; a gap "
+                "without a constraint has null"
+            )
         spans = [
-            Span(start=int(gap[0]), length=len(gap), automaton=automaton)
-            for gap, automaton in zip(gaps, given, strict=True)
+            Span(start=start, length=size, automaton=automaton)
+            for (start, size), automaton in zip(gaps, given, strict=True)
             if automaton is not None
         ]
     for span in spans:
         inside = slice(span.start, span.start + span.length)
         fixed = np.where(clamp.fixed_L[inside], clamp.tokens_L[inside], -1)
-        span.automaton.check_span(span.length, fixed=fixed, first=span.start)
+        try:
+            span.automaton.check_span(span.length, fixed=fixed, first=span.start, text_of=text_of)
+        except UserError as error:
+            raise UserError(f"{error}{over}") from None
     return spans
 
 
-def batch_spans(spans_B: Sequence[Sequence[Span]], rule: Rule) -> Spans:
-    """The spans of a batch, at least one in all, with its automata padded to one size."""
-    automata = list({id(s.automaton): s.automaton for row in spans_B for s in row}.values())
-    index = {id(automaton): i for i, automaton in enumerate(automata)}
-    size = tuple(max(each) for each in zip(*map(sizes, automata), strict=True))
-    stacked = [tables(automaton, size) for automaton in automata]
-    stacked += stacked[:1] * (bucket(len(stacked)) - len(stacked))
-    shape = (len(spans_B), bucket(max(len(row) for row in spans_B)))
-    which, start, length = (np.zeros(shape, np.int32) for _ in range(3))
-    for i, row in enumerate(spans_B):
-        for j, span in enumerate(row):
-            which[i, j], start[i, j] = index[id(span.automaton)], span.start
-            length[i, j] = span.length
+class Shape(NamedTuple):
+    """What a program with ``Spans`` is compiled for, beside the batch and its length."""
+
+    tables: Sizes
+    spans: int  # of a sequence
+    width: int  # of a span
+
+    def joined(self, other: "Shape") -> "Shape":
+        """The smallest shape that holds both."""
+        sizes = map(max, self.tables, other.tables)
+        return Shape(Sizes(*sizes), max(self.spans, other.spans), max(self.width, other.width))
+
+
+def shape_of(spans_B: Sequence[Sequence[Span]]) -> Shape:
+    """The smallest shape that holds the sequences, at least one of which has a span."""
+    each = [span for row in spans_B for span in row]
+    return Shape(
+        tables=sizes_of({id(span.automaton): span.automaton for span in each}.values()),
+        spans=bucket(max(len(row) for row in spans_B)),
+        width=bucket(max(span.length for span in each)),
+    )
+
+
+def batch_spans(spans_B: Sequence[Sequence[Span]], rule: Rule, shape: Shape | None = None) -> Spans:
+    """The spans of a batch, at least one in all, padded to ``shape``, by default their own.
+
+    Batches of one shape share a program: give those of a file the shape of the whole file.
+    """
+    shape = shape_of(spans_B) if shape is None else shape
+    first, *_ = (span for row in spans_B for span in row)
+    nothing = Span(start=0, length=0, automaton=first.automaton)
+    rows = [[*row, *[nothing] * (shape.spans - len(row))] for row in spans_B]
+    made: dict[int, Tables] = {}
+    for span in (span for row in rows for span in row):
+        if id(span.automaton) not in made:
+            made[id(span.automaton)] = tables(span.automaton, shape.tables)
+    each = [made[id(span.automaton)] for row in rows for span in row]
+
+    def stacked(*arrays):
+        return jnp.asarray(np.stack(arrays).reshape(len(rows), shape.spans, *arrays[0].shape))
+
     return Spans(
         rule=rule,
-        width=bucket(int(length.max())),
-        tables=jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *stacked),
-        automaton_BK=jnp.asarray(which),
-        start_BK=jnp.asarray(start),
-        length_BK=jnp.asarray(length),
+        width=shape.width,
+        tables=jax.tree.map(stacked, *each),
+        start_BK=jnp.asarray([[span.start for span in row] for row in rows], jnp.int32),
+        length_BK=jnp.asarray([[span.length for span in row] for row in rows], jnp.int32),
     )

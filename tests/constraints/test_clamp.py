@@ -58,6 +58,26 @@ def test_infill(text, length, expected):
 
 
 @pytest.mark.parametrize(
+    ("text", "length", "gaps"),
+    [
+        ("{mask:3}{mask:4}", None, [(0, 3), (3, 4)]),
+        ("{mask}{mask}{mask:2}a{mask:2}", None, [(0, 1), (1, 1), (2, 2), (5, 2)]),
+        ("ab{mask:2}{mask:2}c", 9, [(2, 2), (4, 2), (7, 2)]),
+        ("ab{mask:2} {mask:2}", 8, [(2, 2), (5, 3)]),
+        ("ab", 5, [(2, 3)]),
+    ],
+)
+def test_gaps_that_touch_stay_apart(text, length, gaps):
+    assert from_infill(TOKENIZER, text, length).gaps == gaps
+
+
+def test_gaps_of_a_prompt():
+    assert from_prompt(TOKENIZER, 5, prompt="ab", suffix="c").gaps == [(2, 2)]
+    assert from_prompt(TOKENIZER, 2, prompt="ab").gaps == []
+    assert free(4).gaps == [(0, 4)]
+
+
+@pytest.mark.parametrize(
     ("text", "length", "message"),
     [
         ("abc", None, "has no gap; write {mask:12}"),

@@ -11,6 +11,7 @@ import pytest
 
 from sedd.constraints import compile_regex
 from sedd.constraints.decode import Automaton
+from sedd.constraints.tables import Sizes, tables
 from sedd.errors import UserError
 
 TOKENS, LENGTH = 5, 4  # 625 strings
@@ -102,19 +103,19 @@ def test_everything_against_brute_force(first):
             assert automaton.accepts(tokens)
             assert sum(log_probs[range(LENGTH), tokens]) == pytest.approx(value, abs=1e-4)
 
-        drawn = automaton.sample(jax.random.key(seed), log_probs, 2_000)
+        drawn = automaton.sample(jax.random.key(seed), log_probs, 400)
         index = {string: i for i, (_, string) in enumerate(strings)}
         counts = np.bincount([index[tuple(row)] for row in drawn.tolist()], minlength=len(strings))
         assert oracle.chi_square_p(counts, np.exp(values - log_z)) > 1e-4
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_many_samples_have_their_law_and_no_other(seed):
     automaton, log_probs, strings = random_case(1000 + seed)
     index = {string: i for i, (_, string) in enumerate(strings)}
     law = np.exp([value for value, _ in strings])
     law /= law.sum()
-    drawn = automaton.sample(jax.random.key(seed), log_probs, 20_000)
+    drawn = automaton.sample(jax.random.key(seed), log_probs, 10_000)
     counts = np.bincount([index[tuple(row)] for row in drawn.tolist()], minlength=len(law))
     assert oracle.chi_square_p(counts, law) > 1e-4
     if len(law) > 1:
@@ -271,12 +272,118 @@ def test_the_padding_changes_nothing():
     np.testing.assert_allclose(wide.marginals(log_probs), automaton.marginals(log_probs), atol=1e-6)
     for (a, _), (b, _) in zip(wide.top_k(log_probs, 3), automaton.top_k(log_probs, 3), strict=True):
         np.testing.assert_array_equal(a, b)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(
+        wide.sample(key, log_probs, 50), automaton.sample(key, log_probs, 50)
+    )
 
 
 def wider(automaton):
-    from sedd.constraints.decode import tables
+    return tables(automaton, Sizes(classes=96, blocks=80, groups=64, edges=304, states=72))
 
-    return tables(automaton, (100, 90, 300, 80))
+
+# ---------------------------------------------------------------- classes of many tokens
+
+# One class of 2,500 tokens: three groups of blocks, the last ones of both incomplete.
+NUMBERS = [b"%04d" % i for i in range(2500)] + [b"a", b"b", b"c", b"d"]
+
+
+def steep(seed, offset=0.0):
+    """Log probabilities over NUMBERS that span 40 nats; the letters have nearly all of the mass."""
+    rng = np.random.default_rng(seed)
+    row = np.concatenate([rng.uniform(-40, 0, 2500) + offset, np.zeros(4)])
+    return (row - np.log(np.exp(row).sum()))[None]
+
+
+def test_draws_from_a_class_of_many_tokens_have_their_law():
+    log_probs = steep(0)
+    automaton = compile_regex(r"\d{4}", NUMBERS)
+    law = np.exp(log_probs[0, :2500])
+    likeliest, value = automaton.most_likely(log_probs)
+    assert likeliest[0] == law.argmax()
+    assert value == pytest.approx(np.log(law.max()), abs=1e-4)
+    assert automaton.log_partition(log_probs) == pytest.approx(np.log(law.sum()), abs=1e-4)
+    drawn = automaton.sample(jax.random.key(0), log_probs, 10_000)[:, 0]
+    counts = np.bincount(drawn, minlength=2500)
+    assert oracle.chi_square_p(counts, law / law.sum()) > 1e-4
+    assert oracle.chi_square_p(counts, np.roll(law, 1) / law.sum()) < 1e-4
+
+
+def test_the_first_of_many_equal_tokens_is_the_likeliest():
+    automaton = compile_regex(r"\d{4}", NUMBERS)
+    for place in (0, 31, 32, 1023, 1024, 2499):
+        log_probs = np.full((1, len(NUMBERS)), -9.0)
+        log_probs[0, place:2500] = -8.0
+        assert automaton.most_likely(log_probs)[0][0] == place
+
+
+@pytest.mark.parametrize("offset", [-50.0, -200.0, -1e4])
+def test_classes_that_underflow_beside_the_largest_token_keep_their_law(offset):
+    """exp(-200) is 0 in float32: sums relative to the row's maximum would lose all of them."""
+    log_probs = np.repeat(steep(1, offset), 2, axis=0)
+    log_probs[:, 2501] += offset - np.log(2)  # b is as rare, and c and d rarer
+    log_probs[:, 2502:] += offset - np.log(4)
+    automaton = compile_regex(r"bc|cb|dd", NUMBERS)
+    b, c, d = log_probs[0, 2501:]
+    values = np.array([b + c, c + b, d + d])
+    top = values.max()
+    law = np.exp(values - top)
+    expected = top + np.log(law.sum())
+    assert automaton.log_partition(log_probs) == pytest.approx(expected, rel=1e-6)
+    drawn = automaton.sample(jax.random.key(1), log_probs, 4_000)
+    strings = [[2501, 2502], [2502, 2501], [2503, 2503]]
+    counts = np.array([(drawn == string).all(1).sum() for string in strings])
+    assert counts.sum() == 4_000
+    assert oracle.chi_square_p(counts, law / law.sum()) > 1e-4
+    numbers = compile_regex(r"\d{4}b", NUMBERS)  # within a class, too
+    drawn = numbers.sample(jax.random.key(2), log_probs, 4_000)[:, 0]
+    law = np.exp(log_probs[0, :2500] - log_probs[0, :2500].max())
+    counts = np.bincount(drawn, minlength=2500)
+    assert oracle.chi_square_p(counts, law / law.sum()) > 1e-4
+
+
+# ---------------------------------------------------------------- what is given
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tokens", "position"),
+    [
+        ("a(bc)*bd", [0, 1, 2, 3, 3], 3),  # the d comes too early
+        ("a(bc)*bd", [-1, -1, 0, -1, -1], 2),
+        ("[ab]*", [0, 1, 2, 3, 3], 2),
+        ("[ab]*", [0, 4, 2, 3, 0], 1),  # of no class
+        ("(ab|cd)*a", [-1, -1, -1, 1, 1], 4),
+        ("a{3}b{2}", [1, -1, -1, -1, -1], 0),
+        ("a*b*", [-1, 1, -1, -1, 0], 4),
+    ],
+)
+def test_the_first_given_token_that_contradicts_is_named(pattern, tokens, position):
+    automaton = compile_regex(pattern, VOCABULARY)
+    text_of = ["a", "b", "c", "d", "<mask>"].__getitem__
+    named = f"token {tokens[position]}, {text_of(tokens[position])!r}, that is given at position "
+    with pytest.raises(UserError, match=f"{named}{10 + position} contradicts"):
+        automaton.check_span(5, fixed=tokens, first=10, text_of=text_of)
+    upto = np.where(np.arange(5) < position, tokens, -1)
+    automaton.check_span(5, fixed=upto)  # everything before it is fine
+
+
+def test_given_tokens_are_checked_in_one_pass(monkeypatch):
+    passes = []
+    ways = Automaton._ways
+
+    def counted(self, fixed, final):
+        passes.append(len(fixed))
+        return ways(self, fixed, final)
+
+    monkeypatch.setattr(Automaton, "_ways", counted)
+    automaton = compile_regex("(ab)*c?", VOCABULARY)
+    fixed = np.tile([0, 1], 512)
+    automaton.check_span(1024, fixed=fixed)
+    assert passes.count(1024) == 1
+    fixed[701] = 3
+    with pytest.raises(UserError, match="token 3 that is given at position 701"):
+        automaton.check_span(1024, fixed=fixed)
+    assert passes.count(1024) <= 2 + 1 + 11  # a bisection of 1,024 tokens
 
 
 def test_ways_over_long_spans_with_given_tokens():

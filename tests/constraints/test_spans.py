@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,9 @@ import tiny_run
 import sedd
 from sedd.configuration.build import build_parts
 from sedd.constraints import compile_json_schema, compile_regex
+from sedd.constraints import spans as spans_module
 from sedd.constraints.clamp import from_infill, from_prompt
-from sedd.constraints.spans import batch_spans, spans_of
+from sedd.constraints.spans import batch_spans, shape_of, spans_of
 from sedd.data.tokenizers import Bytes
 from sedd.errors import UserError
 from sedd.model import Model
@@ -332,7 +335,100 @@ def test_another_regex_of_the_size_compiles_nothing(model):
     assert _run._cache_size() == before
 
 
+# ---------------------------------------------------------------- programs and memory
+
+
+def test_no_array_of_the_program_has_all_rows_of_the_vocabulary(monkeypatch):
+    """Of positions × vocabulary only a chunk exists, for every rule; the control has it all."""
+    monkeypatch.setattr(spans_module, "CHUNK_BYTES", 2**18)
+    tokens, length, width, batch = 2000, 64, 16, 2
+    vocabulary = [b"%04d" % i for i in range(tokens)]
+    automaton = compile_regex(r"(\d{4})+", vocabulary)
+    row = spans_of(sedd.constraints.clamp.free(length), automaton)
+    head = jnp.zeros((width, tokens))
+    hidden = jnp.zeros((batch, length, width))
+
+    def log_probs(hidden_BLD):
+        return jax.nn.log_softmax(hidden_BLD @ head)
+
+    def propose(rule, keys, x, hidden):
+        def read(positions_BK):
+            return log_probs(jnp.take_along_axis(hidden, positions_BK[..., None], 1))
+
+        spans = batch_spans([row] * batch, rule)
+        return spans.propose(keys, x, jnp.ones(x.shape, bool), read, tokens)
+
+    def largest(function, *arguments):
+        text = jax.jit(function).lower(*arguments).compile().as_text()
+        shapes = re.findall(r"\b(?:f|s|u|bf|pred)\d*\[([\d,]+)\]", text)
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    x = jnp.full((batch, length), tokens)
+    for rule in ("joint", "most_likely"):
+        found = largest(partial(propose, rule), oracle.keys(0, batch), x, hidden)
+        assert found < batch * length * tokens / 2
+    assert largest(log_probs, hidden) == batch * length * tokens
+
+
+def test_what_is_read_in_chunks_is_what_is_read_at_once(monkeypatch):
+    automaton = compile_regex(r"([ab]{2}c)*", [b"a", b"b", b"c"], eos_id=None)
+    row = spans_of(sedd.constraints.clamp.free(9), automaton)
+    spans = batch_spans([row] * 3, "joint")
+    log_probs = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (3, 9, 3)))
+    given = jnp.full((3, 9), 3).at[1, 4].set(1).at[2, :5].set(jnp.array([0, 1, 2, 1, 1]))
+
+    def propose(chunk):
+        monkeypatch.setattr(spans_module, "CHUNK_BYTES", chunk)
+        rows_B1 = jnp.arange(3)[:, None]
+        return jax.jit(
+            lambda: spans.propose(
+                oracle.keys(0, 3), given, given == 3, lambda p: log_probs[rows_B1, p], 3
+            )
+        )()
+
+    whole, chunked = propose(2**20), propose(4 * 4 * 3 * 3 * 2)  # two positions at a time
+    np.testing.assert_array_equal(whole, chunked)
+    assert (whole[given != 3] == given[given != 3]).all()
+    assert all(automaton.accepts(tokens) for tokens in whole.tolist())
+
+
+def test_batches_of_a_file_share_a_shape():
+    """Two batches with automata of other sizes, other numbers of spans and other lengths."""
+    small, large = compiled("a*b"), compiled(r"([a-z]{1,9}|\d+\.\d{3}|[^a]{2}){1,6}")
+    texts = ["{mask:3}", "{mask:30}", "{mask:9},{mask:8}"]
+    rows = [
+        spans_of(from_infill(BYTES, text), given)
+        for text, given in zip(texts, [small, large, [small, None]], strict=True)
+    ]
+    rows.append(spans_of(from_infill(BYTES, texts[2]), [small, large]))
+    shape = shape_of(rows[:2]).joined(shape_of(rows[2:]))
+    assert shape == shape_of(rows)
+
+    def program(batch, shape):
+        spans = batch_spans(batch, "joint", shape)
+        return jax.tree.structure(spans), [leaf.shape for leaf in jax.tree.leaves(spans)]
+
+    assert program(rows[:2], shape) == program(rows[2:], shape)
+    assert program(rows[:2], None) != program(rows[2:], None)
+
+
 # ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [
+        ("{mask:3}{mask:4}", ["a+", "[01]{4}"]),
+        ("x{mask}{mask:2}{mask}y", ["a", "bb", None]),
+        ("{mask:2}{mask:3},{mask:2}", ["zz", None, "é"]),
+    ],
+)
+def test_gaps_that_touch_have_a_constraint_each(text, patterns):
+    clamp = from_infill(BYTES, text)
+    given = [None if pattern is None else compiled(pattern) for pattern in patterns]
+    found = {(span.start, span.length): span.automaton for span in spans_of(clamp, given)}
+    wanted = zip(clamp.gaps, given, strict=True)
+    assert found == {gap: automaton for gap, automaton in wanted if automaton is not None}
 
 
 @pytest.mark.parametrize(
@@ -341,8 +437,10 @@ def test_another_regex_of_the_size_compiles_nothing(model):
         ("{mask:2}", "abc", "'abc' needs at least 3 tokens: 2 tokens are left"),
         ("{mask:2}z{mask:2}", "[ab]+", "token 122 that is given at position 2 contradicts"),
         ("ab{mask:2}z{mask:2}", "[ab]+", "token 122 that is given at position 4 contradicts"),
-        ("{mask:2} {mask:2}", ["a"], "1 constraints for 2 gaps"),
-        ("{mask:2}", ["a", "b"], "2 constraints for 1 gaps"),
+        ("{mask:2} {mask:2}", ["a"], r"1 constraints for 2 gaps \(positions 0 to 1, 3 to 4\)"),
+        ("{mask:2}", ["a", "b"], "2 constraints for 1 gaps .*every {mask} is a gap"),
+        ("{mask}{mask:2}", ["a"], r"1 constraints for 2 gaps \(positions 0 to 0, 1 to 2\)"),
+        ("{mask:2}z{mask:2}", "[ab]+", "one constraint for 2 gaps spans them all"),
     ],
 )
 def test_what_cannot_be_is_named(model, text, patterns, message):
