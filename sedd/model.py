@@ -359,7 +359,7 @@ def evaluate(
         True
     """
     name = protocol if isinstance(protocol, str) else None
-    chosen = protocol_named(name) if isinstance(protocol, str) else protocol
+    chosen = protocol_named(protocol) if isinstance(protocol, str) else protocol
     name = name or next((n for n, known in PROTOCOLS.items() if known == chosen), "default")
     if isinstance(data, str):
         if scored_BL is not None:

@@ -8,6 +8,7 @@ conditionals: one that is exact for the model's conditionals is exact for the ch
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +61,14 @@ class Reshape:
         Raises ``FieldError`` on a number out of its range.
         """
 
-        def numbers(name, given, off, wanted, fits):
+        def numbers(name, given, off, wanted, fits) -> Any:
             values = [off if v is None else v for v in np.ravel(given).tolist()]
             for value in values:
                 if not fits(value):
                     raise FieldError(name, f"must be {wanted}, got {value}")
             return np.reshape(values, np.shape(given))
 
-        def weight(name, given, off):
+        def weight(name, given, off) -> Any:
             wanted = "finite and at least 0"
             return numbers(name, given, off, wanted, lambda value: 0 <= value < math.inf)
 

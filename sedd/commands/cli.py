@@ -72,7 +72,7 @@ def run(
         main: the command, from its arguments to an exit code or None.
         interrupted: what exits after Ctrl-C, given the code 130.
     """
-    leave = sys.exit
+    leave: Callable[[int], Any] = sys.exit
     prepare_streams()
     leave_libtpu_alone()
     prepare_cpu()

@@ -16,7 +16,7 @@ def prepare_cpu() -> None:
 
     Does nothing where JAX may choose another backend. Safe to call several times.
     """
-    if jax.config.jax_platforms != "cpu":
+    if jax.config.jax_platforms != "cpu":  # pyright: ignore[reportAttributeAccessIssue]
         return
     keep_freed_memory()
     if simulates_devices():
@@ -29,7 +29,7 @@ def simulates_devices() -> bool:
     """Whether the CPU backend is set to show more than one device."""
     flags = os.environ.get("XLA_FLAGS", "")
     forced = "--xla_force_host_platform_device_count" in flags
-    return forced or jax.config.jax_num_cpu_devices > 1
+    return forced or jax.config.jax_num_cpu_devices > 1  # pyright: ignore
 
 
 def keep_freed_memory() -> None:

@@ -111,7 +111,7 @@ def sequence_nats(
                     size_B = low + (high - low) * u_B
                     sigma_B, weight_B = -jnp.log1p(-size_B), (high - low) / (1 - size_B)
                 masked_BL = scored_BL & tile(place_BL, period_B, begin_B, size_B)
-                xt_BL = jnp.where(masked_BL, process.mask_id, x0_BL)
+                xt_BL = jnp.where(masked_BL, process.mask, x0_BL)
             counts_BL = scored_BL & process.can_move(xt_BL)
             corrupted = Corrupted(
                 xt_BL=xt_BL,

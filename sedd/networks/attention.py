@@ -61,8 +61,10 @@ def attention(
         mask_B1LS = _mask(attend, queries, keys)
         out_BLHK = _einsum(q_BLHK, k_BLHK, v_BLHK, mask_B1LS)
     else:
-        causal = attend is not None and attend.kind == "causal"  # a kernel of their own
-        mask_B1LS = _mask(replace(attend, kind="all") if causal else attend, queries, keys)
+        causal = False
+        if attend is not None and attend.kind == "causal":  # the backend has a kernel for it
+            causal, attend = True, replace(attend, kind="all")
+        mask_B1LS = _mask(attend, queries, keys)
         if mask_B1LS is not None:  # cuDNN needs the whole shape
             mask_B1LS = jnp.broadcast_to(mask_B1LS, (batch, 1, queries, keys))
         out_BLHK = jax.nn.dot_product_attention(
@@ -73,9 +75,11 @@ def attention(
             is_causal=causal,
             implementation="cudnn" if chosen == "cudnn" else "xla",
         )
-    if attend is None or attend.kind != "ranks":  # every query sees at least itself
+    if (
+        attend is None or attend.kind != "ranks" or mask_B1LS is None
+    ):  # every query sees at least itself
         return out_BLHK
-    # The softmax over masked keys alone is uniform over them.
+    # Ranks may leave a query without a key, and a softmax over masked keys is uniform over them.
     sees_BL = mask_B1LS.any(axis=-1)[:, 0]
     return jnp.where(sees_BL[:, :, None, None], out_BLHK, 0)
 

@@ -157,7 +157,7 @@ class DenoisingCrossEntropy(Objective):
 
     def _masked(self, masked_BL, x0_BL, weight_B, sigma=None) -> Corrupted:
         return Corrupted(
-            xt_BL=jnp.where(masked_BL, self.process.mask_id, x0_BL),
+            xt_BL=jnp.where(masked_BL, self.process.mask, x0_BL),
             weight_BL=jnp.where(masked_BL, weight_B[:, None], 0.0),
             sigma=sigma,
         )

@@ -39,7 +39,7 @@ class Autoregressive(Parameterization):
             segment_BL = attend.segment_BL
         if segment_BL is not None:
             first_BL = first_BL.at[:, 1:].set(segment_BL[:, 1:] != segment_BL[:, :-1])
-        before_BL = jnp.where(first_BL, self.process.mask_id, jnp.roll(x_BL, 1, axis=1))
+        before_BL = jnp.where(first_BL, self.process.mask, jnp.roll(x_BL, 1, axis=1))
         return Inputs(tokens_BM=before_BL, attend=Attend(kind="causal", segment_BL=segment_BL))
 
     def log_score(self, raw, x, sigma):

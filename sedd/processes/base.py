@@ -40,6 +40,13 @@ class Process(ABC):
         """The token id of the mask, or ``None`` without one."""
 
     @property
+    def mask(self) -> int:
+        """``mask_id`` where there is one; ValueError on a process without a mask."""
+        if self.mask_id is None:
+            raise ValueError(f"the {type(self).__name__.lower()} process has no mask")
+        return self.mask_id
+
+    @property
     def num_states(self) -> int:
         """V: the number of real tokens, plus one if there is a mask."""
         return self.num_tokens + (self.mask_id is not None)

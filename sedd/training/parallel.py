@@ -226,7 +226,7 @@ def _placed(state: TrainState, shardings: TrainState) -> TrainState:
     It is made array by array through the host. ``jax.device_put`` would keep an array that is on
     a device already as the first replica, and a step would then donate the caller's array.
     """
-    key = shardings.key
+    key: Any = shardings.key
     placed = jax.tree.map(
         _put,
         replace(state, key=jax.random.key_data(state.key)),
