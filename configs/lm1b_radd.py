@@ -29,4 +29,5 @@ def get_config() -> Config:
         ),
         optimizer=OptimizerOptions(learning_rate=3e-4, warmup_steps=2500, weight_decay=0.03),
         training=TrainingOptions(steps=1_000_000, batch_size=512),
+        sampler=options("samplers", "event_jump", steps=128),
     )

@@ -41,4 +41,5 @@ def get_config() -> Config:
             eval_every=None,
             sample_every=None,
         ),
+        sampler=options("samplers", "event_jump", steps=128),
     )

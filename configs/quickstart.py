@@ -39,5 +39,5 @@ def get_config() -> Config:
             checkpoint_every=250,
         ),
         evaluation=EvaluationOptions(draws=16, max_sequences=128),
-        sampler=options("samplers", "tweedie", steps=64),
+        sampler=options("samplers", "event_jump", steps=64),
     )

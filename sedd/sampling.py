@@ -158,8 +158,9 @@ def sample(
             sequence. Both ``jax.random.key`` and ``jax.random.PRNGKey`` will do.
         num: sequences to draw; by default as many as there are keys or texts, or 1.
         length: tokens in a sequence, the given ones included; the training length by default.
-        sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. By default tweedie, or
-            ordered for an autoregressive model.
+        sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. By default
+            event_jump, tweedie for a model that depends on the noise level, or ordered for an
+            autoregressive one.
         prompt: text at the start; one for all sequences, or one each.
         suffix: text at the end; one for all sequences, or one each.
         infill: text with gaps such as ``{mask:12}``; one for all sequences, or one each.

@@ -175,8 +175,8 @@ SAMPLE = [
     ("--step newest", "--step: no type matching"),
     ("--num 0", "num must be at least 1, got 0"),
     ("--batch-size 0", "--batch-size must be at least 1, got 0"),
-    ("--steps 0", "samplers 'tweedie': --steps must be at least 1, got 0"),
-    ("--steps -3", "samplers 'tweedie': --steps must be at least 1, got -3"),
+    ("--steps 0", "samplers 'event_jump': --steps must be at least 1, got 0"),
+    ("--steps -3", "samplers 'event_jump': --steps must be at least 1, got -3"),
     ("--steps 1.5", "--steps: not a whole number: '1.5'; expected --steps INT"),
     ("--steps 3000000000", "--steps must be below 2**31, got 3000000000"),
     ("--sampler tweedi", "samplers has no 'tweedi'; did you mean 'tweedie'"),
@@ -298,7 +298,7 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler particle --resample-every 0 {score}", "--resample-every must be at least 1, got 0"),
     ("--sampler particle --tilt nan {score}", "--tilt must be finite, got nan"),
     # Flags of another sampler.
-    ("--gamma 0.1", "--gamma: it is a flag of entropy_bounded, not of tweedie"),
+    ("--gamma 0.1", "--gamma: it is a flag of entropy_bounded, not of event_jump"),
     ("--sampler euler --block-length=3", "--block-length: it is a flag of semi_autoregressive, no"),
     ("--sampler tweedie --order x", "--order: it is a flag of ordered, not of tweedie"),
     ("--sampler best_of_n --t_on 1 {score}", "--t_on: it is a flag of remdm, not of best_of_n"),
@@ -313,7 +313,7 @@ SAMPLERS = [  # of the options of sampling
     ),
     ("--sampler best_of_n --inner.steps 9999999999 {score}", "--inner.steps must be below 2**31,"),
     # What wraps what.
-    ("--inner event_jump", "--inner event_jump: tweedie wraps no other sampler"),
+    ("--inner event_jump", "--inner event_jump: event_jump wraps no other sampler"),
     ("--sampler ordered --inner euler", "--inner euler: ordered wraps no other sampler"),
     ("--sampler best_of_n --inner", "--inner needs a value"),
     ("--sampler best_of_n --inner orderd", "--inner orderd: .*did you mean 'ordered'?"),

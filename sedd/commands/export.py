@@ -14,7 +14,7 @@ from sedd.commands.cli import note, parse
 from sedd.configuration.components import Options, values
 from sedd.data.tokenizers import Pretrained, Tokenizer
 from sedd.errors import UserError
-from sedd.interop.layouts import Description, Layout, layout_for
+from sedd.interop.layouts.base import Description, Layout, layout_for, layouts
 from sedd.interop.published import check_free, save_published, with_norm_bias
 from sedd.model import UNKNOWN
 from sedd.networks.ddit import DDiT
@@ -22,12 +22,6 @@ from sedd.training.checkpoint import find_checkpoints
 from sedd.training.metrics import read_metrics
 
 TITLE = "Write a model as a published checkpoint: model.safetensors, config.json, a model card."
-CODE = {  # what else reads a layout
-    "SEDD": "the code of SEDD (arXiv:2310.16834)",
-    "RADD": "the code of RADD (arXiv:2406.03736)",
-    "MDLM": "the code of MDLM (arXiv:2406.07524)",
-}
-
 FIGURES = ("validation_nats_per_token", "validation_standard_error", "validation_perplexity")
 
 
@@ -153,7 +147,7 @@ def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, A
         "---\nlibrary_name: sedd\npipeline_tag: text-generation\ntags:\n- discrete-diffusion\n"
         f"- {layout.name.lower()}\n---",
         "# A discrete diffusion language model",
-        f"Exported by sedd {sedd.__version__} in the layout of {CODE[layout.name]}.",
+        f"Exported by sedd {sedd.__version__} in the layout of {layouts()[layout.name].CODE}.",
         f"| | |\n|---|---|\n{table}",
     ]
     if bound is not None:

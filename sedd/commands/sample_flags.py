@@ -19,9 +19,10 @@ from sedd.commands.sampler_flags import (
 )
 from sedd.commands.user_code import load_function
 from sedd.configuration.build import default_sampler
-from sedd.configuration.components import Options, maker, makers
+from sedd.configuration.components import Options, makers
 from sedd.errors import UserError
 from sedd.files import check_writable
+from sedd.interop.layouts import find_config, read_layout
 from sedd.model import read_config
 from sedd.sampling import NUMBERS, reshape_of
 
@@ -117,15 +118,22 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
 
 
 def sampler_for(arguments: Sequence[str]) -> str:
-    """The default sampler for the run that ``--checkpoint`` names."""
+    """The default sampler of the model named by --checkpoint, if its configuration can be read."""
     checkpoint, _ = take(arguments, "--checkpoint")
-    try:
-        config = None if checkpoint is None else read_config(Path(checkpoint))
-    except UserError:  # a published checkpoint, or a damaged one, which ``sedd.load`` reports
-        config = None
-    if config is None:
+    if checkpoint is None:
         return DEFAULT
-    return default_sampler(maker("parameterizations", config.parameterization.name))
+    try:
+        config = read_config(Path(checkpoint))
+        process = config.process.build(num_tokens=2)  # its size makes no difference here
+        return default_sampler(config.parameterization.build(process=process))
+    except UserError:  # ``sedd.load`` says what is wrong, unless the checkpoint is published
+        pass
+    try:
+        published = find_config(Path(checkpoint))
+        kind = None if published is None else read_layout(published).description.parameterization
+    except UserError:
+        kind = None
+    return "event_jump" if kind == "conditional" else DEFAULT
 
 
 def check_files(command: SampleCommand) -> None:

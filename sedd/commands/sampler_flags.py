@@ -11,13 +11,11 @@ import docstring_parser
 import tyro
 
 from sedd.commands.mistakes import as_flag
-from sedd.configuration.build import default_sampler
 from sedd.configuration.components import Options, maker, makers, options_type, values
 from sedd.errors import FieldError, UserError
-from sedd.parameterizations.base import Parameterization
 from sedd.samplers.base import SamplerOptions
 
-DEFAULT = default_sampler(Parameterization)  # of every model but autoregressive ones
+DEFAULT = "tweedie"  # for a model of which nothing is known yet: works on every diffusion model
 INNER = "event_jump"  # default of --inner
 
 
@@ -174,8 +172,12 @@ def describe(kinds: Sequence[type[Options]]) -> str:
     if len(kinds) > 1:
         lines += ["", f"--inner NAME picks what {kinds[0].name} wraps (default {INNER}):"]
         lines += ["  its options are the flags --inner.OPTION"]
-    lines += ["", "The default for an autoregressive run is ordered."]
-    return "\n".join([f"--sampler NAME picks a sampler (default {DEFAULT}):", *lines])
+    lines += [
+        "",
+        "The default is event_jump for time-independent models, tweedie for other",
+        "diffusion models and ordered for autoregressive ones.",
+    ]
+    return "\n".join(["--sampler NAME picks a sampler:", *lines])
 
 
 def _headline(make: type) -> str:

@@ -71,9 +71,16 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
     return parts
 
 
-def default_sampler(parameterization: Parameterization | type[Parameterization]) -> str:
-    """The sampler where none is named: one that works on every model of this kind."""
-    return "ordered" if parameterization.causal else "tweedie"
+def default_sampler(parameterization: Parameterization) -> str:
+    """The sampler of a model if none is named.
+
+    ``event_jump`` for time-independent models, on which it is exact in one network call a position
+    and never takes more calls than τ-leaping; ``tweedie``, which works on every process, for models
+    that depend on the noise level; ``ordered``, from left to right, for autoregressive models.
+    """
+    if parameterization.causal:
+        return "ordered"
+    return "event_jump" if parameterization.time_independent else "tweedie"
 
 
 def build_sampler(

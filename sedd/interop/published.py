@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from sedd.errors import UserError
-from sedd.interop.layouts import (
+from sedd.interop.layouts.base import (
     IGNORED,
     Description,
     Layout,
@@ -77,8 +77,9 @@ def load_published(path: str | os.PathLike) -> Published:
         ('absorbing', 12)
     """
     directory = Path(path)
-    layout = read_layout(find_config(directory) or directory / "config.json")
     found = [directory / name for name in WEIGHTS if (directory / name).is_file()]
+    config = find_config(directory) or directory / "config.json"
+    layout = read_layout(config, _tensor_names(found[0]) if found else ())
     if not found:
         raise UserError(f"{directory}: it has no tensors: none of {', '.join(WEIGHTS)}")
     network, params = layout.network, _read_params(found[0], layout)
@@ -143,7 +144,7 @@ def save_published(
     check_free(path)
     tensors = {}
     for key, array in _flat(params):
-        tensors |= to_published(key, np.asarray(array), layout.prefix)
+        tensors |= to_published(layout, key, np.asarray(array))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -200,7 +201,7 @@ def _read_params(path: Path, layout: Layout) -> Params:
         name: tensor for name, tensor in _read_tensors(path).items() if not name.endswith(IGNORED)
     }
     ours = jax.eval_shape(layout.network.init, jax.random.key(0))
-    wanted = {key: names_of(key, leaf.shape, layout.prefix) for key, leaf in _flat(ours)}
+    wanted = {key: names_of(layout, key, leaf.shape) for key, leaf in _flat(ours)}
     shapes = {name: shape for names, shape in wanted.values() for name in names}
     transposed, misshapen = [], []
     for name in sorted(shapes.keys() & tensors.keys()):
@@ -222,10 +223,23 @@ def _read_params(path: Path, layout: Layout) -> Params:
     if problems:
         raise UserError(f"{path} does not fit its configuration: {'; '.join(problems)}")
     params = [
-        from_published(key, [np.asarray(tensors[name]).astype(np.float32) for name in names])
+        from_published(
+            layout, key, [np.asarray(tensors[name]).astype(np.float32) for name in names]
+        )
         for key, (names, _) in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(ours), params)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """The names of the tensors of a safetensors file, from its header; none of other files."""
+    if path.suffix != ".safetensors":
+        return []
+    try:
+        with safe_open(path, "np") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError):  # ``_read_tensors`` says what is wrong
+        return []
 
 
 def _read_tensors(path: Path) -> Mapping[str, np.ndarray | Tensor]:

@@ -1,11 +1,11 @@
-"""The published layouts of SEDD, RADD and MDLM: their configurations and the names of tensors.
+"""What layouts share: finding and reading configurations, naming tensors, choosing a layout."""
 
-SEDD's and RADD's code writes its whole configuration, as ``config.json`` on the hub and as
-``.hydra/config.yaml`` beside a training run; MDLM's ``config.json`` is flat.
-"""
-
+import functools
+import importlib
 import json
-from dataclasses import dataclass
+import pkgutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from sedd.errors import UserError
 from sedd.networks.ddit import DDiT
 
 CONFIGS = ("config.json", ".hydra/config.yaml")
+MARKS = ("model", "model_type", "architectures")  # one of them is in every published config.json
 SCHEDULES = {"loglinear": "log_linear", "geometric": "geometric"}  # theirs: ours
 PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}
-LOG_LINEAR_EPS = 1e-3  # fixed in all three
+LOG_LINEAR_EPS = 1e-3  # fixed in the code of SEDD, RADD and MDLM
 MLP_RATIO = 4  # likewise
 
-# Our parameters under the published names; {} is the number of the block. PyTorch's linear weights
-# are [out, in], our kernels [in, out].
+# Our parameters under the names of SEDD's code, which RADD and MDLM keep; {} is a block's number.
 TENSORS = {
     "trunk/embed/embedding": "vocab_embed.embedding",
     "trunk/sigma_map/in/kernel": "sigma_map.mlp.0.weight",
@@ -50,10 +50,19 @@ TENSORS = {
 }
 IGNORED = "rotary_emb.inv_freq"  # a constant that PyTorch saved along
 
+# Our field: (the published key, its kind), of SEDD's and RADD's code.
+SIZES = {
+    "hidden_dim": ("model.hidden_size", "size"),
+    "num_layers": ("model.n_blocks", "size"),
+    "num_heads": ("model.n_heads", "size"),
+    "dropout": ("model.dropout", float),
+}
+HYDRA = {"num_tokens": ("tokens", "size"), "length": ("model.length", "size")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a published checkpoint is, apart from its network, in this library's terms."""
+    """A published model apart from its network, in this library's terms."""
 
     process: str  # "absorbing" or "uniform"
     parameterization: str  # "score" or "conditional"; of the time where the network is conditioned
@@ -65,23 +74,25 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a configuration says of the tensors beside it.
+    """A published checkpoint's network, its description, and the names of its tensors.
 
-    ``constant_sigma`` is for a network that is conditioned on σ and always runs at this one.
+    ``tensors`` maps our parameters to published names, with ``{}`` for the number of a block.
+    PyTorch's linear weights are [out, in] and our kernels [in, out]. ``constant_sigma`` is given if
+    the network is conditioned on σ but always runs at this one.
     """
 
     name: str
     network: DDiT
     description: Description
-    prefix: str = ""  # of the tensors' names
+    tensors: Mapping[str, str] = field(default_factory=lambda: TENSORS)
     constant_sigma: float | None = None
 
 
 def find_config(directory: Path) -> Path | None:
-    """The published configuration in a directory, or None where there is none.
+    """The published configuration in a directory, or None.
 
-    A ``config.json`` that cannot be read is none: a run has one too. ``UserError`` where the other
-    one cannot be read, which is of published code alone.
+    A ``config.json`` that cannot be read counts as none, since a run has one too. ``UserError`` if
+    ``.hydra/config.yaml`` cannot be read: only published code writes it.
     """
     for path in (directory / name for name in CONFIGS):
         if path.is_file():
@@ -91,16 +102,17 @@ def find_config(directory: Path) -> Path | None:
                 if path.suffix != ".json":
                     raise _unreadable(path, error) from None
                 return None
-            if isinstance(data, dict) and ("model" in data or "model_type" in data):
+            if isinstance(data, dict) and any(mark in data for mark in MARKS):
                 return path
             return None
     return None
 
 
-def read_layout(path: Path) -> Layout:
-    """The layout that a configuration is of, and what it says.
+def read_layout(path: Path, names: Collection[str] = ()) -> Layout:
+    """The layout of a configuration; ``names`` are those of its tensors, if they are known.
 
-    Raises ``UserError`` where a key is missing or not understood; all of them are named.
+    Raises ``UserError`` if no layout matches, or if keys are missing or not understood; all of them
+    are named.
     """
     try:
         data = _parse(path)
@@ -108,18 +120,30 @@ def read_layout(path: Path) -> Layout:
         raise _unreadable(path, error) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    config = _Config(path, data)
-    if data.get("model_type") == "mdlm":
-        return _mdlm(config)
-    if "model" not in data:
-        raise UserError(
-            f"{path}: an unknown layout, with the model_type {data.get('model_type')!r}: expected "
-            "the configuration of SEDD or RADD, with the keys tokens and model, or that of MDLM, "
-            "with the model_type 'mdlm'"
-        )
-    if config.has("graph") and not config.has("model.use_checkpoint"):  # a key of RADD's code alone
-        return _sedd(config)
-    return _radd(config)
+    config = PublishedConfig(path, data)
+    for layout in layouts().values():
+        if layout.matches(config, names):
+            return layout.read(config)
+    raise UserError(
+        f"{path}: an unknown layout, with the model_type {data.get('model_type')!r}: expected "
+        f"the configuration of {_names()}"
+    )
+
+
+@functools.cache
+def layouts() -> dict[str, Any]:
+    """The modules of ``sedd.interop.layouts`` that are a layout, by their ``NAME``."""
+    package = importlib.import_module("sedd.interop.layouts")
+    modules = [
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(package.__path__)
+    ]
+    return {module.NAME: module for module in modules if hasattr(module, "matches")}
+
+
+def _names() -> str:
+    *most, last = sorted(layouts())
+    return f"{', '.join(most)} or {last}"
 
 
 def reason(error: Exception) -> str:
@@ -138,7 +162,7 @@ def _parse(path: Path) -> Any:
     return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
 
 
-class _Config:
+class PublishedConfig:
     """A configuration, whose keys are asked for by their dotted name."""
 
     def __init__(self, path: Path, data: dict[str, Any]):
@@ -196,79 +220,8 @@ class _Config:
             raise UserError(f"{self.path}: {error}") from None
 
 
-SIZES = {
-    "hidden_dim": ("model.hidden_size", "size"),
-    "num_layers": ("model.n_blocks", "size"),
-    "num_heads": ("model.n_heads", "size"),
-    "dropout": ("model.dropout", float),
-}
-HYDRA = {"num_tokens": ("tokens", "size"), "length": ("model.length", "size")}
-MDLM = {
-    "num_states": ("vocab_size", "size"),
-    "hidden_dim": ("hidden_dim", "size"),
-    "condition_dim": ("cond_dim", "size"),
-    "num_layers": ("n_blocks", "size"),
-    "num_heads": ("n_heads", "size"),
-    "dropout": ("dropout", float),
-}
-
-
-def _sedd(config: _Config) -> Layout:
-    values = config.read(
-        process=("graph.type", PROCESSES),
-        scaled=("model.scale_by_sigma", bool),
-        condition_dim=("model.cond_dim", "size"),
-        **SIZES,
-        **HYDRA,
-        **_noise(config),
-    )
-    absorbing = values["process"] == "absorbing"
-    if values.pop("scaled") != absorbing:
-        raise UserError(
-            f"{config.path}: model.scale_by_sigma must be {str(absorbing).lower()} where the graph "
-            f"is {values['process']}, got {str(not absorbing).lower()}"
-        )
-    description = _description(config, values, parameterization="score")
-    network = config.network(
-        num_states=description.num_tokens + absorbing, time_conditioned=True, **values
-    )
-    return Layout(name="SEDD", network=network, description=description)
-
-
-def _radd(config: _Config) -> Layout:
-    values = config.read(**SIZES, **HYDRA, **_noise(config)) | {"process": "absorbing"}
-    description = _description(config, values, parameterization="conditional")
-    network = config.network(
-        num_states=description.num_tokens + 1, time_conditioned=False, norm_bias=True, **values
-    )
-    return Layout(name="RADD", network=network, description=description)
-
-
-def _mdlm(config: _Config) -> Layout:
-    values = config.read(
-        length=("model_length", "size"), conditioned=("time_conditioning", bool), **MDLM
-    )
-    length, conditioned = values.pop("length"), values.pop("conditioned")
-    network = config.network(time_conditioned=True, **values)
-    description = Description(
-        process="absorbing",
-        parameterization="conditional",
-        schedule={"name": "log_linear"},
-        num_tokens=network.num_states - 1,
-        length=length,
-        corpus=None,
-    )
-    return Layout(
-        name="MDLM",
-        network=network,
-        description=description,
-        prefix="backbone.",
-        constant_sigma=None if conditioned else 0.0,
-    )
-
-
-def _noise(config: _Config) -> dict[str, Any]:
-    """The keys of the schedule, which a configuration may leave out: log-linear is the default."""
+def hydra_noise(config: PublishedConfig) -> dict[str, Any]:
+    """The keys of the schedule. A configuration may leave it out: log-linear is the default."""
     if not config.has("noise"):
         return {}
     keys: dict[str, Any] = {"schedule": ("noise.type", SCHEDULES)}
@@ -277,8 +230,10 @@ def _noise(config: _Config) -> dict[str, Any]:
     return keys
 
 
-def _description(config: _Config, values: dict[str, Any], *, parameterization: str) -> Description:
-    """What is not the network's of ``values``, which keep the rest."""
+def hydra_description(
+    config: PublishedConfig, values: dict[str, Any], *, parameterization: str
+) -> Description:
+    """The description, taken out of ``values``; the network's fields stay there."""
     schedule = {"name": values.pop("schedule", "log_linear")}
     for name in ("sigma_min", "sigma_max"):
         if name in values:
@@ -295,44 +250,46 @@ def _description(config: _Config, values: dict[str, Any], *, parameterization: s
 
 
 def layout_for(network: DDiT, description: Description) -> Layout:
-    """The published layout that holds this model; UserError with all reasons where none does."""
-    reading = description.parameterization
-    if reading not in ("score", "conditional"):
-        raise UserError(
-            f"this model is {reading}, and has no published layout: SEDD, RADD and MDLM have one, "
-            "whose parameterization is score or conditional"
-        )
-    name = "SEDD"
-    if reading == "conditional":
-        name = "MDLM" if network.time_conditioned else "RADD"
-    problems = []
-    if network.mlp_ratio != MLP_RATIO:
-        problems.append(f"network.mlp_ratio must be {MLP_RATIO}, got {network.mlp_ratio}")
-    if network.norm_bias and name != "RADD":
-        problems.append("network.norm_bias must be False, got True")
-    schedule = description.schedule["name"]
-    known = ["log_linear"] if name == "MDLM" else list(SCHEDULES.values())
-    if schedule not in known:
-        problems.append(f"schedule must be {' or '.join(known)}, got {schedule}")
-    elif description.schedule.get("eps", LOG_LINEAR_EPS) != LOG_LINEAR_EPS:
-        problems.append(f"schedule.eps must be {LOG_LINEAR_EPS}, got {description.schedule['eps']}")
-    if problems:
-        raise UserError(f"the layout of {name} cannot hold this model: {'; '.join(problems)}")
-    prefix = "backbone." if name == "MDLM" else ""
-    return Layout(name=name, network=network, description=description, prefix=prefix)
+    """The published layout that holds a model; UserError with all reasons if none does."""
+    refused = {}
+    for name, layout in layouts().items():
+        refused[name] = layout.refusals(network, description)
+        if refused[name] == []:
+            tensors = layout.tensors(network)
+            return Layout(name=name, network=network, description=description, tensors=tensors)
+    for name, problems in refused.items():
+        if problems:
+            raise UserError(f"the layout of {name} cannot hold this model: {'; '.join(problems)}")
+    raise UserError(
+        f"this model is {description.parameterization}, and has no published layout: {_names()} "
+        "hold other kinds"
+    )
 
 
 def config_of(layout: Layout) -> dict[str, Any]:
     """The ``config.json`` that ``read_layout`` reads as this layout."""
-    network, description = layout.network, layout.description
-    if layout.name == "MDLM":
-        return {
-            "model_type": "mdlm",
-            "architectures": ["MDLM"],
-            "model_length": description.length,
-            "time_conditioning": layout.constant_sigma is None,
-            **{theirs: getattr(network, ours) for ours, (theirs, _) in MDLM.items()},
-        }
+    return layouts()[layout.name].write(layout.network, layout.description)
+
+
+def common_refusals(
+    network: DDiT, description: Description, schedules: Collection[str], *, norm_bias: bool
+) -> list[str]:
+    """Reasons why the code of SEDD, RADD and MDLM cannot build this network or schedule."""
+    problems = []
+    if network.mlp_ratio != MLP_RATIO:
+        problems.append(f"network.mlp_ratio must be {MLP_RATIO}, got {network.mlp_ratio}")
+    if network.norm_bias and not norm_bias:
+        problems.append("network.norm_bias must be False, got True")
+    schedule = description.schedule["name"]
+    if schedule not in schedules:
+        problems.append(f"schedule must be {' or '.join(schedules)}, got {schedule}")
+    elif description.schedule.get("eps", LOG_LINEAR_EPS) != LOG_LINEAR_EPS:
+        problems.append(f"schedule.eps must be {LOG_LINEAR_EPS}, got {description.schedule['eps']}")
+    return problems
+
+
+def hydra_config(network: DDiT, description: Description) -> dict[str, Any]:
+    """What the configurations of SEDD's and RADD's code have in common."""
     schedule = {"sigma_min": 1e-4, "sigma_max": 20.0, **description.schedule}  # SEDD's own, unused
     theirs = {ours: name for name, ours in SCHEDULES.items()}
     config: dict[str, Any] = {
@@ -350,32 +307,21 @@ def config_of(layout: Layout) -> dict[str, Any]:
     }
     if description.corpus is not None:
         config["data"] = {"train": description.corpus}
-    if layout.name == "SEDD":
-        absorbing = description.process == "absorbing"
-        config["graph"] = {"type": "absorb" if absorbing else "uniform"}
-        config["model"] |= {"name": "exported", "type": "ddit", "scale_by_sigma": absorbing}
-    else:
-        config["model"] |= {
-            "name": "exported",
-            "type": "ddit_wot",
-            "use_checkpoint": False,
-            "dtype": network.dtype,
-        }
     return config
 
 
-def names_of(key: str, shape: tuple[int, ...], prefix: str) -> tuple[list[str], tuple[int, ...]]:
-    """The published names of one of our parameters, one for each block, and each one's shape."""
-    template = prefix + TENSORS[key]
+def names_of(layout: Layout, key: str, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
+    """The published names of one of our parameters, one for each block, and the shape of each."""
+    template = layout.tensors[key]
     stacked = "{}" in template
     names = [template.format(i) for i in range(shape[0])] if stacked else [template]
     shape = shape[1:] if stacked else shape
     return names, shape[::-1] if key.endswith("kernel") else shape
 
 
-def to_published(key: str, array: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-    """One of our parameters as the tensors that it is in the published layout."""
-    names, shape = names_of(key, array.shape, prefix)
+def to_published(layout: Layout, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """The published tensors of one of our parameters."""
+    names, shape = names_of(layout, key, array.shape)
     each = array if array.ndim > len(shape) else [array]
     kernel = key.endswith("kernel")
     return {
@@ -384,7 +330,7 @@ def to_published(key: str, array: np.ndarray, prefix: str) -> dict[str, np.ndarr
     }
 
 
-def from_published(key: str, arrays: list[np.ndarray]) -> np.ndarray:
-    """The inverse: one of our parameters from its tensors, in the order of their names."""
+def from_published(layout: Layout, key: str, arrays: list[np.ndarray]) -> np.ndarray:
+    """One of our parameters from its published tensors, in the order of their names."""
     values = [array.T if key.endswith("kernel") else array for array in arrays]
-    return np.stack(values) if "{}" in TENSORS[key] else values[0]
+    return np.stack(values) if "{}" in layout.tensors[key] else values[0]

@@ -1,0 +1,53 @@
+"""The layout of RADD's code: conditional models without a time. arXiv:2406.03736.
+
+The whole configuration is ``config.json`` on the hub, and ``.hydra/config.yaml`` beside a run.
+"""
+
+from sedd.interop.layouts.base import (
+    HYDRA,
+    SCHEDULES,
+    SIZES,
+    TENSORS,
+    Layout,
+    common_refusals,
+    hydra_config,
+    hydra_description,
+    hydra_noise,
+)
+
+NAME = "RADD"
+CODE = "the code of RADD (arXiv:2406.03736)"
+
+
+def matches(config, names):
+    return config.has("model") and (not config.has("graph") or config.has("model.use_checkpoint"))
+
+
+def read(config):
+    values = config.read(**SIZES, **HYDRA, **hydra_noise(config)) | {"process": "absorbing"}
+    description = hydra_description(config, values, parameterization="conditional")
+    network = config.network(
+        num_states=description.num_tokens + 1, time_conditioned=False, norm_bias=True, **values
+    )
+    return Layout(name=NAME, network=network, description=description)
+
+
+def refusals(network, description):
+    if description.parameterization != "conditional" or network.time_conditioned:
+        return None
+    return common_refusals(network, description, list(SCHEDULES.values()), norm_bias=True)
+
+
+def tensors(network):
+    return TENSORS
+
+
+def write(network, description):
+    config = hydra_config(network, description)
+    config["model"] |= {
+        "name": "exported",
+        "type": "ddit_wot",
+        "use_checkpoint": False,
+        "dtype": network.dtype,
+    }
+    return config

@@ -1,0 +1,66 @@
+"""The layout of SEDD's code: score models of either process. arXiv:2310.16834.
+
+The whole configuration is ``config.json`` on the hub, and ``.hydra/config.yaml`` beside a run.
+"""
+
+from sedd.errors import UserError
+from sedd.interop.layouts.base import (
+    HYDRA,
+    PROCESSES,
+    SCHEDULES,
+    SIZES,
+    TENSORS,
+    Layout,
+    common_refusals,
+    hydra_config,
+    hydra_description,
+    hydra_noise,
+)
+
+NAME = "SEDD"
+CODE = "the code of SEDD (arXiv:2310.16834)"
+
+
+def matches(config, names):
+    # RADD's configurations may name a graph too; use_checkpoint is a key of RADD's code alone.
+    return config.has("model") and config.has("graph") and not config.has("model.use_checkpoint")
+
+
+def read(config):
+    values = config.read(
+        process=("graph.type", PROCESSES),
+        scaled=("model.scale_by_sigma", bool),
+        condition_dim=("model.cond_dim", "size"),
+        **SIZES,
+        **HYDRA,
+        **hydra_noise(config),
+    )
+    absorbing = values["process"] == "absorbing"
+    if values.pop("scaled") != absorbing:
+        raise UserError(
+            f"{config.path}: model.scale_by_sigma must be {str(absorbing).lower()} where the graph "
+            f"is {values['process']}, got {str(not absorbing).lower()}"
+        )
+    description = hydra_description(config, values, parameterization="score")
+    network = config.network(
+        num_states=description.num_tokens + absorbing, time_conditioned=True, **values
+    )
+    return Layout(name=NAME, network=network, description=description)
+
+
+def refusals(network, description):
+    if description.parameterization != "score":
+        return None
+    return common_refusals(network, description, list(SCHEDULES.values()), norm_bias=False)
+
+
+def tensors(network):
+    return TENSORS
+
+
+def write(network, description):
+    config = hydra_config(network, description)
+    absorbing = description.process == "absorbing"
+    config["graph"] = {"type": "absorb" if absorbing else "uniform"}
+    config["model"] |= {"name": "exported", "type": "ddit", "scale_by_sigma": absorbing}
+    return config
