@@ -1,4 +1,4 @@
-"""What sampled text has to be: given in places, or the match of a regex or a JSON schema."""
+"""Constraints on sampled text: given tokens, regular expressions and JSON schemas."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd.constraints.decode import Automaton
-from sedd.constraints.json_schema import regex_to_compile
+from sedd.constraints.json_schema import DEPTH, regex_to_compile
 from sedd.constraints.token_automaton import Vocabulary, compile_tokens
 from sedd.errors import UserError
 
@@ -20,12 +20,21 @@ def compile_regex(
     eos_id: int | None = None,
     cache_dir: Path | None = None,
 ) -> Automaton:
-    """The token strings whose bytes match as of ``re.fullmatch(pattern, text, re.ASCII)``.
+    """Compile a regex to an automaton over the tokens of a vocabulary.
 
-    ``vocabulary`` holds the bytes of every token; None are tokens that are no text. With
-    ``eos_id`` a string may end early, and is filled up with that token. ``cache_dir`` keeps what
-    was compiled. UserError, with the position, on what is no regex or not supported, on one that
-    matches nothing or grows too large, and where the vocabulary cannot spell it.
+    The automaton accepts the token strings whose bytes match
+    ``re.fullmatch(pattern, text, re.ASCII)``.
+
+    Args:
+        pattern: the regex; ``sedd.constraints.regex`` states the supported constructs.
+        vocabulary: the bytes of each token; None for tokens that are no text, such as the mask.
+        eos_id: the end-of-text token, 0 to ``len(vocabulary) - 1``. With it, a string may end
+            early and is filled up with this token.
+        cache_dir: where compiled automata are kept, in a folder ``automata``; None keeps none.
+
+    Raises:
+        UserError: the pattern is malformed, unsupported, matches nothing or is too large (the
+            message has the position), or no tokens spell a match.
 
     Example:
         >>> from sedd.constraints import compile_regex
@@ -34,7 +43,7 @@ def compile_regex(
         (True, -1)
     """
     if not isinstance(pattern, str):
-        raise UserError(f"expected a regex as text, got {pattern!r}")
+        raise UserError(f"expected a regex as a str, got {pattern!r}")
     index = _index(tuple(vocabulary), eos_id)
     kept = None if cache_dir is None else cache_dir / "automata"
     return Automaton.of(compile_tokens(pattern, index, cache_dir=kept))
@@ -44,12 +53,26 @@ def compile_json_schema(
     schema: Any,
     vocabulary: Sequence[bytes | None],
     *,
+    depth: int = DEPTH,
     eos_id: int | None = None,
     cache_dir: Path | None = None,
 ) -> Automaton:
-    """The token strings that are JSON of the schema; see ``schema_to_regex`` for its subset.
+    """Compile a JSON schema to an automaton over the tokens of a vocabulary.
 
-    UserError, with the path, on what is not in the subset or grows too large.
+    The automaton accepts JSON texts that validate against the schema, in the form that
+    ``sedd.constraints.json_schema`` describes.
+
+    Args:
+        schema: the schema as ``json.loads`` returns it.
+        vocabulary: as for ``compile_regex``.
+        depth: how deep values nest where the schema sets no limit, 0 or more: a schema that allows
+            any value, and a reference within its own target.
+        eos_id: as for ``compile_regex``.
+        cache_dir: as for ``compile_regex``.
+
+    Raises:
+        UserError: the schema is malformed, unsupported, allows no value or is too large. The
+            message begins with the path of the keyword at fault, such as ``#/properties/age``.
 
     Example:
         >>> from sedd.constraints import compile_json_schema
@@ -58,7 +81,7 @@ def compile_json_schema(
         >>> automaton.run(b'"yes"') >= 0, automaton.run(b'"maybe"')
         (True, -1)
     """
-    with regex_to_compile(schema) as pattern:
+    with regex_to_compile(schema, depth=depth) as pattern:
         return compile_regex(pattern, vocabulary, eos_id=eos_id, cache_dir=cache_dir)
 
 

@@ -1,391 +1,369 @@
 r"""JSON Schema to a regex: every text that the regex matches validates against the schema.
 
-The subset is one of draft 2020-12, or of draft 7 where ``$schema`` says so. What lies outside it is
-refused with the path of the keyword (``#/properties/age/multipleOf``), never ignored. Inside it the
-regex may match less than the schema allows, never more, and what it matches is written one way:
+Schemas of drafts 4, 6, 7, 2019-09 and 2020-12 are read by their keywords. ``$schema`` decides only
+where drafts differ: whether keywords beside ``$ref`` count, and whether ``prefixItems`` is known. A
+keyword that is not supported is refused with its path (``#/properties/age/contains``), never
+ignored. The regex may match less than the schema allows, never more:
 
-- White space is what ``json.dumps`` writes: a space after ``:`` and ``,``, or none (``compact``).
-- Strings hold any character from U+0020 up, and the escapes ``\" \\ \b \f \n \r \t`` where JSON
-  needs them; no ``\/`` and no ``\uXXXX``. An escape counts as one character.
+- White space is that of ``json.dumps``: a space after ``:`` and ``,``, or none (``compact``).
+- Strings hold characters from U+0020 up and the escapes ``\" \\ \b \f \n \r \t``; no ``\/`` and no
+  ``\uXXXX``. An escape counts as one character.
 - ``minLength`` and ``maxLength`` beside a ``pattern`` or ``format`` must follow from it, or the
-  pattern be one repeated class (``^[a-z]+$``).
-- ``pattern`` matches anywhere unless anchored. ``^`` begins it or one of its outermost
-  alternatives, ``$`` ends it. It keeps to what ECMAScript and Python agree on: ``\d \w \s`` and
-  their complements stand for ASCII characters, ``.`` for none that ends a line in either.
-- ``format`` is date, time, date-time (RFC 3339: real dates of the years 0001 to 9999, an offset, no
-  leap second), email (unquoted, a domain with a dot, no part limited in length), uuid or ipv4.
-- Integers have up to 15 digits where no bound says otherwise, numbers also up to 6 after the point
-  and no exponent; a bound is exact.
-- Objects list their properties in the schema's order and have no others, whatever
-  ``additionalProperties`` would allow. One without ``properties`` is a map: any names, with values
-  of ``additionalProperties``.
+  pattern be one repeated class (``^[a-z]+$``). A string has one pattern or one format.
+- ``pattern`` is what ECMAScript and Python agree on (``regex.parse_search``).
+- The formats in ``FORMATS`` are enforced. Any other, such as ``int64``, is an annotation.
+- Integers have at most 15 digits where no bound says otherwise, numbers also at most 6 after the
+  point and no exponent; a bound is exact. ``multipleOf`` takes whole numbers.
+- Objects list the named properties in the schema's order and have no others, whatever
+  ``additionalProperties`` would allow. An object without named properties is a map, with names of
+  ``propertyNames``, or else of ``patternProperties``, or else any names.
+- ``minProperties`` and ``maxProperties`` must follow from the named properties, or be 1.
 - Arrays are of ``items`` after ``prefixItems``; without ``items`` they end with ``prefixItems``.
-- A schema that says nothing (``true``, ``{}``, a map or an array of anything) is any JSON value, in
-  which arrays and objects nest at most two deep.
-- ``const`` and ``enum`` are what ``json.dumps`` writes, without the values that a ``type`` beside
-  them excludes.
-- ``anyOf``, ``oneOf``, ``allOf`` of one and ``$ref`` inside the document stand alone or beside
-  ``type``; ``oneOf`` only where its branches cannot overlap, ``$ref`` only where nothing recurs.
-- Keywords without ``type`` stand for the types that they are about.
+  ``uniqueItems`` is supported for items of an enum, which come in the enum's order.
+- Where a schema sets no limit, values nest ``depth`` deep: any JSON value, and recursion by
+  ``$ref``.
+- ``allOf``, ``anyOf``, ``oneOf``, ``not``, ``if``, ``$ref`` and the dependencies combine with each
+  other and with keywords beside them (``json_leaves``). Two patterns for one string are refused.
+- Annotations are ignored: ``title``, ``examples``, ``nullable``, ``x-…`` and those of editors.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import re
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from fractions import Fraction
 from typing import Any
 
+from sedd.constraints.automaton import compile_bytes
+from sedd.constraints.json_leaves import (
+    ANNOTATIONS,
+    Leaf,
+    Part,
+    Reader,
+    Where,
+    name_matches,
+    named,
+)
+from sedd.constraints.json_numbers import number
 from sedd.constraints.json_text import (
-    BOUNDS,
     FORMATS,
     TEXT,
     Path,
     literal,
-    number,
     one_of,
     refuse,
     repeat,
     searched,
     show,
 )
+from sedd.constraints.json_values import ALL_TYPES, TYPES, counted, dumps, names_of, same, types_of
 from sedd.constraints.regex import RegexError
 
-ANNOTATIONS = (
-    "title",
-    "description",
-    "default",
-    "examples",
-    "deprecated",
-    "readOnly",
-    "writeOnly",
-    "discriminator",
-    "$comment",
-    "$defs",
-    "definitions",
-)
-AT_ROOT = ("$schema", "$id")
-DRAFTS = ("https://json-schema.org/draft/2020-12/schema", "http://json-schema.org/draft-07/schema")
-KEYWORDS = {
-    "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": (*BOUNDS, "multipleOf"),
-    "object": (
-        "properties",
-        "required",
-        "additionalProperties",
-        "minProperties",
-        "maxProperties",
-    ),
-    "array": ("prefixItems", "items", "minItems", "maxItems", "uniqueItems"),
-}
-OWNER = {keyword: owner for owner, keywords in KEYWORDS.items() for keyword in keywords}
-VALUES = ("const", "enum")
-COMBINERS = ("$ref", "anyOf", "oneOf", "allOf")
-# What each type's name stands for: an integer is a number too.
-TYPES = {
-    "string": {"string"},
-    "integer": {"integer"},
-    "number": {"number", "integer"},
-    "boolean": {"boolean"},
-    "null": {"null"},
-    "object": {"object"},
-    "array": {"array"},
-}
-ALL_TYPES = frozenset(TYPES)
-
-ANY_DEPTH = 2
-MAX_NESTING = 64  # far above any real schema's; Python's own stack ends at about four times that
+DEPTH = 2  # of values where the schema sets no limit
+MAX_NESTING = 64  # far above any real schema's; Python's own stack ends at about three times that
 MAX_CHARACTERS = 2**18  # of a regex: references to references can double it at each step
-MAX_COUNT = 2**32 - 2  # the most that Python's re counts to
+MAX_PERMUTED = 4  # distinct items in any order up to here, in the enum's order beyond
 
 
-def schema_to_regex(schema: Any, *, compact: bool = False) -> str:
-    """The regex of JSON texts that validate against ``schema``, a value as ``json.loads`` gives it.
+def schema_to_regex(schema: Any, *, depth: int = DEPTH, compact: bool = False) -> str:
+    """The regex, in the dialect of ``re.fullmatch``, of JSON texts that validate.
 
-    In the dialect of ``re.fullmatch``. The module says what the subset is and how texts are
-    written. ``compact`` leaves out the spaces. ``UserError``, in one line that begins with the
-    path, for what is outside the subset, is no schema, or allows no value.
+    Args:
+        schema: a JSON schema as ``json.loads`` returns it.
+        depth: how deep values nest where the schema sets no limit, 0 or more: a schema that allows
+            any value, and a reference within its own target.
+        compact: leave out the spaces after ``:`` and ``,``.
+
+    Raises:
+        UserError: the schema is malformed, unsupported or allows no value. The message begins with
+            the path of the keyword.
     """
-    return _Converter(schema, compact).value(schema, ())
+    return _Converter(schema, depth, compact).document()
 
 
 @contextlib.contextmanager
-def regex_to_compile(schema: Any) -> Iterator[str]:
-    """``schema``'s regex; a RegexError about it becomes a UserError that names the subschema.
+def regex_to_compile(schema: Any, *, depth: int = DEPTH) -> Iterator[str]:
+    """The regex of ``schema`` for the body of a ``with`` statement, which compiles it.
 
-    Of those whose regex holds the piece at fault, that is the one of the shortest regex.
+    A RegexError of the body becomes a UserError with the path of the smallest subschema whose
+    regex contains the part at fault.
     """
-    converter = _Converter(schema, compact=False)
-    pattern = converter.value(schema, ())
+    converter = _Converter(schema, depth, compact=False)
+    pattern = converter.document()
     try:
         yield pattern
     except RegexError as error:
         around = [(len(text), path) for path, text in converter.made if error.piece in text]
-        refuse(min(around, default=(0, ()))[1], str(error))
+        refuse(min(around, default=(0, ()))[1], error.reason)
 
 
 class _Converter:
-    """One schema's conversion; ``path`` is where a subschema stands in the document."""
+    """The conversion of one document. Methods return None where no value is possible."""
 
-    def __init__(self, root: Any, compact: bool):
-        self.root = root
-        self.comma, self.colon = (",", ":") if compact else (", ", ": ")
-        self.open: list[Path] = []  # the schemas around the one at hand, references followed
-        self.made: list[tuple[Path, str]] = []  # what each was converted to, the innermost first
-        draft = root.get("$schema", DRAFTS[0]) if isinstance(root, Mapping) else DRAFTS[0]
-        if not isinstance(draft, str) or draft.rstrip("#") not in DRAFTS:
-            refuse(("$schema",), f"expected {' or '.join(DRAFTS)}, got {draft!r}")
-        self.older = draft.rstrip("#") != DRAFTS[0]
+    def __init__(self, root: Any, depth: int, compact: bool):
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+            refuse((), f"depth must be a whole number from 0 up, got {show(depth)}")
+        self.root, self.depth = root, depth
+        self.separators = (",", ":") if compact else (", ", ": ")
+        self.comma, self.colon = self.separators
+        self.reader = Reader(root, depth)
+        self.level = 0
+        self.made: list[tuple[Path, str]] = []  # the regex of each subschema, innermost first
+        self.known: dict[tuple[Any, ...], tuple[Any, str | None]] = {}
 
-    def value(self, schema: Any, path: Path, within: frozenset[str] = ALL_TYPES) -> str:
-        """The regex, an atom or a sequence, of the values of some types."""
-        if schema is True:
-            schema = {}
-        if schema is False:
-            refuse(path, "false allows no value")
-        if not isinstance(schema, Mapping):
-            refuse(path, f"a schema is an object or a boolean, got {show(schema)}")
-        if len(self.open) == MAX_NESTING:
-            refuse(path, f"schemas nest more than {MAX_NESTING} deep")
-        self.open.append(path)
-        text = self._keywords(schema, path, within)
-        self.open.pop()
+    def document(self) -> str:
+        text = self.value([(self.root, ())])
+        if text is None:
+            path, problem = self.reader.conflict or ((), "allows no value")
+            refuse(path, problem)
+        return text
+
+    def value(self, schemas: Sequence[Where]) -> str | None:
+        """The regex of the values that validate against every schema. Computed once each."""
+        key = (
+            tuple((path, id(schema)) for schema, path in schemas),
+            tuple(sorted(self.reader.open)),
+        )
+        if key not in self.known:
+            path = schemas[0][1]
+            if self.level == MAX_NESTING:
+                refuse(path, f"schemas nest more than {MAX_NESTING} deep")
+            self.level += 1
+            self.known[key] = schemas, self._value(schemas, path)
+            self.level -= 1
+        return self.known[key][1]
+
+    def _value(self, schemas: Sequence[Where], path: Path) -> str | None:
+        if all(_is_free(schema) for schema, _ in schemas):
+            return self._anything(self.depth)
+        texts = [
+            text
+            for leaf in self.reader.conjunction(schemas).leaves
+            if (text := self._leaf(leaf, path)) is not None
+        ]
+        if not texts:
+            return None
+        text = one_of(texts)
         self.made.append((path, text))
         if len(text) > MAX_CHARACTERS:
             refuse(path, f"the regex has more than {MAX_CHARACTERS} characters")
         return text
 
-    def _keywords(self, schema: Mapping[str, Any], path: Path, within: frozenset[str]) -> str:
-        unsaid = ANNOTATIONS if path else (*ANNOTATIONS, *AT_ROOT)
-        said = [key for key in schema if key not in unsaid]
-        for key in said:
-            if key not in ("type", *OWNER, *VALUES, *COMBINERS):
-                refuse((*path, key), "outside the supported subset of JSON Schema")
-            # Draft 7 overlooks both: the first wherever it is, the second beside $ref.
-            if self.older and (key == "prefixItems" or (key == "type" and "$ref" in schema)):
-                refuse((*path, key), "not as draft 7 has it, which $schema names")
-        types = self._types(schema, path, within)
-        for key in said:
-            if key in COMBINERS or key in VALUES:
-                for other in said:
-                    if other not in (key, "type"):
-                        refuse((*path, other), f"not supported beside {key}")
-                convert = self._values if key in VALUES else self._combined
-                return convert(schema, key, path, types)
-        about = {OWNER[key] for key in said if key != "type"}
-        for key in said:
-            if key != "type" and not TYPES[OWNER[key]] & types:
-                refuse((*path, key), f"does not apply to {' or '.join(_names(types))}")
-        if about and "type" not in schema:
-            types &= frozenset().union(*(TYPES[owner] for owner in about))
-        return one_of([self._typed(name, schema, path) for name in _names(types)])
-
-    def _types(
-        self, schema: Mapping[str, Any], path: Path, within: frozenset[str]
-    ) -> frozenset[str]:
-        """The types that a schema's values may have, of some."""
-        if "type" not in schema:
-            return within
-        path = (*path, "type")
-        said = schema["type"]
-        names: list[Any] = said if isinstance(said, list) and said else [said]
-        for name in names:
-            if not isinstance(name, str) or name not in TYPES:
-                refuse(path, f"expected one of {', '.join(TYPES)} or a list, got {show(said)}")
-        types = within & frozenset().union(*(TYPES[name] for name in names))
-        if not types:
-            refuse(path, f"allows no value, where {' or '.join(_names(within))} is expected")
-        return types
-
-    def _typed(self, name: str, schema: Mapping[str, Any], path: Path) -> str:
-        if name == "string":
-            return self._string(schema, path)
-        if name in ("integer", "number"):
-            return number(schema, path, whole=name == "integer")
-        if name == "object":
-            return self._object(schema, path)
-        if name == "array":
-            return self._array(schema, path)
-        return "(?:true|false)" if name == "boolean" else "null"
-
-    def _values(
-        self, schema: Mapping[str, Any], key: str, path: Path, types: frozenset[str]
-    ) -> str:
-        path = (*path, key)
-        texts = [
-            literal(self._dumps(value, path))
-            for value in _listed(schema, key, path)
-            if _types_of(value) & types
-        ]
+    def _leaf(self, leaf: Leaf, path: Path) -> str | None:
+        """The regex of a leaf, with its recursive references open."""
+        self.reader.open += leaf.references
+        try:
+            if leaf.values is None:
+                types = leaf.types
+                about = {name for name in ALL_TYPES if TYPES[name] <= types}
+                names = names_of(types)
+                texts = [self._typed(name, leaf, path, name in about) for name in names]
+            else:
+                values = [value for value in leaf.values if self._fits(value, leaf)]
+                texts = [literal(dumps(value, path, self.separators)) for value in values]
+                if not texts:
+                    self.reader.conflict = path, "allows no value: no constant fits all keywords"
+        finally:
+            del self.reader.open[len(self.reader.open) - len(leaf.references) :]
+        texts = [text for text in texts if text is not None]
         if not texts:
-            refuse(path, f"holds no {' or '.join(_names(types))}")
+            return None
+        self.made.append((leaf.parts[0][1] if leaf.parts else path, one_of(texts)))
         return one_of(texts)
 
-    def _dumps(self, value: Any, path: Path) -> str:
-        """A value's text, which has to be JSON and Unicode."""
-        try:
-            text = json.dumps(
-                value, ensure_ascii=False, allow_nan=False, separators=(self.comma, self.colon)
-            )
-            text.encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            refuse(path, f"{show(value)} is not JSON ({error})")
-        return text
-
-    def _combined(
-        self, schema: Mapping[str, Any], key: str, path: Path, types: frozenset[str]
-    ) -> str:
-        path = (*path, key)
-        branches = self._branches(schema, key, path)
-        text = one_of([self.value(branch, where, types) for branch, where in branches])
-        if key == "oneOf":
-            for (first, at_first), (second, at_second) in combinations(branches, 2):
-                if not self._disjoint(first, second, types):
-                    refuse(
-                        path,
-                        f"cannot tell that no value fits both {at_first[-1]} and {at_second[-1]}: "
-                        "give them different types, or a required property that differs "
-                        "in its type or const, or use anyOf",
-                    )
-        return text
-
-    def _branches(self, schema: Mapping[str, Any], key: str, path: Path) -> list[tuple[Any, Path]]:
-        """What a combiner is made of, and where that stands."""
-        said = schema[key]
-        if key == "$ref":
-            return [self._target(said, path)]
-        if not isinstance(said, list) or not said:
-            refuse(path, f"expected a list of schemas, got {show(said)}")
-        if key == "allOf" and len(said) > 1:
-            refuse(path, f"supported for one schema only, got {len(said)}")
-        return [(branch, (*path, str(index))) for index, branch in enumerate(said)]
-
-    def _target(self, reference: Any, path: Path) -> tuple[Any, Path]:
-        """The schema that a JSON pointer names (RFC 6901, section 6)."""
-        if not isinstance(reference, str) or not re.fullmatch("#(?:/.*)?", reference, re.DOTALL):
-            refuse(path, f"expected a JSON pointer (#/$defs/name), got {show(reference)}")
-        target, where = self.root, ()
-        for token in urllib.parse.unquote(reference).split("/")[1:]:
-            key = token.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list):
-                target = {str(index): each for index, each in enumerate(target)}
-            if not isinstance(target, Mapping) or key not in target:
-                refuse(path, f"{show(reference)} names nothing in the schema")
-            target, where = target[key], (*where, key)
-        if where in self.open:
-            refuse(path, f"{show(reference)} refers to a schema around it; recursion is refused")
-        return target, where
-
-    def _disjoint(self, first: Any, second: Any, types: frozenset[str]) -> bool:
-        """Whether it is certain that no value validates against both."""
-        return all(
-            self._apart(*one, *other)
-            for one in self._leaves(first, types)
-            for other in self._leaves(second, types)
-        )
-
-    def _leaves(
-        self, schema: Any, types: frozenset[str]
-    ) -> Iterator[tuple[Mapping[str, Any], frozenset[str]]]:
-        """A converted schema's parts without combiners, and the types that their values have."""
-        schema = {} if schema is True else schema
-        types = self._types(schema, (), types)
-        for key in COMBINERS:
-            if key in schema:
-                for branch, _ in self._branches(schema, key, ()):
-                    yield from self._leaves(branch, types)
-                return
-        for key in VALUES:
-            if key in schema:
-                types &= frozenset().union(*map(_types_of, _listed(schema, key, ())))
-        yield schema, types
-
-    def _apart(
-        self,
-        first: Mapping[str, Any],
-        first_types: frozenset[str],
-        second: Mapping[str, Any],
-        second_types: frozenset[str],
-    ) -> bool:
-        common = first_types & second_types
-        if not common:
-            return True
-        listed = [
-            {_same(value) for key in VALUES if key in leaf for value in _listed(leaf, key, ())}
-            for leaf in (first, second)
-        ]
-        if all(listed):
-            return not listed[0] & listed[1]
-        if common != {"object"}:
-            return False
-        return self._objects_apart(first, second) or self._objects_apart(second, first)
-
-    def _objects_apart(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-        """Whether a property that the first requires cannot be in the second."""
-        here, there = first.get("properties", {}), second.get("properties", {})
-        return any(
-            self._disjoint(here[name], there[name], ALL_TYPES)
-            if name in there
-            else second.get("additionalProperties") is False
-            for name in first.get("required", [])
-        )
+    def _typed(self, name: str, leaf: Leaf, path: Path, whole: bool) -> str | None:
+        if name == "boolean":
+            texts = [text for text in ("true", "false") if text not in leaf.excluded]
+            return one_of(texts) if texts else None
+        if name == "null":
+            return None if "null" in leaf.excluded else "null"
+        for value in leaf.excluded:
+            kind = names_of(types_of(json.loads(value)))[0]
+            if kind == name or (name == "number" and kind == "integer"):
+                refuse(path, f"cannot exclude the constant {value} from every {name}")
+        if name == "string":
+            return self._string(list(leaf.about("string")), path)
+        if name in ("integer", "number"):
+            kind = name if name == "integer" or whole else "fraction"
+            found = number(list(leaf.about("number")), path, kind)
+            if found is None:
+                few = "" if kind == "integer" else " with at most 6 digits after the point"
+                kind = "integer" if kind == "integer" else "number"
+                self.reader.conflict = path, f"no {kind}{few} lies between the bounds"
+            return found
+        if name == "object":
+            return self._object(leaf, path)
+        return self._array(list(leaf.about("array")), path)
 
     def _anything(self, depth: int) -> str:
         """Any value whose arrays and objects nest at most ``depth`` deep."""
-        names = _names(ALL_TYPES if depth else ALL_TYPES - {"object", "array"})
-        return one_of(
-            [
-                self._map(self._anything(depth - 1))
-                if name == "object"
-                else self._list(self._anything(depth - 1), 0, math.inf)
-                if name == "array"
-                else self._typed(name, {}, ())
-                for name in names
-            ]
-        )
+        scalars = [
+            self._typed(name, Leaf(), (), True)
+            for name in names_of(ALL_TYPES - {"object", "array"})
+        ]
+        texts = [text for text in scalars if text is not None]
+        if depth:
+            inner = self._anything(depth - 1)
+            texts += [self._map([(f'"{TEXT.text}"', inner)], 0, math.inf)]
+            texts += [self._list(inner, 0, math.inf)]
+        return one_of(texts)
 
-    def _inside(self, schema: Any, path: Path) -> str:
-        """The values of a list or map, which is itself a level where they may be anything."""
-        if schema is True or (isinstance(schema, Mapping) and not set(schema) - set(ANNOTATIONS)):
-            return self._anything(ANY_DEPTH - 1)
-        return self.value(schema, path)
+    def _inside(self, schemas: Sequence[Where]) -> str | None:
+        """The items of a list or values of a map: any value is one level less deep there."""
+        if all(_is_free(schema) for schema, _ in schemas):
+            return self._anything(self.depth - 1) if self.depth else None
+        return self.value(schemas)
 
-    def _object(self, schema: Mapping[str, Any], path: Path) -> str:
-        properties = schema.get("properties", {})
-        if not isinstance(properties, Mapping):
-            refuse((*path, "properties"), f"expected an object, got {show(properties)}")
-        required = schema.get("required", [])
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            refuse((*path, "required"), f"expected a list of names, got {show(required)}")
-        for name in required:
-            if name not in properties:
-                refuse((*path, "required"), f"{show(name)} is not among the properties")
-        others = schema.get("additionalProperties", True)
-        if not isinstance(others, bool | Mapping):
-            where = (*path, "additionalProperties")
-            refuse(where, f"a schema is an object or a boolean, got {show(others)}")
-        free = "properties" not in schema and others is not False
-        fewest, most = _counts(schema, path, "minProperties", "maxProperties")
-        if fewest > len(set(required)):
-            refuse((*path, "minProperties"), "supported only up to the number of required ones")
-        if most < (math.inf if free else len(properties)):
-            refuse((*path, "maxProperties"), "supported only from the number of properties up")
-        if free:
-            return self._map(self._inside(others, (*path, "additionalProperties")))
-        pairs = []
-        for name, subschema in properties.items():
-            where = (*path, "properties", name)
-            text = self.value(subschema, where)
-            pairs.append(literal(self._dumps(name, where) + self.colon) + text)
-        return rf"\{{{self._members(pairs, [name in required for name in properties])}\}}"
+    # -------------------------------------------------------------------------- strings
+
+    def _string(self, parts: Sequence[Part], path: Path) -> str | None:
+        low, high, least, most = _counts(parts, "minLength", "maxLength")
+        pieces = [
+            (FORMATS[schema["format"]], (*at, "format"))
+            for schema, at in parts
+            if schema.get("format") in FORMATS
+        ]
+        pieces += [
+            (searched(schema["pattern"], where := (*at, "pattern")), where)
+            for schema, at in parts
+            if "pattern" in schema
+        ]
+        sources = {piece.text: (piece, at) for piece, at in pieces if piece.text != TEXT.text}
+        if len(sources) > 1:
+            (_, first), (_, second) = list(sources.values())[:2]
+            refuse(second, f"not supported beside another {first[-1]}")
+        piece, at = next(iter(sources.values()), (TEXT, ("",)))
+        source = at[-1]
+        if low > high:
+            self.reader.conflict = least, f"{low} exceeds maxLength {_shown(high)}"
+            return None
+        if low <= piece.low and piece.high <= high:
+            return f'"{piece.text}"'
+        at = least if low > piece.low else most
+        if low > piece.high or high < piece.low:
+            self.reader.conflict = at, f"no string of that {source} has such a length"
+            return None
+        if piece.atom is None:
+            refuse(at, f"not supported beside this {source}, whose lengths differ")
+        return f'"{repeat(piece.atom, max(low, piece.low), min(high, piece.high))}"'
+
+    # -------------------------------------------------------------------------- objects
+
+    def _object(self, leaf: Leaf, path: Path) -> str | None:
+        parts = list(leaf.about("object"))
+        required = _required(parts)
+        names = dict.fromkeys((*_properties(parts), *required))
+        fewest, most, least, greatest = _counts(parts, "minProperties", "maxProperties")
+        keys = [(key, at) for key, at in leaf.said("propertyNames")]
+        if not names and not any("properties" in schema for schema, _ in parts):
+            return self._free_object(leaf, keys, fewest, most, least, greatest)
+        pairs, needed = [], []
+        for name in names:
+            schemas = named(leaf, name) or [(True, (*path, "properties", name))]
+            fits = all(self._holds(name, key) for key in keys)
+            text = self.value(schemas) if fits else None
+            if text is not None:
+                written = dumps(name, (*path, "properties", name), self.separators)
+                pairs.append(literal(written + self.colon) + text)
+                needed.append(name in required)
+            elif name in required:
+                if not fits:
+                    self.reader.conflict = keys[0][1], f"excludes the required {show(name)}"
+                return None
+        body = self._counted(pairs, needed, fewest, most, least, greatest)
+        return None if body is None else rf"\{{{body}\}}"
+
+    def _counted(
+        self,
+        pairs: Sequence[str],
+        needed: Sequence[bool],
+        fewest: int,
+        most: float,
+        least: Path,
+        greatest: Path,
+    ) -> str | None:
+        """The members of an object with ``fewest`` to ``most`` of the pairs."""
+        count = sum(needed)
+        if fewest > len(pairs):
+            refuse(least, f"supported only up to the {len(pairs)} properties that are written")
+        if most < count or fewest > most:
+            self.reader.conflict = greatest or least, "conflicts with the number of properties"
+            return None
+        if fewest == len(pairs):
+            needed, count = [True] * len(pairs), len(pairs)
+        if most < len(pairs):
+            if most == count:
+                kept = [pair for pair, need in zip(pairs, needed, strict=True) if need]
+                return self._members(kept, [True] * count)
+            if count or most != 1:
+                refuse(greatest, "supported only from the number of properties up, or as 1")
+            return one_of(pairs) + ("" if fewest else "?") if len(pairs) > 1 or fewest else ""
+        if fewest <= count:
+            return self._members(pairs, needed)
+        if count or fewest != 1:
+            refuse(least, "supported only up to the number of required properties, or as 1")
+        return self._some(pairs)
+
+    def _free_object(
+        self,
+        leaf: Leaf,
+        keys: Sequence[Where],
+        fewest: int,
+        most: float,
+        least: Path,
+        greatest: Path,
+    ) -> str | None:
+        """An object without named properties."""
+        if fewest > 1:
+            refuse(least, "supported up to 1 for objects without named properties")
+        if fewest > most:
+            self.reader.conflict = least, f"{fewest} exceeds maxProperties {_shown(most)}"
+            return None
+        pairs = self._free_pairs(leaf, keys) if most else []
+        if not pairs:
+            if fewest:
+                self.reader.conflict = least, "no property is possible"
+            return None if fewest else r"\{\}"
+        return self._map(pairs, fewest, most)
+
+    def _free_pairs(self, leaf: Leaf, keys: Sequence[Where]) -> list[tuple[str, str]]:
+        """Regexes of names, quotes included, and of the values that go with them."""
+        others = [(value, at) for value, at in leaf.said("additionalProperties")]
+        patterns = [
+            (pattern, (each, (*at, pattern)))
+            for said, at in leaf.said("patternProperties")
+            for pattern, each in _mapping(said, at).items()
+        ]
+        if not patterns:
+            key = f'"{TEXT.text}"'
+            if keys:
+                key = self.value([({"type": "string"}, keys[0][1]), *keys])
+            value = self._inside(others or [(True, ())])
+            return [] if key is None or value is None else [(key, value)]
+        if keys:
+            refuse(keys[0][1], "not supported beside patternProperties")
+        found = []
+        names = {p: searched(p, where[1]).text for p, where in patterns}
+        for pattern, text in names.items():
+            overlap = [other for other in names if _overlap(text, names[other])]
+            schemas = [where for other, where in patterns if other in overlap]
+            for schema, at in leaf.about("object"):
+                own = schema.get("patternProperties", {})
+                if pattern not in own and "additionalProperties" in schema:
+                    where = (*at, "additionalProperties")
+                    schemas.append((schema["additionalProperties"], where))
+            value = self._inside(schemas)
+            if value is not None:
+                found.append((f'"{text}"', value))
+        return found
 
     def _members(self, pairs: Sequence[str], needed: Sequence[bool]) -> str:
-        """Some of the pairs in order, the needed ones among them, with commas between."""
+        """Some of the pairs in order, with commas between; the needed ones are always there."""
         if not any(needed):
             return f"(?:{self._some(pairs)})?" if pairs else ""
-        # The commas hang on the first that must be there.
+        # The commas belong to the first needed pair.
         first = needed.index(True)
         before = [f"(?:{pair}{self.comma})?" for pair in pairs[:first]]
         after = [
@@ -395,36 +373,95 @@ class _Converter:
         return "".join([*before, pairs[first], *after])
 
     def _some(self, pairs: Sequence[str]) -> str:
-        """At least one of the pairs: n·log n of them are written out, not 2ⁿ."""
+        """At least one of n pairs in order. Writes n·log n pairs, not 2ⁿ."""
         if len(pairs) == 1:
             return pairs[0]
         left, right = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
         rest = "".join(f"(?:{self.comma}{pair})?" for pair in right)
         return one_of([self._some(left) + rest, self._some(right)])
 
-    def _map(self, value: str) -> str:
-        pair = f'"{TEXT.text}"{self.colon}{value}'
-        return rf"\{{(?:{pair}(?:{self.comma}{pair})*)?\}}"
+    def _map(self, pairs: Sequence[tuple[str, str]], fewest: int, most: float) -> str:
+        pair = one_of([f"{key}{self.colon}{value}" for key, value in pairs])
+        body = f"{pair}{repeat(f'(?:{self.comma}{pair})', 0, most - 1)}"
+        return rf"\{{{body}\}}" if fewest else rf"\{{(?:{body})?\}}"
 
-    def _array(self, schema: Mapping[str, Any], path: Path) -> str:
-        low, high = _counts(schema, path, "minItems", "maxItems")
-        unique = schema.get("uniqueItems", False)
-        if unique is not False:
-            refuse((*path, "uniqueItems"), f"only false is supported, got {show(unique)}")
-        where = (*path, "prefixItems")
-        prefix = schema.get("prefixItems", [])
-        if not isinstance(prefix, list) or ("prefixItems" in schema and not prefix):
-            refuse(where, f"expected a list of schemas, got {show(prefix)}")
-        first = [self.value(each, (*where, str(i))) for i, each in enumerate(prefix)]
-        items = schema.get("items", not prefix)
-        if items is False:
-            if low > len(prefix):
-                refuse((*path, "minItems"), f"more than the {len(prefix)} items that there can be")
-            return self._list("", low, min(high, len(prefix)), first)
-        return self._list(self._inside(items, (*path, "items")), low, high, first)
+    # --------------------------------------------------------------------------- arrays
+
+    def _array(self, parts: Sequence[Part], path: Path) -> str | None:
+        low, high, least, _ = _counts(parts, "minItems", "maxItems")
+        if low > high:
+            self.reader.conflict = least, f"{low} exceeds maxItems {_shown(high)}"
+            return None
+        read = [_items(schema, at) for schema, at in parts]
+        unique = any(schema.get("uniqueItems", False) is True for schema, _ in parts)
+        for schema, at in parts:
+            if not isinstance(schema.get("uniqueItems", False), bool):
+                wrong = show(schema["uniqueItems"])
+                refuse((*at, "uniqueItems"), f"expected true or false, got {wrong}")
+        first: list[str] = []
+        for place in range(max((len(prefix) for prefix, _ in read), default=0)):
+            schemas = [
+                prefix[place] if place < len(prefix) else rest or (True, ())
+                for prefix, rest in read
+            ]
+            text = self.value(schemas) if place < high else None
+            if text is None:
+                high = min(high, place)
+                break
+            first.append(text)
+        # Without items, an array with prefixItems ends with them.
+        rests = [rest or (not prefix, path) for prefix, rest in read] or [(True, path)]
+        if unique and high > 1:
+            return self._distinct(rests, first, low, high, parts)
+        item = self._inside(rests) if high > len(first) else None
+        if item is None:
+            high = min(high, len(first))
+        if low > high:
+            self.reader.conflict = (
+                least,
+                f"more than the {_shown(high)} items that there can be",
+            )
+            return None
+        return self._list(item or "", low, high, first)
+
+    def _distinct(
+        self,
+        items: Sequence[Where],
+        first: Sequence[str],
+        low: int,
+        high: float,
+        parts: Sequence[Part],
+    ) -> str | None:
+        """An array of distinct constants: in any order if they are few, or else in theirs."""
+        at = next((*at, "uniqueItems") for schema, at in parts if schema.get("uniqueItems"))
+        leaves = self.reader.conjunction(items).leaves
+        if first or any(leaf.values is None for leaf in leaves):
+            refuse(at, "supported for items of an enum, or false")
+        values = {
+            same(value): dumps(value, at, self.separators)
+            for leaf in leaves
+            for value in leaf.values or ()
+            if self._fits(value, leaf)
+        }
+        texts = [literal(text) for text in values.values()]
+        high = int(min(high, len(texts)))
+        if low > high:
+            self.reader.conflict = at, f"there are only {len(texts)} distinct items"
+            return None
+        if len(texts) > MAX_PERMUTED:
+            needed = [index < low for index in range(len(texts))]
+            if high < len(texts):
+                texts, needed = texts[:high], needed[:high]
+            return rf"\[{self._members(texts, needed)}\]"
+        rows = [
+            self.comma.join(row)
+            for size in range(low, high + 1)
+            for row in itertools.permutations(texts, size)
+        ]
+        return rf"\[{one_of(rows)}\]"
 
     def _list(self, item: str, low: int, high: float, first: Sequence[str] = ()) -> str:
-        """A list of ``low`` to ``high``: the ``first`` ones and then items."""
+        """A list of ``low`` to ``high`` values: the ``first`` ones and then items."""
         first = first[: int(min(high, len(first)))]
         taken = max(len(first), 1)  # the items after these all follow a comma
         rest = ""
@@ -436,85 +473,159 @@ class _Converter:
             rest = rest if index < low else f"(?:{rest})?"
         return rf"\[{rest}\]"
 
-    def _string(self, schema: Mapping[str, Any], path: Path) -> str:
-        low, high = _counts(schema, path, "minLength", "maxLength")
-        piece, source = TEXT, ""
-        if "format" in schema:
-            name = schema["format"]
-            if not isinstance(name, str) or name not in FORMATS:
-                given = f"expected one of {', '.join(FORMATS)}, got {show(name)}"
-                refuse((*path, "format"), given)
-            if "pattern" in schema:
-                refuse((*path, "pattern"), "not supported beside format")
-            piece, source = FORMATS[name], "format"
-        elif "pattern" in schema:
-            piece, source = searched(schema["pattern"], (*path, "pattern")), "pattern"
-        if low <= piece.low and piece.high <= high:
-            return f'"{piece.text}"'
-        key = "minLength" if low > piece.low else "maxLength"
-        if low > piece.high or high < piece.low:
-            refuse((*path, key), f"no string of that {source} has such a length")
-        if piece.atom is None:
-            refuse((*path, key), f"not supported beside this {source}, whose lengths differ")
-        return f'"{repeat(piece.atom, max(low, piece.low), min(high, piece.high))}"'
+    # ------------------------------------------------------------------------ constants
+
+    def _holds(self, value: Any, schema: Where) -> bool:
+        """Whether a value validates. May be False for one that does, never True for another."""
+        return any(
+            types_of(value) <= leaf.types
+            and (leaf.values is None or same(value) in map(same, leaf.values))
+            and same(value) not in leaf.excluded
+            and self._fits(value, leaf)
+            for leaf in self.reader.conjunction([schema]).leaves
+        )
+
+    def _fits(self, value: Any, leaf: Leaf) -> bool:
+        """Whether a value of the leaf's types meets the keywords about its type."""
+        (name,) = types_of(value)
+        kind = "number" if name == "integer" else name
+        if kind not in ("string", "number", "object", "array"):
+            return True
+        parts = list(leaf.about(kind))
+        if kind == "number":
+            return all(_number_fits(value, schema, at) for schema, at in parts)
+        if kind == "string":
+            return all(_string_fits(value, schema, at) for schema, at in parts)
+        least, most = {"object": ("minProperties", "maxProperties")}.get(
+            kind, ("minItems", "maxItems")
+        )
+        low, high, _, _ = _counts(parts, least, most)
+        if not low <= len(value) <= high:
+            return False
+        if kind == "object":
+            return (
+                all(name in value for name in _required(parts))
+                and all(
+                    self._holds(name, key) for key in leaf.said("propertyNames") for name in value
+                )
+                and all(
+                    self._holds(each, schema)
+                    for name, each in value.items()
+                    for schema in named(leaf, name)
+                )
+            )
+        unique = any(schema.get("uniqueItems") for schema, _ in parts)
+        if unique and len(set(map(same, value))) < len(value):
+            return False
+        for schema, at in parts:
+            prefix, rest = _items(schema, at)
+            for place, each in enumerate(value):
+                item = prefix[place] if place < len(prefix) else rest
+                if item is not None and not self._holds(each, item):
+                    return False
+        return True
 
 
-def _counts(schema: Mapping[str, Any], path: Path, least: str, most: str) -> tuple[int, float]:
-    """The two ends of a length, 0 and infinity where they are not given."""
-    ends = []
-    for key, default in ((least, 0), (most, math.inf)):
-        value = schema.get(key, default)
-        if key in schema:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and 0 <= value <= MAX_COUNT and value == int(value)):
-                refuse((*path, key), f"expected a count up to {MAX_COUNT}, got {show(value)}")
-            value = int(value)
-        ends.append(value)
-    low, high = ends
-    if low > high:
-        refuse((*path, least), f"{low} exceeds {most} {high}")
-    return low, high
+def _is_free(schema: Any) -> bool:
+    """Whether a schema allows any value."""
+    if isinstance(schema, Mapping):
+        return all(key in ANNOTATIONS or key.startswith("x-") for key in schema)
+    return schema is True
 
 
-def _listed(schema: Mapping[str, Any], key: str, path: Path) -> list[Any]:
-    """The values of a ``const`` or an ``enum``."""
-    said = schema[key]
-    if key == "const":
-        return [said]
-    if not isinstance(said, list) or not said:
-        refuse(path, f"expected a list of values, got {show(said)}")
+def _counts(parts: Sequence[Part], least: str, most: str) -> tuple[int, float, Path, Path]:
+    """The largest lower and the smallest upper count of the parts, and where those stand."""
+    low, high, at_low, at_high = 0, math.inf, (), ()
+    for schema, path in parts:
+        if least in schema and (count := counted(schema[least], (*path, least))) > low:
+            low, at_low = count, (*path, least)
+        if most in schema and (count := counted(schema[most], (*path, most))) < high:
+            high, at_high = count, (*path, most)
+    return low, high, at_low or at_high, at_high or at_low
+
+
+def _mapping(said: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(said, Mapping):
+        refuse(path, f"expected an object, got {show(said)}")
     return said
 
 
-def _types_of(value: Any) -> frozenset[str]:
-    if isinstance(value, bool):
-        return frozenset({"boolean"})
-    if isinstance(value, int | float):
-        whole = isinstance(value, int) or value.is_integer()
-        return frozenset({"integer"} if whole else {"number"})
-    for name, kind in (("string", str), ("array", list), ("object", Mapping)):
-        if isinstance(value, kind):
-            return frozenset({name})
-    return frozenset({"null"})
+def _properties(parts: Sequence[Part]) -> Iterator[str]:
+    for schema, path in parts:
+        yield from _mapping(schema.get("properties", {}), (*path, "properties"))
 
 
-def _same(value: Any) -> str:
-    """Equal for values that are equal in JSON Schema: 1 and 1.0 are, 1 and true are not."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        if isinstance(value, Mapping):
-            return {key: plain(each) for key, each in value.items()}
-        return value
-
-    return json.dumps(plain(value), sort_keys=True)
+def _required(parts: Sequence[Part]) -> dict[str, None]:
+    found: dict[str, None] = {}
+    for schema, path in parts:
+        said = schema.get("required", [])
+        if not isinstance(said, list) or not all(isinstance(name, str) for name in said):
+            refuse((*path, "required"), f"expected a list of names, got {show(said)}")
+        found |= dict.fromkeys(said)
+    return found
 
 
-def _names(types: frozenset[str]) -> list[str]:
-    """The names that stand for some types, in the order of ``TYPES``."""
-    return [
-        name for name in TYPES if name in types and not (name == "integer" and "number" in types)
-    ]
+def _items(schema: Mapping[str, Any], path: Path) -> tuple[list[Where], Where | None]:
+    """The schemas of the first items and that of the others, in the form of any draft."""
+    key, rest = "prefixItems", "items"
+    if isinstance(schema.get("items"), list) and "prefixItems" not in schema:
+        key, rest = "items", "additionalItems"
+    said = schema.get(key, [])
+    if not isinstance(said, list) or (key in schema and not said):
+        refuse((*path, key), f"expected a list of schemas, got {show(said)}")
+    prefix = [(each, (*path, key, str(index))) for index, each in enumerate(said)]
+    return prefix, (schema[rest], (*path, rest)) if rest in schema else None
+
+
+def _number_fits(value: float, schema: Mapping[str, Any], path: Path) -> bool:
+    exact = Fraction(value)
+    for key, sign, strict in (
+        ("minimum", 1, False),
+        ("exclusiveMinimum", 1, True),
+        ("maximum", -1, False),
+        ("exclusiveMaximum", -1, True),
+    ):
+        if key in schema:
+            bound = schema[key]
+            if isinstance(bound, bool) or not isinstance(bound, int | float):
+                refuse((*path, key), f"expected a number, got {show(bound)}")
+            above = sign * (exact - Fraction(bound))
+            if above < 0 or (strict and above == 0):
+                return False
+    step = schema.get("multipleOf", 1)
+    if "multipleOf" in schema and (isinstance(step, bool) or step != int(step) or step < 1):
+        refuse((*path, "multipleOf"), f"only whole numbers are supported, got {show(step)}")
+    return "multipleOf" not in schema or exact % Fraction(step) == 0
+
+
+def _string_fits(value: str, schema: Mapping[str, Any], path: Path) -> bool:
+    low, high, _, _ = _counts([(schema, path)], "minLength", "maxLength")
+    if not low <= len(value) <= high:
+        return False
+    if "pattern" in schema:
+        searched(schema["pattern"], (*path, "pattern"))
+        if not name_matches(schema["pattern"], value, (*path, "pattern")):
+            return False
+    check = FORMATS.get(schema.get("format", ""))
+    return check is None or re.fullmatch(check.text, value, re.ASCII) is not None
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether some text matches both regexes: a walk over pairs of states."""
+    if one == other:
+        return True
+    left, right = compile_bytes(one), compile_bytes(other)
+    seen, stack = {(0, 0)}, [(0, 0)]
+    while stack:
+        a, b = stack.pop()
+        if left.accepting[a] and right.accepting[b]:
+            return True
+        both = zip(left.transitions[a].tolist(), right.transitions[b].tolist(), strict=True)
+        new = {pair for pair in both if min(pair) >= 0} - seen
+        seen |= new
+        stack.extend(new)
+    return False
+
+
+def _shown(count: float) -> str:
+    return str(count if count == math.inf else int(count))

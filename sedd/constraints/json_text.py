@@ -4,10 +4,8 @@ import math
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import groupby
 from typing import Any, NoReturn
 
 from sedd.constraints.regex import (
@@ -28,15 +26,6 @@ from sedd.constraints.regex import (
 from sedd.errors import UserError
 
 Path = tuple[str, ...]
-Span = tuple[tuple[str, str], ...]  # the least and the greatest digit of each position
-
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-INTEGER_DIGITS = 15  # every integer of so many digits is a double, whoever reads it
-FRACTION_DIGITS = 6
-BOUND_DIGITS = 19  # the greatest bound of an integer, 64 bits
-# Up to here neighbours of FRACTION_DIGITS after the point are different doubles, so that a number
-# that is written as less than a bound is read as less than it.
-EXACT = 10**9
 
 _LARGEST = sys.maxunicode
 _ANY = ((0, _LARGEST),)
@@ -122,124 +111,6 @@ def _either(pieces: Sequence[Piece]) -> Piece:
         text=one_of([piece.text for piece in pieces]),
         low=min(piece.low for piece in pieces),
         high=max(piece.high for piece in pieces),
-    )
-
-
-def number(schema: Mapping[str, Any], path: Path, *, whole: bool) -> str:
-    """The decimals between the bounds."""
-    step = schema.get("multipleOf", 1)
-    if "multipleOf" in schema and (isinstance(step, bool) or step != 1 or not whole):
-        refuse((*path, "multipleOf"), f"only 1 is supported, for integers, got {show(step)}")
-    unit = 1 if whole else 10**FRACTION_DIGITS
-    bounds = {key: _bound(schema[key], (*path, key), whole) for key in BOUNDS if key in schema}
-    digits = INTEGER_DIGITS
-    if any(abs(bound) >= 10**digits for bound in bounds.values()):
-        digits = BOUND_DIGITS
-    low, high = 1 - unit * 10**digits, unit * 10**digits - 1
-    for key, bound in bounds.items():
-        scaled = bound * unit
-        if key == "minimum":
-            low = max(low, math.ceil(scaled))
-        elif key == "exclusiveMinimum":
-            low = max(low, math.floor(scaled) + 1)
-        elif key == "maximum":
-            high = min(high, math.floor(scaled))
-        else:
-            high = min(high, math.ceil(scaled) - 1)
-    if low > high:
-        refuse(path, f"no {'integer' if whole else 'number'} lies between the bounds")
-    magnitudes = _naturals if whole else _decimals
-    negative = magnitudes(max(-high, 1), -low) if low < 0 else []  # never -0
-    positive = magnitudes(max(low, 0), high) if high >= 0 else []
-    return one_of([*(["-" + one_of(negative)] if negative else []), *positive])
-
-
-def _bound(value: Any, path: Path, whole: bool) -> Fraction:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        refuse(path, f"expected a number, got {show(value)}")
-    largest = 10**BOUND_DIGITS if whole else 10**INTEGER_DIGITS
-    if not whole and path[-1].startswith("exclusive"):
-        largest = EXACT + 1
-    if not abs(value) < largest:
-        refuse(path, f"expected a magnitude below {largest}, got {show(value)}")
-    # A fraction is what it is written as: "0.1" reads as the double that 0.1 is.
-    return Fraction(value) if value == int(value) else Fraction(repr(value))
-
-
-def _naturals(low: int, high: int) -> list[str]:
-    """Alternatives for the integers from ``low`` >= 0 to ``high``."""
-    texts, full = ["0"] if low == 0 else [], []
-    low = max(low, 1)
-    for width in range(len(str(low)), len(str(high)) + 1):
-        least, most = max(low, 10 ** (width - 1)), min(high, 10**width - 1)
-        if least == 10 ** (width - 1) and most == 10**width - 1:
-            full.append(width)
-        elif least <= most:
-            texts += [_digits(span) for span in _spans(str(least), str(most))]
-    if full:
-        texts.append("[1-9]" + repeat("[0-9]", full[0] - 1, full[-1] - 1))
-    return texts
-
-
-def _decimals(low: int, high: int) -> list[str]:
-    """Alternatives for the decimals from ``low`` >= 0 to ``high``, in the last digit's units."""
-    unit = 10**FRACTION_DIGITS
-    (first, above), (last, below) = divmod(low, unit), divmod(high, unit)
-    if first == last:
-        return [str(first) + _fraction(above, below)]
-    texts = []
-    if above:
-        texts.append(str(first) + _fraction(above, unit - 1))
-        first += 1
-    if below != unit - 1:
-        texts.append(str(last) + _fraction(0, below))
-        last -= 1
-    if first <= last:
-        texts.append(one_of(_naturals(first, last)) + _fraction(0, unit - 1))
-    return texts
-
-
-def _fraction(low: int, high: int) -> str:
-    """The point and the digits after it; trailing zeros, or all of it, may be left out."""
-    texts = []
-    for span in _spans(*(f"{bound:0{FRACTION_DIGITS}}" for bound in (low, high))):
-        kept = len(span)
-        while kept > 1 and span[kept - 1][0] == "0":
-            kept -= 1
-        if len(set(span[kept:])) == 1:
-            tail = repeat(_digits(span[kept : kept + 1]), 0, len(span) - kept)
-        else:
-            tail = ""
-            for position in reversed(span[kept:]):
-                tail = f"(?:{_digits((position,))}{tail})?"
-        texts.append(_digits(span[:kept]) + tail)
-    return rf"(?:\.{one_of(texts)})" + ("" if low else "?")
-
-
-def _spans(low: str, high: str) -> Iterator[Span]:
-    """The numbers between two of equal width, as products of digit ranges."""
-    width = len(low)
-    if set(low) <= {"0"} and set(high) <= {"9"}:
-        yield (("0", "9"),) * width
-        return
-    first, last, rest = int(low[0]), int(high[0]), width - 1
-    if first == last:
-        yield from (((low[0], low[0]), *span) for span in _spans(low[1:], high[1:]))
-        return
-    if low[1:] != "0" * rest:
-        yield from (((low[0], low[0]), *span) for span in _spans(low[1:], "9" * rest))
-        first += 1
-    if high[1:] != "9" * rest:
-        yield from (((high[0], high[0]), *span) for span in _spans("0" * rest, high[1:]))
-        last -= 1
-    if first <= last:
-        yield ((str(first), str(last)), *(("0", "9"),) * rest)
-
-
-def _digits(span: Span) -> str:
-    return "".join(
-        repeat(low if low == high else f"[{low}-{high}]", count, count)
-        for (low, high), count in ((pair, len(list(run))) for pair, run in groupby(span))
     )
 
 
@@ -331,7 +202,9 @@ FORMATS = {
     "date": Piece(text=_DATE, low=10, high=10),
     "time": Piece(text=_TIME, low=9, high=21),
     "date-time": Piece(text=f"{_DATE}T{_TIME}", low=20, high=32),
-    "email": Piece(text=rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})+", low=5, high=math.inf),
+    "email": Piece(
+        text=rf"{_ATOM}(?:\.{_ATOM})*@{_LABEL}(?:\.{_LABEL})*\.[A-Za-z]+", low=5, high=math.inf
+    ),
     "uuid": Piece(
         text=f"{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}", low=36, high=36
     ),

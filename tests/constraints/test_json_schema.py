@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import time as time_of
 from datetime import date, datetime, time, timedelta
 from itertools import combinations, product
 
@@ -13,8 +14,8 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from sedd.constraints import compile_json_schema
 from sedd.constraints.automaton import compile_bytes
-from sedd.constraints.json_schema import FORMATS, MAX_NESTING, schema_to_regex
-from sedd.constraints.json_text import show
+from sedd.constraints.json_schema import MAX_NESTING, schema_to_regex
+from sedd.constraints.json_text import FORMATS, show
 from sedd.errors import UserError
 
 CHECKER = FormatChecker(formats=())
@@ -215,7 +216,7 @@ CASES = {
     "email": (
         string(format="email", minLength=5),
         ["a@b.c", "o'brien.x+y@mail-1.example.com"],
-        ["a.b.c", ""],
+        ["a.b.c", "", "a@b.1", "a@b.c2", "a@1.2.3.4"],
     ),
     "uuid": (
         string(format="uuid"),
@@ -357,6 +358,180 @@ CASES = {
         [{"a": 1}, {"b": 1}],
         [{}, {"a": 1, "b": 1}],
     ),
+    "oneOf_required": (
+        {
+            "type": "object",
+            "properties": {"a": integer(), "b": integer()},
+            "oneOf": [{"required": ["a"]}, {"required": ["b"]}],
+        },
+        [{"a": 1}, {"b": 1}],
+        [{}, {"a": 1, "b": 1}],
+    ),
+    "oneOf_bounds": (
+        {"oneOf": [integer(minimum=5), integer(maximum=9)]},
+        [1, 4, 10, 99],
+        [5, 7, 9, "a"],
+    ),
+    "oneOf_repeated_constant": ({"oneOf": [{"const": 1}, {"enum": [2, 1.0]}]}, [2], [1, 3]),
+    "oneOf_number": ({"oneOf": [integer(), number()]}, [1.5, -0.25], [1, "1"]),
+    "allOf_objects": (
+        {"allOf": [record(["a"], a=integer()), record(["b"], b=string(), a={"minimum": 3})]},
+        [{"a": 3, "b": "x"}],
+        [{"a": 2, "b": "x"}, {"a": 3}, {"b": "x"}],
+    ),
+    "allOf_beside": (
+        {"type": "array", "allOf": [{"minItems": 1}, {"maxItems": 2}], "items": integer()},
+        [[1], [1, 2]],
+        [[], [1, 2, 3], ["a"]],
+    ),
+    "allOf_closed": (
+        {
+            "allOf": [
+                {"properties": {"a": integer(), "b": integer()}},
+                {"properties": {"a": {"minimum": 1}}, "additionalProperties": False},
+            ],
+            "type": "object",
+        },
+        [{}, {"a": 1}],
+        [{"a": 0}, {"b": 1}],
+    ),
+    "ref_beside": (
+        {"$ref": "#/$defs/a", "maximum": 5, "$defs": {"a": integer(minimum=3)}},
+        [3, 5],
+        [2, 6],
+    ),
+    "anchor": (
+        {
+            "items": {"$ref": "#it"},
+            "type": "array",
+            "$defs": {"x": {"$anchor": "it", "type": "null"}},
+        },
+        [[None]],
+        [[1]],
+    ),
+    "not_type": ({"not": {"type": ["string", "object"]}}, [1, None, [1], 2.5], ["a", {}]),
+    "not_values": ({"enum": [1, 2, "a"], "not": {"const": 2}}, [1, "a"], [2]),
+    "not_required": (
+        {**record(a=integer(), b=integer()), "not": {"required": ["a"]}},
+        [{}, {"b": 1}],
+        [{"a": 1}, {"a": 1, "b": 1}],
+    ),
+    "not_length": (string(**{"not": {"minLength": 3}}), ["", "ab"], ["abc"]),
+    "not_not": ({"not": {"not": integer(minimum=3)}}, [3, 10], [2, "a"]),
+    "not_properties": (
+        {**record(a=integer()), "not": {"properties": {"a": {"minimum": 5}}}},
+        [{"a": 4}],
+        [{"a": 5}, {}],
+    ),
+    "if_then_else": (
+        {
+            **record(["k"], k={"enum": ["a", "b"]}, v={"type": ["integer", "string"]}),
+            "if": {"properties": {"k": {"const": "a"}}},
+            "then": {"properties": {"v": integer()}},
+            "else": {"properties": {"v": string()}, "required": ["v"]},
+        },
+        [{"k": "a"}, {"k": "a", "v": 1}, {"k": "b", "v": "x"}],
+        [{"k": "a", "v": "x"}, {"k": "b"}, {"k": "b", "v": 1}],
+    ),
+    "if_alone": ({"if": integer(), "type": "integer"}, [1], ["a"]),
+    "dependent_required": (
+        {**record(a=integer(), b=integer()), "dependentRequired": {"a": ["b"]}},
+        [{}, {"b": 1}, {"a": 1, "b": 1}],
+        [{"a": 1}],
+    ),
+    "dependent_schemas": (
+        {**record(a=integer(), b=integer()), "dependentSchemas": {"a": {"required": ["b"]}}},
+        [{"b": 1}, {"a": 1, "b": 1}],
+        [{"a": 1}],
+    ),
+    "pattern_properties": (
+        {"type": "object", "patternProperties": {"^x-": integer(), "^y": string(maxLength=1)}},
+        [{}, {"x-a": 1}, {"y": "a", "x-": 2}],
+        [{"x-a": "1"}, {"y": "ab"}],
+    ),
+    "pattern_properties_overlap": (
+        {"type": "object", "patternProperties": {"a": {"minimum": 3}, "b$": integer()}},
+        [{"ab": 3}, {"xab": 4}],
+        [{"ab": 2}, {"ab": 3.5}],
+    ),
+    "pattern_properties_closed": (
+        {
+            "type": "object",
+            "properties": {"a": {"minimum": 2}},
+            "patternProperties": {"^a": integer()},
+            "additionalProperties": False,
+        },
+        [{}, {"a": 2}],
+        [{"a": 2.5}, {"a": 1}, {"b": 1}],
+    ),
+    "property_names": (
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[a-z]{2}$"},
+            "additionalProperties": integer(),
+        },
+        [{}, {"ab": 1, "cd": 2}],
+        [{"a": 1}, {"ab": "1"}, {"abc": 1}],
+    ),
+    "property_names_of_record": (
+        {**record(a=integer(), bcd=integer()), "propertyNames": {"maxLength": 2}},
+        [{}, {"a": 1}],
+        [{"bcd": 1}],
+    ),
+    "required_only": ({"type": "object", "required": ["a"]}, [{"a": 1}, {"a": [None]}], [{}]),
+    "map_at_least_one": (
+        {
+            "type": "object",
+            "additionalProperties": integer(),
+            "minProperties": 1,
+            "maxProperties": 2,
+        },
+        [{"a": 1}, {"a": 1, "b": 2}],
+        [{}, {"a": 1, "b": 2, "c": 3}],
+    ),
+    "record_exactly_one": (
+        {**record(a=integer(), b=integer()), "minProperties": 1, "maxProperties": 1},
+        [{"a": 1}, {"b": 1}],
+        [{}, {"a": 1, "b": 1}],
+    ),
+    "multiple_of": (integer(multipleOf=7), [0, 7, -14, 7000], [1, 8, -3]),
+    "multiple_of_bounds": (
+        integer(multipleOf=25, minimum=26, maximum=100),
+        [50, 100],
+        [25, 60, 125],
+    ),
+    "multiple_of_tens": (number(multipleOf=100, minimum=-200), [-200, 0, 12300], [-300, 50, 1.5]),
+    "multiple_of_both": (
+        {"allOf": [integer(multipleOf=4), {"multipleOf": 6}], "maximum": 30, "minimum": -12},
+        [-12, 0, 12, 24],
+        [4, 6, 36],
+    ),
+    "unique_enum": (
+        array({"enum": ["a", "b", 1]}, uniqueItems=True),
+        [[], ["a"], [1, "b", "a"]],
+        [["a", "a"], ["c"]],
+    ),
+    "unique_larger_enum": (
+        array({"enum": list("abcdefgh")}, uniqueItems=True, minItems=1),
+        [["a"], ["a", "c", "h"]],
+        [["a", "a"], []],
+    ),
+    "enum_beside": (
+        {"enum": [1, 2.5, 8, "a", "bc"], "minimum": 2, "maxLength": 1},
+        [2.5, 8, "a"],
+        [1, "bc"],
+    ),
+    "enum_of_objects": (
+        {
+            "enum": [{"a": 1}, {"a": "x"}, [1], [1, 1]],
+            "properties": {"a": integer()},
+            "uniqueItems": True,
+        },
+        [{"a": 1}, [1]],
+        [{"a": "x"}, [1, 1]],
+    ),
+    "false_branch": ({"anyOf": [False, integer(), {"allOf": [string(), integer()]}]}, [1], ["a"]),
+    "false_property": (record(a=False, b=integer()), [{}, {"b": 1}], [{"a": 1}]),
     "allOf": ({"allOf": [{"type": "boolean"}], "title": "x"}, [True], [None]),
     "references": (
         {
@@ -776,57 +951,50 @@ def inside(schema):
 
 AGE = "#/properties/age"
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
-TREE = {"$ref": "#/$defs/node", "$defs": {"node": record(next={"$ref": "#/$defs/node"})}}
 REFUSED = [
     # keywords outside the subset
-    (inside(integer(multipleOf=5)), f"{AGE}/multipleOf: only 1"),
-    (inside(number(multipleOf=1)), f"{AGE}/multipleOf: only 1"),
-    (inside({"not": {}}), f"{AGE}/not: outside"),
     (inside(array({}, contains={})), f"{AGE}/contains: outside"),
-    ({"type": "object", "patternProperties": {}}, "#/patternProperties: outside"),
-    ({"type": "object", "propertyNames": {}}, "#/propertyNames: outside"),
-    ({"if": {}, "then": {}}, "#/if: outside"),
-    ({"type": "string", "nullable": True}, "#/nullable: outside"),
+    ({"unevaluatedProperties": False}, "#/unevaluatedProperties: outside"),
     ({"typo": 1}, "#/typo: outside"),
-    ({"$schema": "http://json-schema.org/draft-04/schema#"}, "#/$schema: expected https://json-"),
-    ({"$schema": 7}, "#/$schema: expected https://json-"),
-    ({"$schema": DRAFT_7, "prefixItems": [{}]}, "#/prefixItems: not as draft 7"),
-    ({"$schema": DRAFT_7, "items": {"$ref": "#/$defs/a", "type": "null"}}, "#/items/type: not as"),
-    ({"items": {"$schema": DRAFT_7}}, "#/items/$schema: outside"),
-    (inside({"$id": "x", "type": "null"}), f"{AGE}/$id: outside"),
-    ({"properties": {"a/b~c\n": {"not": {}}}}, "#/properties/a~1b~0c\\n/not: outside"),
-    (string(format="uri"), "#/format: expected one of date"),
-    (string(format="date", pattern="a"), "#/pattern: not supported beside format"),
-    (string(minimum=3), "#/minimum: does not apply to string"),
+    ({"items": {"anyOf": [True, {"typo": 1}]}}, "#/items/anyOf/1/typo: outside"),
+    ({"$schema": 7}, "#/$schema: expected the URI of a draft"),
+    ({"$schema": DRAFT_7, "prefixItems": [{}]}, "#/prefixItems: unknown to draft 7"),
+    ({"properties": {"a/b~c\n": {"contains": {}}}}, "#/properties/a~1b~0c\\n/contains: outside"),
+    (string(format=7), "#/format: expected the name of a format, got 7"),
+    (string(format="date", pattern="a"), "#/pattern: not supported beside another format"),
     (
-        {"type": ["null", "integer"], "maxLength": 3},
-        "#/maxLength: does not apply to integer or null",
+        {"allOf": [string(pattern="a"), string(pattern="b")]},
+        "#/allOf/1/pattern: not supported beside another pattern",
     ),
-    (array({}, uniqueItems=True), "#/uniqueItems: only false"),
-    ({"type": "object", "minProperties": 1}, "#/minProperties: supported only"),
-    ({**record(a={}, b={}), "maxProperties": 1}, "#/maxProperties: supported only"),
-    ({"type": "object", "maxProperties": 5}, "#/maxProperties: supported only"),
-    ({"enum": [1], "minimum": 0}, "#/minimum: not supported beside enum"),
-    ({"const": 1, "enum": [1]}, "#/enum: not supported beside const"),
-    ({"anyOf": [{}], "properties": {}}, "#/properties: not supported beside anyOf"),
-    ({"$ref": "#/$defs/a", "minimum": 1}, "#/minimum: not supported beside $ref"),
-    ({"allOf": [{}, {}]}, "#/allOf: supported for one"),
+    (array(string(), uniqueItems=True), "#/uniqueItems: supported for items of an enum"),
+    ({"type": "object", "minProperties": 2}, "#/minProperties: supported up to 1"),
+    ({**record(a={}), "minProperties": 2}, "#/minProperties: supported only up to the 1"),
+    ({**record(a={}, b={}, c={}), "maxProperties": 2}, "#/maxProperties: supported only"),
+    ({"not": string(pattern="a"), "type": "string"}, "#/not/pattern: has no supported negation"),
+    ({"not": array(integer()), "type": "array"}, "#/not/items: has no supported negation"),
+    (integer(multipleOf=0.5), "#/multipleOf: only whole numbers"),
+    (
+        {"patternProperties": {"a": {}}, "propertyNames": {}},
+        "#/propertyNames: not supported beside",
+    ),
+    ({"not": {"const": "a"}, "type": "string"}, '#: cannot exclude the constant "a" from every'),
     # references
-    (TREE, "#/$defs/node/properties/next/$ref: '#/$defs/node' refers to a schema around it"),
-    ({"items": {"$ref": "#"}}, "#/items/$ref: '#' refers to a schema around it"),
-    (inside({"$ref": "#/properties"}), "#/properties/age: outside"),
     (inside({"$ref": "#/$defs/x"}), f"{AGE}/$ref: '#/$defs/x' names nothing"),
-    (inside({"$ref": "other.json"}), f"{AGE}/$ref: expected a JSON pointer"),
-    (inside({"$ref": "#name"}), f"{AGE}/$ref: expected a JSON pointer"),
+    (inside({"$ref": "other.json"}), f"{AGE}/$ref: 'other.json' names nothing"),
+    (inside({"$ref": "#name"}), f"{AGE}/$ref: '#name' names nothing"),
+    (inside({"$ref": 3}), f"{AGE}/$ref: expected a reference"),
     (inside({"$ref": "#/properties/age/$ref/x"}), f"{AGE}/$ref: '#/properties/age/$ref/x' names"),
+    ({"$ref": "#"}, "#/$ref: '#' refers to a schema around it, and no value ends at depth 2"),
+    (
+        {"$ref": "#/$defs/a", "$defs": {"a": record(["a"], a={"$ref": "#/$defs/a"})}},
+        "#/$defs/a/properties/a/$ref: '#/$defs/a' refers to a schema around it",
+    ),
     # unions whose parts may overlap
-    ({"oneOf": [integer(), number()]}, "#/oneOf: cannot tell that no value fits both 0 and 1"),
-    ({"oneOf": [string(), {"const": "a"}]}, "#/oneOf: cannot tell"),
-    ({"oneOf": [{"const": 1}, {"enum": [2, 1.0]}]}, "#/oneOf: cannot tell"),
-    ({"oneOf": [string(), {"type": "null"}, record(), {"properties": {}}]}, "#/oneOf: cannot tell"),
-    ({"oneOf": [record(["a"], a=integer()), record(["a"], a=number())]}, "#/oneOf: cannot tell"),
-    ({"oneOf": [record(a=integer()), record(a=string())]}, "#/oneOf: cannot tell"),
-    ({"oneOf": [record(["a"], a=integer()), record(["b"], b=string())]}, "#/oneOf: cannot tell"),
+    (
+        {"oneOf": [string(), string(format="date")]},
+        "#/oneOf: cannot tell that no value fits both 0",
+    ),
+    ({"oneOf": [string(pattern="a"), string(pattern="b")]}, "#/oneOf: cannot tell"),
     # malformed
     (3, "#: a schema is an object or a boolean, got 3"),
     (inside([]), f"{AGE}: a schema is an object or a boolean, got []"),
@@ -845,34 +1013,32 @@ REFUSED = [
     ({"properties": []}, "#/properties: expected an object, got []"),
     ({**record(), "required": "a"}, "#/required: expected a list of names, got 'a'"),
     ({**record(), "required": [1]}, "#/required: expected a list of names, got [1]"),
-    (record(["b"], a={}), "#/required: 'b' is not among the properties"),
     ({"type": "object", "additionalProperties": 1}, "#/additionalProperties: a schema is"),
     ({"prefixItems": {}}, "#/prefixItems: expected a list of schemas, got {}"),
     ({"prefixItems": []}, "#/prefixItems: expected a list of schemas, got []"),
-    ({"type": "array", "items": [{}]}, "#/items: a schema is an object or a boolean"),
+    ({"items": [{}], "prefixItems": [{}]}, "#/items: a schema is an object or a boolean"),
     ({"prefixItems": [{}, 3]}, "#/prefixItems/1: a schema is"),
-    (array({}, uniqueItems="no"), "#/uniqueItems: only false"),
+    (array({}, uniqueItems="no"), "#/uniqueItems: expected true or false"),
     ({"enum": []}, "#/enum: expected a list of values, got []"),
     ({"enum": "ab"}, "#/enum: expected a list of values, got 'ab'"),
     ({"anyOf": []}, "#/anyOf: expected a list of schemas, got []"),
     ({"anyOf": [{}, 1]}, "#/anyOf/1: a schema is"),
     (integer(minimum="1"), "#/minimum: expected a number, got '1'"),
     (integer(minimum=True), "#/minimum: expected a number, got True"),
-    (number(exclusiveMinimum=True), "#/exclusiveMinimum: expected a number, got True"),
     (number(maximum=math.nan), "#/maximum: expected a magnitude below 1000000000000000, got nan"),
-    (integer(multipleOf=True), "#/multipleOf: only 1"),
+    (integer(multipleOf=True), "#/multipleOf: only whole numbers"),
     ({"const": math.nan}, "#/const: nan is not JSON"),
     ({"const": "\ud800"}, "#/const: '\\ud800' is not JSON"),
     ({"properties": {"\ud800": True}}, "#/properties/\\ud800: '\\ud800' is not JSON"),
     # no value
     (False, "#: false allows no value"),
-    (inside(False), f"{AGE}: false allows no value"),
-    (inside(integer(minimum=3, maximum=2)), f"{AGE}: no integer lies between the bounds"),
+    (record(["a"], a=False), "#/properties/a: false allows no value"),
+    (record(["a"], a=integer(minimum=3, maximum=2)), "#/properties/a: no integer lies between"),
     (integer(exclusiveMinimum=1, exclusiveMaximum=2), "#: no integer lies"),
-    (number(minimum=1, exclusiveMaximum=1), "#: no number lies"),
-    (number(exclusiveMinimum=0, maximum=1e-7), "#: no number lies"),
-    ({"type": "string", "enum": [1]}, "#/enum: holds no string"),
-    ({"type": "string", "anyOf": [integer()]}, "#/anyOf/0/type: allows no value, where string"),
+    (number(minimum=1, exclusiveMaximum=1), "#: no number with at most 6 digits"),
+    (number(exclusiveMinimum=0, maximum=1e-7), "#: no number with at most 6 digits"),
+    ({"type": "string", "enum": [1]}, "#/enum: allows no value: no constant fits"),
+    ({"type": "string", "anyOf": [integer()]}, "#/anyOf: allows no value: string is not integer"),
     ({"type": "array", "prefixItems": [{}], "minItems": 2}, "#/minItems: more than the 1 items"),
     (string(format="uuid", maxLength=3), "#/maxLength: no string of that format"),
     (string(pattern="^ab$", minLength=3), "#/minLength: no string of that pattern"),
@@ -960,7 +1126,94 @@ LARGE = {"type": "string", "maxLength": 50_000}
 def test_what_grows_too_large_is_named(schema, path):
     with pytest.raises(UserError, match="pattern is too large") as caught:
         compile_json_schema(schema, [bytes([byte]) for byte in range(256)])
-    assert str(caught.value).startswith(f"{path}: regex, position ")
+    assert str(caught.value).startswith(f"{path}: the pattern is too large: ")
+
+
+@pytest.mark.parametrize(
+    ("schema", "inner", "around"),
+    [
+        (record(next={"$ref": "#"}), {}, lambda x: {"next": x}),
+        ({"type": "array", "items": {"$ref": "#"}}, [], lambda x: [x]),
+        (
+            {
+                "$ref": "#/$defs/a",
+                "$defs": {
+                    "b": record(["c"], c={"$ref": "#/$defs/a"}),
+                    "a": {"anyOf": [integer(), record(["b"], b={"$ref": "#/$defs/b"})]},
+                },
+            },
+            7,
+            lambda x: {"b": {"c": x}},
+        ),
+        (
+            {"$id": "https://x.org/t", "anyOf": [{"const": 1}, array({"$ref": "https://x.org/t#"})]},
+            1,
+            lambda x: [x],
+        ),
+    ],
+)  # fmt: skip
+def test_recursion_ends_at_the_depth(schema, inner, around):
+    for depth in range(4):
+        document = inner
+        for _ in range(depth):
+            document = around(document)
+        assert validator(schema).is_valid(around(document))
+        assert matches(schema, dumps(document), depth=depth)
+        assert not matches(schema, dumps(around(document)), depth=depth)
+    assert not list(invalid_draws(schema, schema_to_regex(schema), 30))
+
+
+def chain(depth, kind):
+    return record(["a"], a=chain(depth - 1, kind)) if depth else {"type": kind}
+
+
+def doubled(count):
+    twice = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": {**twice, f"d{count}": integer()}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": [chain(18, "string"), chain(18, "integer")]},
+        {"oneOf": [array(chain(15, "null")), chain(17, "boolean")]},
+        doubled(30),
+        {"allOf": [doubled(24), {"minimum": 3}]} | {"$defs": doubled(24)["$defs"]},
+        {"oneOf": [{"const": i, "title": f"number {i}"} for i in range(1000)]},
+        {"oneOf": [*({"enum": [f"a{i}", i]} for i in range(500)), record(["a"], a=integer())]},
+    ],
+    ids=["chains", "other chains", "references", "references beside", "constants", "enums"],
+)
+def test_work_does_not_multiply(schema):
+    start = time_of.process_time()
+    schema_to_regex(schema)
+    assert time_of.process_time() - start < 3  # without memory these take minutes
+
+
+def test_drafts_differ_beside_references_alone():
+    schema = {"$ref": "#/definitions/a", "type": "string", "definitions": {"a": {"maxLength": 1}}}
+    for name in ("draft-04", "draft-06", "draft-07"):
+        older = {"$schema": f"https://json-schema.org/{name}/schema#", **schema}
+        assert matches(older, "3")
+    for name in ("draft/2019-09", "draft/2020-12"):
+        assert not matches({"$schema": f"https://json-schema.org/{name}/schema", **schema}, "3")
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        {"example": "a"}, {"x-order": 3}, {"format": "int64"}, {"nullable": True},
+        {"markdownDescription": "*a*"}, {"examples": ["a", 1]}, {"contentMediaType": "a/b"},
+        {"$anchor": "here"}, {"deprecated": False, "title": "T", "$comment": "c"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_annotations_change_nothing(annotation):
+    for schema in (string(maxLength=2), integer(minimum=2), record(a=integer())):
+        assert schema_to_regex({**schema, **annotation}) == schema_to_regex(schema)
+        assert schema_to_regex(record(a={**schema, **annotation})) == schema_to_regex(
+            record(a=schema)
+        )
 
 
 def test_what_is_refused_is_only_just_refused():
