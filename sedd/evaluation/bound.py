@@ -35,9 +35,9 @@ REPLICATES = 4  # independent estimates of each sequence's bound; their spread i
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SequenceNats:
-    """Estimates of one sequence's bound, its three terms apart, in nats for R replicates.
+    """R independent estimates of each sequence's bound, in nats, as three separate terms.
 
-    Where the NLL is exact it is the diffusion term of each replicate, and the others are 0.
+    An exact NLL is the diffusion term of every replicate; the other terms are 0.
     """
 
     prior_B: Float[Array, " B"]
@@ -56,11 +56,12 @@ def sequence_nats(
     t_min: float = 1e-3,
     estimator: Estimator = "auto",
 ) -> SequenceNats:
-    """The bound of each sequence by itself: positions not scored are given, not modelled.
+    """The bound on -log p(x0) of each sequence, given its positions that are not scored.
 
-    The ``draws`` noise levels form 4 independent replicates. Within one they are stratified, and
-    their masks tile the sequence. Network calls: ``draws``, and 4 more for a reconstruction term;
-    1 where the NLL is exact. ValueError on an estimator that the model does not have.
+    The ``draws`` noise levels form 4 independent replicates. Within a replicate the levels are
+    stratified, and the masks of consecutive levels tile the sequence. Network calls: ``draws``, and
+    4 more if there is a reconstruction term; 1 if the NLL is exact. Raises ValueError on an
+    estimator that the model does not have.
     """
     check_draws(draws)
     estimator = resolve(estimator, denoiser)
@@ -168,9 +169,10 @@ def _reconstruction(denoiser, schedule, keys_B, x0_BL, scored_BL, t_min) -> Floa
 
 
 def level(shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int) -> Float[Array, " B"]:
-    """The k-th of ``strata`` ascending draws in [0, 1).
+    """The k-th of ``strata`` ascending draws in [0, 1), one in each of equal intervals.
 
-    Strata come in antithetic pairs (u and 1 - u from their beginnings): what is linear cancels.
+    Neighbouring intervals are antithetic: the draw lies u into one and 1 - u into the next, so that
+    the error of a linear integrand cancels.
     """
     return (k + jnp.where(k % 2 == 0, shared_u_B, 1 - shared_u_B)) / strata
 
@@ -201,9 +203,9 @@ def tile(
 
 
 def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
-    """What "auto" stands for, or what was asked for; ValueError where the model does not have it.
+    """The estimator that "auto" means for a model, or the named one; ValueError if it lacks it.
 
-    An autoregressive model has "exact" alone, whatever a protocol says of bounds.
+    For an autoregressive model it is always "exact".
     """
     if denoiser.causal:
         return "exact"

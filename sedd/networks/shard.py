@@ -1,4 +1,11 @@
-"""Parameters of which each device holds a part, made whole where they are used."""
+"""Sharded parameters: each device holds a part, and gathers the whole array where it is used.
+
+The gather has a gradient of its own. Forward, every device receives all parts. Backward, every
+device has the gradient of the whole array on its own batch; what the optimizer needs is the sum of
+these over devices, and of that sum only the device's own part. One collective, a reduce-scatter,
+gives exactly this. The parts travel in the compute type, which may be half as wide, but gradients
+are summed in the shard's own type.
+"""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +22,8 @@ from sedd.types import Array
 class Shard:
     """A device's part of an array that is split over the mesh axis ``over``.
 
-    ``axis`` is the array's axis, counted from its end: a scan over stacked layers takes the first
-    axis away. Exists inside mapped programs only.
+    ``axis`` is the split axis, counted from the end, because a scan over stacked layers removes the
+    first axis. Shards exist inside mapped programs only.
     """
 
     part: Array
@@ -25,10 +32,9 @@ class Shard:
 
 
 def whole(tree: Any, dtype: Any = None) -> Any:
-    """The tree with every ``Shard`` gathered, in ``dtype`` if given; what is whole stays as it is.
+    """Gather every ``Shard`` of the tree, in ``dtype`` if given; other leaves stay as they are.
 
-    The gradient of a gathered array is summed over the devices in the shard's own type and
-    scattered: each keeps the sum of its part.
+    Gradients of gathered arrays are summed over devices and scattered: each keeps its own part.
     """
     return jax.tree.map(
         lambda leaf: (
@@ -43,7 +49,7 @@ def whole(tree: Any, dtype: Any = None) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gather(axis, over, dtype, part):
-    # Narrowed before it travels: half the bytes.
+    # Converted before it is sent: bfloat16 has half the bytes.
     return jax.lax.all_gather(part.astype(dtype), over, axis=part.ndim + axis, tiled=True)
 
 

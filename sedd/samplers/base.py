@@ -1,4 +1,4 @@
-"""What a sampler is, and the loop of those that go round by round."""
+"""The base of samplers, and the loop of those that proceed round by round."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from sedd.types import Array, Bool, Float, Int, Key
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What a sampler returns."""
+    """The result of a sampler."""
 
     tokens_BL: Int[Array, "B L"]
     calls_B: Int[Array, " B"]  # network calls that each sequence needed; guidance doubles them
@@ -29,29 +29,30 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """Draws sequences from a denoiser; one jit, static shapes, randomness by request.
+    """Draws sequences from a denoiser, under one jit with static shapes; a key a sequence.
 
-    A sampler is a value: its options are fields, and ``schedule`` comes from the model.
+    The options are the fields with a default; ``schedule`` comes from the model. A sampler is
+    hashable, so that jit takes it as a static argument.
     """
 
     schedule: NoiseSchedule
 
     needs_absorbing: ClassVar[bool] = False
     needs_time_independent: ClassVar[bool] = False
-    caveat: ClassVar[str] = ""  # what a user of it has to know: that it is biased, and how
+    caveat: ClassVar[str] = ""  # a warning for users: in what way the law is biased
 
     @property
     def left_to_right(self) -> bool:
-        """Whether it draws each position given those before it alone: for autoregressive models."""
+        """Whether each position is drawn given those before it: for autoregressive models."""
         return False
 
     @property
     def width(self) -> int:
-        """Sequences that it holds at once for one that it returns."""
+        """How many sequences are held in memory for each one that is returned."""
         return 1
 
     def check(self, denoiser: Denoiser) -> None:
-        """UserError where the model is not of the kind that this sampler needs."""
+        """Raise UserError if the model is not of the kind that this sampler needs."""
         name = type(self).__module__.rpartition(".")[2]
         if self.needs_absorbing and not denoiser.process.absorbing:
             raise UserError(
@@ -93,13 +94,13 @@ class Sampler(ABC):
         *,
         trace: bool = False,
     ) -> Samples:
-        """One sequence a key. Where ``fixed_BL`` the token is that of ``tokens_BL`` throughout.
+        """Draw one sequence a key; where ``fixed_BL``, the token of ``tokens_BL`` is kept.
 
-        On a uniform process the score reads given tokens as noisy ones: the rest does not tend to
-        the true conditional, however many steps there are. On an absorbing process it does. A
-        fixed mask stays one, and says nothing.
+        On an absorbing process the other positions follow the conditional given the fixed tokens,
+        as the steps grow. On a uniform process they do not: its score takes given tokens for noisy
+        ones. A fixed mask stays a mask, and carries no information.
 
-        The law of each sampler is stated in its docstring. UserError as of ``check``.
+        Each sampler states its law in its docstring. Raises UserError as ``check`` does.
         """
 
 
@@ -139,20 +140,21 @@ def options(name: str, /, **values: Any) -> SamplerOptions:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Sequences under way. Every leaf has a row a sequence, so that they can be copied and mixed.
+    """The state between two rounds. Every leaf has a row a sequence.
 
-    A sequence's round is its own: it stands still once the sequence is done.
+    Rows can therefore be copied and exchanged, which blocks and particles do. Each sequence counts
+    its own rounds, and its count stops once it is done.
     """
 
     x_BL: Int[Array, "B L"]
-    free_BL: Bool[Array, "B L"]  # what is drawn; the rest is given
+    free_BL: Bool[Array, "B L"]  # positions to draw; the others are given
     keys_B: Key[Array, " B"]
     calls_B: Int[Array, " B"]
     round_B: Int[Array, " B"]
-    plan: Any  # what the sampler has decided beforehand
+    plan: Any  # decisions made in advance, such as an order
 
     def moved(self, x_BL: Int[Array, "B L"], called_B: Bool[Array, " B"], active_B) -> "State":
-        """A round later: active sequences have the new tokens where they are free."""
+        """The state one round later: active sequences take the new tokens at free positions."""
         return replace(
             self,
             x_BL=jnp.where(self.free_BL & active_B[:, None], x_BL, self.x_BL),
@@ -163,9 +165,10 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedSampler(Sampler):
-    """A sampler that goes round by round, at most one network call each.
+    """A sampler that proceeds in rounds of at most one network call.
 
-    Others (blocks, particles) can drive it: ``start``, then ``advance`` while any is ``active``.
+    Calling it runs ``start``, then ``advance`` while any sequence is ``active``. Samplers that wrap
+    another one (blocks, particles) run these three methods themselves.
     """
 
     @abstractmethod
@@ -176,26 +179,26 @@ class SteppedSampler(Sampler):
         tokens_BL: Int[Array, "B L"],
         fixed_BL: Bool[Array, "B L"],
     ) -> State:
-        """Before the first round."""
+        """The state before the first round."""
 
     @abstractmethod
     def active(self, denoiser: Denoiser, state: State) -> Bool[Array, " B"]:
-        """Which sequences have rounds to go."""
+        """Which sequences need another round."""
 
     @abstractmethod
     def advance(self, denoiser: Denoiser, state: State) -> State:
-        """One round of the active sequences; the others stay as they are."""
+        """Run one round of the active sequences; the others stay unchanged."""
 
     @abstractmethod
     def max_rounds(self, length: int) -> int:
-        """An upper bound on the rounds that ``length`` free positions take."""
+        """An upper bound on the rounds for ``length`` free positions; the trace has that size."""
 
     def sigma(self, state: State) -> Float[Array, " B"]:
-        """The total noise that the next round's network call is told, where it wants to know."""
+        """The total noise given to the network in the next round, if it is time-conditioned."""
         return jnp.zeros(state.round_B.shape)
 
     def times(self) -> Float[Array, " T"] | None:
-        """Diffusion times of the trace's frames, where all sequences share them."""
+        """Diffusion times of the trace's frames, if all sequences share them."""
         return None
 
     def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
@@ -228,11 +231,11 @@ class SteppedSampler(Sampler):
 
 
 def record(frames, index, x_BL):
-    """The frames with one set; nothing where none are kept."""
+    """The frames with frame ``index`` set to ``x_BL``; None if no trace is kept."""
     return None if frames is None else frames.at[index].set(x_BL)
 
 
 def fill(frames_TBL: Int[Array, "T B L"], rounds: Int[Array, ""]) -> Int[Array, "T B L"]:
-    """The frames after the last round repeat it."""
+    """The frames, with those after the last round set to the last round's."""
     later_T = jnp.arange(frames_TBL.shape[0]) > rounds
     return jnp.where(later_T[:, None, None], frames_TBL[rounds][None], frames_TBL)

@@ -42,7 +42,9 @@ class EventJump(Revealing):
         assert self.steps is not None
         uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
         k_BL = jnp.zeros(uniform_BL.shape, jnp.int32)
-        # The last interval that begins below the draw, by bisection: no table of the steps.
+        # A position is revealed in interval k if its uniform draw lies between the shares revealed
+        # by the interval's ends. The largest k that begins at or below the draw is found bit by
+        # bit, from the highest: log2(steps) evaluations of the schedule, and no table of all steps.
         for bit in reversed(range(self.steps.bit_length())):
             later_BL = k_BL + (1 << bit)
             begins_BL = revealed_share(self.schedule, 1 - later_BL / self.steps)

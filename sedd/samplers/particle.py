@@ -81,9 +81,9 @@ class Particle(Sampler):
         nothing = jnp.zeros((batch, count))
 
         def weigh(args):
-            """New weights by the rise of the value since the last time, and copies by weight."""
+            """Weigh by the rise of tilt·score since the last scoring, and copy rows by weight."""
             state, frames, log_weight, value, tick = args
-            # A request that is done waits: others must not go on changing it.
+            # A request that is done keeps its particles while others go on.
             due_B = self.inner.active(crowd, state).reshape(batch, count).any(1)
             guess, called = self.complete(crowd, state, fold(fold(slot_keys, 1), tick))
             new_value = self.tilt * verify(self.verifier, crowd, guess).reshape(batch, count)
@@ -92,9 +92,9 @@ class Particle(Sampler):
             ancestor, uneven_B = resample(fold(own_keys_B, tick), log_weight, due_B)
             take = (ancestor + count * jnp.arange(batch)[:, None]).ravel()
             state = replace(state, calls_B=state.calls_B + called)
-            calls_B = state.calls_B  # a call is made whether or not its particle survives
+            calls_B = state.calls_B  # a call counts whether or not its particle survives
             state = jax.tree.map(lambda rows: rows[take], state)
-            # Copies go their own ways from here on.
+            # Copies of one row continue with different keys.
             fresh = fold(fold(slot_keys, 2), tick)
             keys = jnp.where(jnp.repeat(uneven_B, count), fresh, state.keys_B)
             state = replace(state, keys_B=keys, calls_B=calls_B)
@@ -113,7 +113,7 @@ class Particle(Sampler):
             )
 
         state, frames, log_weight, value, rounds = jax.lax.while_loop(
-            # A verifier that failed says nan, for all: there is no sense in going on.
+            # A verifier that failed makes every value nan: stop.
             lambda carry: self.inner.active(crowd, carry[0]).any() & jnp.isfinite(carry[3]).all(),
             one_round,
             (state, frames, nothing, nothing, jnp.zeros((), jnp.int32)),
@@ -134,9 +134,9 @@ class Particle(Sampler):
         )
 
     def complete(self, denoiser: Denoiser, state: State, keys_B: Key[Array, " B"]):
-        """Each sequence with its masked positions drawn at once, and the calls that it took.
+        """Each sequence with its masks drawn at once, and the network calls that this took.
 
-        Without a mask the tokens themselves, noisy as they are.
+        On a process that is not absorbing, the noisy tokens themselves, without a call.
         """
         if not denoiser.process.absorbing:
             return state.x_BL, jnp.zeros(state.calls_B.shape, jnp.int32)

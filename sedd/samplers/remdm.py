@@ -124,7 +124,14 @@ class ReMDM(SteppedSampler):
         )
 
     def advance(self, denoiser, state):
-        """Each sequence's own next step that reveals something; those before only mask."""
+        """Run each sequence to its own next step that reveals a position, and make that step.
+
+        Whether a position flips in a step depends on coins and on probabilities known by then, not
+        on the network's next output. An inner loop therefore draws the flips step by step, and
+        applies steps that only mask without a network call; each sequence stops at its first step
+        that reveals something. One call then serves those steps of all sequences, although they
+        may be at different times.
+        """
         nowhere_BL = jnp.zeros(state.x_BL.shape, bool)
 
         def seeking(carry):
@@ -174,7 +181,7 @@ class ReMDM(SteppedSampler):
         )
 
     def flips(self, denoiser: Denoiser, state: State) -> tuple[Array, Array]:
-        """Which masks are revealed in a sequence's step and which tokens are masked, [B, L]."""
+        """Which masks are revealed and which tokens are masked in each sequence's step, [B, L]."""
         masked_BL, step_B1 = masked(denoiser, state), state.round_B[:, None]
         remask = self.remask_probability(step_B1, state.plan)
         # A masked position has no token whose confidence could mask it again.
@@ -195,7 +202,7 @@ class ReMDM(SteppedSampler):
         )
 
     def masked_again(self, denoiser: Denoiser, state: State, where_BL: Array) -> State:
-        """The state with some tokens masked."""
+        """The state with the tokens at ``where_BL`` masked."""
         return replace(
             state,
             x_BL=jnp.where(where_BL, denoiser.mask_id, state.x_BL),

@@ -13,7 +13,7 @@ from sedd.errors import FieldError
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold
 
-NEXT_BLOCK = 2**31 - 1  # folded into a block's keys it gives the next one's; no position is that
+NEXT_BLOCK = 2**31 - 1  # folded into a block's keys for the next block's; no position is that large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,11 @@ class SemiAutoregressive(SteppedSampler):
         return replace(first, free_BL=free_BL, plan=plan)
 
     def advance(self, denoiser, state):
+        """Advance the inner sampler on each sequence's block, and start the next block where done.
+
+        Blocks of different sequences end in different rounds. The inner sampler is restarted for
+        the whole batch, and each sequence takes the restarted or the running state, row by row.
+        """
         block_BL, block_B, _ = state.plan
         active_B = self.active(denoiser, state)
         here = self.inner.advance(denoiser, self._block(state))
@@ -91,7 +96,7 @@ class SemiAutoregressive(SteppedSampler):
         return replace(merged, free_BL=state.free_BL, plan=(block_BL, block_B, merged.plan))
 
     def _block(self, state: State) -> State:
-        """The block in hand, as the inner sampler sees it."""
+        """The state as the inner sampler sees it: only the current block is free."""
         block_BL, block_B, plan = state.plan
         here_BL = state.free_BL & (block_BL == block_B[:, None])
         return replace(state, free_BL=here_BL, plan=plan)
