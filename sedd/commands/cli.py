@@ -27,6 +27,7 @@ from sedd.configuration.config import (
     with_component,
 )
 from sedd.errors import FieldError, UserError, first_line
+from sedd.training.checkpoint import quiet_orbax
 from sedd.training.distributed import leave_libtpu_alone
 
 Command = TypeVar("Command")
@@ -76,6 +77,7 @@ def run(
     prepare_streams()
     leave_libtpu_alone()
     prepare_cpu()
+    quiet_orbax()
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--no-compile-cache")]
     debug = "--debug" in sys.argv[1:]
     if "--no-compile-cache" not in sys.argv[1:]:

@@ -7,6 +7,7 @@ window that was open.
 """
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -28,21 +29,24 @@ from sedd.errors import UserError, first_line
 from sedd.training.state import TrainState, from_host, to_host
 from sedd.types import Params
 
-# Orbax logs a failed write's traceback once a thread, and raises the failure besides.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-# Reads and writes of other arrays that fail beside the first are reported by nobody but asyncio, in
-# full; so are those that a signal interrupts.
+# What asyncio's log says of other arrays whose reads and writes failed beside the first, or were
+# interrupted by a signal.
 LEFT_OVER = ('"zarr3" driver', "in OCDBT database", "Task was destroyed but it is pending")
-logging.getLogger("asyncio").addFilter(
-    lambda record: not any(words in record.getMessage() for words in LEFT_OVER)
-)
 
 
-def _drop_late_reports(report: Any = sys.unraisablehook) -> None:
-    """Hide what is left of a failed read or write: the first error closes orbax's event loop.
+@functools.cache  # once a process
+def quiet_orbax() -> None:
+    """Hide what is printed about a failed read or write beside the exception that it raises.
 
-    The arrays that were under way report to it all the same, and each would print a traceback.
+    Orbax logs the traceback once a thread. The first error closes its event loop; the arrays that
+    were under way report to it all the same, through asyncio's log and ``sys.unraisablehook``.
+    Commands call this; importing the package changes nothing in the process.
     """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not any(words in record.getMessage() for words in LEFT_OVER)
+    )
+    report = sys.unraisablehook
 
     def hook(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -50,8 +54,6 @@ def _drop_late_reports(report: Any = sys.unraisablehook) -> None:
 
     sys.unraisablehook = hook
 
-
-_drop_late_reports()
 
 TREES = ("params", "ema_params", "training")
 
