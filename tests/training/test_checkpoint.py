@@ -14,8 +14,14 @@ import pytest
 from training_toy import ADAMW, Toy, ToyBatches, setup
 
 from sedd.errors import UserError
-from sedd.training.checkpoint import Checkpoints, find_checkpoints
+from sedd.training.checkpoint import Checkpoints, find_checkpoints, quiet_orbax
 from sedd.training.state import to_host
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    quiet_orbax()  # as the commands do
+
 
 DATA, PENDING = {"next_step": 3}, {"window": {"loss": 0.1 + 0.2}, "held": None}
 
