@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +36,7 @@ from sedd.model import read_config, read_tokenizer, text_counter
 from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
+from sedd.training.heartbeat import Heartbeat
 from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_schedule
@@ -98,14 +99,7 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         source = source_of(config.init_from, config)
         tokenizer = source.tokenizer
 
-    with console.status("reading the corpus") as status:
-        data = build_data(
-            config,
-            tokenizer=tokenizer,
-            progress=lambda documents, tokens: status.update(
-                f"tokenising: {documents:,} documents, {tokens:,} tokens"
-            ),
-        )
+    data = read_data(config, tokenizer)
     parts = build_parts(config, data.tokenizer.num_tokens)
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
@@ -157,6 +151,22 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     result = train(run, state, pending=restored.pending if restored else None)
     if not result.stopped and jax.process_index() == 0:
         conclude(workdir, data, rows, frequencies, exact=parts.parameterization.causal)
+
+
+def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
+    """Read, tokenise and pack the corpus; what takes longer than 3 s is shown."""
+    with console.status("reading the corpus") as status:
+        # A status shows nothing where standard output is no terminal.
+        heartbeat = Heartbeat(console.print, "" if console.is_terminal else "reading the corpus")
+
+        def progress(documents: int, tokens: int) -> None:
+            line = f"tokenising: {documents:,} documents, {tokens:,} tokens"
+            status.update(line)
+            if not console.is_terminal:
+                heartbeat.doing = line
+
+        with closing(heartbeat):
+            return build_data(config, tokenizer=tokenizer, progress=progress)
 
 
 def check_is_run(workdir: Path) -> None:

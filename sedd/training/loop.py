@@ -199,6 +199,8 @@ class _Loop:
         step += 1
         if batch["step"] != step - 1:
             raise ValueError(f"the loader gave batch {batch['step']} for batch {step - 1}")
+        if self.clock.since is None:
+            self.doing("compiling the training step")
         state, metrics = self.run.parallel(state, batch)
         self.in_flight.append(_InFlight(step, metrics))
         for flight in self.in_flight:
@@ -257,14 +259,20 @@ class _Loop:
         with self.kept(state, step), self.clock.paused():
             params = self.run.parallel.for_evaluation(state.ema_params)
             if self.run.validate is not None and self.validates(step):
+                self.doing("validating")
                 self.validations[step] = self.run.validate(params)
                 record |= {f"validation_{k}": v for k, v in self.validations[step].items()}
             if self.run.sample is not None and self.samples(step):
+                self.doing("drawing samples")
                 texts = self.run.sample(params)
                 if self.metrics is not None:
                     self.metrics.write_samples(step, texts)
         self.held = None
         self.write(step, record)
+
+    def doing(self, what: str) -> None:
+        if self.report is not None:
+            self.report.doing(what)
 
     def write(self, step: int, record: dict) -> None:
         if self.metrics is not None:

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 from sedd.errors import UserError
 from sedd.files import write_whole
+from sedd.training.heartbeat import Heartbeat
 
 
 class Metrics:
@@ -95,12 +96,18 @@ class Metrics:
 
 
 class ProgressReport:
-    """A bar on a terminal, a line a record otherwise. ``stream`` is standard output by default."""
+    """A bar on a terminal; elsewhere a line for each record, and for what takes long.
+
+    ``stream`` is standard output by default.
+    """
 
     def __init__(self, *, start: int, steps: int, stream: TextIO | None = None):
         self.steps = steps
+        self._step = start
         self._stream = sys.stdout if stream is None else stream
-        self._bar = None
+        self._bar = self._heartbeat = None
+        if not self._stream.isatty():
+            self._heartbeat = Heartbeat(self._still)
         if self._stream.isatty():
             self._bar = Progress(
                 MofNCompleteColumn(),
@@ -112,9 +119,19 @@ class ProgressReport:
             self._bar.start()
 
     def advance(self, step: int) -> None:
-        """The bar moves with every step; lines do not."""
+        """Move the bar to ``step``."""
+        self._step = step
+        if self._heartbeat is not None:
+            self._heartbeat.doing = "training"
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+
+    def doing(self, what: str) -> None:
+        """Say what is done now, such as "validating": in the bar, or in a line if it takes long."""
+        if self._bar is not None:
+            self._bar.update(self._task, status=what)
+        elif self._heartbeat is not None:
+            self._heartbeat.doing = what
 
     def report(self, step: int, record: dict[str, Any]) -> None:
         """A record, with the time left at its speed."""
@@ -133,18 +150,30 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         else:
-            width = len(str(self.steps))
-            print(f"step {step:>{width}}/{self.steps}  {status}", file=self._stream, flush=True)
+            self._line(step, status)
+
+    def _line(self, step: int, status: str) -> None:
+        width = len(str(self.steps))
+        self.say(f"step {step:>{width}}/{self.steps}  {status}")
+
+    def _still(self, doing: str) -> None:
+        self._line(self._step, doing)
 
     def say(self, message: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._heartbeat is not None:
+            self._heartbeat.printed()
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
             print(message, file=self._stream, flush=True)
 
     def close(self) -> None:
+        """Stop the bar, or the thread that prints what takes long."""
         if self._bar is not None:
             self._bar.stop()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

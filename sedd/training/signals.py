@@ -16,9 +16,10 @@ from jax.experimental import multihost_utils
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Catch SIGTERM and SIGINT; yields ``stop(step) -> bool``, whether one has come.
 
-    A first SIGINT or SIGTERM is acknowledged by a line at once; a second one acts as usual. With
-    several processes the coordinator decides, so that all of them stop after the same step. Outside
-    of the main thread no handler can be set, and ``stop`` is always False.
+    A first SIGINT or SIGTERM is acknowledged by a line on standard error at once, even while XLA
+    compiles; a second one acts as usual. With several processes the coordinator decides, so that
+    all of them stop after the same step. Outside of the main thread no handler can be set, and
+    ``stop`` is always False.
     """
     if jax.process_count() > 1:
         with _handlers({signal.SIGINT: USUAL[signal.SIGINT]}):
@@ -28,13 +29,10 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
     def request(number, frame):
         requested.set()
-        # A print may be under way where the signal arrives; a write to the descriptor is safe.
-        with suppress(OSError):
-            os.write(2, b"\nnote: stopping after the step under way; once more to stop at once\n")
         for number, handler in USUAL.items():
             signal.signal(number, handler)
 
-    with _handlers(dict.fromkeys(USUAL, request)):
+    with _handlers(dict.fromkeys(USUAL, request)), _answer_at_once(ANSWER):
         yield lambda step: requested.is_set()
 
 
@@ -53,6 +51,7 @@ def leave_on_signals() -> Iterator[None]:
         yield
 
 
+ANSWER = b"\nnote: stopping after the step under way; once more to stop at once\n"
 USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
@@ -67,3 +66,37 @@ def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # None is one that was not set from Python
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _answer_at_once(line: bytes) -> Iterator[None]:
+    """Write ``line`` to standard error when the first of the signals in ``USUAL`` arrives.
+
+    Python runs a signal's handler when the main thread is back in Python code, which takes as long
+    as XLA compiles. The interpreter's handler in C runs at once and writes the signal's number to
+    the wakeup descriptor, where a thread waits for it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def answer():
+        while (number := os.read(read, 1)[0]) not in (0, *USUAL):
+            pass  # another signal, such as SIGCHLD
+        if number:
+            with suppress(OSError):
+                os.write(2, line)
+
+    thread = threading.Thread(target=answer, name="answer signals", daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(write, b"\0")  # ends the thread where no signal came
+        thread.join()
+        os.close(read)
+        os.close(write)

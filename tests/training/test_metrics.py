@@ -4,6 +4,8 @@ import io
 import json
 import resource
 import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from sedd.errors import UserError
 from sedd.training import metrics
+from sedd.training.heartbeat import Heartbeat
 from sedd.training.metrics import Metrics, ProgressReport, plot_curves, read_metrics
 
 
@@ -125,6 +128,31 @@ def test_lines_where_there_is_no_terminal():
         "step  200/1000  validation 1.5000 nats/token",
         "stopped",
     ]
+
+
+def test_a_line_whenever_nothing_was_printed_for_a_while(monkeypatch):
+    monkeypatch.setattr(metrics, "Heartbeat", partial(Heartbeat, seconds=0.05))
+    stream = io.StringIO()
+    report = ProgressReport(start=3, steps=1000, stream=stream)
+    report.doing("compiling the training step")
+    time.sleep(0.6)  # silences of 0.05, 0.1, 0.2, 0.4 … s
+    report.advance(4)
+    report.close()
+    lines = stream.getvalue().splitlines()
+    assert set(lines) == {"step    3/1000  compiling the training step"}
+    assert 1 <= len(lines) <= 4
+    time.sleep(0.1)
+    assert stream.getvalue().splitlines() == lines
+
+
+def test_no_line_while_others_are_printed():
+    said = []
+    heartbeat = Heartbeat(said.append, "working", seconds=0.5)
+    for _ in range(10):
+        time.sleep(0.1)
+        heartbeat.printed()
+    heartbeat.close()
+    assert said == []
 
 
 def test_a_bar_where_there_is_a_terminal():
