@@ -15,7 +15,7 @@ from sedd.arrays import NAN, bucket
 from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.config import default_cache_dir
 from sedd.constraints.clamp import Clamp, check_prefix, free
-from sedd.constraints.spans import Given, Rule, Span, batch_spans, spans_of
+from sedd.constraints.spans import Given, Rule, Shape, Span, batch_spans, spans_of
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
@@ -264,7 +264,7 @@ def _given(model, num, length, texts, clamp, constraint) -> tuple[list[Clamp], l
         compiled = constraint[row] if isinstance(constraint, Sequence) else constraint
         if own.keys() & {"regex", "json_schema"}:
             compiled = request.constraint(model.tokenizer, cache_dir)
-        return tokens, spans_of(tokens, compiled)
+        return tokens, spans_of(tokens, compiled, model.tokenizer)
 
     same = not any(map(_is_list, (clamp, constraint, *texts.values())))
     rows = [one(0)] * num if same else [one(row) for row in range(num)]
@@ -280,11 +280,13 @@ def draw(
     *,
     reshape: Reshape | None = None,
     rule: Rule = "joint",
+    shape: Shape | None = None,
     trace: bool = False,
 ) -> SampleResult:
     """Draw one sequence for each key, with its clamp and its spans, as one padded batch.
 
-    See ``sample``, which builds the arguments. Raises UserError where the sampler does not go with
+    See ``sample``, which builds the arguments. Batches of one ``shape``, to which the spans are
+    padded, share a program. Raises UserError where the sampler does not go with
     the model, an id is out of range, probabilities are nan, or the verifier fails.
     """
     for c in clamps if model.denoiser.causal else ():
@@ -311,7 +313,9 @@ def draw(
         attend=None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32)),
         reshape=reshape,
         given_BL=jnp.asarray(given_BL) if guided else None,
-        constraint=batch_spans([spans[row] for row in row_of_B], rule) if any(spans) else None,
+        constraint=batch_spans([spans[row] for row in row_of_B], rule, shape)
+        if any(spans)
+        else None,
     )
     sampler.check(denoiser)
     verifier_error(sampler)  # forget an earlier call's

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -13,6 +14,7 @@ import tokenizers
 
 import sedd
 from sedd.commands.answers import Answer, Answering, Asked
+from sedd.commands.asking import Survey
 from sedd.constraints.clamp import Clamp, from_infill, from_prompt
 from sedd.constraints.spans import spans_of
 from sedd.data.tokenizers import Pretrained
@@ -217,6 +219,46 @@ def test_what_was_drawn_comes_before_the_error(model, monkeypatch, error):
     assert [one.request.id for one in next(batches)] == [1]
     with pytest.raises(error):
         next(batches)
+
+
+def test_batches_of_a_file_share_the_program_of_their_constraints(model, monkeypatch):
+    """Automata of other sizes, spans of other lengths, one gap and two: one shape for all."""
+    requests = [
+        Request(id=0, infill="{mask:2}", regex="ab?"),
+        Request(id=1, infill="{mask:9}", regex="(ab|cd|ef|gh|ba|dc){1,4}a?"),
+        Request(id=2, infill="{mask:3} {mask:2}", regex=["[a-z]+", "a*"]),
+        Request(id=3, infill="{mask:3} {mask:2}", regex="[a-z ]+"),
+    ]
+    asked = []
+    for request in requests:
+        one = asked_of(model, request)
+        given = request.constraint(model.tokenizer, None)
+        asked.append(one._replace(spans=spans_of(one.clamp, given)))
+    survey = Survey.of(asked, None)
+    assert survey.spanned
+    assert not Survey.of(asked[:3], None).spanned
+    programs = set()
+
+    class StopError(Exception):
+        pass
+
+    def run(sampler, denoiser, *arguments, **options):
+        spans = denoiser.constraint
+        leaves = [leaf.shape for leaf in jax.tree.leaves(spans)]
+        programs.add((jax.tree.structure(spans), tuple(leaves)))
+        raise StopError
+
+    monkeypatch.setattr("sedd.sampling._run", run)
+
+    def compiled(shape):
+        programs.clear()
+        for one in asked:
+            with pytest.raises(StopError):
+                list(answering(model, asked, 1, shape=shape).answers([one]))
+        return len(programs)
+
+    assert compiled(survey.shape) == 1
+    assert compiled(None) > 1
 
 
 def test_answers_do_not_depend_on_the_batch(model):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sedd.constraints.clamp import Clamp
-from sedd.constraints.spans import Rule, Span
+from sedd.constraints.spans import Rule, Shape, Span
 from sedd.data.packing import unigram_entropy
 from sedd.model import Model
 from sedd.requests import Request
@@ -100,6 +100,7 @@ class Answering:
             numbers that change nothing where need be, and share a program.
         processor: the user's function on log probabilities, or None.
         rule: how a step draws under a constraint.
+        shape: that of all constraints of the run, so that its batches share a program.
         traced: how many requests, from the first on, keep their trace.
     """
 
@@ -109,6 +110,7 @@ class Answering:
     reshaped: bool = False
     processor: LogitProcessor | None = None
     rule: Rule = "joint"
+    shape: Shape | None = None
     traced: int = 0
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[list[Answer]]:
@@ -168,6 +170,7 @@ class Answering:
             [one.spans for one in padded],
             reshape=reshape,
             rule=self.rule,
+            shape=self.shape,
             trace=trace,
         )
         return [

@@ -22,7 +22,7 @@ from sedd.configuration.build import build_sampler
 from sedd.configuration.components import options_type
 from sedd.configuration.config import default_cache_dir, fits
 from sedd.constraints.clamp import check_prefix
-from sedd.constraints.spans import spans_of
+from sedd.constraints.spans import Shape, shape_of, spans_of
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
 from sedd.samplers.base import Sampler, SamplerOptions
@@ -105,7 +105,8 @@ class Asking:
         if self.model.denoiser.causal:
             check_prefix(clamp)
         cache_dir = Path(default_cache_dir()).expanduser()
-        spans = spans_of(clamp, request.constraint(tokenizer, cache_dir))
+        constraint = request.constraint(tokenizer, cache_dir)
+        spans = spans_of(clamp, constraint, tokenizer)
         own = {name: getattr(request, name) for name in NUMBERS}
         own = {name: value for name, value in own.items() if value is not None}
         reshape_of(1, own)
@@ -176,6 +177,10 @@ class Survey:
     """Whether a line asks for guidance of its own."""
     reshaped: bool = False
     """Whether a conditional is changed."""
+    shape: Shape | None = None
+    """The shape that holds every request's constraints."""
+    spanned: bool = False
+    """Whether one constraint spans several gaps."""
     repeated: str | int | None = None
     """The first id that stands in two lines."""
 
@@ -191,6 +196,11 @@ class Survey:
             found.counts[one.program] += 1
             found.given |= bool(one.clamp.fixed_L.any())
             found.guided |= one.request.guidance is not None
+            if one.spans:
+                shape = shape_of([one.spans])
+                found.shape = shape if found.shape is None else found.shape.joined(shape)
+                gaps = one.clamp.gaps
+                found.spanned |= any((span.start, span.length) not in gaps for span in one.spans)
             found.reshaped |= reshape_of(1, one.numbers) is not None
             name = hash(str(one.request.id))
             if found.repeated is None and name in seen:
@@ -248,6 +258,11 @@ def notes(
         yield (
             f"--batch-size {command.batch_size}: {command.sampler.name} draws {sampler.width} "
             "sequences side by side for each that it returns, and so it does here"
+        )
+    if survey.spanned:
+        yield (
+            "one regex or schema for several gaps spans them all and the given text between them; "
+            "a list has one for each gap"
         )
     if survey.repeated is not None:
         yield f"--requests {command.requests}: the id {survey.repeated!r} stands in several lines"

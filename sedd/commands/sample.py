@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         answering = Answering(
             model=model,
             counts=survey.counts,
+            shape=survey.shape,
             batch_size=command.batch_size,
             reshaped=survey.reshaped,
             processor=asking.processor,

@@ -293,7 +293,8 @@ class Automaton(TokenAutomaton):
         count = bisect.bisect_left(range(len(given)), True, key=lambda i: impossible(i + 1))
         position = int(given[count])
         token = int(fixed_L[position])
-        text = "" if text_of is None else f", {text_of(token)!r},"
+        text = "" if text_of is None else text_of(token)
+        text = f", {text!r}," if text else ""
         raise UserError(
             f"the token {token}{text} that is given at position {first + position} contradicts "
             f"{self.pattern!r}"

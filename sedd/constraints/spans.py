@@ -24,6 +24,7 @@ from sedd.constraints.recursions import (
     walk,
 )
 from sedd.constraints.tables import Sizes, Tables, sizes_of, tables
+from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.networks.rows import CHUNK_BYTES, COPIES
 from sedd.types import Array, Bool, Float, Int, Key
@@ -186,16 +187,14 @@ def _in_chunks(
 Given = Automaton | Sequence[Automaton | None] | None
 
 
-def spans_of(
-    clamp: Clamp, given: Given, *, text_of: Callable[[int], str] | None = None
-) -> list[Span]:
+def spans_of(clamp: Clamp, given: Given, tokenizer: Tokenizer | None = None) -> list[Span]:
     """The spans of a sequence that have to match.
 
     Args:
         clamp: the given tokens of the sequence.
         given: one automaton for everything from the first free position to the last, given tokens
             in between included; or a list with an automaton or None for each gap of the clamp.
-        text_of: the text of a token, for messages.
+        tokenizer: for the text of tokens in messages.
 
     Raises UserError if the list is not of as many as there are gaps, or if no string goes with a
     span's length and given tokens.
@@ -227,6 +226,10 @@ def spans_of(
             for (start, size), automaton in zip(gaps, given, strict=True)
             if automaton is not None
         ]
+
+    def text_of(token):
+        return "" if tokenizer is None else tokenizer.decode([token], keep_eos=True)
+
     for span in spans:
         inside = slice(span.start, span.start + span.length)
         fixed = np.where(clamp.fixed_L[inside], clamp.tokens_L[inside], -1)
