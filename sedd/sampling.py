@@ -306,8 +306,8 @@ def draw(
     guided = False
     if reshape is not None:
         rule = _rule(rule, reshape, any(spans))
+        guided = (given_BL.any(1) & (reshape.guidance_B[row_of_B] > 0)).any()
         reshape = jax.tree.map(lambda values: values[row_of_B], reshape)
-        guided = (given_BL.any(1) & (reshape.guidance_B > 0)).any()
     denoiser = replace(
         model.denoiser,
         attend=None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32)),

@@ -1,5 +1,6 @@
 """``sedd.sample``: what is compiled, which options go where, what is refused, what comes back."""
 
+import gc
 from dataclasses import replace
 
 import jax
@@ -16,7 +17,7 @@ from sedd.errors import FieldError, UserError
 from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
 from sedd.samplers.ordered import Ordered
-from sedd.sampling import _run, bucket, text_verifier
+from sedd.sampling import _VERIFIERS, _run, bucket, text_verifier
 
 KEY = jax.random.key(0)
 FIVE_STEPS = sedd.samplers.options("event_jump", steps=5)
@@ -384,6 +385,16 @@ def test_a_failing_verifier_is_named_and_may_recover(model, sampler):
         verifier.mood = "good"
         result = sedd.sample(model, KEY, num=2, sampler=sampler, verifier=verifier, **own)
         np.testing.assert_array_equal(result.score, vowels(result.text))
+
+
+def test_verifiers_live_as_long_as_they_are_used(model):
+    held = text_verifier(model, vowels)
+    assert text_verifier(model, vowels) is held
+    before = len(_VERIFIERS)
+    for _ in range(5):
+        text_verifier(model, lambda texts: [0.0] * len(texts))
+    gc.collect()
+    assert len(_VERIFIERS) == before
 
 
 NAN_OPTIONS = {

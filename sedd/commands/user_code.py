@@ -1,4 +1,7 @@
-"""Functions of a user's own file, whose mistakes are one line of a UserError."""
+"""Load functions from a user's file; their mistakes become one line of a UserError.
+
+Loading runs the file, as importing it would.
+"""
 
 import functools
 import runpy
@@ -13,12 +16,20 @@ import jax.numpy as jnp
 from sedd.errors import UserError
 from sedd.types import Array, Float, Int
 
-# What comes of numpy and of Python's if where JAX has no values yet.
+# Raised by numpy functions and Python's ``if`` on values that JAX is only tracing.
 UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 
 
 def load_function(spec: str, flag: str) -> Callable[..., Any]:
-    """``file.py:function``; UserError where there is none. The same one for the same words."""
+    """The function that ``file.py:function`` names; the same object for the same words.
+
+    Args:
+        spec: the path and the name.
+        flag: the flag that the message of an error begins with.
+
+    Raises:
+        UserError: the file is missing, fails while it runs, or does not define the function.
+    """
     path, _, name = spec.rpartition(":")
     if not path or not name.isidentifier():
         raise UserError(f"{flag} {spec}: it must be file.py:function")
@@ -33,17 +44,18 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
     return found
 
 
-@functools.cache  # another object would compile another program
+@functools.cache  # a new object would compile a new program
 def load_processor(spec: str, flag: str, mask_id: int | None) -> "LogitProcessor":
-    """The logit processor of ``file.py:function``; UserError where there is none."""
+    """The logit processor that ``file.py:function`` names; raises as ``load_function``."""
     return LogitProcessor(load_function(spec, flag), spec, flag, mask_id)
 
 
 class LogitProcessor:
-    """A user's function on log probabilities [B, K, N]; see ``Reshape.logit_processor``.
+    """A checked user's function on log probabilities [B, K, N]; see ``Reshape.logit_processor``.
 
-    UserError where it raises or returns something else. What shows in the values only, inside jit,
-    is kept for ``raise_error``, and the conditional is left as it was there.
+    Raises UserError while tracing where the function raises, or returns another shape or type.
+    Bad values (nan, or no token left) appear only when the compiled program runs: these rows keep
+    the model's conditional, and ``raise_error`` raises afterwards.
     """
 
     def __init__(self, function: Callable[..., Any], spec: str, flag: str, mask_id: int | None):
@@ -79,11 +91,11 @@ class LogitProcessor:
         jax.lax.cond(
             (masked_BK & ~good_BK).any(), lambda: jax.debug.callback(self._fail), lambda: None
         )
-        # Some samplers would never end on nan, and the error with them never show.
+        # With nan some samplers would never end, and the error would never be raised.
         return jnp.where(good_BK[..., None], shaped_BKN, log_probs_BKN)
 
     def raise_error(self) -> None:
-        """UserError where it excluded every token, or returned nan, since the last time."""
+        """Raise UserError where the function returned bad values since the last call of this."""
         jax.effects_barrier()
         failed, self._failed = self._failed, False
         if failed:
@@ -102,13 +114,13 @@ def _run_file(path: str) -> dict[str, Any]:
 
 
 def _line(error: BaseException, path: str) -> str:
-    """The last line of the user's file that the error passed through, where there is one."""
+    """``, line N`` for the last line of the user's file in the error's traceback, or nothing."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     return f", line {lines[-1]}" if lines else ""
 
 
 def _said(error: BaseException) -> str:
-    """The error's kind, and its message: of JAX's long ones the first line."""
+    """The type and message of an error; of JAX's long messages the first line."""
     message = str(error).partition("\n")[0] if isinstance(error, UNTRACEABLE) else str(error)
     return f"{type(error).__name__}: {message}".rstrip(" .:")
