@@ -18,7 +18,7 @@ from sedd.configuration.components import options, options_type
 from sedd.configuration.config import Config, DataOptions, default_cache_dir
 from sedd.data.tokenizers import Pretrained, Tokenizer, build_tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
-from sedd.errors import UserError
+from sedd.errors import UserError, first_line
 from sedd.evaluation.datasets import TextReader, token_data_set
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, check_fit
 from sedd.evaluation.protocols import protocol as protocol_named
@@ -31,6 +31,7 @@ from sedd.training.distributed import leave_libtpu_alone
 from sedd.types import Array, Float, Int, Key
 
 GPT2_TOKENS = 50257
+TRAIN_COUNTS = "token_counts.npy"  # in the directory of a run
 UNKNOWN = "unknown"  # the name of a corpus or tokenizer that a published checkpoint leaves out
 
 
@@ -45,6 +46,7 @@ class Model:
         tokenizer: None where a published checkpoint brings none.
         source: where the model came from, for messages.
         step: the training step of the checkpoint; None for a published one.
+        train_counts: how often each token was in the training text, [N]; None if that is unknown.
     """
 
     denoiser: Denoiser
@@ -53,6 +55,7 @@ class Model:
     tokenizer: Tokenizer | None
     source: str
     step: int | None = None
+    train_counts: np.ndarray | None = None
 
     @property
     def network_config(self):
@@ -218,6 +221,7 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
         tokenizer=tokenizer,
         source=source,
         step=found,
+        train_counts=read_train_counts(path, tokenizer.num_tokens),
     )
 
 
@@ -299,6 +303,20 @@ def _run_config(data: dict[str, Any]) -> Config:
 def read_tokenizer(workdir: Path) -> Tokenizer:
     """The tokenizer that a run was trained with."""
     return _read_json(workdir / "tokenizer.json", tokenizer_from_json)
+
+
+def read_train_counts(workdir: Path, num_tokens: int) -> np.ndarray | None:
+    """How often each token was in the training text of a run, [N]; None where it was not saved."""
+    path = workdir / TRAIN_COUNTS
+    if not path.exists():
+        return None
+    try:
+        counts_N = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not readable as an array ({first_line(error)})") from error
+    if counts_N.shape != (num_tokens,):
+        raise UserError(f"{path}: must hold {num_tokens} counts, has shape {counts_N.shape}")
+    return counts_N
 
 
 def _read_json(path: Path, reader: Callable[[Any], Any]) -> Any:
@@ -384,6 +402,7 @@ def evaluate(
         protocol_name=name,
         batch_size=batch_size,
         count_text=text_counter(model.tokenizer),
+        train_counts_N=model.train_counts,
     )
 
 

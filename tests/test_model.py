@@ -15,6 +15,7 @@ from sedd.data.tokenizers import BytePairs, Bytes, Pretrained
 from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.protocols import Protocol
+from sedd.evaluation.tables import detail_table
 from sedd.model import text_counter
 from sedd.samplers.euler import Euler
 from sedd.schedules import LogLinear
@@ -258,6 +259,37 @@ def test_evaluate_of_everything_scored(runs):
     model = sedd.load(runs["radd"])
     result = sedd.evaluate(model, np.zeros((2, 12), int), protocol=Protocol(draws=4))
     assert (result.num_tokens, result.num_sequences, result.num_bytes) == (24, 2, 24)
+
+
+def test_the_cross_entropy_of_training_frequencies(runs, tmp_path):
+    """By hand with half a count more of each token; unknown where a run did not save its counts."""
+    model = sedd.load(runs["radd"])
+    assert model.train_counts is None
+    tokens = np.array([[0, 0, 1, 5], [5, 5, 5, 2]])
+    scored = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+    unknown = sedd.evaluate(model, tokens, scored_BL=scored, protocol=Protocol(draws=4))
+    assert unknown.to_json()["unigram_nats"] is None
+    assert unknown.data.unigram_entropy == pytest.approx(
+        -(2 * np.log(2 / 6) + np.log(1 / 6) + 3 * np.log(3 / 6)) / 6
+    )
+    size = tiny_run.TOKENIZER.num_tokens
+    counts = np.arange(size) * 2.0
+    run = shutil.copytree(runs["radd"], tmp_path / "run")
+    np.save(run / "token_counts.npy", counts)
+    result = sedd.evaluate(sedd.load(run), tokens, scored_BL=scored, protocol=Protocol(draws=4))
+    probs = (counts + 0.5) / (counts + 0.5).sum()
+    expected = -(2 * np.log(probs[0]) + np.log(probs[1]) + 3 * np.log(probs[5])) / 6
+    assert result.unigram_nats == pytest.approx(expected)
+    assert result.unigram_nats > result.data.unigram_entropy
+    assert "cross entropy of training frequencies" in detail_table(result).markdown()
+    assert "cross entropy" not in detail_table(unknown).markdown()
+    for damage, message in ((np.zeros(3), "must hold"), (np.zeros((2, size)), "must hold")):
+        np.save(run / "token_counts.npy", damage)
+        with pytest.raises(UserError, match=message):
+            sedd.load(run)
+    (run / "token_counts.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match="not readable as an array"):
+        sedd.load(run)
 
 
 def test_text_counter():

@@ -127,6 +127,7 @@ def evaluate_all(
                 count_text=text_counter(model.tokenizer),
                 journal=journal,
                 track=track,
+                train_counts_N=model.train_counts,
             )
             for data in opened
         ]

@@ -242,7 +242,8 @@ def write_report(
 FIGURES = (
     "Nats per token are the total nats divided by the scored tokens; perplexity is their "
     "exponential. Errors are standard errors over sequences and contain the error of the draws. "
-    "The unigram entropy is that of the evaluated tokens' own frequencies. Perplexities under "
+    "The cross entropy of training frequencies is what a model without context attains; the "
+    "entropy of the tokens' own frequencies is fitted to them, and lower. Perplexities under "
     "different tokenizers cannot be compared; bits per byte can. The page docs/evaluation.md of "
     "the project explains every figure."
 )

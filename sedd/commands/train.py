@@ -1,6 +1,7 @@
 """Train a discrete diffusion language model; run again, it goes on where it stopped."""
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
-from sedd.model import read_config, read_tokenizer, text_counter
+from sedd.model import TRAIN_COUNTS, read_config, read_tokenizer, text_counter
 from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
@@ -114,7 +115,7 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         del source  # its copy of the parameters would stay on the device
     else:
         state = parallel.init(make_state)
-    save_description(workdir, config, data.tokenizer)
+    save_description(workdir, config, data)
     introduce(command, data, state, restored)
 
     rows = ValidationRows(
@@ -253,12 +254,16 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
     return source
 
 
-def save_description(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Write config.json and tokenizer.json, which ``sedd.load`` reads beside the checkpoints."""
+def save_description(workdir: Path, config: Config, data: Data) -> None:
+    """Write the configuration, the tokenizer and the token counts, which ``sedd.load`` reads."""
     if jax.process_index() == 0:
-        for name, content in (("config", config.to_json()), ("tokenizer", tokenizer.to_json())):
+        described = (("config", config.to_json()), ("tokenizer", data.tokenizer.to_json()))
+        for name, content in described:
             text = json.dumps(content, indent=2 if name == "config" else None)
             write_whole(workdir / f"{name}.json", text.encode())
+        counts = io.BytesIO()
+        np.save(counts, train_frequencies(data))
+        write_whole(workdir / TRAIN_COUNTS, counts.getvalue())
 
 
 def introduce(

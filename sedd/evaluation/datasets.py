@@ -74,12 +74,17 @@ class DataSet:
         return self._read[0]
 
     @property
+    def counts(self) -> np.ndarray:
+        """How often each token is scored, up to the largest one that is, [at most N]."""
+        return self._read[1]
+
+    @property
     def unigram_entropy(self) -> float:
         """Entropy in nats of the frequencies of the scored tokens themselves.
 
         No model that ignores the context can be below it, since it is fitted to these tokens.
         """
-        return unigram_entropy(self._read[1])
+        return unigram_entropy(self.counts)
 
     @cached_property
     def _read(self) -> tuple[str, np.ndarray]:

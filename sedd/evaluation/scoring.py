@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
+from sedd.data.baselines import unigram_nats
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.evaluation.bound import (
@@ -36,11 +38,14 @@ class EvaluationResult(BoundResult):
         data: the evaluated rows.
         protocol: how they were evaluated.
         protocol_name: the name of the protocol that ``protocol`` is, or departs from.
+        unigram_nats: cross entropy of the tokens under the training frequencies, in nats per token:
+            what a model without context attains. None if these are unknown.
     """
 
     data: DataSet
     protocol: Protocol
     protocol_name: str
+    unigram_nats: float | None = None
 
     @property
     def protocol_text(self) -> str:
@@ -131,6 +136,7 @@ def score_data_set(
     count_text: Callable | None = None,
     journal: Journal | None = None,
     track: Track | None = None,
+    train_counts_N: np.ndarray | None = None,
 ) -> EvaluationResult:
     """Score the rows of a data set, ``batch_size`` at a time on all local devices.
 
@@ -146,6 +152,7 @@ def score_data_set(
         count_text: ids to (characters, bytes), for figures per character and byte.
         journal: sequences that it holds are not computed again, and new ones are added to it.
         track: wraps the batches, to show progress.
+        train_counts_N: how often each token is in the training text, for ``unigram_nats``.
     """
     done = journal.done(data.label) if journal is not None else None
     scored = [] if done is None else [done]
@@ -167,6 +174,14 @@ def score_data_set(
         t_min=protocol.t_min,
         outer_terms=protocol.outer_terms,
     )
+    baseline = None
+    if train_counts_N is not None:
+        counts_N = np.pad(data.counts, (0, len(train_counts_N) - len(data.counts)))
+        baseline = unigram_nats(train_counts_N, counts_N)
     return EvaluationResult(
-        **vars(figures), data=data, protocol=protocol, protocol_name=protocol_name
+        **vars(figures),
+        data=data,
+        protocol=protocol,
+        protocol_name=protocol_name,
+        unigram_nats=baseline,
     )

@@ -54,8 +54,10 @@ def detail_table(result: EvaluationResult) -> Table:
             ("  diffusion", result.diffusion),
             (f"  reconstruction{left_out}", result.reconstruction),
         ]
+    if result.unigram_nats is not None:
+        rows.append(("cross entropy of training frequencies", result.unigram_nats))
     rows += [
-        ("unigram entropy of these tokens", result.data.unigram_entropy),
+        ("entropy of these tokens' own frequencies", result.data.unigram_entropy),
         ("sequences", result.num_sequences),
     ]
     if result.data.num_rows_not_evaluated:
