@@ -1,11 +1,17 @@
-"""How many real JSON schemas convert, and what their automata over GPT-2's vocabulary cost.
+"""The share of JSON schemas that compile, and the cost of their automata over GPT-2's vocabulary.
 
-The schemas are the functions' parameters of BFCL's `live_simple`, from the package `bfcl-eval` (its
-data alone: `pip install --no-deps bfcl-eval`) or from a file of the same form. Its own names of
-types become JSON Schema's; nothing else is changed. Seconds are of the whole way from a schema to
-a ready automaton, each once; indexing the vocabulary is apart.
+A suite is a file or a folder, whose `.json` files are read in order:
 
-    python benchmarks/json_schemas.py
+- a file in BFCL's form, a line of JSON a question: the parameters of each function, with BFCL's
+  names of types replaced by JSON Schema's;
+- a file of JSON-Schema-Test-Suite: a list of objects with a `schema`;
+- any other file is one schema, as in SchemaStore.
+
+Without `--suites`, BFCL's `live_simple` from the package `bfcl-eval` is read (its data alone:
+`pip install --no-deps bfcl-eval`). Seconds are of the whole way from a schema to a ready automaton,
+each once; indexing the vocabulary is apart.
+
+    python benchmarks/json_schemas.py --suites JSON-Schema-Test-Suite/tests/draft7 schemastore/src
 """
 
 import collections
@@ -34,8 +40,8 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 class Settings:
     """Where the schemas and the vocabulary are."""
 
-    path: Path | None = None
-    """A file in BFCL's form; by default that of the installed package."""
+    suites: tuple[Path, ...] = ()
+    """Files and folders of schemas; by default BFCL's `live_simple` of the installed package."""
     tokenizer: str = "gpt2"
     cache_dir: Path = Path(default_cache_dir()).expanduser()
     """Where the tokenizer is kept, if it has to be downloaded."""
@@ -50,14 +56,25 @@ def installed() -> Path:
     for file in files:
         if file.name == FILE and file.parent.name == "data":
             return Path(str(file.locate()))
-    raise SystemExit(f"error: no {FILE}: pip install --no-deps bfcl-eval, or give --path")
+    raise SystemExit(f"error: no {FILE}: pip install --no-deps bfcl-eval, or give --suites")
 
 
-def schemas(path: Path) -> Iterator[Any]:
-    """The parameters of each function, a line of JSON for each question."""
-    for line in path.read_text("utf-8").splitlines():
-        for function in json.loads(line)["function"]:
-            yield renamed(function["parameters"])
+def schemas(suite: Path) -> Iterator[Any]:
+    """The schemas of a file, or of all `.json` files in a folder."""
+    if not suite.exists():
+        raise UserError(f"--suites {suite}: no such file or folder")
+    for path in sorted(suite.rglob("*.json")) if suite.is_dir() else [suite]:
+        text = path.read_text("utf-8-sig")
+        try:
+            read = json.loads(text)
+        except json.JSONDecodeError:
+            read = [json.loads(line) for line in text.splitlines()]
+        questions = read if isinstance(read, list) else [read]
+        for question in questions:
+            if isinstance(question, dict) and "function" in question:
+                yield from (renamed(call["parameters"]) for call in question["function"])
+            else:
+                yield question["schema"] if isinstance(read, list) else question
 
 
 def renamed(schema: Any) -> Any:
@@ -82,9 +99,22 @@ def main(settings: Settings) -> None:
     start = time.perf_counter()
     vocabulary = Vocabulary.of(tokenizer.token_bytes(), eos_id=tokenizer.eos_id)
     indexing = time.perf_counter() - start
+    rows = []
+    for suite in settings.suites or (installed(),):
+        rows += measured(suite, vocabulary)
+    report(
+        "json_schemas",
+        rows,
+        tokenizer=settings.tokenizer,
+        indexing_s=round(indexing, 3),
+    )
+
+
+def measured(suite: Path, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """A row about the schemas that compile, and one for each reason why others do not."""
     compiled: list[tuple[float, TokenAutomaton]] = []
     refused: collections.Counter[str] = collections.Counter()
-    for schema in schemas(settings.path or installed()):
+    for schema in schemas(suite):
         start = time.perf_counter()
         try:
             automaton = compile_tokens(schema_to_regex(schema), vocabulary)
@@ -93,27 +123,25 @@ def main(settings: Settings) -> None:
         else:
             compiled.append((time.perf_counter() - start, automaton))
     total = len(compiled) + refused.total()
-    rows = [
+    row = {
+        "suite": suite.name,
+        "outcome": "compiled",
+        "schemas": len(compiled),
+        "share": len(compiled) / total if total else None,
+        **spread("s", [taken for taken, _ in compiled]),
+        **spread("states", [automaton.num_states for _, automaton in compiled]),
+        **spread("classes", [automaton.num_classes for _, automaton in compiled]),
+    }
+    return [row] + [
         {
-            "outcome": "compiled",
-            "schemas": len(compiled),
-            "share": len(compiled) / total,
-            **spread("s", [taken for taken, _ in compiled]),
-            **spread("states", [automaton.num_states for _, automaton in compiled]),
-            **spread("classes", [automaton.num_classes for _, automaton in compiled]),
+            **dict.fromkeys(row),
+            "suite": suite.name,
+            "outcome": f"refused: {why}",
+            "schemas": n,
+            "share": n / total,
         }
-    ]
-    rows += [
-        {**dict.fromkeys(rows[0]), "outcome": f"refused: {why}", "schemas": n, "share": n / total}
         for why, n in refused.most_common()
     ]
-    report(
-        "json_schemas",
-        rows,
-        schemas=total,
-        tokenizer=settings.tokenizer,
-        indexing_s=round(indexing, 3),
-    )
 
 
 def reason(error: UserError) -> str:

@@ -122,16 +122,25 @@ def test_constrained_prints_a_row_a_pattern(capsys):
     assert all(row["most likely"] > 0 and row["states"] > 5 for row in line["rows"])
 
 
-def test_json_schemas_counts_what_is_refused(tmp_path, capsys):
+def test_json_schemas_counts_what_is_refused_in_each_suite(tmp_path, capsys):
     schemas = [{"type": "dict", "properties": {"a": {"type": "any"}}}, {"contains": {}}]
     questions = [json.dumps({"function": [{"parameters": schema}]}) for schema in schemas]
     (tmp_path / "bfcl.json").write_text("\n".join(questions))
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "one.json").write_text('{"type": "integer"}')
+    groups = [{"schema": {"enum": [1]}, "tests": []}, {"schema": False, "tests": []}]
+    (tmp_path / "folder" / "inner" / "tests.json").write_text(json.dumps(groups))
     module = importlib.import_module("json_schemas")
-    module.main(module.Settings(path=tmp_path / "bfcl.json", tokenizer="bytes"))
-    line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    compiled, refused = line["rows"]
-    assert (compiled["schemas"], refused["schemas"]) == (1, 1)
-    assert refused["outcome"].startswith("refused: contains: ")
+    suites = (tmp_path / "bfcl.json", tmp_path / "folder")
+    module.main(module.Settings(suites=suites, tokenizer="bytes"))
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert [(row["suite"], row["schemas"]) for row in rows] == [
+        ("bfcl.json", 1),
+        ("bfcl.json", 1),
+        ("folder", 2),
+        ("folder", 1),
+    ]
+    assert rows[1]["outcome"].startswith("refused: contains: ")
 
 
 def test_the_variance_of_the_bound(tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_every_field(tmp_path):
         ('{"regex": "A+"}', "no token holds the character 'A'"),
         ('{"infill": "a{mask:2}b{mask:2}", "regex": ["a"]}', "1 constraints for 2 gaps"),
         ('{"json_schema": 3}', "json_schema must be an object"),
-        ('{"json_schema": {"type": "integer", "multipleOf": 7}}', "#/multipleOf"),
+        ('{"json_schema": {"type": "integer", "multipleOf": 0.5}}', "#/multipleOf"),
         ('{"json_schema": {"type": "strin"}}', "#/type"),
         ('{"prompt": "a"', "not JSON"),
         ("prompt", "not JSON"),
