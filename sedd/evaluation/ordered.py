@@ -1,4 +1,4 @@
-"""The exact NLL of one order of the tokens, by the chain rule: a network call for each of them."""
+"""The exact NLL of one order of the tokens, by the chain rule, with a network call a token."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def ordered_nats(
         position_B1 = jax.lax.dynamic_slice_in_dim(order_BL, i, 1, 1)
         log_probs_B1N = denoiser.log_conditional_at(denoiser.hidden(x_BL), x_BL, position_B1)
         nats_B1 = -at(log_probs_B1N, jnp.take_along_axis(x0_BL, position_B1, 1))
-        # What is done stays as it is: the positions that follow in its order are given.
+        # A sequence whose scored positions are all revealed keeps its sum.
         nats_B = nats_B + jnp.where(i < count_B, nats_B1[:, 0], 0.0)
         revealed_BL = jnp.arange(x_BL.shape[1])[None] == position_B1
         return jnp.where(revealed_BL, x0_BL, x_BL), nats_B

@@ -51,7 +51,7 @@ WEIGHTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published checkpoint in this library's terms; ``params`` are float32, in host memory."""
+    """A published checkpoint in this library's terms; ``params`` are float32 arrays of the host."""
 
     network: DDiT
     params: Params
@@ -67,8 +67,7 @@ def load_published(path: str | os.PathLike) -> Published:
     all of them are listed.
 
     MDLM without ``time_conditioning`` holds a network that is conditioned on σ but always runs at
-    σ = 0. It is returned as the network without a condition that it is a longer spelling of (see
-    ``at_constant_sigma``), so that nothing downstream has to know of a σ that is not one.
+    σ = 0. It is returned as the equal network without a condition (see ``at_constant_sigma``).
 
     Example:
         >>> from sedd.interop.published import load_published
@@ -166,7 +165,7 @@ def save_published(
 
 
 def check_free(path: Path) -> None:
-    """UserError where something is at ``path``, but for an empty directory."""
+    """Raise UserError if ``path`` exists, unless it is an empty directory."""
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():
@@ -175,7 +174,7 @@ def check_free(path: Path) -> None:
 
 
 def with_norm_bias(network: DDiT, params: Params) -> tuple[DDiT, Params]:
-    """The same network with biases in its norms, of 0 where it had none."""
+    """An equal network whose norms have biases: 0 if it had none."""
     if network.norm_bias:
         return network, params
     trunk, blocks = params["trunk"], params["trunk"]["blocks"]
