@@ -5,6 +5,9 @@ import json
 import pytest
 import tiny_run
 
+from sedd.commands.cli import parse_config
+from sedd.commands.train import TrainCommand
+from sedd.configuration.config import load_config
 from sedd.model import read_config
 
 
@@ -63,6 +66,22 @@ def test_init_from_names_the_option_that_differs(begun, tmp_path, text, flags, m
     )
     assert outcome.code == 2
     assert message in outcome.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--training.keep 1 --data.cache-dir /elsewhere", True),
+        ("--data.corpus stdlib", False),
+        ("--process uniform --parameterization score --objective score_entropy", False),
+        ("--network.num-layers 1", False),
+        ("--data.corpus stdlib --aim mine", None),
+    ],
+)
+def test_the_aim_of_a_recipe_stays_with_what_it_trains(flags, kept):
+    arguments = ["--config", "quickstart", "--workdir", "x", *flags.split()]
+    aim = parse_config(arguments, TrainCommand, "").config.aim
+    assert aim == {True: load_config("quickstart").aim, False: "", None: "mine"}[kept]
 
 
 def test_init_from_is_recorded_and_kept(begun, tmp_path, text):

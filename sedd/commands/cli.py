@@ -22,6 +22,7 @@ from sedd.configuration.components import COMPONENTS, makers
 from sedd.configuration.config import (
     Config,
     default_cache_dir,
+    differences,
     load_config,
     recipes,
     with_component,
@@ -242,14 +243,15 @@ def parse_config(
 
     ``--config FILE`` gives the defaults, ``--process uniform`` (or any other component by name)
     swaps a component, and every remaining flag is a field: ``--optimizer.learning-rate 1e-3``.
-    ``saved`` is the configuration where no --config is given: that of the run to resume.
+    ``saved`` is the configuration where no --config is given: that of the run to resume. The aim of
+    a recipe is dropped where flags change what it would train.
     """
     path, rest = take(arguments, "--config")
     if path is None and saved is None and not {"-h", "--help"} & set(arguments):
         raise UserError(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
-    config = (saved or Config()) if path is None else load_config(path)
+    recipe = config = (saved or Config()) if path is None else load_config(path)
     for name in COMPONENTS:
         chosen, rest = take(rest, f"--{name}")
         if chosen is not None:
@@ -265,9 +267,13 @@ def parse_config(
         for f in dataclasses.fields(command)
         if f.name != "config"
     }
-    return parse(
+    parsed = parse(
         command,
         rest,
         default=command(**required, config=config),
         description=f"{description}\n\n--config FILE gives the defaults. Components:\n{choices}",
     )
+    if parsed.config.aim == recipe.aim and differences(recipe, parsed.config):
+        config = dataclasses.replace(parsed.config, aim="")
+        parsed = dataclasses.replace(parsed, config=config)
+    return parsed
