@@ -22,6 +22,7 @@ from report import report, start
 from sedd.configuration.build import build_parts
 from sedd.configuration.components import options
 from sedd.configuration.config import Config, TrainingOptions
+from sedd.networks.base import read_out
 from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.lambda_dce import LambdaDCE
 from sedd.objectives.score_entropy import ScoreEntropy
@@ -89,23 +90,16 @@ def plain(kind):
 
     class Plain(kind):
         def summed_nats(self, network, params, corrupted, x0_BL, **kwargs):
-            sigma_B = corrupted.sigma_B
-            raw_BLV = network.raw(
-                params,
-                corrupted.xt_BL,
-                attend=corrupted.attend,
-                sigma_B=sigma_B if network.time_conditioned else None,
-                **kwargs,
-            )
-            weight_BL = corrupted.weight_BL
+            rows = self._rows(network, params, corrupted, x0_BL, **kwargs)
+            hidden_MD, head, weight_M, (x0_M, xt_M, *sigma) = rows
+            raw_MV = read_out(hidden_MD, *head)
             if kind is ScoreEntropy:
-                sigma_BL = jnp.broadcast_to(sigma_B[:, None], x0_BL.shape)
-                nats_BL = self.row_nats(raw_BLV, x0_BL, corrupted.xt_BL, sigma_BL)
-                nats_BL = jnp.where(weight_BL > 0, nats_BL, 0.0)
+                nats_M = self.row_nats(raw_MV, x0_M, xt_M, *sigma)
+                nats_M = jnp.where(weight_M > 0, nats_M, 0.0)
             else:
-                logits_BLN = self.parameterization.masked_logits(raw_BLV)
-                nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLN, x0_BL)
-            return (weight_BL * nats_BL).sum()
+                logits_MN = self.parameterization.masked_logits(raw_MV)
+                nats_M = optax.softmax_cross_entropy_with_integer_labels(logits_MN, x0_M)
+            return (weight_M * nats_M).sum()
 
     return Plain
 

@@ -49,10 +49,6 @@ def command(place, name, *arguments, code=0) -> subprocess.CompletedProcess:
         env={
             **os.environ,
             "SEDD_CACHE": str(place / "cache"),
-            # Toy programs take longer to compile than to run, and commands share theirs.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         },
         check=False,
     )
