@@ -1,4 +1,4 @@
-"""How varied and how repetitive samples are, counted on token ids. ``docs/sample_quality.md``."""
+"""Diversity and repetition of samples, counted on token ids; see ``docs/sample_quality.md``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Diversity:
 
 
 def measure_diversity(sequences: Sequence[np.ndarray], *, tokenization: str) -> Diversity:
-    """Count on the ids of each sample; at least one sample."""
+    """Count n-grams, repeats and entropy on the ids of each sample; ValueError without samples."""
     if not sequences:
         raise ValueError("there is no sample")
     length_S = np.array([len(ids) for ids in sequences])
@@ -107,7 +107,7 @@ def longest_repeat(ids: np.ndarray) -> int:
         return len(np.unique(pairs)) < len(pairs)
 
     low, high = 0, max(len(ids) - 1, 0)
-    while low < high:  # what occurs twice has parts that do
+    while low < high:  # every part of a repeated stretch is repeated, so that bisection works
         middle = (low + high + 1) // 2
         low, high = (middle, high) if occurs_twice(middle) else (low, middle - 1)
     return low
@@ -118,7 +118,7 @@ def _pairs(rank, shift, size):
 
 
 def mean_of(values_S: np.ndarray) -> Measured:
-    """The mean, and its standard error where there are at least two values."""
+    """The mean with its standard error; a single value has no error."""
     size = len(values_S)
     error = float(values_S.std(ddof=1) / np.sqrt(size)) if size > 1 else None
     return Measured(float(values_S.mean()), error)

@@ -30,7 +30,7 @@ CHECKPOINTS = np.unique(np.round(8 * 2 ** (np.arange(23) / 2)).astype(int))  # 8
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """S documents as the statistics see them. Growth is nan beyond the end of a document."""
+    """Counts of S documents. The growth curves are nan beyond the end of a document."""
 
     num_types: int  # distinct words in all of them, V
     counts_SV: sparse.csr_array  # of each word
@@ -47,12 +47,12 @@ class Documents:
         return len(self.words_S)
 
     def counts(self, chosen_S: np.ndarray) -> np.ndarray:
-        """Of each word in the chosen documents together."""
+        """Counts [V] of each word in the chosen documents together."""
         return np.asarray(self.counts_SV.T @ chosen_S.astype(np.float32))
 
 
 def measure(texts: Sequence[str]) -> Documents:
-    """What the tests need of each text, one document each."""
+    """Count words, sentences, stop words and symbols; each text is one document."""
     ids: dict[str, int] = {}
     rows, types, bigrams, sentences, runs, symbols = [], [], [], [], [], []
     for text in texts:

@@ -1,7 +1,7 @@
-"""Perplexity of samples under another model, and how varied they are beside it.
+"""Perplexity of samples under another model (the judge), with their diversity beside it.
 
-Text that repeats itself is likely: alone, this figure can be improved by making samples worse. See
-``docs/sample_quality.md``.
+Repetitive text has a low perplexity, so that the figure alone can be improved by making samples
+worse. See ``docs/sample_quality.md``.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class JudgedTexts:
     """Perplexities of S texts, with standard errors over texts, and their diversity.
 
     ``mean_of_nats`` is exp(all nats / all tokens), the perplexity of the texts as one corpus;
-    ``mean_of_perplexities`` the mean of each text's own, which is larger and which few bad texts
-    rule. Texts without a scored token enter neither.
+    ``mean_of_perplexities`` is the mean of the texts' own perplexities, which is larger and which a
+    few bad texts dominate. Texts without a scored token are left out of both.
     """
 
     mean_of_nats: Measured
@@ -34,7 +34,7 @@ class JudgedTexts:
 
     @property
     def perplexities(self) -> np.ndarray:
-        """Each text's own; nan without a scored token."""
+        """The perplexity of each text; nan without a scored token."""
         tokens_S = np.where(self.judgement.tokens_S, self.judgement.tokens_S, np.nan)
         return np.exp(self.judgement.nats_S / tokens_S)
 
@@ -100,7 +100,7 @@ class GenerativePerplexity:
         return Table(columns=columns, rows=rows)
 
     def figure(self):
-        """Every text by its own entropy and perplexity: what is gamed lies left of real text."""
+        """A point for each text by entropy and perplexity; repetitive text lies on the left."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
@@ -134,7 +134,7 @@ class GenerativePerplexity:
 def generative_perplexity(
     samples: Sequence[str], judge: Judge, *, reference: Sequence[str] | None = None
 ) -> GenerativePerplexity:
-    """Judge samples, and real text beside them: ``reference``, cut to the samples' length.
+    """Judge samples, and real text (``reference``, cut to the samples' length) beside them.
 
     ``ValueError`` where no sample has a token that the judge scores.
     """

@@ -1,4 +1,4 @@
-"""What has been evaluated so far, on disk, so that an interrupted evaluation goes on."""
+"""A file of finished sequences, from which an interrupted evaluation resumes."""
 
 import json
 from dataclasses import fields
@@ -12,10 +12,17 @@ from sedd.evaluation.bound import Scored
 
 
 class Journal:
-    """A file of JSON lines: what is evaluated, then the terms of a sequence each, as they come.
+    """A file of JSON lines: first what is evaluated, then a line for each finished sequence.
 
-    ``about`` is everything that the figures depend on; UserError where the file holds the results
-    of something else. A last line that was cut off counts as not written.
+    A last line that was cut off, as by a kill, is removed.
+
+    Args:
+        path: the file; it is created if missing.
+        about: everything that the figures depend on.
+
+    Raises:
+        UserError: if the file holds the results of another evaluation or of something else, or
+            cannot be written.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]):
@@ -34,7 +41,7 @@ class Journal:
             self._write([about])
 
     def _read(self, about: dict[str, Any]) -> int:
-        """Fills in what is done, and returns the size of the lines that are whole."""
+        """Read the finished sequences; returns the size of the whole lines in bytes."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -58,7 +65,7 @@ class Journal:
         return whole
 
     def done(self, data: str) -> Scored | None:
-        """The sequences of a data set that were evaluated before, or None."""
+        """The finished sequences of a data set, in order; None if there are none."""
         records = self._done.get(data)
         if not records:
             return None
@@ -67,7 +74,7 @@ class Journal:
         )
 
     def add(self, data: str, scored: Scored) -> None:
-        """More sequences of a data set, on disk when this returns."""
+        """Append finished sequences of a data set; they are written when this returns."""
         columns = {f.name: getattr(scored, f.name).tolist() for f in fields(Scored)}
         rows = zip(*columns.values(), strict=True)
         self._write([{"data": data, **dict(zip(columns, row, strict=True))} for row in rows])
@@ -80,7 +87,7 @@ class Journal:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def close(self, *, remove: bool = False) -> None:
-        """Close the file; ``remove`` where the figures are elsewhere now."""
+        """Close the file, and with ``remove`` delete it."""
         self._file.close()
         if remove:
             self.path.unlink(missing_ok=True)

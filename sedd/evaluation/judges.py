@@ -1,4 +1,4 @@
-"""Judges of text: autoregressive models that give texts their likelihood."""
+"""Judges: autoregressive models that compute the likelihood of texts."""
 
 import pickle
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ LOADING = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Of S texts: -log p in nats, and how many tokens that is of."""
+    """For each of S texts: its -log p in nats, and the number of scored tokens."""
 
     nats_S: np.ndarray
     tokens_S: np.ndarray
@@ -25,7 +25,7 @@ class Judgement:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Texts to their nats. ``first_token`` says how the first token of a text is treated."""
+    """Computes nats of texts. ``first_token`` says whether the first token of a text is scored."""
 
     @property
     def name(self) -> str: ...
@@ -38,23 +38,23 @@ class Judge(Protocol):
         ...
 
     def judge(self, texts: Sequence[str]) -> Judgement:
-        """Nats of each text; of an empty text 0 nats of 0 tokens."""
+        """Nats of each text; an empty text has 0 nats and 0 tokens."""
         ...
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
-        """A vector a text, [S, D], that says where the judge sees it."""
+        """A feature vector for each text, [S, D]: the judge's last hidden state."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowJudge:
-    """A judge made of any functions that give rows of ids their exact likelihood and their states.
+    """A judge made of two functions on rows of ids: exact likelihoods, and hidden states.
 
     ``nats(ids_BL, scored_BL) -> nats_B`` is -log p of the scored tokens of each row, each given all
     that is before it in the row; ``hidden(ids_BL) -> h_BLD`` are the last hidden states, of which
     the i-th has seen the tokens up to i and none after it. A text of more than ``context`` tokens
-    is cut into windows, each by itself. ``scores_first``: whether the model has a law for the first
-    token of a row; if not, it is given, and not counted.
+    is cut into windows that are scored independently. ``scores_first``: whether the model scores
+    the first token of a row; if not, that token is conditioned on and not counted.
     """
 
     name: str
@@ -75,11 +75,11 @@ class WindowJudge:
 
     @property
     def first_token(self) -> str:
-        """For people."""
+        """How the first token is treated, for reports."""
         return "scored" if self.scores_first else "given, not scored"
 
     def judge(self, texts: Sequence[str]) -> Judgement:
-        """Nats of each text, all windows of it together."""
+        """Nats of each text, summed over its windows."""
         windows, owner = [], []
         for text, ids in enumerate(self.encode(texts)):
             for start in range(0, len(ids), self.context):
@@ -115,7 +115,7 @@ class WindowJudge:
         return np.concatenate(found)
 
     def _padded(self, batch: Sequence[np.ndarray], length: int) -> np.ndarray:
-        """A full batch of rows of one length, the short last one too: it compiles nothing new."""
+        """A batch of full size and length, also for the last rows, so that nothing recompiles."""
         ids_BL = np.full((self.batch_size, length), self.pad_id, np.int32)
         for row, ids in enumerate(batch):
             ids_BL[row, : len(ids)] = ids
