@@ -11,22 +11,22 @@ NAN = -1  # in place of a token that nan probabilities would have given: it ends
 
 
 def bucket(size: int) -> int:
-    """``size`` rounded up to one of four sizes an octave: 8, 10, 12, 14, 16, 20, 24, 28, 32, …
+    """Round ``size`` up to one of four sizes an octave: 8, 10, 12, 14, 16, 20, 24, 28, 32, …
 
-    At most a quarter more, and sizes in between compile nothing new.
+    Arrays padded to a bucket are at most a quarter larger, and sizes of one bucket share a program.
     """
     step = 1 << max((size - 1).bit_length() - 3, 0)
     return -(-size // step) * step
 
 
 def log_expm1(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log(exp(σ) - 1), right from σ = 1e-8 to where exp(σ) overflows."""
+    """log(exp(σ) - 1), accurate at σ = 1e-8 and finite where exp(σ) overflows."""
     return sigma + jnp.log(-jnp.expm1(-sigma))
 
 
 @jax.custom_jvp
 def expm1_minus(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """exp(x) - 1 - x, which cancels near 0: its Taylor series there."""
+    """exp(x) - 1 - x, by its Taylor series near 0, where the difference cancels."""
     return jnp.where(jnp.abs(x) < 0.3, x**2 / 2 * _series(x, 3), jnp.exp(x) - 1 - x)
 
 
@@ -38,7 +38,7 @@ def _expm1_minus_jvp(primals, tangents):
 
 
 def _series(x, first: int):
-    """1 + x/first·(1 + x/(first + 1)·(…)), to the last term that float32 notices below 0.3."""
+    """1 + x/first·(1 + x/(first + 1)·(…)), exact in float32 for |x| < 0.3."""
     total = 1.0
     for k in range(7, first - 1, -1):
         total = 1 + x / k * total

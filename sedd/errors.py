@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and what others' errors say."""
+"""The exception for a user's mistake, and helpers for its message."""
 
 import difflib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake of the user's; the message is one line: the value, and what would be right.
+    """A user's mistake. The message is one line: the wrong value, and what would be right.
 
     The commands print it as ``error: …`` and exit with code 2; the Python interface raises it.
     """
@@ -41,7 +41,7 @@ def fields_within(path: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what follows."""
+    """The first line of an error's message, at most 200 characters."""
     return str(error).partition("\n")[0][:200]
 
 

@@ -1,4 +1,4 @@
-"""Array aliases and the legend of the shape suffixes used throughout.
+"""Array aliases, and the legend of the shape suffixes.
 
 ==========  =====================================================================
 ``B``       batch (sequences)

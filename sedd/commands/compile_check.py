@@ -1,9 +1,9 @@
-"""Compile a configuration's training step for TPUs that are not there, and say whether it fits.
+"""Compile a training step for a TPU slice without having one, and print whether it fits.
 
     sedd compile_check --config owt_radd_small --topology v5e:4x4
 
-The program is the one that training runs there: what is printed is read from it. Needs the package
-libtpu (``pip install libtpu``), and no TPU.
+The compiled program is the one that training would run on the slice; the printed figures are read
+from it. This needs the package libtpu (``pip install libtpu``) and no TPU.
 """
 
 import dataclasses
@@ -53,19 +53,19 @@ class CompileCheckCommand:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What a compiled step takes, of one device unless it says otherwise."""
+    """Memory, FLOPs and collectives of a compiled step; figures of one device unless noted."""
 
     num_devices: int
     arguments: int  # bytes: the state and the batch
     temporaries: int  # bytes
-    peak: int  # bytes that must be there at once
+    peak: int  # bytes in use at the same time, at most
     flops: float  # as the compiler counts them
     collectives: dict[str, tuple[int, int]]  # kind: how many a step, and their bytes
     text: str
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compile, print, and end with 2 where it does not fit."""
+    """Compile the step and print its figures; UserError (exit code 2) if it does not fit."""
     command = parse_config(arguments, CompileCheckCommand, __doc__ or "")
     config = command.config
     if command.program is not None:
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def vocabulary_of(config: Config) -> int:
-    """The number of tokens that the tokenizer's name tells; UserError where it does not."""
+    """The vocabulary size, by the tokenizer's name; UserError if the name does not determine it."""
     name = config.data.tokenizer
     if name.startswith("bpe:"):
         return int(name.removeprefix("bpe:"))
@@ -103,8 +103,8 @@ def vocabulary_of(config: Config) -> int:
 
 def devices_of(topology: str) -> list[Any]:
     """Descriptions of the devices of a TPU slice; UserError where there is no such slice."""
-    # Nothing is asked of a TPU: no metadata server, no lock that keeps others from it. The last two
-    # are what libtpu complains of where there is none; the topology decides.
+    # No TPU is contacted: no metadata server is queried and no lock is taken. libtpu complains if
+    # the last two are missing; their values do not matter, since the topology decides.
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
@@ -118,7 +118,7 @@ def devices_of(topology: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except ModuleNotFoundError as error:
         raise UserError("compiling for TPUs needs libtpu: pip install libtpu") from error
-    # Whatever the plugin says of a name that it does not know, or of its own absence.
+    # The plugin raises exceptions of many classes for an unknown name and for its own absence.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         hint = "pip install libtpu" if "libtpu" in reason else "a shape is such as 4x4 or 4x4x4"
@@ -158,7 +158,7 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
 
 
 def with_attention(config: Config, num_tokens: int) -> Config:
-    """With the attention that ``auto`` means on a TPU: the device at hand is another one."""
+    """Replace attention ``auto`` by its choice on a TPU; here it would choose for this machine."""
     network: Any = config.network
     if getattr(network, "attention", None) != "auto":
         return config
@@ -195,9 +195,9 @@ def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state
 
 
 def collectives_of(text: str) -> dict[str, tuple[int, int]]:
-    """How often a compiled program does each kind of collective, and the bytes of what they give.
+    """The number of collectives of each kind in a compiled program, and the bytes of their results.
 
-    What is in a loop counts as often as the loop runs, once where the program does not say.
+    A collective in a loop counts once an iteration, or once if the trip count is unknown.
     """
     found: dict[str, tuple[int, int]] = dict.fromkeys(COLLECTIVES, (0, 0))
     computations: dict[str, list[str]] = {}
@@ -238,7 +238,7 @@ def collectives_of(text: str) -> dict[str, tuple[int, int]]:
 
 
 def trips(loop: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs: what it says, or the one number that its condition compares with."""
+    """The trip count of a loop: as annotated, or the constant in its condition; 1 if unknown."""
     if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
         return int(said[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop)
@@ -248,7 +248,7 @@ def trips(loop: str, computations: dict[str, list[str]]) -> int:
 
 
 def called(line: str) -> list[str]:
-    """The computations that an instruction runs; not those that combine two numbers."""
+    """Names of the computations that an instruction calls, without scalar reducers."""
     names = re.findall(r"(?:body|calls|(?:true|false)_computation)=%?([\w.-]+)", line)
     if branches := re.search(r"branch_computations=\{(.*?)\}", line):
         names += [name.strip().lstrip("%") for name in branches[1].split(",")]
@@ -269,7 +269,7 @@ def sizes(result: str) -> list[int]:
 
 
 def exhausted(message: str, program: str) -> str:
-    """What a compiler's message says is missing, and the largest arrays of its program."""
+    """The compiler's out-of-memory message, and the largest arrays of the program."""
     first = " ".join(message.splitlines()[0].split()).removeprefix("RESOURCE_EXHAUSTED: ")
     shapes = set(re.findall(r"tensor<((?:\d+x)+[a-z]+\d+)>", program))
     largest = sorted(shapes, key=tensor_bytes, reverse=True)[:4]
@@ -284,7 +284,7 @@ def tensor_bytes(shape: str) -> int:
 
 
 def advice(config: Config) -> str:
-    """What would make it smaller, in the order in which to try."""
+    """Settings that lower the memory use, in the order in which to try them."""
     options = []
     if config.training.parallel != "fsdp":
         options.append("--training.parallel fsdp")
@@ -325,5 +325,5 @@ def show(command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
 
 
 def gib(size: float) -> str:
-    """Bytes, readable."""
+    """A number of bytes as text in MiB or GiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

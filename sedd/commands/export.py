@@ -34,11 +34,11 @@ class ExportCommand:
     output: Path
     """A directory that does not exist, or is empty."""
     step: int | Literal["best"] | None = None
-    """Which checkpoint: of a step, or the best by validation; the newest by default."""
+    """The step of the checkpoint, or "best" by validation; the newest by default."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load, find the layout, write it, and say what it could not hold."""
+    """Load the model, write it in the layout that fits, and note what the layout does not keep."""
     command = parse(ExportCommand, arguments, description=TITLE)
     try:
         check_free(command.output)
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def load(command: ExportCommand) -> tuple[sedd.Model, int | None]:
-    """The model, and the step that it is of where it is a run's."""
+    """The model, and its step if the checkpoint is a run's (None for a published one)."""
     step = command.step
     if step is None or step == "best":
         try:
@@ -73,9 +73,10 @@ def load(command: ExportCommand) -> tuple[sedd.Model, int | None]:
 
 
 def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
-    """The layout that holds the model, its parameters there, and what it does not keep.
+    """The layout for the model, the parameters in its form, and notes on what it does not keep.
 
-    UserError with the reasons where no layout holds it.
+    Raises:
+        UserError: no layout can hold the model; the message lists the reasons.
     """
     network = model.denoiser.network
     if not isinstance(network, DDiT):
@@ -108,7 +109,7 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
 
 
 def written(tokenizer: Tokenizer) -> str:
-    """``tokenizer.json``: as Hugging Face's library has it where it came from there, else ours."""
+    """The content of ``tokenizer.json``: Hugging Face's if it was read from there, else ours."""
     return (
         tokenizer.source if isinstance(tokenizer, Pretrained) else json.dumps(tokenizer.to_json())
     )
@@ -126,7 +127,7 @@ def validation(directory: Path, step: int | None) -> dict[str, Any] | None:
 
 
 def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, Any] | None) -> str:
-    """The model card: what the model is, how it was trained, how good it is, how to load it."""
+    """The model card: description, training configuration, validation bound, and how to load it."""
     config = model.config
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.denoiser.params))
     rows = {
@@ -161,7 +162,7 @@ def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, A
         '## Use\n\n```python\nimport sedd\n\nmodel = sedd.load("DIRECTORY")  # or hf://OWNER/NAME\n'
         "```\n\n```\npython sample.py --checkpoint DIRECTORY\n```"
     )
-    if step is not None:  # of other checkpoints the training is not known
+    if step is not None:  # how a published checkpoint was trained is not known
         plain = config.to_json()
         del plain["data"]["cache_dir"]  # says nothing of the model, and much of the machine
         dump = json.dumps(plain, indent=2)

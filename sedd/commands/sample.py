@@ -158,7 +158,11 @@ def write_page(
         eos_id=tokenizer.eos_id,
         description={
             "sampler": command.sampler.name,
-            **{k: str(v) for k, v in flat(sampler_options(command.sampler)).items()},
+            **{
+                k: str(v)
+                for k, v in flat(sampler_options(command.sampler)).items()
+                if v is not None
+            },
             "network calls": str(max(a.calls for a in answers)),
             "checkpoint": command.checkpoint,
         },

@@ -1,7 +1,7 @@
-"""The denoising trace: one self-contained HTML page that plays how sampled sequences came about.
+"""The denoising trace: one self-contained HTML page that plays how sequences were sampled.
 
 The page holds each row's first frame and then only what changes from one frame to the next, so a
-sequence of 1024 tokens over 1024 steps stays small. It fetches nothing and opens from a file.
+sequence of 1024 tokens over 1024 steps stays small. The page needs no network and no server.
 """
 
 import html
@@ -25,7 +25,7 @@ _NOT_HTML_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udf
 
 @dataclass(frozen=True, kw_only=True)
 class TraceRow:
-    """One sequence's way from the start to the result.
+    """The frames of one sequence, from the start to the result.
 
     Attributes:
         title: names the sequence on the page, e.g. "request 3 · seed 17".
@@ -33,7 +33,7 @@ class TraceRow:
             process), the last is the result.
         fixed_L: bool [L]: the clamped positions (prompt, suffix, infill context); they must hold
             one token throughout.
-        spans: (start, length, regex) of what has to match.
+        spans: (start, length, regex) of the constrained positions.
 
     Raises:
         ValueError: a shape or dtype is wrong, an id is negative, or a clamped position changes.
@@ -77,10 +77,10 @@ def write_trace(
     description: Mapping[str, str],
     times_T1: Sequence[float] | None,
 ) -> None:
-    """Write the page that plays the rows; ``path`` is replaced whole or not at all.
+    """Write the page that plays the rows; see ``write_whole`` for how the file is written.
 
     Args:
-        path: the HTML file; its directory must exist.
+        path: the HTML file; missing folders are made.
         rows: at least one; without ``times_T1`` they may differ in their numbers of frames.
         token_text: one token's text; a piece of a character may be a replacement character. It is
             called once for each id that occurs, never for ``mask_id`` or ``eos_id``.
@@ -90,7 +90,8 @@ def write_trace(
         times_T1: the diffusion time of each frame, in [0, 1]; None hides it.
 
     Raises:
-        ValueError: there is no row, or the times do not fit the frames.
+        ValueError: there is no row, or the number of times is not that of the frames.
+        UserError: the file cannot be written.
     """
     path = Path(path)
     _check(rows, times_T1)
@@ -189,7 +190,7 @@ def _changes(frames_TL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _final_text(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """What a browser without scripts shows of one row: its last frame."""
+    """The HTML that a browser without scripts shows of one row: its last frame as text."""
     tokens = list(row["start"])
     for flat in row["changes"]:
         for position, token in zip(np.cumsum(flat[::2]), flat[1::2], strict=True):
@@ -203,6 +204,6 @@ def _text(value: str) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that can stand inside a script element: ASCII, and no character that HTML reads."""
+    """JSON for a script element: ASCII, with the characters that end the element escaped."""
     encoded = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

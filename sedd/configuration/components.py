@@ -1,9 +1,8 @@
 """Components by name: ``build("samplers", "euler", steps=64, …)``.
 
-A family is a package under ``sedd``; each module of it that defines ``make`` is a component, and
-``make`` is a frozen dataclass. Its fields with a default are the component's options, which a
-configuration may set; the others are what the rest of the model gives it. A new component is one
-new file.
+A family is a package under ``sedd``. Each module of it that defines ``make``, a frozen dataclass, is
+a component. The fields with a default are options, which a configuration may set; the other fields
+are filled in from the rest of the model. A new component is one new file.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ def makers(family: str) -> dict[str, type]:
 
 
 def maker(family: str, name: str) -> type:
-    """The dataclass behind a name; UserError listing what there is for an unknown one."""
+    """The dataclass of a component; UserError with the known names for an unknown one."""
     known = makers(family)
     if name not in known:
         raise UserError(
@@ -49,7 +48,12 @@ def maker(family: str, name: str) -> type:
 
 
 def build(family: str, name: str, **fields: Any) -> Any:
-    """The component, checked; UserError naming an unknown name, field or value."""
+    """Build a component from its fields.
+
+    Raises:
+        UserError: the name or a field is unknown, or the values do not fit each other.
+        FieldError: the value of one field is out of its range.
+    """
     make = maker(family, name)
     accepted = [field.name for field in dataclasses.fields(make) if field.init]
     for field in fields:
@@ -70,13 +74,13 @@ def build(family: str, name: str, **fields: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of one component in a configuration; made by ``options``."""
+    """The options of one component in a configuration; ``options`` makes instances."""
 
     family: ClassVar[str]
     name: ClassVar[str]
 
     def build(self, **context: Any) -> Any:
-        """The component with these options, given what the rest of the model determines."""
+        """Build the component with these options; ``context`` has the fields without a default."""
         known = {field.name for field in dataclasses.fields(maker(self.family, self.name))}
         given = {key: value for key, value in context.items() if key in known}
         place = next(key for key, family in COMPONENTS.items() if family == self.family)
@@ -85,7 +89,7 @@ class Options:
 
 
 def values(options: Options) -> dict[str, Any]:
-    """The options as keywords."""
+    """The options as a dictionary."""
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
 
 

@@ -18,8 +18,8 @@ from sedd.evaluation.bound import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 
-# What may differ between the parts of one run: it changes at most rounding, memory, what is shown
-# and how far the run goes (and with it the learning rates of a falling schedule).
+# Fields that a resumed run may change. They affect at most rounding, memory, what is shown and the
+# number of steps (and with it the learning rates of a falling schedule).
 RESUMABLE = (
     "aim",
     "init_from",
@@ -50,7 +50,7 @@ def default_cache_dir() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is learned: a corpus, cut into sequences of tokens."""
+    """The training data: a corpus, cut into sequences of tokens."""
 
     corpus: str = "sotu"
     """A corpus by name, tfds:NAME, hf:NAME, a path, or a mixture such as sotu*0.7+stdlib*0.3."""
@@ -72,7 +72,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How long, how large, and how often to look."""
+    """Length and batch size of training, and the periods of its actions in steps."""
 
     steps: int = 1_300_000
     batch_size: int = 512
@@ -114,7 +114,7 @@ class TrainingOptions:
 
     @property
     def cadence(self) -> Cadence:
-        """What happens every how many steps."""
+        """The periods of logging, validation, sampling and checkpoints."""
         return Cadence(
             log_every=self.log_every,
             eval_every=self.eval_every,
@@ -142,7 +142,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run, completely: with the code and the data it determines the result."""
+    """The configuration of a run. Together with code and data it determines the result."""
 
     aim: str = ""
     """Which published result this configuration aims at."""
@@ -166,12 +166,12 @@ class Config:
             raise FieldError("seed", f"must be in [0, 2**32), got {self.seed}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a component is its options and its ``name``."""
+        """The configuration as JSON values; a component is an object of its ``name`` and options."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Config":
-        """The inverse of ``to_json``; UserError naming what does not fit."""
+        """Read what ``to_json`` wrote; UserError names an unknown field or a wrong value."""
         return _typed(cls, data, "")
 
 
@@ -308,9 +308,9 @@ def _run_config(path: Path) -> Any:
 
 
 def with_component(config: Config, field_name: str, name: str) -> Config:
-    """The configuration with another component.
+    """Replace a component by another one of its family.
 
-    Options that both have keep their values, but for defaults: each component has its own.
+    An option that both have keeps its value, unless that is the default of the old component.
     """
     kind = options_type(COMPONENTS[field_name], name)
     before = getattr(config, field_name)
@@ -321,7 +321,7 @@ def with_component(config: Config, field_name: str, name: str) -> Config:
 
 
 def differences(saved: Config, current: Config) -> list[str]:
-    """How ``current`` departs from the run that ``saved`` began, but for what may change."""
+    """The fields in which ``current`` differs from ``saved``, except those in ``RESUMABLE``."""
     found = []
 
     def compare(a: Any, b: Any, path: str) -> None:

@@ -10,13 +10,17 @@ from sedd.errors import UserError
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?")
 SAFE = ["config.json", "tokenizer.json", "model.safetensors"]
-PICKLED = "pytorch_model.bin"  # only where there is nothing safer
+PICKLED = "pytorch_model.bin"  # downloaded only if there is no safetensors file
 
 
 def fetch(path: str) -> Path:
-    """The directory at a path, downloaded into the hub's own cache where it is of the hub.
+    """Return the directory of a checkpoint; ``hf://…`` is downloaded into the hub's own cache.
 
-    ``UserError`` where it cannot be downloaded.
+    Args:
+        path: a directory (``~`` is the home directory), or hf://OWNER/NAME[@REVISION].
+
+    Raises:
+        UserError: it cannot be downloaded. Without a network the hub's cache is used.
     """
     if path.startswith("hf:") and not path.startswith(SCHEME) and not Path(path).exists():
         raise UserError(

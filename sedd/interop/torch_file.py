@@ -1,13 +1,11 @@
-"""Files of ``torch.save``, read without PyTorch and without running anything that they ask for.
+"""Read files of ``torch.save`` without PyTorch and without running code from them.
 
 Such a file is a zip archive of ``data.pkl``, a pickle of what was saved, and one entry of raw bytes
-for each storage. A pickle is a program that may name any function to be called. The unpickler here
-imports and calls nothing but the few classes below: a tensor is described, an ordered dictionary is
-made, anything else is refused by its name.
+for each storage. A pickle is a program that may call any function by name. The unpickler here knows
+only the classes below (tensors, parameters, ordered dictionaries) and refuses every other name.
 
-One thing is passed over instead: training checkpoints of Lightning hold, beside their tensors, the
-run's configuration and tokenizer, as objects of the libraries in ``PASSED_OVER``. In their place
-stands an ``_Inert``, which takes whatever the pickle does to it and does nothing.
+Training checkpoints of Lightning also hold the run's configuration and tokenizer, as objects of the
+libraries in ``PASSED_OVER``. Each of them is replaced by an ``_Inert``, whose methods do nothing.
 """
 
 import io
@@ -46,7 +44,7 @@ LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how file
 
 
 def read_torch(path: Path) -> Any:
-    """What was saved: dictionaries, lists, numbers and text as they are, tensors as ``Tensor``.
+    """Read the saved object: dictionaries, lists, numbers and text; tensors become ``Tensor``.
 
     Tensors are read when they are converted to arrays. Raises ``UserError`` where the file is
     damaged, is not of ``torch.save``'s zip format, or names anything but tensors and what holds
@@ -105,7 +103,7 @@ class _Storage:
 
 
 class _Parameter:
-    """What the pickle calls to make a parameter; it makes the tensor."""
+    """Constructor of a parameter in a pickle; it returns the tensor."""
 
     __slots__ = ()
 
@@ -126,7 +124,7 @@ class _Dict(dict):
 
 
 class _Inert:
-    """In the place of an object that is passed over."""
+    """Placeholder for an object of ``PASSED_OVER``."""
 
     __slots__ = ()
 
