@@ -1,7 +1,7 @@
 """Components by name: ``build("samplers", "euler", steps=64, …)``.
 
-A family is a package under ``sedd``. Each module of it that defines ``make``, a frozen dataclass, is
-a component. The fields with a default are options, which a configuration may set; the other fields
+A family is a package under ``sedd``. A module of it that defines ``make``, a frozen dataclass, is a
+component. The fields with a default are options, which a configuration may set; the other fields
 are filled in from the rest of the model. A new component is one new file.
 """
 

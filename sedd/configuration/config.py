@@ -166,7 +166,7 @@ class Config:
             raise FieldError("seed", f"must be in [0, 2**32), got {self.seed}")
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as JSON values; a component is an object of its ``name`` and options."""
+        """The configuration as JSON values; a component is its options and its ``name``."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
