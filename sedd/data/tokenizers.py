@@ -147,7 +147,8 @@ class Characters(Tokenizer):
             character = chr(codes[unknown[0]])
             raise UserError(
                 f"character {character!r} (U+{ord(character):04X}) is not among the "
-                f"{len(self.alphabet)} that tokenizer {self.name!r} was built with"
+                f"{len(self.alphabet)} that tokenizer {self.name!r} was built with; a model that "
+                "reads any text is trained with the tokenizer bytes or bpe:SIZE"
             )
         return ids
 
