@@ -1,6 +1,6 @@
-"""Byte automata lifted to the tokens of a vocabulary, in classes of tokens that do the same.
+"""Byte automata lifted to the tokens of a vocabulary.
 
-Numpy and the processor only; states × vocabulary is never formed. arXiv:2505.23061, section 4.
+Tokens with equal transitions from every state form one class. Everything here runs in NumPy; states × vocabulary is never formed. arXiv:2505.23061, section 4.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ ARRAYS = ("accepting", "class_of", "edge_source", "edge_class", "edge_target", "
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Vocabulary:
-    """The tokens' bytes as a trie, indexed once for any number of patterns.
+    """The bytes of all tokens as a trie, built once and used for any number of patterns.
 
     ``levels`` has, for each depth, the parent (a node of the depth before) and the byte of each
     node. Token ``token[i]`` ends at node ``node[i]``, counted over all depths, the root first.
@@ -40,9 +40,10 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokens: Sequence[bytes | None], *, eos_id: int | None = None) -> "Vocabulary":
-        """The vocabulary whose token i stands for ``tokens[i]``; None (specials) matches no text.
+        """Index the vocabulary in which token i stands for the bytes ``tokens[i]``.
 
-        Nor do tokens of no bytes, of which a text could hold any number, and the end of a text.
+        Three kinds of token match no text: None (special tokens), tokens without bytes, and
+        ``eos_id``.
         """
         if eos_id is not None and not 0 <= eos_id < len(tokens):
             raise UserError(f"eos_id must be in 0..{len(tokens) - 1}, got {eos_id}")
@@ -102,14 +103,14 @@ class TokenAutomaton:
         return int(self.class_of.max(initial=-1)) + 1
 
     def step(self, state: int, token: int) -> int:
-        """The state behind ``token``, -1 where it does not fit."""
+        """The state after ``token``, or -1 if the token is not allowed."""
         first, end = np.searchsorted(self.edge_source, [state, state + 1])
         edge = first + np.searchsorted(self.edge_class[first:end], self.class_of[token])
         fits = edge < end and self.edge_class[edge] == self.class_of[token]
         return int(self.edge_target[edge]) if fits else -1
 
     def accepts(self, tokens: Sequence[int]) -> bool:
-        """Whether the pattern matches all of what the tokens spell."""
+        """Whether the pattern matches the text of the tokens."""
         state = 0
         for token in tokens:
             state = self.step(state, token)
@@ -121,10 +122,10 @@ class TokenAutomaton:
 def compile_tokens(
     pattern: str, vocabulary: Vocabulary, *, cache_dir: Path | None = None
 ) -> TokenAutomaton:
-    """What ``re.fullmatch(pattern, text, re.ASCII)`` matches, over the vocabulary's tokens.
+    """Compile a pattern of ``re.fullmatch(pattern, text, re.ASCII)`` to a token automaton.
 
-    Kept in ``cache_dir``, where one is given; a file there that is damaged is made anew. RegexError
-    and UserError as ``compile_bytes`` and ``lift`` raise them.
+    The result is cached in ``cache_dir`` unless that is None; damaged files are replaced. Raises
+    the errors of ``compile_bytes`` and ``lift``.
     """
     if cache_dir is None:
         return lift(compile_bytes(pattern), vocabulary, pattern)

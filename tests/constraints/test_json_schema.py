@@ -932,6 +932,63 @@ def test_random_documents_that_match_are_valid():
     assert invalid > 1000
 
 
+def combined(rng, depth):
+    """A random schema of the keywords that combine, in which most pairs of keywords meet."""
+    leaves = [
+        {"type": rng.sample(["string", "integer", "number", "null", "object", "array"], 2)},
+        {"minimum": rng.randint(-3, 3)},
+        {"maximum": rng.randint(-3, 3)},
+        {"multipleOf": rng.randint(1, 12)},
+        {"maxLength": rng.randint(0, 3)},
+        {"minLength": rng.randint(0, 2)},
+        {"pattern": rng.choice(["^a", "b$", "^[ab]*$"])},
+        {"enum": rng.sample([0, 1, 2.5, "a", None, True, [], [1, 1], {"a": 1}, {"b": "x"}], 3)},
+        {"const": rng.choice([1, "a", None, {"a": 1}])},
+        {"required": rng.sample(["a", "b", "c"], rng.randint(1, 2))},
+        {"minProperties": 1},
+        {"maxProperties": rng.randint(0, 2)},
+        {"minItems": rng.randint(0, 2)},
+        {"maxItems": rng.randint(0, 3)},
+        {"uniqueItems": True, "items": {"enum": [1, 2, "a"]}},
+        {"propertyNames": rng.choice([{"maxLength": 1}, {"pattern": "^a"}, {"enum": ["a", "b"]}])},
+        {"dependentRequired": {"a": ["b"]}},
+    ]
+    if not depth or rng.random() < 0.25:
+        return rng.choice(leaves)
+    one, two, three = (combined(rng, depth - 1) for _ in range(3))
+    combinations_ = [
+        {"allOf": [one, two]},
+        {"anyOf": [one, two]},
+        {"oneOf": [one, two]},
+        {"not": one},
+        {"if": one, "then": two, "else": three},
+        {"if": one, "then": two},
+        {"properties": {"a": one, "c": two}},
+        {"patternProperties": {"^a": one, "b": two}},
+        {"additionalProperties": rng.choice([False, one])},
+        {"dependentSchemas": {"a": one}},
+        {"items": one},
+        {"prefixItems": [one], "items": two},
+    ]
+    return {**rng.choice([*combinations_, *leaves]), **rng.choice(combinations_)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_draws_of_random_combinations_validate(seed):
+    rng = random.Random(seed)
+    drawn = 0
+    for _ in range(40):
+        schema = combined(rng, 2)
+        try:
+            regex = schema_to_regex(schema, depth=1)
+        except UserError:
+            continue
+        if len(regex) < 5_000:  # larger ones take seconds to compile
+            assert not list(invalid_draws(schema, regex, 12)), schema
+            drawn += 1
+    assert drawn >= 10
+
+
 def nested(depth):
     return record(a=nested(depth - 1)) if depth else integer()
 
