@@ -1,6 +1,7 @@
 """Byte automata lifted to the tokens of a vocabulary.
 
-Tokens with equal transitions from every state form one class. Everything here runs in NumPy; states × vocabulary is never formed. arXiv:2505.23061, section 4.
+Tokens with equal transitions from every state form one class. Everything here runs in NumPy, and no
+array of states × vocabulary is formed. Source: arXiv:2505.23061, section 4.
 """
 
 import contextlib
