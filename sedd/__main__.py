@@ -15,6 +15,13 @@ COMMANDS = {
 }
 
 
+COMMON = """
+flags of every command:
+  --version           print the version
+  --debug             show the traceback of an error
+  --no-compile-cache  keep no compiled programs for later starts"""
+
+
 def main() -> None:
     """Run the command that the first argument names; exit code 2 where there is none."""
     import sedd
@@ -23,7 +30,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:{width}}  {what}" for command, what in COMMANDS.items()]
-        print("usage: sedd COMMAND …; sedd COMMAND --help lists its flags\n", *lines, sep="\n")
+        print(
+            "usage: sedd COMMAND …; sedd COMMAND --help lists its flags\n", *lines, COMMON, sep="\n"
+        )
         return
     if name == "--version":
         print(sedd.__version__)

@@ -1,4 +1,4 @@
-"""Command lines: typed flags in, one clear line out when the user made a mistake."""
+"""Command lines: flags become dataclasses, and a user's mistake becomes one line of an error."""
 
 import dataclasses
 import io
@@ -217,7 +217,7 @@ def parse(
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of ``flag VALUE`` or ``flag=VALUE``, and the arguments without it."""
+    """Split off the value of ``flag VALUE`` or ``flag=VALUE``; return it and the other arguments."""
     value, rest, remaining = None, [], list(arguments)
     while remaining:
         argument = remaining.pop(0)
