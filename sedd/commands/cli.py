@@ -217,7 +217,7 @@ def parse(
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """Split off the value of ``flag VALUE`` or ``flag=VALUE``; return it and the other arguments."""
+    """The value of ``flag VALUE`` or ``flag=VALUE``, or None, and the remaining arguments."""
     value, rest, remaining = None, [], list(arguments)
     while remaining:
         argument = remaining.pop(0)
