@@ -1,4 +1,4 @@
-"""What the rest of the library knows of a corpus, and what several of its sources share."""
+"""The interface of a corpus, corpora made of other corpora, and helpers that sources share."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,7 @@ class Corpus(ABC):
     splits: tuple[str, ...]
 
     def documents(self, split: str) -> Iterator[str]:
-        """The texts of a split, always in the same order. ``UserError`` where there is no such."""
+        """The texts of a split, always in the same order; ``UserError`` for an undeclared split."""
         if split not in self.splits:
             raise UserError(
                 f"corpus {self.name!r} has no split {split!r}: it has {', '.join(self.splits)}"
@@ -34,7 +34,7 @@ class Corpus(ABC):
 
     @property
     def evaluation_split(self) -> str:
-        """The split to evaluate on where none is named: all of it, else validation, else test."""
+        """The default split of an evaluation: all, else validation, else test, else the last."""
         for split in ("all", "validation", "test"):
             if split in self.splits:
                 return split
@@ -52,7 +52,7 @@ class Corpus(ABC):
 class Mixture(Corpus):
     """Several corpora one after the other, in the splits that all of them have.
 
-    It is what a tokenizer shared by the parts is trained on; the weights belong to the loader.
+    A tokenizer that the parts share is trained on it. The loader, not the mixture, has weights.
     """
 
     parts: tuple[Corpus, ...]
@@ -120,10 +120,10 @@ class WithHeldOut(Corpus):
 
 
 def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
-    """The part ``split`` (train, validation or all) of documents that come without splits.
+    """The documents of a split (train, validation or all) of a corpus that declares none.
 
-    Of 20 documents or more every 20th validates; of fewer, the last twentieth of each, cut after a
-    line where there is one.
+    With 20 documents or more, every 20th is validation. With fewer, the last twentieth of each
+    document is, cut after a line or a word where there is one.
     """
     if split == "all":
         yield from documents
@@ -158,10 +158,10 @@ def digest(value: Any) -> str:
 
 @contextlib.contextmanager
 def exclusive(name: Path) -> Iterator[bool]:
-    """Waits until no other process makes what ``name`` stands for; the lock is ``name.lock``.
+    """Hold the lock file ``name.lock``, so that one process at a time builds ``name``.
 
-    The kernel releases what a killed process held. False on a file system without locks: several
-    processes may then be here at once.
+    The kernel releases the lock of a killed process. Yields whether the lock is held: False on a
+    file system without locks, where several processes may be in the block at once.
     """
     name.parent.mkdir(parents=True, exist_ok=True)
     with (name.parent / f"{name.name}.lock").open("w") as lock:
@@ -174,5 +174,5 @@ def exclusive(name: Path) -> Iterator[bool]:
 
 
 def say(message: str) -> None:
-    """One line on standard error, for what was skipped or done again."""
+    """Print a note on standard error, for what was skipped or repeated."""
     print(f"note: {message}", file=sys.stderr, flush=True)

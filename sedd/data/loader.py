@@ -1,8 +1,9 @@
 """Batches of packed rows: the same global batches for every number of processes, from any step.
 
-Example ``e = step * G + g`` of batch position ``g`` is a function of its number alone: the weights
-say which part it is of and how many of that part came before it; that count, divided by the
-part's rows, is the epoch and the place in the epoch's permutation.
+Position ``g`` of the batch of a step holds example number ``e = step * G + g``, where G is the size
+of the global batch. The number alone determines the example: the weights give its part and how many
+examples of that part came before; that count, divided by the part's rows, gives the epoch (the
+quotient) and the place in the epoch's permutation (the remainder).
 """
 
 import sys
@@ -79,7 +80,7 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """What resumes after the last batch that was handed out.
+        """The position after the last batch that was returned, as JSON.
 
         ``next_step`` is the ``start_step`` that goes on; the seed, the batch size and the ``parts``
         (name, rows, tokens and digest of each) determine the batches.
@@ -109,7 +110,7 @@ class Batches:
         }
 
     def _rows(self, part: int, rank: np.ndarray) -> np.ndarray:
-        """The row of a part that its example number ``rank`` is."""
+        """The rows that hold the examples number ``rank`` of a part."""
         num_rows = self._parts[part].num_rows
         epoch, place = np.divmod(rank, num_rows)
         rows = np.empty_like(rank)
