@@ -57,10 +57,12 @@ class ByteAutomaton:
 
 
 def compile_bytes(pattern: str, *, max_states: int = MAX_STATES) -> ByteAutomaton:
-    """The minimal automaton of what ``re.fullmatch(pattern, text, re.ASCII)`` matches.
+    """Compile a pattern of ``re.fullmatch(pattern, text, re.ASCII)`` to its minimal automaton.
 
-    RegexError where the pattern is wrong, and where it needs more than ``max_states``: it names the
-    part that does. UserError where it matches nothing.
+    Raises:
+        RegexError: the pattern is malformed, or a part of it, which the error names, leads to more
+            than ``max_states`` states.
+        UserError: the pattern matches nothing.
     """
     tree = parse(pattern)
     _check_size(pattern, tree, 5 * max_states)
@@ -82,12 +84,12 @@ def compile_bytes(pattern: str, *, max_states: int = MAX_STATES) -> ByteAutomato
 
 
 def _copies(node: Repeat) -> int:
-    """How often a repeat's node is written out."""
+    """The copies of its node that a repeat is compiled to."""
     return max(node.least, 1) if node.most is None else node.most
 
 
 def _size(node: Node) -> int:
-    """At least the states that ``_Positions`` makes of a node."""
+    """A lower bound of the states that ``_Positions`` makes of a node."""
     if isinstance(node, Repeat):
         return 1 + _copies(node) * (1 + _size(node.node))
     total = 1
@@ -277,7 +279,10 @@ def _subsets(
 def _blown_up(
     pattern: str, positions: _Positions, held: list[frozenset[int]], what: str
 ) -> RegexError:
-    """Blames the largest count around the part that most members of the states belong to."""
+    """The error that names the part to which most positions in the states belong.
+
+    If that part is within repeats, the one with the largest count is named.
+    """
     count: dict[int, int] = {}
     for states in held:
         for state in states:
