@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sedd.configuration.build import Parts, build_parts
 from sedd.configuration.components import options, options_type
@@ -122,7 +123,7 @@ class Model:
 
     def check_ids(self, ids: Any, *, mask: bool = False) -> None:
         """Raise UserError on an id that is no token, or with ``mask`` no state, of the model."""
-        if isinstance(ids, jax.core.Tracer) or not np.size(ids):
+        if isinstance(ids, Tracer) or not np.size(ids):
             return
         ids, size = np.asarray(ids), self.process.num_states if mask else self.process.num_tokens
         bad = ids[(ids < 0) | (ids >= size)]

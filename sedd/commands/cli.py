@@ -62,7 +62,7 @@ def printable(text: str) -> str:
 
 
 def run(
-    main: Callable[[Sequence[str]], int | None], *, interrupted: Callable[[int], Any] = sys.exit
+    main: Callable[[Sequence[str]], int | None], *, interrupted: Callable[[Any], Any] = sys.exit
 ) -> None:
     """Run a command and exit: 0, or 2 with one ``error: …`` line for a user's mistake.
 
@@ -74,7 +74,7 @@ def run(
         main: the command, from its arguments to an exit code or None.
         interrupted: what exits after Ctrl-C, given the code 130.
     """
-    leave: Callable[[int], Any] = sys.exit
+    leave: Callable[[Any], Any] = sys.exit
     prepare_streams()
     leave_libtpu_alone()
     prepare_cpu()
@@ -134,7 +134,7 @@ def keep_programs() -> None:
     entry that cannot be read or written is compiled again. Beyond ``PROGRAMS_SIZE`` the programs
     that were used least recently are removed.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore
         return
     folder = Path(default_cache_dir()).expanduser() / "programs"
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -124,8 +124,9 @@ def sampler_for(arguments: Sequence[str]) -> str:
         return DEFAULT
     try:
         config = read_config(Path(checkpoint))
-        process = config.process.build(num_tokens=2)  # its size makes no difference here
-        return default_sampler(config.parameterization.build(process=process))
+        if config is not None:
+            process = config.process.build(num_tokens=2)  # its size makes no difference here
+            return default_sampler(config.parameterization.build(process=process))
     except UserError:  # ``sedd.load`` says what is wrong, unless the checkpoint is published
         pass
     try:

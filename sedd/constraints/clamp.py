@@ -148,11 +148,11 @@ def _continued(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> np.ndarray:
             head, whole = tokenizer.encode_batch([anchor, anchor + text])
         except UserError:  # a character that the tokenizer does not have
             continue
-        before = tokenizer.decode(head)
-        if tokenizer.decode([*head, *ids]) == before + text:
+        before = tokenizer.decode(head.tolist())
+        if tokenizer.decode([*head.tolist(), *ids.tolist()]) == before + text:
             return ids
         tail = whole[len(head) :]
         joined = np.array_equal(whole[: len(head)], head)
-        if joined and tokenizer.decode([*head, *tail]) == before + text:
+        if joined and tokenizer.decode([*head.tolist(), *tail.tolist()]) == before + text:
             return tail
     return ids

@@ -469,7 +469,9 @@ def named(leaf: Leaf, name: str) -> list[Where]:
     found: list[Where] = []
     for schema, path in leaf.about("object"):
         own = schema.get("properties", {})
-        applies = [(own[name], (*path, "properties", name))] if name in own else []
+        applies: list[Where] = []
+        if name in own:
+            applies.append((own[name], (*path, "properties", name)))
         for pattern, each in schema.get("patternProperties", {}).items():
             where = (*path, "patternProperties", pattern)
             if name_matches(pattern, name, where):

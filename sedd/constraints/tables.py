@@ -7,7 +7,7 @@ J groups of up to T blocks of one class.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,13 +73,13 @@ def tables(automaton: TokenAutomaton, sizes: Sizes) -> Tables:
     token_KT, class_K = _chunks(token, automaton.class_of[token])
     block_JT, class_J = _chunks(np.arange(len(class_K)), class_K)
 
-    def padded(values, size, fill):
+    def padded(values, size, fill) -> Any:
         rows = np.full((size, *values.shape[1:]), fill, np.int32)
         rows[: len(values)] = np.where(values < 0, fill, values)
         return rows
 
     block_JT[block_JT < 0] = sizes.blocks
-    first = np.searchsorted(automaton.edge_source, np.arange(sizes.states + 1))
+    first: Any = np.searchsorted(automaton.edge_source, np.arange(sizes.states + 1))
     return Tables(
         num_classes=sizes.classes,
         class_of_N=padded(automaton.class_of, num_tokens, sizes.classes),

@@ -75,10 +75,8 @@ def attention(
             is_causal=causal,
             implementation="cudnn" if chosen == "cudnn" else "xla",
         )
-    if (
-        attend is None or attend.kind != "ranks" or mask_B1LS is None
-    ):  # every query sees at least itself
-        return out_BLHK
+    if attend is None or attend.kind != "ranks" or mask_B1LS is None:
+        return out_BLHK  # every query sees at least itself
     # Ranks may leave a query without a key, and a softmax over masked keys is uniform over them.
     sees_BL = mask_B1LS.any(axis=-1)[:, 0]
     return jnp.where(sees_BL[:, :, None, None], out_BLHK, 0)
