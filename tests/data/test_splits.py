@@ -135,11 +135,16 @@ def test_a_path_is_no_mixture(tmp_path, name):
     [
         ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x00", "compressed with zstd, not text; .*zstd -d"),
         ("x.parquet", b"PAR1\x15\x04\x15", "a Parquet file, not text; convert it to JSON lines"),
-        ("x.jsonl", gzip.compress(b'{"text": "x"}'), "compressed with gzip, not text; .*suffix"),
+        (
+            "x.jsonl",
+            gzip.compress(b'{"text": "x"}', mtime=0),
+            "compressed with gzip, not text; .*suffix",
+        ),
         ("x.txt.bz2", bz2.compress(b"text"), "compressed with bzip2"),
         ("x.txt", lzma.compress(b"text"), "compressed with xz"),
         ("x.pdf", b"%PDF-1.7", "a PDF document"),
     ],
+    ids=["zst", "parquet", "gzip", "bz2", "xz", "pdf"],
 )
 def test_what_is_no_plain_text_is_named(tmp_path, name, content, kind):
     (tmp_path / name).write_bytes(content)
