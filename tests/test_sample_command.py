@@ -404,7 +404,7 @@ def test_nothing_is_said_of_the_others(place, kind, flags):
 def test_a_long_name_is_printed_whole(place, tmp_path):
     path, name = tmp_path / "requests.jsonl", "n" * 200
     path.write_text(json.dumps({"id": name}))
-    assert f"{name} · seed 0 · 3 network calls" in draw(place, "--steps 2", "--requests", path).out
+    assert f"{name} · seed 0 · " in draw(place, "--steps 2", "--requests", path).out
 
 
 # ------------------------------------------------------ functions that fail
