@@ -29,7 +29,7 @@ from sedd.model import read_config, read_tokenizer
 from sedd.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SEDD = ["--parameterization", "score", "--objective", "score_entropy"]
+SEDD = ["--parameterization", "score", "--objective", "score_entropy", "--sampler", "tweedie"]
 MODELS = {  # (name, flags beside those of the quick start, which is radd)
     "ar": (
         "autoregressive",

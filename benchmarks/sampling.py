@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from report import report, start
 
+import sedd
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import build
 from sedd.denoiser import Denoiser
@@ -61,7 +62,8 @@ def cases(settings: Settings):
     yield "token_confidence, 32 steps", of("token_confidence", steps=32)
     yield f"remdm, {steps} steps", of("remdm", steps=steps)
     yield "semi_autoregressive, 32", of("semi_autoregressive", inner="event_jump")
-    verifier = {"verifier": favourite, "inner": "event_jump", "steps": 32}
+    inner = sedd.samplers.options("event_jump", steps=32)
+    verifier = {"verifier": favourite, "inner": inner}
     yield "best_of_n, 4 × 32 steps", of("best_of_n", n=4, **verifier)
     yield "particle, 4 × 32 steps", of("particle", particles=4, **verifier)
 

@@ -142,6 +142,10 @@ class RequestFile:
                 self._file = copy
         except OSError as error:
             raise UserError(f"--requests {path}: {error.strerror}") from None
+        if b"\0" in self._file.read(4096):
+            self._file.close()
+            raise UserError(f"--requests {path}: not a file of JSON lines: it holds NUL bytes")
+        self._file.seek(0)
         self.close = self._file.close
 
     def __enter__(self) -> "RequestFile":

@@ -106,7 +106,7 @@ def test_a_complete_run_says_so_and_more_steps_go_on(place, trained):
 
 def test_another_runs_weights_also_where_they_were_published(place, trained):
     flags = ["--checkpoint", place / "sedd", "--output", place / "published"]
-    export(["export", *map(str, flags)])
+    export(list(map(str, flags)))
     losses = {None: first_loss(place / "sedd")}
     for source in ("sedd", "published"):
         begun = ("--init-from", place / source, "--training.steps", "1")
@@ -128,7 +128,9 @@ def test_sample(place, trained, kind):
         *("--prompt", "the", "--suffix", "far", "--output", place / f"{kind}.jsonl"),
     )
     lines = [json.loads(line) for line in (place / f"{kind}.jsonl").read_text().splitlines()]
-    assert [(line["id"], line["seed"], line["calls"]) for line in lines] == [(0, 5, 3), (1, 6, 3)]
+    assert [(line["id"], line["seed"]) for line in lines] == [(0, 5), (1, 6)]
+    # event_jump, the default of radd, calls the network in the intervals with an event alone.
+    assert all(line["calls"] in ((1, 2) if kind == "radd" else (3,)) for line in lines)
     for line in lines:
         assert line["text"].startswith("the")
         assert line["text"].endswith("far")
@@ -148,7 +150,7 @@ def test_sample_in_every_way(place, trained):
     assert "the " in filled.stdout
     html = page.read_text()
     assert "<html" in html
-    assert "tweedie" in html
+    assert "event_jump" in html
 
     requests, output = place / "requests.jsonl", place / "answers.jsonl"
     asked = [

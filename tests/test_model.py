@@ -213,8 +213,11 @@ def test_sample_defaults(runs):
     [
         ({"num": 0}, "num must be at least 1"),
         ({"length": 0}, "length must be in 1.."),
-        ({"length": 5, "clamp": free(4)}, "a clamp has a length of its own"),
-        ({"num": 3, "clamp": [free(4), free(5)]}, "2 clamps for 3 sequences"),
+        ({"length": 5, "clamp": free(4)}, "length does not go with clamp"),
+        (
+            {"num": 3, "clamp": [free(4), free(5)]},
+            "numbers of sequences differ: 2 of clamp, 3 of num",
+        ),
         ({"sampler": "tweedi"}, "did you mean 'tweedie'"),
         ({"step": 3}, "no field 'step'; did you mean 'steps'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),

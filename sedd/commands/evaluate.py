@@ -18,6 +18,7 @@ from sedd.errors import FieldError, UserError
 from sedd.evaluation.datasets import DataSet, open_all
 from sedd.evaluation.journal import Journal
 from sedd.evaluation.protocols import ZEROSHOT, check_fit
+from sedd.evaluation.report import Section
 from sedd.evaluation.scoring import Estimate, EvaluationResult, choose_estimate, score_data_set
 from sedd.evaluation.tables import detail_table, summary_table
 from sedd.files import write_whole
@@ -48,20 +49,26 @@ def main(arguments: Sequence[str]) -> int:
         figures = about(command, model) | by_data_set(results) | more
         if failed:
             figures["failed"] = failed
-        write_files(command, model, results, figures, sections, whole=not failed)
-        # Without a terminal no column is cut.
-        width = None if sys.stdout.isatty() else NO_TERMINAL_WIDTH
-        console = Terminal(width=width, markup=True, soft_wrap=False)
-        several = len(results) > 1
-        console.print(summary_table(results) if several else detail_table(results[0]))
-        for section in sections:
-            if section.tables:
-                console.print(f"\n{section.title}", style="bold", markup=False)
-            for table in section.tables:
-                console.print(table)
+        try:
+            write_files(command, model, results, figures, sections, whole=not failed)
+        finally:  # figures that cannot be written are shown all the same
+            show(results, sections)
     for message in failed:
         fail(message)
     return 2 if failed else 0
+
+
+def show(results: Sequence[EvaluationResult], sections: Sequence[Section]) -> None:
+    """Print the table of the results, and those of the sections."""
+    # Without a terminal no column is cut.
+    width = None if sys.stdout.isatty() else NO_TERMINAL_WIDTH
+    console = Terminal(width=width, markup=True, soft_wrap=False)
+    console.print(summary_table(results) if len(results) > 1 else detail_table(results[0]))
+    for section in sections:
+        if section.tables:
+            console.print(f"\n{section.title}", style="bold", markup=False)
+        for table in section.tables:
+            console.print(table)
 
 
 def checked_estimate(command: EvaluateCommand, model: Model) -> Estimate:

@@ -174,8 +174,7 @@ def describe(kinds: Sequence[type[Options]]) -> str:
         lines += ["  its options are the flags --inner.OPTION"]
     lines += [
         "",
-        "The default is event_jump for time-independent models, tweedie for other",
-        "diffusion models and ordered for autoregressive ones.",
+        "Default: event_jump if time-independent, ordered if causal, tweedie otherwise.",
     ]
     return "\n".join(["--sampler NAME picks a sampler:", *lines])
 

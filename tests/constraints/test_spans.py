@@ -115,10 +115,12 @@ def assert_all_match(result, patterns=REGEXES):
 )
 def test_every_sampler_always_matches(model, automata, name, steps):
     options = {} if steps is None else {"steps": steps}
+    if name in ("semi_autoregressive", "best_of_n", "particle"):
+        options = {"inner": sedd.samplers.options("event_jump", **options)}
     if name == "semi_autoregressive":
-        options |= {"block_length": 4, "inner": "event_jump"}
+        options["block_length"] = 4
     if name in ("best_of_n", "particle"):
-        options |= {"verifier": letters, "inner": "event_jump"}
+        options["verifier"] = letters
     if name == "particle":
         options |= {"particles": 2, "resample_every": 2}
     if name == "best_of_n":

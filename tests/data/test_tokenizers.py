@@ -250,7 +250,7 @@ def test_the_hub_gives_bert_with_its_padding(cache, monkeypatch):
     file.write_text(word_pieces())
     asked = []
 
-    def hf_hub_download(name, file_name, cache_dir):
+    def hf_hub_download(name, file_name, cache_dir, local_files_only):
         asked.append((name, file_name))
         return str(file)
 

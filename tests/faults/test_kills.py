@@ -127,7 +127,7 @@ def test_a_run_survives_kills_signals_and_damage(tmp_path):
         wait_for_moment(kind, draw, run, process)
         process.send_signal(event)
         out, err = process.communicate(timeout=600)
-        assert err == ""
+        assert not trouble(err)
         saving = run.saving()
         if event == signal.SIGKILL:
             assert process.returncode in (-signal.SIGKILL, 0)
@@ -153,15 +153,20 @@ def test_a_run_survives_kills_signals_and_damage(tmp_path):
     process = run.start()
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert err.startswith(f"warning: checkpoint {run.checkpoints.path(damaged)} is bad: ")
-    assert err.count("\n") == 1
+    [warning] = trouble(err)
+    assert warning.startswith(f"warning: checkpoint {run.checkpoints.path(damaged)} is bad: ")
     assert "validation bound" in out
 
     out, err = uninterrupted.communicate(timeout=600)
-    assert (uninterrupted.returncode, err) == (0, "")
+    assert (uninterrupted.returncode, trouble(err)) == (0, [])
     assert run.checkpoints.latest_good() == whole.checkpoints.latest_good() == STEPS
     assert run.description() == whole.description()
     assert run.records() == whole.records()
     print(json.dumps(counts, indent=1, sort_keys=True))
     late = [n for what, n in counts.items() if what.endswith("after the end")]
     assert sum(late) <= max(1, len(events) // 4)  # or little was tried
+
+
+def trouble(err: str) -> list[str]:
+    """The lines on standard error but for notes: what it is doing, and that a signal was heard."""
+    return [line for line in err.splitlines() if line and not line.startswith("note: ")]

@@ -22,7 +22,7 @@ from sedd.objectives.t_dce import TDCE
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.schedules import LogLinear
-from sedd.training.checkpoint import Checkpoints
+from sedd.training.checkpoint import Checkpoints, quiet_orbax
 from sedd.training.loop import Cadence, Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
@@ -212,6 +212,7 @@ if __name__ == "__main__":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit[0]), int(limit[0])))
             return super().__next__()
 
+    quiet_orbax()  # as the commands do
     try:
         print("ready", flush=True)
         network = Toy(width=64)  # arrays larger than the logs
