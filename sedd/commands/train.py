@@ -70,8 +70,10 @@ class TrainCommand:
 @leave_on_signals()
 def main(arguments: Sequence[str]) -> None:
     """Check everything that can be checked before any work, lock the directory, and train."""
-    workdir, _ = take(arguments, "--workdir")
-    saved = None if workdir is None else read_config(Path(workdir).expanduser())
+    saved = None
+    if take(arguments, "--config")[0] is None:
+        workdir, _ = take(arguments, "--workdir")
+        saved = None if workdir is None else read_config(Path(workdir).expanduser())
     command = parse_config(arguments, TrainCommand, __doc__ or "", saved=saved)
     connect(command.processes)
     console.quiet = jax.process_index() > 0  # one of several speaks for all
@@ -184,9 +186,9 @@ def check_is_run(workdir: Path) -> None:
         is_run = read_config(workdir) is not None
     except UserError:
         is_run = False  # the config.json of something else
-    names = ("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
-    found = [name for name in names if (workdir / name).exists()]
-    if found and not (is_run and found[-1] in ("config.json", "tokenizer.json")):
+    weights = ("model.safetensors", "pytorch_model.bin")
+    names = weights if is_run else ("config.json", "tokenizer.json", *weights)
+    if found := [name for name in names if (workdir / name).exists()]:
         raise UserError(
             f"{where}: it holds {' and '.join(found)} and no run of this project; a run would "
             "overwrite files there: choose another directory"
@@ -243,9 +245,9 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
             f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
             "weights go with their tokenizer"
         )
+    here = values(config.network)
     other = [
         f"its network.{name} is {value} and --network.{name.replace('_', '-')} is {here[name]}"
-        for here in [values(config.network)]
         for name, value in values(source.config.network).items()
         if name in here and here[name] != value and name not in FREE
     ]
@@ -378,9 +380,9 @@ def conclude(
         f"    {frequencies:.4f} by the frequencies of the training tokens alone"
     )
     bits = last.get("validation_bits_per_character")
-    trigram = None if bits is None else trigram_bits(data, rows)
     if bits is not None:
         console.print(f"  {sign} {bits:.4f} ± {bits * error / nats:.4f} bits per character")
-    if trigram is not None:
-        console.print(f"    {trigram:.4f} by a character trigram model of the training text")
+        trigram = trigram_bits(data, rows)
+        if trigram is not None:
+            console.print(f"    {trigram:.4f} by a character trigram model of the training text")
     console.print(files)

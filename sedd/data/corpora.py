@@ -94,7 +94,9 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
 
 def _weighted(part: str) -> tuple[str, float]:
     """A part's name and weight; a path that exists keeps what looks like a weight."""
+    if exists(part):
+        return part, 1.0
     match = WEIGHTED.fullmatch(part.strip())
-    if match is None or exists(part):
-        return (part if exists(part) else part.strip()), 1.0
+    if match is None:
+        return part.strip(), 1.0
     return match["name"].strip(), float(match["weight"])
