@@ -73,6 +73,12 @@ def test_every_field(tmp_path):
     assert found[0][1].fixed_L.tolist() == [True, True, False, False, True]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_a_file_of_wide_characters_is_one_error(tmp_path, encoding):
+    with pytest.raises(UserError, match="not a file of JSON lines: it holds NUL bytes"):
+        read(tmp_path, '{"prompt": "a"}'.encode(encoding))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -116,7 +122,6 @@ def test_every_field(tmp_path):
         ("[" * 100_000, "not JSON"),
         (b'{"prompt": "\xff"}', "not UTF-8 text, at byte 13"),
         (b"\xe9", "not UTF-8 text, at byte 1"),
-        ('{"prompt": "a"}'.encode("utf-16"), "not UTF-8 text, at byte 1"),
         ('["a"]', 'a request must be an object, got ["a"]'),
         ("null", "a request must be an object, got null"),
     ],
