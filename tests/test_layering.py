@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "errors", "files", "arrays"},
+    {"types", "errors", "files", "arrays", "progress"},
     {"schedules", "processes", "networks", "data"},
     {"parameterizations", "reshape", "denoiser"},
     {"objectives", "samplers", "constraints"},

@@ -133,6 +133,7 @@ def call(name: str, *arguments: object) -> Outcome:
         mock.patch.object(sys, "argv", argv),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        mock.patch("sedd.progress.QUIET_SECONDS", 600),  # a busy machine adds no line
         mock.patch.dict(os.environ, {"SEDD_CACHE": str(Path(tempfile.gettempdir(), "sedd-tests"))}),
     ):
         gc.disable()  # see `collect_failed_reads`: the command line is parsed as source code

@@ -13,7 +13,6 @@ import sedd
 from sedd.commands.cli import Terminal, fail
 from sedd.commands.evaluate_flags import EvaluateCommand, read_command
 from sedd.commands.evaluate_report import Comparisons, write_report
-from sedd.commands.progress import busy, track
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.datasets import DataSet, open_all
 from sedd.evaluation.journal import Journal
@@ -23,6 +22,7 @@ from sedd.evaluation.scoring import Estimate, EvaluationResult, choose_estimate,
 from sedd.evaluation.tables import detail_table, summary_table
 from sedd.files import write_whole
 from sedd.model import Model, text_counter
+from sedd.progress import Activity, track
 
 ALL = "zeroshot"  # stands for these data sets among the values of --data
 NO_TERMINAL_WIDTH = 160  # columns, where standard output is a file or a pipe
@@ -34,17 +34,17 @@ def main(arguments: Sequence[str]) -> int:
     Everything that can be wrong with the flags is checked before the first figure is computed.
     """
     command = read_command(arguments)
-    with busy(f"loading {command.checkpoint}"):
+    with Activity(f"loading {command.checkpoint}"):
         model = sedd.load(command.checkpoint, step=command.step)
     estimate = checked_estimate(command, model)
-    with busy("reading the samples and the judge"):
+    with Activity("reading the samples and the judge"):
         comparisons = Comparisons.of(command, model)
-    with busy("reading the data"):
+    with Activity("reading the data"):
         opened, failed = open_data(command, model)
     if opened:
         comparisons.check(opened[0])
         results = evaluate_all(command, model, estimate, opened)
-        with busy("comparing samples and conditionals"):
+        with Activity("comparing samples and conditionals"):
             sections, more = comparisons.compute(opened[0])
         figures = about(command, model) | by_data_set(results) | more
         if failed:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,19 @@ from sedd.commands.sampler_flags import flat, sampler_options
 from sedd.commands.trace import TraceRow, write_trace
 from sedd.errors import UserError
 from sedd.files import STDOUT, open_stream
+from sedd.progress import Activity
 
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the requests of the flags; returns 2 where one of them was refused, else 0."""
     command = read_command(arguments)
-    model = sedd.load(command.checkpoint, step=command.step)
+    with Activity(f"loading {command.checkpoint}"):
+        model = sedd.load(command.checkpoint, step=command.step)
     asking = Asking.of(command, model)
-    with asking.requests() as requests:
-        survey = Survey.of(requests(), asking.processor)
+    with contextlib.ExitStack() as stack:
+        with Activity("reading the requests"):
+            requests = stack.enter_context(asking.requests())
+            survey = Survey.of(requests(), asking.processor)
         for message in survey.refused:
             fail(message)
         if survey.num_refused > len(survey.refused):
@@ -51,8 +55,22 @@ def main(arguments: Sequence[str]) -> int:
             traced=0 if command.trace is None else TRACED,
         )
         asked = (one for one in requests() if not isinstance(one, UserError))
-        deliver(command, model, answering.answers(asked), asking.processor)
+        batches = shown(answering.answers(asked), survey.counts.total())
+        stack.enter_context(contextlib.closing(batches))
+        deliver(command, model, batches, asking.processor)
     return 2 if survey.num_refused else 0
+
+
+def shown(batches: Iterable[list[Answer]], total: int) -> Generator[list[Answer]]:
+    """Yield the batches, and show while each is drawn how many of ``total`` answers are done.
+
+    The first batch is shown as "compiling": its program is compiled before it runs.
+    """
+    with Activity("compiling the sampler", total=total) as activity:
+        for batch in batches:
+            with activity.paused():  # the caller prints the batch
+                yield batch
+            activity.update("drawing", completed=activity.completed + len(batch))
 
 
 def deliver(

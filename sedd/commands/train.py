@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,10 +34,10 @@ from sedd.errors import UserError
 from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
 from sedd.model import TRAIN_COUNTS, read_config, read_tokenizer, text_counter
+from sedd.progress import Activity
 from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
-from sedd.training.heartbeat import Heartbeat
 from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_schedule
@@ -157,19 +157,15 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
 
 
 def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
-    """Read, tokenise and pack the corpus; what takes longer than 3 s is shown."""
-    with console.status("reading the corpus") as status:
-        # A status shows nothing where standard output is no terminal.
-        heartbeat = Heartbeat(console.print, "" if console.is_terminal else "reading the corpus")
+    """Read, tokenise and pack the corpus, and show how far it is."""
+    if console.quiet:  # the first process speaks
+        return build_data(config, tokenizer=tokenizer)
+    with Activity("reading the corpus") as activity:
 
         def progress(documents: int, tokens: int) -> None:
-            line = f"tokenising: {documents:,} documents, {tokens:,} tokens"
-            status.update(line)
-            if not console.is_terminal:
-                heartbeat.doing = line
+            activity.update(f"tokenising: {documents:,} documents, {tokens:,} tokens")
 
-        with closing(heartbeat):
-            return build_data(config, tokenizer=tokenizer, progress=progress)
+        return build_data(config, tokenizer=tokenizer, progress=progress)
 
 
 def check_is_run(workdir: Path) -> None:

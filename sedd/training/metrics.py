@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 from sedd.errors import UserError
 from sedd.files import write_whole
-from sedd.training.heartbeat import Heartbeat
+from sedd.progress import Activity
 
 
 class Metrics:
@@ -96,45 +94,37 @@ class Metrics:
 
 
 class ProgressReport:
-    """A bar on a terminal; elsewhere a line for each record, and for what takes long.
+    """Shows a training run: a bar on a terminal; elsewhere a line for each record.
 
-    ``stream`` is standard output by default.
+    Elsewhere a line also says what is being done whenever nothing was printed for 3 s.
+
+    Args:
+        start: the step that the run starts from.
+        steps: the last step.
+        stream: where to print; standard output by default.
     """
 
     def __init__(self, *, start: int, steps: int, stream: TextIO | None = None):
         self.steps = steps
-        self._step = start
-        self._stream = sys.stdout if stream is None else stream
-        self._bar = self._heartbeat = None
-        if not self._stream.isatty():
-            self._heartbeat = Heartbeat(self._still)
-        if self._stream.isatty():
-            self._bar = Progress(
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[status]}"),
-                console=Console(file=self._stream),
-            )
-            self._task = self._bar.add_task("", total=steps, completed=start, status="compiling")
-            self._bar.start()
+        self._activity = Activity(
+            total=steps,
+            completed=start,
+            stream=sys.stdout if stream is None else stream,
+            line=self._line,
+            transient=False,
+        )
 
     def advance(self, step: int) -> None:
         """Move the bar to ``step``."""
-        self._step = step
-        if self._heartbeat is not None:
-            self._heartbeat.doing = "training"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        # The bar goes on showing the latest figures.
+        self._activity.update(None if self._activity.on_terminal else "training", completed=step)
 
     def doing(self, what: str) -> None:
-        """Say what is done now, such as "validating": in the bar, or in a line if it takes long."""
-        if self._bar is not None:
-            self._bar.update(self._task, status=what)
-        elif self._heartbeat is not None:
-            self._heartbeat.doing = what
+        """Show what is being done, such as "validating"."""
+        self._activity.update(what)
 
     def report(self, step: int, record: dict[str, Any]) -> None:
-        """A record, with the time left at its speed."""
+        """Show the figures of a record, and the time that is left at its speed."""
         parts = []
         if (loss := record.get("loss")) is not None:
             parts.append(f"loss {loss:.4f}")
@@ -147,33 +137,21 @@ class ProgressReport:
         if (speed := record.get("steps_per_second")) is not None:
             parts.append(f"{_duration((self.steps - step) / speed)} left")
         status = "  ".join(parts)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=status)
+        if self._activity.on_terminal:
+            self._activity.update(status, completed=step)
         else:
-            self._line(step, status)
-
-    def _line(self, step: int, status: str) -> None:
-        width = len(str(self.steps))
-        self.say(f"step {step:>{width}}/{self.steps}  {status}")
-
-    def _still(self, doing: str) -> None:
-        self._line(self._step, doing)
+            self.say(self._line(status, step))
 
     def say(self, message: str) -> None:
         """Print a line, above the bar where there is one."""
-        if self._heartbeat is not None:
-            self._heartbeat.printed()
-        if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False)
-        else:
-            print(message, file=self._stream, flush=True)
+        self._activity.say(message)
 
     def close(self) -> None:
-        """Stop the bar, or the thread that prints what takes long."""
-        if self._bar is not None:
-            self._bar.stop()
-        if self._heartbeat is not None:
-            self._heartbeat.close()
+        """Leave the bar as it is, or stop the thread that prints lines."""
+        self._activity.close()
+
+    def _line(self, status: str, step: int) -> str:
+        return f"step {step:>{len(str(self.steps))}}/{self.steps}  {status}"
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

@@ -5,15 +5,14 @@ import json
 import resource
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from sedd import progress
 from sedd.errors import UserError
 from sedd.training import metrics
-from sedd.training.heartbeat import Heartbeat
 from sedd.training.metrics import Metrics, ProgressReport, plot_curves, read_metrics
 
 
@@ -131,7 +130,7 @@ def test_lines_where_there_is_no_terminal():
 
 
 def test_a_line_whenever_nothing_was_printed_for_a_while(monkeypatch):
-    monkeypatch.setattr(metrics, "Heartbeat", partial(Heartbeat, seconds=0.05))
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.05)
     stream = io.StringIO()
     report = ProgressReport(start=3, steps=1000, stream=stream)
     report.doing("compiling the training step")
@@ -143,16 +142,6 @@ def test_a_line_whenever_nothing_was_printed_for_a_while(monkeypatch):
     assert 1 <= len(lines) <= 4
     time.sleep(0.1)
     assert stream.getvalue().splitlines() == lines
-
-
-def test_no_line_while_others_are_printed():
-    said = []
-    heartbeat = Heartbeat(said.append, "working", seconds=0.5)
-    for _ in range(10):
-        time.sleep(0.1)
-        heartbeat.printed()
-    heartbeat.close()
-    assert said == []
 
 
 def test_a_bar_where_there_is_a_terminal():
