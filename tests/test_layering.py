@@ -26,7 +26,6 @@ BESIDE = {  # inside a level: what a family may still import
 }
 PROTOCOLS = {  # modules of another level than their families, so that others can use them
     "sedd.constraints.base": 2,
-    "sedd.evaluation.bound": 3.5,  # for the training loop; above the objectives it estimates
 }
 MODULES_BESIDE_PACKAGES = 12
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from sedd.denoiser import Denoiser
-from sedd.evaluation.bound import sequence_nats
+from sedd.evaluation.monte_carlo import sequence_nats
 from sedd.networks.ddit import DDiT
 from sedd.networks.rows import CHUNK_BYTES
 from sedd.parameterizations.conditional import Conditional

@@ -16,7 +16,7 @@ from sedd.configuration.build import build_sampler
 from sedd.configuration.components import build, makers, options
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
-from sedd.evaluation.bound import sequence_nats
+from sedd.evaluation.monte_carlo import sequence_nats
 from sedd.interop.layouts.base import Description, layout_for, layouts
 from sedd.interop.published import load_published, save_published
 from sedd.networks.base import Network

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from sedd.commands.evaluate_flags import EvaluateCommand
 from sedd.errors import UserError, did_you_mean
-from sedd.evaluation.bound import REPLICATES, sequence_nats
 from sedd.evaluation.consistency import consistency, draw_pairs
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.generative_perplexity import generative_perplexity
 from sedd.evaluation.judges import Judge, WindowJudge, hugging_face_judge
 from sedd.evaluation.mauve import mauve
+from sedd.evaluation.monte_carlo import REPLICATES, sequence_nats
 from sedd.evaluation.report import Section, write_html
 from sedd.evaluation.scoring import EvaluationResult
 from sedd.evaluation.smollm2 import load_smollm2

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from sedd.configuration.components import COMPONENTS, Options, options, options_type, values
 from sedd.errors import FieldError, UserError, did_you_mean, fields_within, first_line
-from sedd.evaluation.bound import check_draws
+from sedd.evaluation.monte_carlo import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sedd.errors import UserError, did_you_mean
-from sedd.evaluation.bound import Estimator, check_draws
+from sedd.evaluation.monte_carlo import Estimator, check_draws
 
 ZEROSHOT = ("lambada", "wikitext2", "ptb", "wikitext103", "lm1b", "ag_news", "pubmed", "arxiv")
 

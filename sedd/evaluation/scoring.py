@@ -10,17 +10,10 @@ import numpy as np
 from sedd.data.baselines import unigram_nats
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
-from sedd.evaluation.bound import (
-    REPLICATES,
-    BoundResult,
-    MonteCarlo,
-    SequenceNats,
-    resolve,
-    score_sequences,
-    summarise,
-)
+from sedd.evaluation.bound import BoundResult, score_sequences, summarise
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.journal import Journal
+from sedd.evaluation.monte_carlo import REPLICATES, MonteCarlo, SequenceNats, resolve
 from sedd.evaluation.ordered import make_order, ordered_nats
 from sedd.evaluation.protocols import Protocol, describe
 from sedd.schedules import NoiseSchedule

@@ -13,15 +13,12 @@ import pytest
 from oracle import L, N, i32, keys
 from scipy import integrate, special, stats
 
-from sedd.evaluation.bound import (
+from sedd.evaluation.bound import Scored, evaluate_bound, score_sequences, summarise
+from sedd.evaluation.monte_carlo import (
     MonteCarlo,
-    Scored,
-    evaluate_bound,
     level,
     resolve,
-    score_sequences,
     sequence_nats,
-    summarise,
     tile,
     toward_few_masks,
 )

@@ -1,0 +1,334 @@
+"""Estimates of the bound on -log p(x0) of single sequences, inside compiled programs.
+
+There is one estimator for each kind of model:
+
+- ``k_dce``, for time-independent absorbing models: the expected NLL over all orders of the tokens
+  (arXiv:2406.03736, equation 3.10). It has no other terms.
+- ``score_entropy``, for every diffusion model: the integral of the score entropy over t in
+  [t_min, 1], the KL divergence of the prior, and the reconstruction of x0 from the tokens at t_min
+  (arXiv:2310.16834, theorem 3.6). Without the last two terms the sum is not a bound.
+- ``exact``, for autoregressive models: the likelihood itself, in one network call.
+
+A mean over independent random noise levels would need many network calls. Three measures reduce its
+variance and leave its expectation as it is: the levels are stratified and antithetic (``level``),
+they are dense where few positions are masked (``toward_few_masks``), and the masks of consecutive
+levels tile the sequence (``tile``). The draws then depend on each other, so their spread does not
+give the error of their mean. They are therefore split into four independent replicates, whose
+spread does. ``sedd.evaluation.bound`` sums up a corpus from these estimates.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from sedd.arrays import at
+from sedd.denoiser import Denoiser
+from sedd.errors import FieldError
+from sedd.objectives.autoregressive import Autoregressive
+from sedd.objectives.base import Corrupted, Objective
+from sedd.objectives.k_dce import KDCE
+from sedd.objectives.score_entropy import ScoreEntropy
+from sedd.samplers.noise import random_rank
+from sedd.schedules import NoiseSchedule
+from sedd.types import Array, Bool, Float, Int, Key
+
+Estimator = Literal["auto", "k_dce", "score_entropy", "exact"]
+REPLICATES = 4  # independent estimates of each sequence's bound; their spread is the draws' error
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SequenceNats:
+    """R independent estimates of each sequence's bound, in nats, as three separate terms.
+
+    The bound is the sum of the terms, averaged over the replicates R. For k-DCE and for an exact
+    NLL the prior and the reconstruction are 0; the replicates of an exact NLL are all the same.
+    """
+
+    prior_B: Float[Array, " B"]
+    diffusion_BR: Float[Array, "B R"]
+    reconstruction_BR: Float[Array, "B R"]
+
+
+def sequence_nats(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    keys_B: Key[Array, " B"],
+    x0_BL: Int[Array, "B L"],
+    scored_BL: Bool[Array, "B L"],
+    *,
+    draws: int,
+    t_min: float = 1e-3,
+    estimator: Estimator = "auto",
+) -> SequenceNats:
+    """Estimate the bound on -log p(x0) of each sequence, given its positions that are not scored.
+
+    Network calls: ``draws``, and 4 more if there is a reconstruction term; 1 if the NLL is exact.
+
+    Args:
+        denoiser: the model.
+        schedule: its noise schedule.
+        keys_B: one key a sequence; an estimate depends on its own key alone.
+        x0_BL: clean tokens.
+        scored_BL: positions whose tokens are counted; the others are never corrupted.
+        draws: noise levels for each sequence; a multiple of 4.
+        t_min: the smallest time of a score entropy, in (0, 1).
+        estimator: "auto" takes k_dce for a model that has it, exact for an autoregressive one, and
+            score_entropy for all others.
+
+    Raises:
+        FieldError: if ``draws`` is not a positive multiple of 4.
+        ValueError: if the model does not have the estimator.
+    """
+    check_draws(draws)
+    estimator = resolve(estimator, denoiser)
+    if estimator == "exact":
+        return _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL)
+    diffusion = _Diffusion.of(denoiser, schedule, x0_BL, scored_BL, estimator, t_min)
+
+    def replicate(r):
+        replicate_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, r)
+        u_key_B, place_key_B, draw_key_B, end_key_B = jax.vmap(
+            lambda key: jax.random.split(key, 4), out_axes=1
+        )(replicate_keys_B)
+        mean_B = diffusion.mean(u_key_B, place_key_B, draw_key_B, draws // REPLICATES)
+        if estimator == "k_dce":
+            return mean_B, jnp.zeros_like(mean_B)
+        return mean_B, _reconstruction(denoiser, schedule, end_key_B, x0_BL, scored_BL, t_min)
+
+    diffusion_RB, reconstruction_RB = jax.lax.map(replicate, jnp.arange(REPLICATES))
+    per_token = 0.0
+    if estimator != "k_dce":
+        per_token = denoiser.process.prior_kl(schedule.sigma(jnp.float32(1.0)))
+    return SequenceNats(
+        prior_B=per_token * scored_BL.sum(-1),
+        diffusion_BR=diffusion_RB.T,
+        reconstruction_BR=reconstruction_RB.T,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Diffusion:
+    """The diffusion term of a batch of sequences: corruptions and their weighted losses.
+
+    ``lowest`` and ``highest`` are the probabilities of a mask at t_min and at 1. On an absorbing
+    process the level of a score entropy is drawn between them, and the schedule cancels.
+    """
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    x0_BL: Int[Array, "B L"]
+    scored_BL: Bool[Array, "B L"]
+    objective: Objective
+    t_min: float
+    lowest: Float[Array, ""]
+    highest: Float[Array, ""]
+
+    @classmethod
+    def of(cls, denoiser, schedule, x0_BL, scored_BL, estimator, t_min) -> "_Diffusion":
+        common = {"schedule": schedule, "parameterization": denoiser.parameterization}
+        objective = KDCE(**common) if estimator == "k_dce" else ScoreEntropy(**common, t_min=t_min)
+        lowest, highest = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))
+        return cls(
+            denoiser=denoiser,
+            schedule=schedule,
+            x0_BL=x0_BL,
+            scored_BL=scored_BL,
+            objective=objective,
+            t_min=t_min,
+            lowest=lowest,
+            # In float32 σ(1) may round the probability to 1, whose σ is infinite.
+            highest=jnp.minimum(highest, 1 - 2.0**-22),
+        )
+
+    @property
+    def any_order(self) -> bool:
+        """Whether the level is a number of masks (k-DCE), and not a time."""
+        return isinstance(self.objective, KDCE)
+
+    def mean(self, u_key_B, place_key_B, draw_key_B, strata: int) -> Float[Array, " B"]:
+        """The mean over ``strata`` noise levels of one replicate, in nats of a sequence.
+
+        All levels share one uniform draw and one assignment of places to positions. Consecutive
+        masks start where the one before ended, so the scan carries that place along.
+        """
+        absorbing = self.denoiser.process.absorbing
+        shared_u_B = jax.vmap(jax.random.uniform)(u_key_B)
+        place_BL = self._places(place_key_B)
+
+        def draw(carry, k):
+            total_B, begin_B = carry
+            u_B, density_B = level(shared_u_B, k, strata), 1.0
+            if absorbing and strata > 1:
+                u_B, density_B = toward_few_masks(u_B)
+            if absorbing:
+                corrupted, begin_B = self._mask(u_B, place_BL, begin_B)
+            else:
+                keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
+                corrupted = self._corrupt(u_B, keys_B)
+            nats_BL = self.objective.nats(
+                self.denoiser.network, self.denoiser.params, corrupted, self.x0_BL
+            )
+            return (total_B + density_B * nats_BL.sum(-1), begin_B), None
+
+        zero_B = jnp.zeros(self.x0_BL.shape[0])
+        (total_B, _), _ = jax.lax.scan(draw, (zero_B, zero_B), jnp.arange(strata))
+        return total_B / strata
+
+    def _places(self, key_B):
+        """The place of each position on the circle of ``tile``: a random rank, or uniform draws."""
+        if self.any_order:
+            return random_rank(key_B, self.scored_BL)
+        return jax.vmap(lambda key: jax.random.uniform(key, self.x0_BL.shape[1:]))(key_B)
+
+    def _mask(self, u_B, place_BL, begin_B) -> tuple[Corrupted, Float[Array, " B"]]:
+        """Mask the positions that come next; returns where the next mask begins as well.
+
+        For k-DCE the size of a mask is the number of its positions, uniform in 1..L; otherwise it
+        is the probability λ of a mask, uniform between its values at t_min and 1. The integral of
+        the score entropy over t has the measure rate(t) dt = dσ = dλ/(1 - λ).
+        """
+        scored_B = self.scored_BL.sum(-1)
+        if self.any_order:
+            period_B, sigma_B = scored_B, None
+            size_B = jnp.minimum(1 + jnp.floor(u_B * scored_B), scored_B)
+            weight_B = scored_B / jnp.maximum(size_B, 1)
+        else:
+            period_B = jnp.ones_like(scored_B)
+            size_B = self.lowest + (self.highest - self.lowest) * u_B
+            sigma_B = -jnp.log1p(-size_B)
+            weight_B = (self.highest - self.lowest) / (1 - size_B)
+        masked_BL = self.scored_BL & tile(place_BL, period_B, begin_B, size_B)
+        xt_BL = jnp.where(masked_BL, self.denoiser.process.mask, self.x0_BL)
+        end_B = (begin_B + size_B) % jnp.maximum(period_B, 1)
+        return self._weighted(xt_BL, weight_B, sigma_B), end_B
+
+    def _corrupt(self, u_B, keys_B) -> Corrupted:
+        """Corrupt the tokens at a time that is uniform in [t_min, 1]."""
+        t_B = self.t_min + (1 - self.t_min) * u_B
+        sigma_B, weight_B = self.schedule.sigma(t_B), (1 - self.t_min) * self.schedule.rate(t_B)
+        noisy_BL = self.denoiser.process.corrupt(keys_B, self.x0_BL, sigma_B)
+        return self._weighted(jnp.where(self.scored_BL, noisy_BL, self.x0_BL), weight_B, sigma_B)
+
+    def _weighted(self, xt_BL, weight_B, sigma_B) -> Corrupted:
+        """Give the weight to the scored positions that can still change."""
+        counts_BL = self.scored_BL & self.denoiser.process.can_move(xt_BL)
+        weight_BL = jnp.where(counts_BL, weight_B[:, None], 0.0)
+        return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, sigma=sigma_B)
+
+
+def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
+    """-log p(x0) of an autoregressive model; all replicates are the same."""
+    objective = Autoregressive(schedule=schedule, parameterization=denoiser.parameterization)
+    zero_B = jnp.zeros(len(x0_BL))
+    corrupted = objective.corrupt(keys_B, zero_B, x0_BL, scored_BL)
+    nats_BL = objective.nats(denoiser.network, denoiser.params, corrupted, x0_BL)
+    return SequenceNats(
+        prior_B=zero_B,
+        diffusion_BR=jnp.repeat(nats_BL.sum(-1)[:, None], REPLICATES, 1),
+        reconstruction_BR=jnp.zeros((len(x0_BL), REPLICATES)),
+    )
+
+
+def _reconstruction(denoiser, schedule, keys_B, x0_BL, scored_BL, t_min) -> Float[Array, " B"]:
+    """-log p(x0 | xt at t_min), where p is the last denoising step of the τ-leaping samplers.
+
+    The output layer is read a chunk of rows at a time, at the positions that can still change.
+    """
+    process = denoiser.process
+    sigma_B = jnp.full(x0_BL.shape[0], schedule.sigma(jnp.float32(t_min)))
+    xt_BL = jnp.where(scored_BL, process.corrupt(keys_B, x0_BL, sigma_B), x0_BL)
+    hidden = denoiser.hidden(xt_BL, sigma_B)
+
+    def nats(rows):
+        log_score_RV = denoiser.log_score_rows(hidden, xt_BL, sigma_B, rows)
+        log_probs_RV = process.denoise(log_score_RV, rows.pick(xt_BL), rows.pick(sigma_B))
+        return -at(log_probs_RV, rows.pick(x0_BL))
+
+    unknown_BL = scored_BL & process.can_move(xt_BL)
+    return denoiser.map_rows(unknown_BL, nats, sigma_B.dtype).sum(-1)
+
+
+def level(shared_u_B: Float[Array, " B"], k: Int[Array, ""], strata: int) -> Float[Array, " B"]:
+    """Return the k-th of ``strata`` ascending levels in [0, 1), one in each of equal intervals.
+
+    Neighbouring levels are antithetic: one lies u into its interval, the next 1 - u into its own.
+    The errors of a linear integrand then cancel. ``shared_u_B`` is u, uniform in [0, 1).
+    """
+    return (k + jnp.where(k % 2 == 0, shared_u_B, 1 - shared_u_B)) / strata
+
+
+def toward_few_masks(u: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """Turn uniform levels into levels of density 1/(2√u), and return their importance weights.
+
+    The mean loss over a mask of few positions is the noisiest, with a variance that grows as 1/u;
+    this density takes more draws there. It does not help a single draw, since the weights vary and
+    no other draws compensate for them.
+    """
+    return jnp.minimum(u**2, 1 - 2.0**-24), 2 * u
+
+
+def tile(
+    place_BL: Float[Array, "B L"] | Int[Array, "B L"],
+    period_B: Float[Array, " B"] | Int[Array, " B"],
+    begin_B: Float[Array, " B"],
+    size_B: Float[Array, " B"],
+) -> Bool[Array, "B L"]:
+    """Choose the positions whose place lies within ``size`` after ``begin``, around a circle.
+
+    Each position has a place on a circle of length ``period``. If the places are a random order of
+    the positions (0, 1, …, period - 1), the result is a uniformly random subset of ``size``
+    positions; if they are independent and uniform in [0, 1) with period 1, each position is chosen
+    independently with probability ``size``. Both hold for any ``begin``. Masks that begin where the
+    one before ended cover all positions equally often, so positions that are hard to predict are
+    counted no more often than the others.
+    """
+    around_BL = (place_BL - begin_B[:, None]) % jnp.maximum(period_B, 1)[:, None]
+    return around_BL < size_B[:, None]
+
+
+def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
+    """Return the estimator that "auto" stands for, or the named one if the model has it.
+
+    Autoregressive models have only "exact"; any other name is replaced by it.
+
+    Raises:
+        ValueError: if the model does not have the estimator.
+    """
+    if denoiser.causal:
+        return "exact"
+    if estimator == "exact":
+        raise ValueError("estimator exact needs an autoregressive model")
+    any_order = denoiser.process.absorbing and denoiser.time_independent
+    if estimator == "k_dce" and not any_order:
+        raise ValueError("estimator k_dce needs a time-independent absorbing model")
+    if estimator == "auto":
+        return "k_dce" if any_order else "score_entropy"
+    return estimator
+
+
+def check_draws(draws: int) -> None:
+    """Raise FieldError unless ``draws`` is a positive multiple of the number of replicates."""
+    if draws < REPLICATES or draws % REPLICATES:
+        raise FieldError("draws", f"must be a positive multiple of {REPLICATES}, got {draws}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonteCarlo:
+    """``sequence_nats`` with its options fixed.
+
+    It is hashable, so that programs compiled for it are found again: equal options, same program.
+    """
+
+    draws: int = 16
+    t_min: float = 1e-3
+    estimator: Estimator = "auto"
+
+    def __post_init__(self):
+        check_draws(self.draws)
+
+    def __call__(self, denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
+        """Estimate each sequence's bound; the arguments are those of ``sequence_nats``."""
+        return sequence_nats(denoiser, schedule, keys_B, x0_BL, scored_BL, **vars(self))
