@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.denoiser import Denoiser
+from sedd.evaluation.measured import ratio_of
 from sedd.evaluation.monte_carlo import REPLICATES, Estimator, MonteCarlo, SequenceNats, resolve
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
@@ -191,22 +192,29 @@ def score_sequences(
             mesh=mesh,
             estimate=estimate,
         )
-        counted = [(0, 0)] * size
-        if count_text is not None:
-            counted = [
-                count_text(x0_L[scored_L]) for x0_L, scored_L in zip(x0_BL, scored_BL, strict=True)
-            ]
-        terms = (nats.prior_B, nats.diffusion_BR, nats.reconstruction_BR)
-        prior_S, diffusion_SR, reconstruction_SR = (np.asarray(a, np.float64)[:size] for a in terms)
-        yield Scored(
-            prior_S=prior_S,
-            diffusion_SR=diffusion_SR,
-            reconstruction_SR=reconstruction_SR,
-            tokens_S=scored_BL.sum(-1).astype(np.float64),
-            characters_S=np.array([c for c, _ in counted], np.float64),
-            bytes_S=np.array([b for _, b in counted], np.float64),
-        )
+        yield _on_host(nats, x0_BL, scored_BL, count_text)
         first += size
+
+
+def _on_host(nats: SequenceNats, x0_BL, scored_BL, count_text) -> Scored:
+    """The terms of a batch in float64, without the rows that only fill it, and its text counted."""
+    counted = [(0, 0)] * len(x0_BL)
+    if count_text is not None:
+        counted = [
+            count_text(x0_L[scored_L]) for x0_L, scored_L in zip(x0_BL, scored_BL, strict=True)
+        ]
+    terms = (nats.prior_B, nats.diffusion_BR, nats.reconstruction_BR)
+    prior_S, diffusion_SR, reconstruction_SR = (
+        np.asarray(term, np.float64)[: len(x0_BL)] for term in terms
+    )
+    return Scored(
+        prior_S=prior_S,
+        diffusion_SR=diffusion_SR,
+        reconstruction_SR=reconstruction_SR,
+        tokens_S=scored_BL.sum(-1).astype(np.float64),
+        characters_S=np.array([c for c, _ in counted], np.float64),
+        bytes_S=np.array([b for _, b in counted], np.float64),
+    )
 
 
 def summarise(
@@ -218,9 +226,6 @@ def summarise(
     outer_terms: bool = True,
 ) -> BoundResult:
     """Compute the figures of a corpus from the terms of its sequences.
-
-    The nats per token are a ratio of two sums over sequences. Its standard error is that of a ratio
-    estimator: the spread over sequences of (nats - nats per token · tokens).
 
     Args:
         scored: the sequences, in one or more parts.
@@ -242,27 +247,22 @@ def summarise(
     total_SR = diffusion_SR
     if whole:
         total_SR = s.prior_S[:, None] + diffusion_SR + s.reconstruction_SR
-    total_S, num, num_tokens = total_SR.mean(-1), len(s), s.tokens_S.sum()
+    total_S, num_tokens = total_SR.mean(-1), s.tokens_S.sum()
     if not num_tokens:
         raise ValueError("no token of these sequences is scored")
-    per_token = total_S.sum() / num_tokens
+    per_token, error = ratio_of(total_S, s.tokens_S)
     error_draws = 0.0
     if not exact:  # the replicates of an exact NLL are equal, but for rounding
         error_draws = math.sqrt((total_SR.var(-1, ddof=1) / REPLICATES).sum()) / num_tokens
-    if num > 1:
-        residual_S = total_S - per_token * s.tokens_S
-        error = math.sqrt(num / (num - 1) * (residual_S**2).sum()) / num_tokens
-    else:
-        error = error_draws
     return BoundResult(
-        nats_per_token=float(per_token),
-        standard_error=float(error),
+        nats_per_token=per_token,
+        standard_error=float(error_draws if error is None else error),
         standard_error_draws=float(error_draws),
         prior=float(s.prior_S.sum() / num_tokens),
         diffusion=float(diffusion_SR.mean(-1).sum() / num_tokens),
         reconstruction=float(s.reconstruction_SR.mean(-1).sum() / num_tokens),
         nats_per_sequence=float(total_S.mean()),
-        num_sequences=num,
+        num_sequences=len(s),
         num_tokens=int(num_tokens),
         draws=draws,
         estimator=estimator,

@@ -1,13 +1,13 @@
-"""Are a masked model's conditionals those of one joint? See ``docs/consistency.md``.
+"""Are the conditionals of a masked model those of one joint? See ``docs/consistency.md``.
 
-Two positions of a held-out sequence are masked; all others are given. The network defines p(a | b)
-for every token b and p(b | a) for every token a, and nothing in it makes the two consistent. If
-they were the conditionals of one joint, several constructions of ``joints`` would all return that
-joint. This module measures how far the constructed joints differ (arXiv:2305.15501).
+Two positions of a held-out sequence are masked, and all others are given. The network defines
+p(a | b) for every token b and p(b | a) for every token a, but nothing in the network makes the two
+consistent. If they were the conditionals of one joint distribution, several constructions in
+``joints`` would all return that joint. This module measures how far the constructed joints differ
+(arXiv:2305.15501).
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.denoiser import Denoiser
+from sedd.evaluation.consistency_report import ORDER_MEASURES, Consistency
 from sedd.evaluation.joints import (
     JOINTS,
     arnold_gokhale_step,
@@ -22,202 +23,138 @@ from sedd.evaluation.joints import (
     pair_joints,
     total_variation,
 )
-from sedd.evaluation.report import Measured, Section, Table
 from sedd.networks.base import read_out
 from sedd.types import Array, Bool, Int, Key
 
-LARGEST_GRID = 2048  # tokens a position: beyond, V² probabilities and 2V network rows a pair
+LARGEST_GRID = 2048  # tokens a position; a pair takes V² probabilities and 2V network rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class Consistency:
-    """Joints of P pairs of positions by J constructions; means over pairs are reported.
+def consistency(
+    denoiser: Denoiser,
+    x0_BL: Int[Array, "B L"],
+    scored_BL: Bool[Array, "B L"],
+    key: Key[Array, ""],
+    *,
+    pairs: int,
+    distance: int | None = 1,
+    top: int | None = None,
+    sigma: float | None = None,
+    batch_size: int = 128,
+) -> Consistency:
+    """Compare the joints that the model's conditionals define for pairs of scored positions.
 
-    Errors are over pairs, as if these were independent: they lie in different places, mostly of
-    different sequences.
+    The conditionals are the model's own: a ``Reshape`` of the denoiser is ignored. A pair takes
+    2·``top`` + 2 rows of the network.
+
+    Args:
+        denoiser: the model; its process must be absorbing.
+        x0_BL: held-out sequences.
+        scored_BL: the positions of which pairs are drawn.
+        key: draws the pairs.
+        pairs: the number of pairs. No first position is drawn twice.
+        distance: the distance of the second position from the first; None for any other position
+            of the sequence.
+        top: compare so many tokens of each position, the most likely ones and the true one. The
+            joints are then approximate; a large vocabulary needs it. None for all tokens.
+        sigma: total noise that a time-dependent model is given; by default -log(1 - 2/L), at which
+            2 of L tokens are expected to be masked.
+        batch_size: rows of a network call.
+
+    Raises:
+        ValueError: if the model has no mask or is autoregressive, if there are fewer possible first
+            positions than ``pairs``, or if the grid of tokens is too large.
     """
-
-    joints: tuple[str, ...]  # [J], names of ``pair_joints``
-    distance: int | None  # between the positions of a pair; None: any
-    num_tokens: int  # on the grid, for each position
-    exact: bool  # whether these are all tokens
-    sigma: float | None  # at which a time-dependent model was asked
-    positions: np.ndarray  # [P, 3]: sequence, a, b; a < b
-    coverage: np.ndarray  # [P], mass that chain_ab puts on the grid
-    model_unary_nats: np.ndarray  # [P], -log of the model's own conditionals of the true tokens
-    unary_nats: np.ndarray  # [P, J], the same of the joint's conditionals; means of two
-    pairwise_nats: np.ndarray  # [P, J], -log joint of the true pair
-    kl_true: np.ndarray  # [P, J], KL(model's conditional ‖ joint's) given the true other token
-    kl_all: np.ndarray  # [P, J], its mean over all tokens of the grid as the other one
-    distances: np.ndarray  # [P, J, J], total variation between joints
-    orders: dict[str, np.ndarray]  # [P] each: measures between chain_ab and chain_ba
-    residual: np.ndarray  # [P], total variation of one more Arnold–Gokhale iteration
-
-    def to_json(self) -> dict[str, Any]:
-        """Every figure, ready for ``json.dump``; what is of a single pair is left out."""
-        return {
-            "num_pairs": len(self.positions),
-            "distance": self.distance,
-            "num_tokens": self.num_tokens,
-            "exact": self.exact,
-            "coverage": float(self.coverage.mean()),
-            "sigma": self.sigma,
-            "model_unary_perplexity": math.exp(self.model_unary_nats.mean()),
-            "joints": self._of_joints(),
-            "orders": self._of_orders(),
-            "total_variation": self.distances.mean(0).tolist(),
-            "arnold_gokhale_residual": float(self.residual.max()),
-        }
-
-    def section(self) -> Section:
-        """The figures as a part of a report."""
-        model = math.exp(self.model_unary_nats.mean())
-        joints = Table(
-            title="Joints derived from the conditionals",
-            columns=(
-                "joint",
-                "pair perplexity",
-                "Δ nats ± s.e.",
-                "token perplexity",
-                "KL, true",
-                "KL, all",
-            ),
-            rows=[
-                ("the model's conditionals", None, None, model, 0.0, 0.0),
-                *(_joint_row(JOINTS[name], of) for name, of in self._of_joints().items()),
-            ],
-        )
-        orders = Table(
-            title="Between the two orders of the chain",
-            columns=("measure", "mean ± s.e.", "largest"),
-            rows=[
-                (ORDERS[name], _mean(x_P), float(x_P.max())) for name, x_P in self.orders.items()
-            ],
-        )
-        return Section(
-            title="Are the conditionals consistent?",
-            text=self._text(),
-            tables=[joints, orders],
-            figures=[self.figure()],
-        )
-
-    def figure(self):
-        """Total variation between joints, and the true pairs' nats in either order."""
-        from matplotlib.figure import Figure
-
-        blue, grey = "#2f6fb0", "#555555"
-        figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        mean = self.distances.mean(0)
-        image = left.imshow(mean, cmap="Blues", vmin=0)
-        names = [JOINTS[name] for name in self.joints]
-        left.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-        left.set_yticks(range(len(names)), names, fontsize=8)
-        for (i, j), value in np.ndenumerate(mean):
-            dark = value > 0.6 * mean.max()
-            left.text(
-                j,
-                i,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if dark else grey,
-            )
-        figure.colorbar(image, ax=left, shrink=0.8)
-        left.set_title("Total variation between joints", loc="left")
-
-        a_first, b_first = (
-            self.pairwise_nats[:, self.joints.index(name)] for name in ("chain_ab", "chain_ba")
-        )
-        high = 1.04 * max(a_first.max(), b_first.max())
-        right.plot([0, high], [0, high], color=grey, linestyle="--", linewidth=1.2)
-        right.scatter(a_first, b_first, color=blue, s=14, alpha=0.7, linewidths=0)
-        right.set_xlim(0, high)
-        right.set_ylim(0, high)
-        right.set_aspect("equal")
-        right.set_xlabel("nats of the true pair, a first")
-        right.set_ylabel("b first")
-        right.set_title("One pair, two orders", loc="left")
-        right.grid(color="#e4e4e4", linewidth=0.8)
-        right.set_axisbelow(True)
-        right.spines[["top", "right"]].set_visible(False)
-        return figure
-
-    def _of_joints(self) -> dict[str, dict[str, float | None]]:
-        first_P = self.pairwise_nats[:, self.joints.index("chain_ab")]
-        figures = {}
-        for j, name in enumerate(self.joints):
-            # Pairs differ far more than joints do: the error is of the difference, pair by pair.
-            above, error = _mean((self.pairwise_nats[:, j] - first_P) / 2)
-            figures[name] = {
-                "pairwise_perplexity": math.exp(self.pairwise_nats[:, j].mean() / 2),
-                "nats_per_token_above_chain_ab": above,
-                "standard_error": error,
-                "unary_perplexity": math.exp(self.unary_nats[:, j].mean()),
-                "unary_kl_true": float(self.kl_true[:, j].mean()),
-                "unary_kl_all": float(self.kl_all[:, j].mean()),
-            }
-        return figures
-
-    def _of_orders(self) -> dict[str, dict[str, float | None]]:
-        figures = {}
-        for name, x_P in self.orders.items():
-            mean, error = _mean(x_P)
-            figures[name] = {"mean": mean, "standard_error": error, "largest": float(x_P.max())}
-        return figures
-
-    def _text(self) -> str:
-        apart = "at random distances" if self.distance is None else f"{self.distance} apart"
-        tokens = (
-            f"All {self.num_tokens} tokens of each position are compared: the joints of a pair are "
-            "exact, and errors are standard errors over pairs."
-            if self.exact
-            else f"Approximate: only the {self.num_tokens} most likely tokens of each position "
-            "(the true one among them) are compared. All probabilities are conditional on both "
-            f"tokens being among these ({100 * self.coverage.mean():.1f} % of the chain's mass)."
-        )
-        time = "" if self.sigma is None else f" The model was asked at σ = {self.sigma:.4g}."
-        return (
-            f"{len(self.positions)} pairs of positions a < b, {apart}; both are masked, all others "
-            f"given. {tokens}{time}\n\nPair perplexity is that of the true pair under the joint, "
-            "per token; Δ is the difference of its nats per token from the chain that draws a "
-            "first. Token perplexity is that of one true token given the other. KL is the "
-            "divergence of the joint's conditional of one token from the model's, in nats, given "
-            "the true other token, or averaged over all tokens as the other one; it is 0 if the "
-            "joint agrees with the model.\n\nIf the conditionals were consistent, all rows but the "
-            "independent joint and the two products would be equal, and the last table would be 0."
-            "\n\nOne more fixed-point iteration changes no Arnold–Gokhale joint by more than "
-            f"{self.residual.max():.1g} in total variation."
-        )
+    positions = draw_pairs(denoiser, np.asarray(scored_BL), key, pairs=pairs, distance=distance)
+    size = _grid_size(denoiser, top)
+    sigma = _noise(denoiser, sigma, x0_BL.shape[1])
+    x0_PL, places_P2 = np.asarray(x0_BL)[positions[:, 0]], positions[:, 1:]
+    true_P2 = np.take_along_axis(x0_PL, places_P2, 1)
+    masked_PL = x0_PL.copy()
+    np.put_along_axis(masked_PL, places_P2, denoiser.mask_id, 1)
+    reader = _Reader(denoiser, sigma, batch_size)
+    logits_2PN = reader(np.repeat(masked_PL, 2, 0), places_P2.ravel())  # with both masked
+    both_P2N = _log_softmax(logits_2PN.reshape(pairs, 2, -1))
+    results = [
+        _measure_pair(reader, *pair, size)
+        for pair in zip(masked_PL, places_P2, true_P2, both_P2N, strict=True)
+    ]
+    arrays = {name: np.array([r[name] for r in results]) for name in results[0]}
+    return Consistency(
+        joints=tuple(JOINTS),
+        distance=distance,
+        num_tokens=size,
+        exact=size == denoiser.process.num_tokens,
+        sigma=sigma,
+        positions=positions,
+        orders={name: arrays.pop(name) for name in ORDER_MEASURES},
+        **arrays,
+    )
 
 
-ORDERS = {
-    "total_variation": "total variation",
-    "jensen_shannon": "Jensen–Shannon divergence, nats",
-    "kl_ab_ba": "KL(a first ‖ b first), nats",
-    "kl_ba_ab": "KL(b first ‖ a first), nats",
-    "true_pair": "|log ratio| at the true pair, nats",
-    "max_log_ratio": "largest |log ratio| on the grid, nats",
-}
+def _grid_size(denoiser: Denoiser, top: int | None) -> int:
+    """The number of tokens of each position that are compared; ValueError if it is too large."""
+    num_tokens = denoiser.process.num_tokens
+    size = num_tokens if top is None else min(top, num_tokens)
+    if not 2 <= size <= LARGEST_GRID:
+        raise ValueError(f"top must be in [2, {LARGEST_GRID}], got {size} tokens a position")
+    return size
 
 
-def _joint_row(name: str, figures: dict[str, Any]) -> tuple[Any, ...]:
-    """A row of the table of joints; the difference and its error share a cell."""
-    pair, above, error, *others = figures.values()
-    return (name, pair, Measured(above, error), *others)
+def _noise(denoiser: Denoiser, sigma: float | None, length: int) -> float | None:
+    """The total noise of the network calls: None for a time-independent model."""
+    if denoiser.time_independent:
+        return None
+    if sigma is not None:
+        return sigma
+    if length < 3:  # -log(1 - 2/L) is infinite
+        raise ValueError("sequences of fewer than 3 tokens need a sigma")
+    return -math.log1p(-2 / length)
 
 
-def _mean(values_P: np.ndarray) -> Measured:
-    """The mean and its standard error; a single value has no error."""
-    count = len(values_P)
-    error = float(values_P.std(ddof=1)) / math.sqrt(count) if count > 1 else None
-    return Measured(float(values_P.mean()), error)
+def _measure_pair(
+    reader: "_Reader",
+    masked_L: np.ndarray,
+    places_2: np.ndarray,
+    true_2: np.ndarray,
+    both_2N: np.ndarray,
+    size: int,
+) -> dict[str, Any]:
+    """Read the conditionals of one pair on its grid, construct the joints, and compare them.
+
+    Args:
+        reader: reads logits of the model.
+        masked_L: the sequence with both positions masked.
+        places_2: the two positions a, b.
+        true_2: their true tokens.
+        both_2N: log p of each position's tokens while both are masked.
+        size: tokens of the grid for each position.
+    """
+    place_a, place_b = places_2
+    grid_a, grid_b = (
+        _grid(both_N, int(true), size) for both_N, true in zip(both_2N, true_2, strict=True)
+    )
+    # A row for each token b of the grid at its position, then a row for each token a.
+    rows_RL = np.tile(masked_L, (2 * size, 1))
+    rows_RL[:size, place_b], rows_RL[size:, place_a] = grid_b, grid_a
+    logits_RN = reader(rows_RL, np.repeat([place_a, place_b], size))
+    (logit_b, logit_a), (given_b, given_a) = (
+        (rows_RN[:size, grid_a].T, rows_RN[size:, grid_b])
+        for rows_RN in (logits_RN, _log_softmax(logits_RN))
+    )
+    log_a, log_b = both_2N[0][grid_a], both_2N[1][grid_b]
+    joints = pair_joints(given_b, given_a, log_a, log_b, logits=(logit_b, logit_a))
+    at_true = (
+        int(np.searchsorted(grid_a, true_2[0])),
+        int(np.searchsorted(grid_b, true_2[1])),
+    )
+    coverage = float(np.exp(log_a[:, None] + given_a).sum())
+    return {"coverage": coverage, **_compare(joints, given_b, given_a, at_true)}
 
 
 def _kl(log_p: np.ndarray, log_q: np.ndarray, axis: Any = (-2, -1)) -> np.ndarray:
+    """KL(p ‖ q) in nats, summed over ``axis``."""
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis)
-    return np.asarray(np.maximum(kl, 0))  # rounding may go below
+    return np.asarray(np.maximum(kl, 0))  # rounding may make it negative
 
 
 def _compare(
@@ -226,9 +163,16 @@ def _compare(
     given_a: np.ndarray,
     true: tuple[int, int],
 ) -> dict[str, Any]:
-    """The figures of one pair; a ``true`` token is its place on the grid."""
+    """Compute the figures of one pair from its J joints.
+
+    Args:
+        joints: log joint [A, B] by name.
+        given_b: the model's log p(a | b), [A, B].
+        given_a: the model's log p(b | a), [A, B].
+        true: the places of the true tokens on the grid.
+    """
     a, b = true
-    # Of the model and then of the joints, normalised on the grid: [1 + J, A, B].
+    # Conditionals of the model, then of each joint, normalised on the grid: [1 + J, A, B].
     by_b = np.stack([given_b, *joints.values()])
     by_a = np.stack([given_a, *joints.values()])
     by_b, by_a = by_b - log_sum(by_b, -2), by_a - log_sum(by_a, -1)
@@ -257,79 +201,6 @@ def _compare(
     }
 
 
-def consistency(
-    denoiser: Denoiser,
-    x0_BL: Int[Array, "B L"],
-    scored_BL: Bool[Array, "B L"],
-    key: Key[Array, ""],
-    *,
-    pairs: int,
-    distance: int | None = 1,
-    top: int | None = None,
-    sigma: float | None = None,
-    batch_size: int = 128,
-) -> Consistency:
-    """Compare the joints of ``pairs`` pairs of scored positions that ``key`` draws.
-
-    First positions are drawn without repetition; the second is ``distance`` further on, or any
-    other one of the sequence (None). With ``top`` the joints are on the so many likeliest tokens
-    of each position with both masked, the true one always among them: approximate, and for a
-    large vocabulary the only way, since a pair takes 2·top + 2 network rows, of ``batch_size``
-    each call. A time-dependent model is asked at ``sigma``, by default -log(1 - 2/L), at which 2
-    of L tokens are expected to be masked; the conditionals are the model's, not reshaped ones.
-
-    ValueError on a process without a mask, on fewer possible first positions than ``pairs``, and
-    on a grid that is too large.
-    """
-    positions = draw_pairs(denoiser, np.asarray(scored_BL), key, pairs=pairs, distance=distance)
-    mask_id, num_tokens = denoiser.mask_id, denoiser.process.num_tokens
-    size = num_tokens if top is None else min(top, num_tokens)
-    if not 2 <= size <= LARGEST_GRID:
-        raise ValueError(f"top must be in [2, {LARGEST_GRID}], got {size} tokens a position")
-    if denoiser.time_independent:
-        sigma = None
-    elif sigma is None:
-        if x0_BL.shape[1] < 3:  # where that is infinite
-            raise ValueError("sequences of fewer than 3 tokens need a sigma")
-        sigma = -math.log1p(-2 / x0_BL.shape[1])
-    x0_PL, places_P2 = np.asarray(x0_BL)[positions[:, 0]], positions[:, 1:]
-    true_P2 = np.take_along_axis(x0_PL, places_P2, 1)
-    masked_PL = x0_PL.copy()
-    np.put_along_axis(masked_PL, places_P2, mask_id, 1)
-    reader = _Reader(denoiser, sigma, batch_size)
-    both_P2N = _log_softmax(
-        reader(np.repeat(masked_PL, 2, 0), places_P2.ravel()).reshape(pairs, 2, num_tokens)
-    )
-    results = []
-    for masked_L, (place_a, place_b), (true_a, true_b), (both_a, both_b) in zip(
-        masked_PL, places_P2, true_P2, both_P2N, strict=True
-    ):
-        grid_a, grid_b = _grid(both_a, int(true_a), size), _grid(both_b, int(true_b), size)
-        rows_RL = np.tile(masked_L, (2 * size, 1))
-        rows_RL[:size, place_b], rows_RL[size:, place_a] = grid_b, grid_a
-        logits_RN = reader(rows_RL, np.repeat([place_a, place_b], size))
-        (logit_b, logit_a), (given_b, given_a) = (
-            (rows_RN[:size, grid_a].T, rows_RN[size:, grid_b])
-            for rows_RN in (logits_RN, _log_softmax(logits_RN))
-        )
-        log_a, log_b = both_a[grid_a], both_b[grid_b]
-        joints = pair_joints(given_b, given_a, log_a, log_b, logits=(logit_b, logit_a))
-        at_true = (int(np.searchsorted(grid_a, true_a)), int(np.searchsorted(grid_b, true_b)))
-        coverage = float(np.exp(log_a[:, None] + given_a).sum())
-        results.append({"coverage": coverage, **_compare(joints, given_b, given_a, at_true)})
-    arrays = {name: np.array([r[name] for r in results]) for name in results[0]}
-    return Consistency(
-        joints=tuple(JOINTS),
-        distance=distance,
-        num_tokens=size,
-        exact=size == num_tokens,
-        sigma=sigma,
-        positions=positions,
-        orders={name: arrays.pop(name) for name in ORDERS},
-        **arrays,
-    )
-
-
 def draw_pairs(
     denoiser: Denoiser,
     scored_BL: np.ndarray,
@@ -338,9 +209,17 @@ def draw_pairs(
     pairs: int,
     distance: int | None,
 ) -> np.ndarray:
-    """Draw pairs of scored positions: [P, 3], a sequence and two positions, ascending.
+    """Draw pairs of scored positions, [P, 3]: a sequence and two ascending positions.
 
-    ValueError if the model has no conditionals of masked pairs, or there are too few pairs.
+    Args:
+        denoiser: the model, which is only checked.
+        scored_BL: the positions to draw from.
+        key: determines the pairs.
+        pairs: how many; first positions are drawn without replacement.
+        distance: the distance of the second position; None for any other one of the sequence.
+
+    Raises:
+        ValueError: if the model has no conditionals of masked pairs, or there are too few pairs.
     """
     if not denoiser.process.absorbing:
         raise ValueError("consistency is of masked positions: it needs an absorbing process")
@@ -368,7 +247,10 @@ def draw_pairs(
 
 
 def _grid(log_probs_N: np.ndarray, true: int, size: int) -> np.ndarray:
-    """The likeliest tokens, ascending; the true one in the place of the last if it is not there."""
+    """The ``size`` most likely tokens in ascending order, and the true one always among them.
+
+    If the true token is not among the most likely ones, it replaces the least likely of them.
+    """
     if size == len(log_probs_N):
         return np.arange(size)
     tokens = np.argsort(-log_probs_N, kind="stable")[:size]
@@ -382,7 +264,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class _Reader:
-    """Reads logits of one position of each row, in float64, in batches of one size."""
+    """Reads the logits of one position of each row in float64, in batches of equal size.
+
+    The last batch repeats rows to be full, so that one program serves all.
+    """
 
     def __init__(self, denoiser: Denoiser, sigma: float | None, batch_size: int):
         self.denoiser, self.sigma, self.batch_size = denoiser, sigma, batch_size
@@ -407,6 +292,7 @@ class _Reader:
 
 @jax.jit
 def _logits_at(denoiser: Denoiser, x_RL, position_R, sigma_R):
+    """Logits over real tokens [R, N] at one position of each row."""
     hidden_RLD = denoiser.hidden(x_RL, sigma_R)[0]
     hidden_RD = jnp.take_along_axis(hidden_RLD, position_R[:, None, None], 1)[:, 0]
     raw_RV = read_out(hidden_RD, *denoiser.network.head(denoiser.params))

@@ -1,4 +1,7 @@
-"""Data sets to evaluate: rows of tokens, from a corpus as a protocol cuts it, or from arrays."""
+"""Data sets to evaluate: rows of tokens.
+
+``TextReader`` makes them from a corpus, as a protocol says; ``token_data_set`` from an array.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sedd.data.base import Corpus
 from sedd.data.corpora import NAMES, MappedCorpus, open_corpus, parse_mixture
 from sedd.data.detokenizers import DETOKENIZERS
 from sedd.data.packing import Packed, TooShortError, pack, unigram_entropy, validation_rows
@@ -16,12 +20,17 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError, did_you_mean
 from sedd.evaluation.protocols import SPLITS, Protocol
 
-CHUNK = 256  # rows that are read at a time
+CHUNK = 256  # rows read at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenRows:
-    """Rows of tokens in memory, read as those of ``Packed`` are."""
+    """Rows of tokens in memory, with the interface of ``Packed``.
+
+    Args:
+        x0_SL: token ids, int32.
+        scored_SL: which of them are scored.
+    """
 
     x0_SL: np.ndarray
     scored_SL: np.ndarray
@@ -31,7 +40,7 @@ class TokenRows:
         return len(self.x0_SL)
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens x0_BL (int32), and scored_BL, of rows by number."""
+        """Return the tokens x0_BL (int32) and scored_BL of the rows with these numbers."""
         return self.x0_SL[indices], self.scored_SL[indices]
 
 
@@ -40,11 +49,11 @@ class DataSet:
     """The rows of one data set that are evaluated.
 
     Args:
-        label: the name in tables and files.
+        label: its name in tables and files.
         split: the split of the corpus; "tokens" for arrays.
-        source: where the rows are read from.
-        chosen: [S], the numbers of the evaluated rows; all, or evenly spread ones.
-        num_dropped: tokens of the split in no row, since the cut drops remainders.
+        source: the rows of the split, of which some or all are evaluated.
+        chosen: [S], the numbers of the evaluated rows, evenly spread.
+        num_dropped: tokens of the split that are in no row, because the cut drops remainders.
     """
 
     label: str
@@ -54,41 +63,42 @@ class DataSet:
     num_dropped: int = 0
 
     def rows(self, first: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """x0_BL and scored_BL of at most ``size`` evaluated rows from the ``first`` on."""
+        """Return x0_BL and scored_BL of at most ``size`` evaluated rows, starting at ``first``."""
         return self.source.rows(self.chosen[first : first + size])
 
     def spread(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """x0_BL and scored_BL of ``number`` evaluated rows, evenly spread; of all, if fewer."""
+        """Return x0_BL and scored_BL of ``number`` evaluated rows (or all), evenly spread."""
         size = len(self.chosen)
         places = np.linspace(0, size - 1, min(number, size)).astype(int)
         return self.source.rows(self.chosen[places])
 
     @property
     def num_rows_not_evaluated(self) -> int:
-        """Rows of the split that are not evaluated, because of a maximal number of sequences."""
+        """Rows of the split that are left out to stay below a maximal number of sequences."""
         return self.source.num_rows - len(self.chosen)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the evaluated tokens, in their order, and of which are scored."""
+        """A hash of the evaluated tokens in their order, and of which of them are scored."""
         return self._read[0]
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each token is scored, up to the largest one that is, [at most N]."""
+        """How many times each token is scored, by id up to the largest scored one, [at most N]."""
         return self._read[1]
 
     @property
     def unigram_entropy(self) -> float:
-        """Entropy in nats of the frequencies of the scored tokens themselves.
+        """Entropy in nats of the frequencies of the scored tokens.
 
-        No model that ignores the context can be below it, since it is fitted to these tokens.
+        The frequencies are fitted to the evaluated tokens, so a model without context has at least
+        this many nats per token.
         """
         return unigram_entropy(self.counts)
 
     @cached_property
     def _read(self) -> tuple[str, np.ndarray]:
-        """The fingerprint, and how often each token is scored; one pass over the rows."""
+        """The fingerprint and the counts, from one pass over the rows."""
         counts, digest = np.zeros(1, np.int64), hashlib.blake2b(digest_size=16)
         for first in range(0, len(self.chosen), CHUNK):
             x0_BL, scored_BL = self.rows(first, CHUNK)
@@ -102,7 +112,13 @@ class DataSet:
 def token_data_set(
     x0_SL: Any, scored_SL: Any = None, *, num_tokens: int, max_sequences: int | None = None
 ) -> DataSet:
-    """A data set of token ids [S, L]; all are scored unless ``scored_SL`` says otherwise.
+    """Make a data set of token ids.
+
+    Args:
+        x0_SL: integers of shape [sequences, length].
+        scored_SL: booleans of the same shape: which tokens are scored; all by default.
+        num_tokens: ids must be below it.
+        max_sequences: evaluate at most so many sequences, evenly spread.
 
     Raises:
         UserError: on another shape, no sequence, or an id outside of [0, ``num_tokens``).
@@ -126,14 +142,14 @@ def token_data_set(
 
 @dataclass(frozen=True, kw_only=True)
 class TextReader:
-    """Makes rows of text for a model; the fields are what the model was trained with.
+    """Reads corpora as rows of tokens for one model.
 
     Args:
-        tokenizer: the model's.
-        length: tokens in a row, where the protocol does not say.
+        tokenizer: the model's tokenizer.
+        length: tokens in a row of training, used if the protocol sets no length.
         wrap: whether documents were joined in training, for ``cut`` "as_trained".
-        corpus: what the model was trained on, whose validation split is its default.
-        cache_dir: where packed tokens are kept.
+        corpus: the corpus that the model was trained on; its validation split is evaluated.
+        cache_dir: the folder in which tokenised corpora are kept.
     """
 
     tokenizer: Tokenizer
@@ -154,23 +170,20 @@ class TextReader:
         """Read, clean, tokenise and cut a corpus as a protocol says.
 
         Args:
-            spec: as ``open_corpus`` takes it, or ``NAME=FILE``: the data set NAME, read from FILE.
+            spec: a corpus as ``open_corpus`` takes it, or ``NAME=FILE``: the data set NAME, read
+                from FILE.
             chosen: the protocol.
-            name: the name of the protocol, by which it has splits of its own.
-            split: by default all of a file, the protocol's split of a data set it names, else the
-                split that validates.
+            name: the name of the protocol, which decides the split of data sets that it names.
+            split: by default all of a file, the protocol's split of a data set, or the split that
+                validates.
             max_sequences: evaluate at most so many rows, evenly spread.
 
         Raises:
-            UserError: if the corpus cannot be had, has no such split, or is shorter than a row.
+            UserError: if the corpus cannot be read, has no such split, or is shorter than a row.
         """
         label, source = _label(spec)
         corpus = open_corpus(source, cache_dir=self.cache_dir)
-        published = SPLITS.get(name, {}).get(label)
-        # A file that stands for a data set has no splits: all of it is the published split.
-        declared = published in corpus.splits and "all" not in corpus.splits
-        split = split or (published if declared else None)
-        split = split or self._validation_split(spec) or corpus.evaluation_split
+        split = split or self._split(spec, label, corpus, name)
         if chosen.detokenize and label in DETOKENIZERS:
             function = DETOKENIZERS[label]
             corpus = MappedCorpus(
@@ -180,8 +193,34 @@ class TextReader:
                 function=function,
                 label=f"{function.__name__} 1",
             )
+        packed = self._pack(corpus, split, chosen)
+        return DataSet(
+            label=label,
+            split=split,
+            source=packed,
+            chosen=validation_rows(packed, max_sequences),
+            num_dropped=packed.num_dropped,
+        )
+
+    def _split(self, spec: str, label: str, corpus: Corpus, protocol_name: str) -> str:
+        """The split of a corpus to evaluate if the user names none.
+
+        It is the protocol's split of the data set, or the validation split of a corpus that the
+        model was trained on, or the corpus's own choice. A file that is read as a data set has only
+        the split "all", which is taken for the protocol's.
+        """
+        published = SPLITS.get(protocol_name, {}).get(label)
+        if published is not None and published in corpus.splits and "all" not in corpus.splits:
+            return published
+        trained_on = [part for part, _ in parse_mixture(self.corpus)]
+        if spec.removeprefix("corpus:") in trained_on:
+            return "validation"
+        return corpus.evaluation_split
+
+    def _pack(self, corpus: Corpus, split: str, chosen: Protocol) -> Packed:
+        """Tokenise a split and cut it into rows."""
         try:
-            packed = pack(
+            return pack(
                 corpus,
                 self.tokenizer,
                 split,
@@ -195,20 +234,9 @@ class TextReader:
             )
         except TooShortError as error:
             raise UserError(f"{error}; --cut whole evaluates it in one padded row") from error
-        return DataSet(
-            label=label,
-            split=split,
-            source=packed,
-            chosen=validation_rows(packed, max_sequences),
-            num_dropped=packed.num_dropped,
-        )
-
-    def _validation_split(self, spec: str) -> str | None:
-        """The validation split, where the data is what the model was trained on."""
-        parts = [part for part, _ in parse_mixture(self.corpus)]
-        return "validation" if spec.removeprefix("corpus:") in parts else None
 
     def _specials(self) -> tuple[int, int]:
+        """The ids of the beginning and the end of a document."""
         bos_id, eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         if bos_id is None or eos_id is None:
             raise UserError(f"--specials: tokenizer {self.tokenizer.name} has no end of a document")
@@ -218,9 +246,13 @@ class TextReader:
 def open_all(
     specs: Sequence[str], open_one: Callable[[str], DataSet]
 ) -> tuple[list[DataSet], list[str]]:
-    """The data sets that can be opened, and one line for each that cannot.
+    """Open several data sets; return them, and one line about each that cannot be opened.
 
-    A label that occurs twice is refused: figures are kept by it.
+    A label that occurs twice is refused, because figures are stored under the label.
+
+    Args:
+        specs: the data sets, as the user wrote them.
+        open_one: opens one of them, such as ``TextReader.open``.
     """
     opened: list[DataSet] = []
     failed = []
@@ -236,7 +268,10 @@ def open_all(
 
 
 def _label(spec: str) -> tuple[str, str]:
-    """The label of a data set, and the corpus that it is read from: ``NAME=FILE`` has both."""
+    """Split a specification into the label of the data set and the corpus to read.
+
+    ``NAME=FILE`` has both; any other specification is its own label.
+    """
     label, equals, source = spec.partition("=")
     if equals and label in NAMES:
         return label, source

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from sedd.data.packing import unigram_entropy
-from sedd.evaluation.report import Cell, Measured
+from sedd.evaluation.measured import Measured, mean_of
+from sedd.evaluation.report import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +116,3 @@ def longest_repeat(ids: np.ndarray) -> int:
 
 def _pairs(rank, shift, size):
     return rank[: len(rank) - shift] * size + rank[shift:]
-
-
-def mean_of(values_S: np.ndarray) -> Measured:
-    """The mean with its standard error; a single value has no error."""
-    size = len(values_S)
-    error = float(values_S.std(ddof=1) / np.sqrt(size)) if size > 1 else None
-    return Measured(float(values_S.mean()), error)

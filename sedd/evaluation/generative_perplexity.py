@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from sedd.data.packing import unigram_entropy
-from sedd.evaluation.diversity import Diversity, mean_of, measure_diversity
+from sedd.evaluation.diversity import Diversity, measure_diversity
 from sedd.evaluation.judges import Judge, Judgement
-from sedd.evaluation.report import Cell, Measured, Section, Table
+from sedd.evaluation.measured import Measured, mean_of, ratio_of
+from sedd.evaluation.report import Cell, Section, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +169,9 @@ def judge_texts(texts: Sequence[str], judge: Judge) -> JudgedTexts:
 
 def pooled_perplexity(nats_S: np.ndarray, tokens_S: np.ndarray) -> Measured:
     """exp(all nats / all tokens), with the error of a ratio of sums over texts carried through."""
-    rate, size = nats_S.sum() / tokens_S.sum(), len(nats_S)
+    rate, error = ratio_of(nats_S, tokens_S)
     perplexity = float(np.exp(rate))
-    if size < 2:
-        return Measured(perplexity)
-    residual_S = nats_S - rate * tokens_S
-    error = np.sqrt(size / (size - 1) * (residual_S**2).sum()) / tokens_S.sum()
-    return Measured(perplexity, float(perplexity * error))
+    return Measured(perplexity, None if error is None else perplexity * error)
 
 
 def _warnings(judge, samples, reference, judged, real) -> list[str]:

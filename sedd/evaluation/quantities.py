@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from sedd.evaluation.documents import CHECKPOINTS, LONGEST, Documents
+from sedd.evaluation.measured import Measured, mean_of, ratio_of
 from sedd.evaluation.permutation import CELLS, descending
-from sedd.evaluation.report import Measured
 
 ZIPF_RANKS = 1000  # Zipf's law holds for the most frequent words; the tail falls faster
 
@@ -20,7 +20,9 @@ def quantities_of(documents: Documents, is_sample_S: np.ndarray) -> dict[str, Qu
     reached = np.all([(documents.words_S[s, None] >= CHECKPOINTS).mean(0) >= 0.5 for s in sets], 0)
 
     def mean_length(numbers_SK):
-        return lambda s: _ratio(numbers_SK[s] @ np.arange(1, LONGEST + 1), numbers_SK[s].sum(1))
+        return lambda s: _ratio_or_none(
+            numbers_SK[s] @ np.arange(1, LONGEST + 1), numbers_SK[s].sum(1)
+        )
 
     def both(name, function):
         return name, function(sets[0]), function(sets[1])
@@ -36,23 +38,15 @@ def quantities_of(documents: Documents, is_sample_S: np.ndarray) -> dict[str, Qu
         ),
         "sentence length": both("words a sentence", mean_length(documents.sentences_SK)),
         "stop-word runs": both("stop words a run", mean_length(documents.stop_runs_SK)),
-        "document length": both("words a document", lambda s: _mean(documents.words_S[s])),
-        "stop words": both("share of the words", lambda s: _mean(documents.stop_share_S[s])),
-        "symbols": both("share of the characters", lambda s: _mean(documents.symbol_share_S[s])),
+        "document length": both("words a document", lambda s: mean_of(documents.words_S[s])),
+        "stop words": both("share of the words", lambda s: mean_of(documents.stop_share_S[s])),
+        "symbols": both("share of the characters", lambda s: mean_of(documents.symbol_share_S[s])),
     }
 
 
-def _mean(values) -> Measured:
-    return Measured(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
-
-
-def _ratio(top, bottom) -> Measured | None:
-    if not bottom.sum():
-        return None
-    ratio = top.sum() / bottom.sum()
-    residual, n = top - ratio * bottom, len(top)
-    error = np.sqrt(n / (n - 1) * (residual**2).sum()) / bottom.sum()
-    return Measured(float(ratio), float(error))
+def _ratio_or_none(top_S: np.ndarray, bottom_S: np.ndarray) -> Measured | None:
+    """Σ top / Σ bottom over documents; None if no document has anything to divide by."""
+    return ratio_of(top_S, bottom_S) if bottom_S.sum() else None
 
 
 def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> Measured | None:
@@ -98,7 +92,7 @@ def _heaps(curve_SG, reached_G) -> Measured | None:
         return None
     x = np.log(CHECKPOINTS[reached_G])
     x = x - x.mean()
-    return _mean(np.log(curve) @ x / (x @ x))
+    return mean_of(np.log(curve) @ x / (x @ x))
 
 
 def curves_of(documents: Documents, chosen_S: np.ndarray) -> dict[str, Any]:

@@ -7,20 +7,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
 
+from sedd.evaluation.measured import Measured
 from sedd.files import write_whole
-
-
-class Measured(NamedTuple):
-    """A value with its standard error; ``None`` where there is none, as of a single sample."""
-
-    value: float
-    error: float | None = None
-
 
 Cell = str | int | float | Measured | None
 

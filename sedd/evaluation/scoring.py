@@ -1,4 +1,8 @@
-"""One data set under one protocol: its sequences scored in batches, and the figures of all."""
+"""Evaluates one data set under one protocol.
+
+``choose_estimate`` turns a protocol into a function on batches, and ``score_data_set`` runs that
+function over the rows of a data set and sums up the figures.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +24,8 @@ from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
 
 Order = Literal["forward", "backward", "random"]
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # batches, their label, their number
+# Shows progress: takes the batches, a label and the number of batches, and yields the batches.
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,8 @@ class EvaluationResult(BoundResult):
         data: the evaluated rows.
         protocol: how they were evaluated.
         protocol_name: the name of the protocol that ``protocol`` is, or departs from.
-        unigram_nats: cross entropy of the tokens under the training frequencies, in nats per token:
-            what a model without context attains. None if these are unknown.
+        unigram_nats: nats per token of a model without context, which predicts the frequencies of
+            the training tokens. None if these frequencies are unknown.
     """
 
     data: DataSet
@@ -42,11 +47,11 @@ class EvaluationResult(BoundResult):
 
     @property
     def protocol_text(self) -> str:
-        """The protocol's name with the fields that differ from it."""
+        """The protocol's name, and the fields in which ``protocol`` departs from it."""
         return describe(self.protocol_name, self.protocol)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, and which tokens they are of; ready for ``json.dump``."""
+        """Return all figures and a description of the evaluated tokens, for ``json.dump``."""
         figures = super().to_json()
         for name in ("data", "protocol", "protocol_name"):
             del figures[name]
@@ -63,9 +68,12 @@ class EvaluationResult(BoundResult):
 
 @dataclass(frozen=True, kw_only=True)
 class InOrder:
-    """The exact NLL of one order of each sequence's tokens, with the arguments of ``MonteCarlo``.
+    """Computes the exact NLL of each sequence's tokens, revealed in one order.
 
-    All replicates are the same, so that their spread is 0.
+    An instance is called like a ``MonteCarlo``. All replicates are the same, so their spread is 0.
+
+    Args:
+        order: "forward", "backward" or "random".
     """
 
     order: Order
@@ -84,8 +92,8 @@ class Estimate:
 
     Args:
         name: "k_dce", "score_entropy", "exact", or an order such as "forward order".
-        draws: noise levels for each sequence; 0 where the likelihood is exact.
-        compute: the function that ``score_sequences`` calls.
+        draws: noise levels for each sequence; 0 if the likelihood is exact.
+        compute: the function on batches that ``score_sequences`` calls.
     """
 
     name: str
@@ -94,10 +102,15 @@ class Estimate:
 
 
 def choose_estimate(chosen: Protocol, denoiser: Denoiser, order: Order | None = None) -> Estimate:
-    """The estimate that the protocol asks for, or with ``order`` the exact NLL of one order.
+    """Return the estimate that the protocol asks for; with ``order``, the exact NLL of that order.
+
+    Args:
+        chosen: the protocol.
+        denoiser: the model, which decides what "auto" stands for.
+        order: replaces the protocol's estimator.
 
     Raises:
-        FieldError: on an estimator or an order that the model does not have.
+        FieldError: if the model does not have the estimator, or has no law of any order.
     """
     if order is None:
         try:
@@ -136,19 +149,20 @@ def score_data_set(
     Args:
         denoiser: the model.
         schedule: its noise schedule.
-        key: noise of a sequence depends on this key and on its place in the data set alone.
+        key: the noise of a sequence depends on this key and on its place in the data set alone.
         data: the rows.
-        estimate: how to score them, from ``choose_estimate``.
-        protocol: what ``estimate`` was chosen for.
-        protocol_name: the name of the protocol that ``protocol`` is, or departs from.
-        batch_size: rows side by side, over all devices.
-        count_text: ids to (characters, bytes), for figures per character and byte.
-        journal: sequences that it holds are not computed again, and new ones are added to it.
-        track: wraps the batches, to show progress.
-        train_counts_N: how often each token is in the training text, for ``unigram_nats``.
+        estimate: how to score them, from ``choose_estimate`` of ``protocol``.
+        protocol: the protocol, for the result.
+        protocol_name: its name, or that of the protocol that it departs from.
+        batch_size: rows of a network call, over all devices.
+        count_text: maps ids to (characters, bytes), for figures per character and byte.
+        journal: a file of finished sequences; these are not computed again, and new ones are added.
+        track: wraps the batches to show progress.
+        train_counts_N: how often each token occurs in the training text, for ``unigram_nats``.
     """
-    done = journal.done(data.label) if journal is not None else None
-    scored = [] if done is None else [done]
+    scored = []
+    if journal is not None and (done := journal.done(data.label)) is not None:
+        scored.append(done)
     first = sum(map(len, scored))
     starts = range(first, len(data.chosen), batch_size)
     batches = (data.rows(start, batch_size) for start in starts)
@@ -167,14 +181,18 @@ def score_data_set(
         t_min=protocol.t_min,
         outer_terms=protocol.outer_terms,
     )
-    baseline = None
-    if train_counts_N is not None:
-        counts_N = np.pad(data.counts, (0, len(train_counts_N) - len(data.counts)))
-        baseline = unigram_nats(train_counts_N, counts_N)
     return EvaluationResult(
         **vars(figures),
         data=data,
         protocol=protocol,
         protocol_name=protocol_name,
-        unigram_nats=baseline,
+        unigram_nats=_unigram_nats(data, train_counts_N),
     )
+
+
+def _unigram_nats(data: DataSet, train_counts_N: np.ndarray | None) -> float | None:
+    """Nats per scored token of the training frequencies; None if these are unknown."""
+    if train_counts_N is None:
+        return None
+    counts_N = np.pad(data.counts, (0, len(train_counts_N) - len(data.counts)))
+    return unigram_nats(train_counts_N, counts_N)

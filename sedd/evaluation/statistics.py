@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from sedd.evaluation.documents import Documents, measure
+from sedd.evaluation.measured import Measured
 from sedd.evaluation.permutation import distances_of, holm, permutation_test
 from sedd.evaluation.quantities import curves_of, quantities_of
-from sedd.evaluation.report import Measured, Section, Table
+from sedd.evaluation.report import Section, Table
 
 
 @dataclass(frozen=True, kw_only=True)

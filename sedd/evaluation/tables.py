@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from sedd.evaluation.report import Cell, Measured, Table
+from sedd.evaluation.measured import Measured
+from sedd.evaluation.report import Cell, Table
 from sedd.evaluation.scoring import EvaluationResult
 
 

@@ -8,25 +8,33 @@ window that was open.
 
 import errno
 import functools
-import json
 import logging
 import os
 import re
 import sys
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from sedd.errors import UserError, first_line
-from sedd.training.state import TrainState, from_host, to_host
+from sedd.training.named_arrays import (
+    TREES,
+    checksums,
+    json_checksum,
+    kind_of,
+    kinds_of,
+    named_leaves,
+    nested,
+    require_same,
+    state_like,
+    trees_of,
+)
+from sedd.training.state import TrainState, to_host
 from sedd.types import Params
 
 # What asyncio's log says of other arrays whose reads and writes failed beside the first, or were
@@ -53,9 +61,6 @@ def quiet_orbax() -> None:
             report(unraisable)
 
     sys.unraisablehook = hook
-
-
-TREES = ("params", "ema_params", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +113,16 @@ class Checkpoints:
         when that one, or this one, could not be written: what was complete before stays.
         """
         self.wait()
-        trees = _trees(to_host(state))
-        arrays = _flatten(trees)
+        trees = trees_of(to_host(state))
+        arrays = named_leaves(trees)
         description = {
             "data": data,
             "pending": pending,
             "metric": metric,
             "arrays": {
-                name: [*_kind(array), checksum]
+                name: [*kind_of(array), checksum]
                 for (name, array), checksum in zip(
-                    arrays.items(), _checksums(arrays.values()), strict=True
+                    arrays.items(), checksums(arrays.values()), strict=True
                 )
             },
         }
@@ -127,7 +132,7 @@ class Checkpoints:
                 trees,
                 force=True,
                 metrics=None if metric is None else {"metric": metric},
-                custom_metadata={"sedd": description, "crc32": _json_checksum(description)},
+                custom_metadata={"sedd": description, "crc32": json_checksum(description)},
             )
         except Exception as error:
             raise self._failure(error) from error
@@ -157,13 +162,13 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 description = self._describe(step)
-                self._require_same(step, description, _trees(abstract_state))
+                self._require_same(step, description, trees_of(abstract_state))
                 arrays = self._read(step, description, TREES)
             except BadCheckpointError as bad:
                 self._set_aside(step, bad)
                 continue
             return Restored(
-                state=_state_like(abstract_state, arrays),
+                state=state_like(abstract_state, arrays),
                 step=step,
                 data=description["data"],
                 pending=description["pending"],
@@ -207,7 +212,7 @@ class Checkpoints:
                     raise UserError(f"checkpoint {self.path(step)} is bad: {bad}") from bad
                 _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
                 continue
-            return candidate, _nest(arrays)[tree]
+            return candidate, nested(arrays)[tree]
         raise UserError(f"no checkpoint in {self.directory} is whole")
 
     def latest_good(self) -> int | None:
@@ -287,13 +292,13 @@ class Checkpoints:
             description, checksum = metadata["sedd"], metadata["crc32"]
         except Exception as error:  # a damaged file can fail in any way; the reason is passed on
             raise BadCheckpointError(f"its description is unreadable ({_said(error)})") from error
-        if _json_checksum(description) != checksum:
+        if json_checksum(description) != checksum:
             raise BadCheckpointError("its description has changed since it was written")
         return description
 
     def _read(self, step: int, description: dict, trees: tuple[str, ...]) -> dict[str, np.ndarray]:
         try:
-            arrays = _flatten(
+            arrays = named_leaves(
                 {tree: ocp.load(str(self.path(step)), checkpointable_name=tree) for tree in trees}
             )
         except Exception as error:  # as above
@@ -306,7 +311,7 @@ class Checkpoints:
         if missing := written.keys() - arrays.keys():
             raise BadCheckpointError(f"it lacks {min(missing)}")
         arrays = {name: np.asarray(arrays[name]) for name in written}
-        for name, checksum in zip(arrays, _checksums(arrays.values()), strict=True):
+        for name, checksum in zip(arrays, checksums(arrays.values()), strict=True):
             if checksum != written[name]:
                 raise BadCheckpointError(f"{name} has changed since it was written")
         return arrays
@@ -343,92 +348,6 @@ def find_checkpoints(path: str | Path) -> Checkpoints:
         if checkpoints.steps():
             return checkpoints
     raise UserError(f"no checkpoint in {path}")
-
-
-Kinds = dict[str, tuple[str, list[int]]]
-
-
-def kinds_of(tree: Any) -> Kinds:
-    """Type and shape of every array, by name."""
-    return {name: _kind(array) for name, array in _flatten(tree).items()}
-
-
-def require_same(source: str, there: Kinds, here: Kinds) -> None:
-    """UserError naming the first array of ``source`` that is another one here."""
-    rank = {tree: place for place, tree in enumerate(TREES)}
-    for name in sorted({**here, **there}, key=lambda name: rank.get(name.split("/")[0], 0)):
-        if here.get(name) != there.get(name):
-            raise UserError(
-                f"{source} is of another configuration: {name} is {_show(there.get(name))} there "
-                f"and {_show(here.get(name))} here"
-            )
-
-
-def _trees(state: TrainState) -> dict[str, Any]:
-    """The trees of a checkpoint, as nested dictionaries; works on abstract states too."""
-    if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
-        state = replace(state, key=jax.eval_shape(jax.random.key_data, state.key))
-    training = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
-    trees = {"params": state.params, "ema_params": state.ema_params, "training": training}
-    return _nest(_flatten(trees))
-
-
-def _state_like(abstract_state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
-    def fill(tree, prefix):
-        paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-        return treedef.unflatten([arrays[f"{prefix}/{_name(path)}"] for path, _ in paths])
-
-    state = replace(
-        abstract_state,
-        step=arrays["training/step"],
-        params=fill(abstract_state.params, "params"),
-        opt_state=fill(abstract_state.opt_state, "training/opt_state"),
-        ema_params=fill(abstract_state.ema_params, "ema_params"),
-        key=arrays["training/key"],
-    )
-    return from_host(state)
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _nest(arrays: dict[str, Any]) -> dict[str, Any]:
-    tree = {}
-    for name, array in arrays.items():
-        *above, last = name.split("/")
-        branch = tree
-        for part in above:
-            branch = branch.setdefault(part, {})
-        branch[last] = array
-    return tree
-
-
-def _kind(array) -> tuple[str, list[int]]:
-    return str(array.dtype), list(array.shape)
-
-
-def _show(kind: tuple[str, list[int]] | None) -> str:
-    return "absent" if kind is None else f"{kind[0]}{list(kind[1])}"
-
-
-def _checksums(arrays) -> list[int]:
-    """In threads: zlib releases the interpreter's lock, and a large state takes seconds in one."""
-    with ThreadPoolExecutor() as pool:
-        return list(
-            pool.map(
-                lambda x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data),
-                arrays,
-            )
-        )
-
-
-def _json_checksum(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _said(error: Exception) -> str:

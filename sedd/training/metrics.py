@@ -160,16 +160,21 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(workdir: str | Path, *, unigram_nats: float | None = None) -> Path | None:
-    """Draw ``curves.png``: training loss, validation ± 1 standard error, in nats per token.
+    """Draw ``curves.png``: training loss and validation ± 1 standard error, in nats per token.
 
-    ``unigram_nats`` (nats per token) is the cross entropy of the training frequencies.
-    Returns the picture's path; None where nothing has been recorded. Raises UserError where it
-    cannot be written.
+    Args:
+        workdir: the run's directory.
+        unigram_nats: nats per token of the training frequencies, drawn as a dashed line.
+
+    Returns:
+        The path of the picture; None if nothing has been recorded yet.
+
+    Raises:
+        UserError: if the picture cannot be written.
     """
-    # pyplot would choose a backend by the user's display.
+    # Not pyplot, which would choose a backend by the user's display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     records = read_metrics(workdir)
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
@@ -180,68 +185,80 @@ def plot_curves(workdir: str | Path, *, unigram_nats: float | None = None) -> Pa
     ]
     if not train and not bound:
         return None
-
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    blue, orange, grey = "#2f6fb0", "#d1602b", "#555555"
     heights = []
     if train:
-        steps, losses = np.array(train, float).T
-        smooth = _smoothed(losses)
-        axes.plot(steps, losses, color=blue, alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth, color=blue, linewidth=2, label="training loss, smoothed")
-        heights += [*np.percentile(losses, [0, 99]), *smooth]
+        heights += _draw_losses(axes, *np.array(train, float).T)
     if bound:
-        steps, nats, errors = np.array(bound, float).T
-        axes.errorbar(
-            steps,
-            nats,
-            yerr=errors,
-            color=orange,
-            marker="o",
-            markersize=4.5,
-            linewidth=1.5,
-            capsize=3,
-            label="validation ± 1 standard error",
-        )
-        heights += [*(nats - errors), *(nats + errors)]
-        axes.annotate(
-            f"{nats[-1]:.3f}",
-            (steps[-1], nats[-1]),
-            xytext=(7, 0),
-            textcoords="offset points",
-            color=orange,
-            va="center",
-        )
+        heights += _draw_bounds(axes, *np.array(bound, float).T)
     if unigram_nats is not None:
-        axes.axhline(
-            unigram_nats,
-            color=grey,
-            linestyle="--",
-            linewidth=1.2,
-            label=f"training frequencies, {unigram_nats:.3f}",
-        )
+        label = f"training frequencies, {unigram_nats:.3f}"
+        axes.axhline(unigram_nats, color="#555555", linestyle="--", linewidth=1.2, label=label)
         heights.append(unigram_nats)
-    # One wild early loss must not flatten the rest.
     low, high = min(heights), max(heights)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     last = max(records[-1]["step"], 1)
     axes.set_xlim(0, last * (1.09 if bound else 1.02))  # room for the last bound's number
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.set_xlabel("step")
-    axes.set_ylabel("nats per token")
     axes.set_title(f"Training of {Path(workdir).absolute().name}", loc="left")
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _style(axes)
     figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
     path = Path(workdir) / "curves.png"
     with _Writable(path):
         figure.savefig(path)
     return path
+
+
+def _draw_losses(axes, steps, losses) -> list[float]:
+    """Draw the training loss and its smoothed curve; returns heights that the plot must hold.
+
+    The highest percentile of the losses is left out: one wild early loss must not flatten the rest.
+    """
+    blue = "#2f6fb0"
+    smooth = _smoothed(losses)
+    axes.plot(steps, losses, color=blue, alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth, color=blue, linewidth=2, label="training loss, smoothed")
+    return [*np.percentile(losses, [0, 99]), *smooth]
+
+
+def _draw_bounds(axes, steps, nats, errors) -> list[float]:
+    """Draw the validation bounds with error bars and the last one's number; returns heights."""
+    orange = "#d1602b"
+    axes.errorbar(
+        steps,
+        nats,
+        yerr=errors,
+        color=orange,
+        marker="o",
+        markersize=4.5,
+        linewidth=1.5,
+        capsize=3,
+        label="validation ± 1 standard error",
+    )
+    axes.annotate(
+        f"{nats[-1]:.3f}",
+        (steps[-1], nats[-1]),
+        xytext=(7, 0),
+        textcoords="offset points",
+        color=orange,
+        va="center",
+    )
+    return [*(nats - errors), *(nats + errors)]
+
+
+def _style(axes) -> None:
+    """Label the axes, draw the grid, and remove the frame."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _smoothed(losses: np.ndarray) -> np.ndarray:

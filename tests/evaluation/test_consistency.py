@@ -9,7 +9,8 @@ import oracle
 import pytest
 from oracle import L, N
 
-from sedd.evaluation.consistency import ORDERS, consistency
+from sedd.evaluation.consistency import consistency
+from sedd.evaluation.consistency_report import ORDER_MEASURES
 from sedd.evaluation.joints import arnold_gokhale, arnold_gokhale_step, besag, pair_joints
 
 RIGHT = ("chain_ab", "chain_ba", "hcb", "arnold_gokhale")  # for the conditionals of one joint
@@ -193,8 +194,8 @@ def test_an_exact_model_is_consistent(denoiser, precision):
             assert result.distances[:, 0, j].max() > 0.05  # from the independent one
     places = [result.joints.index(name) for name in RIGHT]
     assert result.distances[:, places][:, :, places].max() < precision
-    assert result.orders.keys() == ORDERS.keys()
-    for name in set(ORDERS) - {"max_log_ratio", "true_pair"}:
+    assert result.orders.keys() == ORDER_MEASURES.keys()
+    for name in set(ORDER_MEASURES) - {"max_log_ratio", "true_pair"}:
         assert result.orders[name].max() < precision, name
     np.testing.assert_allclose(result.coverage, 1, atol=precision)
     assert result.exact
@@ -359,7 +360,7 @@ def test_the_report():
     section = result.section()
     assert "20 pairs" in section.text
     assert "σ = 0.7" in section.text
-    assert [len(table.rows) for table in section.tables] == [8, len(ORDERS)]
+    assert [len(table.rows) for table in section.tables] == [8, len(ORDER_MEASURES)]
     assert json.loads(json.dumps(result.to_json()))["joints"].keys() == set(result.joints)
     one = measure(HERE.score_denoiser(), sigma=0.7, pairs=1)
     assert json.loads(json.dumps(one.to_json(), allow_nan=False))["num_pairs"] == 1
