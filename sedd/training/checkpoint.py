@@ -1,9 +1,14 @@
-"""Checkpoints that are written in the background, checked when read, and complete or not there.
+"""Checkpoints: written in the background, verified when read, never half visible.
 
-A checkpoint is a directory ``<step>`` with three trees of plain, unsharded arrays (``params``,
-``ema_params``, ``training``), so that it loads on any number of devices, and a JSON description:
-name, type, shape and checksum of every array, where the data stream stands, and the sums of the log
-window that was open.
+A checkpoint is a directory named after its step. It holds three trees of plain, unsharded arrays
+(``params``, ``ema_params``, ``training``), so it loads on any number of devices, and a JSON
+description: the name, type, shape and checksum of every array, the position of the data stream, and
+the sums of the log window that was open.
+
+Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process
+that is killed leaves no partial checkpoint. Storage can still damage one. Every read therefore
+recomputes the checksums, which are of the arrays and not of files: they stay valid whatever files
+Orbax writes. A damaged checkpoint is reported, and an older one is used.
 """
 
 import errno
@@ -37,18 +42,19 @@ from sedd.training.named_arrays import (
 from sedd.training.state import TrainState, to_host
 from sedd.types import Params
 
-# What asyncio's log says of other arrays whose reads and writes failed beside the first, or were
-# interrupted by a signal.
+# Parts of asyncio's messages about further arrays whose reads or writes failed after the first one,
+# or were interrupted by a signal.
 LEFT_OVER = ('"zarr3" driver', "in OCDBT database", "Task was destroyed but it is pending")
 
 
 @functools.cache  # once a process
 def quiet_orbax() -> None:
-    """Hide what is printed about a failed read or write beside the exception that it raises.
+    """Suppress the messages that Orbax prints beside the exception of a failed read or write.
 
-    Orbax logs the traceback once a thread. The first error closes its event loop; the arrays that
-    were under way report to it all the same, through asyncio's log and ``sys.unraisablehook``.
-    Commands call this; importing the package changes nothing in the process.
+    Orbax logs one traceback per thread. The first error closes its event loop, and the arrays still
+    in progress then report errors through asyncio's log and ``sys.unraisablehook``. The exception
+    itself says all that a user needs. Only commands call this function: importing the package
+    changes nothing in the process.
     """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(
@@ -65,22 +71,36 @@ def quiet_orbax() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """A checkpoint that was read and found whole; the state's arrays are numpy's."""
+    """A checkpoint that was read and verified.
+
+    Args:
+        state: the training state, with numpy arrays.
+        step: its step.
+        data: the state of the data loader.
+        pending: the state of the training loop: open log window, skipped updates, held record.
+    """
 
     state: TrainState
     step: int
-    data: dict  # the loader's state
-    pending: dict  # the loop's
+    data: dict
+    pending: dict
 
 
 class BadCheckpointError(Exception):
-    """A checkpoint that cannot be read, or is not what was written."""
+    """A checkpoint cannot be read, or differs from what was written; the message is a reason."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Making one touches nothing; the first save makes the directory.
+    """The checkpoints of one run.
 
-    The newest ``keep`` stay, and the one with the lowest metric.
+    Creating an instance changes no file; the first save creates the directory.
+
+    Args:
+        directory: the directory of the checkpoints.
+        keep: how many of the newest checkpoints are kept, beside the one with the lowest metric.
+
+    Raises:
+        UserError: if ``keep`` is below 1.
     """
 
     def __init__(self, directory: str | Path, keep: int = 3):
@@ -92,7 +112,7 @@ class Checkpoints:
         self._saving: ocp.AsyncResponse[bool] | None = None
 
     def steps(self) -> list[int]:
-        """The steps that have a directory, ascending; what is in it may be bad."""
+        """Return the steps that have a directory, ascending; the checkpoints may be damaged."""
         if not self.directory.is_dir():
             return []
         return sorted(
@@ -102,15 +122,22 @@ class Checkpoints:
         )
 
     def path(self, step: int) -> Path:
+        """Return the directory of the checkpoint of a step."""
         return self.directory / str(step)
 
     def save(
         self, state: TrainState, *, data: dict, pending: dict, metric: float | None = None
     ) -> None:
-        """Start writing; ``data`` and ``pending`` must be JSON, ``metric`` is better when lower.
+        """Copy the state and start to write it; a save in progress is completed first.
 
-        The arrays are copied before this returns. Waits for the save before it. Raises UserError
-        when that one, or this one, could not be written: what was complete before stays.
+        Args:
+            state: the state; a step may donate it as soon as this method returns.
+            data: the state of the data loader, as JSON values.
+            pending: the state of the training loop, as JSON values.
+            metric: the validation figure that decides about the best checkpoint; lower is better.
+
+        Raises:
+            UserError: if this save or the one before cannot be written. Complete checkpoints stay.
         """
         self.wait()
         trees = trees_of(to_host(state))
@@ -138,12 +165,12 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def check(self) -> None:
-        """Raises UserError if a save has failed meanwhile; does not wait."""
+        """Raise UserError if a save in the background has failed; does not wait for one."""
         if self._writer is not None and not self._writer.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on disk. Raises UserError if it could not be written."""
+        """Wait until the last save is complete; raises UserError if it cannot be written."""
         saving, self._saving = self._saving, None
         if saving is not None:
             try:
@@ -152,11 +179,17 @@ class Checkpoints:
                 raise self._failure(error) from error
 
     def restore_latest(self, abstract_state: TrainState) -> Restored | None:
-        """The newest whole checkpoint; None where there is none.
+        """Read the newest undamaged checkpoint; returns None if there is no checkpoint.
 
-        A bad one is named on standard error and set aside as ``<step>.bad``, so that it neither
-        counts as the newest nor is overwritten. Raises UserError where a checkpoint belongs to
-        another configuration, and where all are bad.
+        Damaged ones are reported on standard error and renamed to ``<step>.bad``, so that they
+        neither count as the newest nor are overwritten.
+
+        Args:
+            abstract_state: shapes and types of the configuration's state, from
+                ``jax.eval_shape``.
+
+        Raises:
+            UserError: if the checkpoint belongs to another configuration, or all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -173,7 +206,7 @@ class Checkpoints:
                 data=description["data"],
                 pending=description["pending"],
             )
-        if any(self.directory.glob("*.bad*")):  # also those of an earlier start
+        if any(self.directory.glob("*.bad*")):  # renamed now or at an earlier start
             raise UserError(
                 f"no checkpoint in {self.directory} is whole; bad ones end in .bad: start anew in "
                 "another directory"
@@ -183,17 +216,26 @@ class Checkpoints:
     def restore_params(
         self, step: int | None = None, *, ema: bool = True, abstract_params: Params | None = None
     ) -> Params:
-        """Parameters as nested dictionaries of numpy arrays; see ``restore_step``."""
+        """Read parameters as nested dictionaries of numpy arrays; see ``restore_step``."""
         return self.restore_step(step, ema=ema, abstract_params=abstract_params)[1]
 
     def restore_step(
         self, step: int | None = None, *, ema: bool = True, abstract_params: Params | None = None
     ) -> tuple[int, Params]:
-        """The step and its parameters (numpy arrays in dictionaries), averaged ones by default.
+        """Read the parameters of a step, as nested dictionaries of numpy arrays.
 
-        Without ``step``, of the newest whole checkpoint; bad ones are named on standard error.
-        Raises UserError where there is none, where the one asked for is bad, and where
-        ``abstract_params`` is given and differs.
+        Args:
+            step: the step; by default that of the newest undamaged checkpoint. Damaged ones are
+                then reported on standard error.
+            ema: read the averaged parameters (EMA), not those of the last update.
+            abstract_params: shapes and types that the parameters must have.
+
+        Returns:
+            The step and its parameters.
+
+        Raises:
+            UserError: if there is no undamaged checkpoint, if the requested one is missing or
+                damaged, or if its parameters differ from ``abstract_params``.
         """
         tree = "ema_params" if ema else "params"
         steps = self.steps()
@@ -216,7 +258,7 @@ class Checkpoints:
         raise UserError(f"no checkpoint in {self.directory} is whole")
 
     def latest_good(self) -> int | None:
-        """The newest step whose arrays are all as they were written; reads them."""
+        """Return the newest undamaged step; reads and verifies all arrays."""
         for step in reversed(self.steps()):
             try:
                 self._read(step, self._describe(step), TREES)
@@ -226,7 +268,7 @@ class Checkpoints:
         return None
 
     def best(self) -> int | None:
-        """The step with the lowest metric, among the checkpoints that have one."""
+        """Return the step with the lowest metric; None if no checkpoint has a metric."""
         metrics = {}
         for step in self.steps():
             try:
@@ -238,19 +280,20 @@ class Checkpoints:
         return min(metrics, key=metrics.__getitem__, default=None)
 
     def close(self) -> None:
-        """Wait, and release the threads that write."""
+        """Wait for the last save and stop the writing threads."""
         self.wait()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def _open(self) -> ocp.training.Checkpointer:
+        """The Orbax checkpointer, made at the first save."""
         if self._writer is None:
             policies = ocp.training.preservation_policies
             best = policies.BestN(
                 n=1,
                 get_metric_fn=lambda metrics: metrics["metric"],
-                reverse=True,  # the last of the order is kept
+                reverse=True,  # Orbax keeps the last of the order: the lowest
                 keep_checkpoints_without_metrics=False,
             )
             kept = policies.AnyPreservationPolicy([policies.LatestN(self.keep), best])
@@ -262,14 +305,14 @@ class Checkpoints:
         return self._writer
 
     def _failure(self, error: Exception) -> Exception:
-        """What to raise for a failed save: a UserError when the system refused to write."""
+        """Return the exception of a failed save: a UserError if the system refused to write."""
         code = error.errno if isinstance(error, OSError) else None
         if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
             code = int(found[1])
         if code is None:
             return error
         if self._writer is not None:
-            self._writer = None  # it would raise the same error for ever
+            self._writer = None  # it would raise the same error at every later save
         last = self._last_described()
         kept = f"the last complete checkpoint is {last}" if last else "no checkpoint is complete"
         reason = os.strerror(code)
@@ -278,6 +321,7 @@ class Checkpoints:
         return UserError(f"cannot write a checkpoint to {self.directory}: {reason}; {kept}")
 
     def _last_described(self) -> Path | None:
+        """The newest checkpoint with a valid description; its arrays are not read."""
         for step in reversed(self.steps()):
             try:
                 self._describe(step)
@@ -287,21 +331,23 @@ class Checkpoints:
         return None
 
     def _describe(self, step: int) -> dict:
+        """Read and verify the description of a checkpoint; raises BadCheckpointError."""
         try:
             metadata: Any = ocp.checkpointables_metadata(str(self.path(step))).custom_metadata
             description, checksum = metadata["sedd"], metadata["crc32"]
-        except Exception as error:  # a damaged file can fail in any way; the reason is passed on
+        except Exception as error:  # a damaged file can raise any exception
             raise BadCheckpointError(f"its description is unreadable ({_said(error)})") from error
         if json_checksum(description) != checksum:
             raise BadCheckpointError("its description has changed since it was written")
         return description
 
     def _read(self, step: int, description: dict, trees: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Read some trees and verify every array; raises BadCheckpointError."""
         try:
             arrays = named_leaves(
                 {tree: ocp.load(str(self.path(step)), checkpointable_name=tree) for tree in trees}
             )
-        except Exception as error:  # as above
+        except Exception as error:  # a damaged file can raise any exception
             raise BadCheckpointError(f"its arrays are unreadable ({_said(error)})") from error
         written = {
             name: checksum
@@ -317,6 +363,7 @@ class Checkpoints:
         return arrays
 
     def _require_same(self, step: int, description: dict, abstract_trees: dict) -> None:
+        """Raise UserError unless the checkpoint has the arrays of ``abstract_trees``."""
         there = {
             name: (dtype, shape)
             for name, (dtype, shape, _) in description["arrays"].items()
@@ -325,7 +372,8 @@ class Checkpoints:
         require_same(f"checkpoint {self.path(step)}", there, kinds_of(abstract_trees))
 
     def _set_aside(self, step: int, bad: BadCheckpointError) -> None:
-        if jax.process_count() > 1:  # nobody moves what another process is still reading
+        """Rename a damaged checkpoint to ``<step>.bad``, or ``.bad2`` and so on, and report it."""
+        if jax.process_count() > 1:  # the others may still be reading it
             multihost_utils.sync_global_devices(f"set checkpoint {step} aside")
         if jax.process_index() == 0:
             aside = self.path(step).with_suffix(".bad")
@@ -338,9 +386,10 @@ class Checkpoints:
 
 
 def find_checkpoints(path: str | Path) -> Checkpoints:
-    """Those of a run's directory, or of its ``checkpoints`` directory itself, to read from.
+    """Return the checkpoints of a run, given its directory or its ``checkpoints`` directory.
 
-    Raises UserError where there are none.
+    Raises:
+        UserError: if there is no checkpoint.
     """
     path = Path(path)
     for directory in (path / "checkpoints", path):

@@ -1,7 +1,7 @@
 """The arrays of a training state by name: what a checkpoint stores and checks.
 
 A checkpoint has three trees, ``TREES``. Each array has a name, the path from its tree down to it,
-such as ``params/blocks/attention/kernel``. Checkpoints, the checks of a configuration against a
+such as ``params/embed``. Checkpoints, the checks of a configuration against a
 checkpoint, and error messages all use these names.
 """
 
@@ -81,7 +81,7 @@ def state_like(abstract_state: TrainState, arrays: dict[str, np.ndarray]) -> Tra
 
 
 def name_of(path) -> str:
-    """Spell the path of a leaf: ``params/blocks/attention/kernel``."""
+    """Spell the path of a leaf: ``params/embed``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
