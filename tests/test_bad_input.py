@@ -210,6 +210,10 @@ SAMPLE = [
     ("--output {text}/x.jsonl", "--output {text}/x.jsonl: {text} is a file, not a directory"),
     ("--output {place}", "--output {place}: it is a directory, not a file"),
     ("--trace {text}/x.html", "--trace {text}/x.html: {text} is a file, not a directory"),
+    ("--trace {place}/t.png", "--trace {place}/t.png: the name must end in .html or .htm"),
+    ("--trace {place}/trace", "--trace {place}/trace: the name must end in .html or .htm"),
+    ("--trace {place}/t.html.gz", "--trace {place}/t.html.gz: the name must end in .html or .htm"),
+    ("--trace -", "--trace -: the name must end in .html or .htm"),
 ]
 MODEL = "act on the conditional of clean tokens, which exists on the absorbing process only"
 LATER = "needs a time-independent model: this one depends on the noise level (euler, tweedie and"
@@ -439,7 +443,7 @@ def test_samples_are_printed_though_they_cannot_be_written(place, tmp_path, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    path = "/dev/full" if flag == "--output" else tmp_path / "out"
+    path = "/dev/full" if flag == "--output" else tmp_path / "out.html"
     result = call(
         *("sample", "--checkpoint", place / "run", "--steps", 2, "--prompt", "the cat", flag, path)
     )

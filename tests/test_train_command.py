@@ -1,6 +1,7 @@
 """``sedd train``: where it may write, how it resumes, and what its last lines compare with."""
 
 import json
+import os
 
 import pytest
 import tiny_run
@@ -48,6 +49,57 @@ def test_a_run_resumes_with_its_own_configuration(begun):
     after = read_config(workdir)
     assert after.network == before.network
     assert after.training.steps == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--training.steps", 1),
+        ("--training.keep", 2, "--training.log-every", 7),
+        ("--sampler.steps", 3, "--profile", 1),
+    ],
+)
+def test_a_complete_run_is_left_as_it_is(begun, flags):
+    workdir, _ = begun
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    outcome = tiny_run.call("train", "--workdir", workdir, *flags)
+    assert outcome.code == 0, outcome.err
+    steps = read_config(workdir).training.steps
+    line = outcome.out.splitlines()[-1]
+    assert line.startswith(f"nothing to do: {workdir} is complete at step {steps} of ")
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_run_that_was_killed_before_its_plot_is_not_complete(begun):
+    workdir, _ = begun
+    curves, records = workdir / "curves.png", (workdir / "metrics.jsonl").read_text()
+    for change in (curves.unlink, lambda: os.utime(curves, (0, 0))):
+        change()
+        outcome = tiny_run.call("train", "--workdir", workdir)
+        assert outcome.code == 0, outcome.err
+        assert "its plot is still missing" in outcome.out
+        assert curves.stat().st_mtime > 1
+        assert (workdir / "metrics.jsonl").read_text() == records
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "sampler", "steps"),
+    [
+        ("quickstart", "--parameterization score", "tweedie", 64),
+        ("lm1b_radd", "--parameterization score --process uniform", "tweedie", 128),
+        ("text8_sedd", "--parameterization conditional", "event_jump", None),
+        ("quickstart", "--parameterization autoregressive", "ordered", None),
+        ("owt_ar_small", "--parameterization score", "tweedie", 128),
+        ("quickstart", "--parameterization score --sampler remdm", "remdm", 64),
+        ("quickstart", "--parameterization conditional", "event_jump", 64),
+    ],
+)
+def test_the_default_sampler_goes_with_the_model(recipe, flags, sampler, steps):
+    """Where the flags change the kind of model and name no sampler."""
+    arguments = ["--config", recipe, "--workdir", "x", *flags.split()]
+    chosen = parse_config(arguments, TrainCommand, "").config.sampler
+    assert (chosen.name, chosen.steps) == (sampler, steps)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tyro._errors import on_parse_error
 import sedd
 from sedd.commands.cpu import prepare_cpu
 from sedd.commands.mistakes import as_flag, flags_of, reject
+from sedd.configuration.build import with_default_sampler
 from sedd.configuration.components import COMPONENTS, makers
 from sedd.configuration.config import (
     Config,
@@ -232,6 +233,12 @@ def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
+def check_suffix(flag: str, path: Path, suffixes: Sequence[str]) -> None:
+    """Raise UserError where a file to be written has none of these suffixes, such as ``.html``."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{flag} {path}: the name must end in {' or '.join(suffixes)}")
+
+
 def parse_config(
     arguments: Sequence[str],
     command: type[Any],
@@ -252,13 +259,17 @@ def parse_config(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
     recipe = config = (saved or Config()) if path is None else load_config(path)
+    sampler_named = False
     for name in COMPONENTS:
         chosen, rest = take(rest, f"--{name}")
+        sampler_named |= name == "sampler" and chosen is not None
         if chosen is not None:
             try:
                 config = with_component(config, name, chosen)
             except UserError as error:
                 raise UserError(f"--{name} {chosen}: {error}") from error
+    if not sampler_named:
+        config = with_default_sampler(config, recipe)
     choices = "\n".join(
         f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sedd.commands.cli import parse, take
+from sedd.commands.cli import check_suffix, parse, take
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from sedd.evaluation.scoring import Order
 from sedd.files import check_writable
@@ -79,8 +79,8 @@ class EvaluateCommand:
             raise ValueError(f"--judge {self.judge} takes --samples FILE.jsonl, which is missing")
         for name, suffixes in SUFFIXES.items():
             path = getattr(self, name)
-            if path is not None and path.suffix not in suffixes:
-                raise ValueError(f"--{name} {path}: the name must end in {' or '.join(suffixes)}")
+            if path is not None:
+                check_suffix(f"--{name}", path, suffixes)
 
     @property
     def journal(self) -> Path | None:

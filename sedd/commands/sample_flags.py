@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sedd.commands.cli import parse, take
+from sedd.commands.cli import check_suffix, parse, take
 from sedd.commands.sampler_flags import (
     DEFAULT,
     describe,
@@ -18,7 +18,7 @@ from sedd.commands.sampler_flags import (
     refuse_flags_of_others,
 )
 from sedd.commands.user_code import load_function
-from sedd.configuration.build import default_sampler
+from sedd.configuration.build import default_sampler_of
 from sedd.configuration.components import Options, makers
 from sedd.errors import UserError
 from sedd.files import check_writable
@@ -125,8 +125,7 @@ def sampler_for(arguments: Sequence[str]) -> str:
     try:
         config = read_config(Path(checkpoint))
         if config is not None:
-            process = config.process.build(num_tokens=2)  # its size makes no difference here
-            return default_sampler(config.parameterization.build(process=process))
+            return default_sampler_of(config)
     except UserError:  # ``sedd.load`` says what is wrong, unless the checkpoint is published
         pass
     try:
@@ -149,6 +148,8 @@ def check_files(command: SampleCommand) -> None:
         taken[path.resolve()] = flag
         if flag != "--requests" and str(path) != "-":
             check_writable(path, f"{flag} {path}")
+    if command.trace is not None:
+        check_suffix("--trace", command.trace, (".html", ".htm"))
     if command.regex and command.json_schema:
         raise UserError("--regex and --json-schema: give one of them")
     for given in command.json_schema:

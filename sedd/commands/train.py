@@ -41,7 +41,12 @@ from sedd.training.flops import step_flops
 from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_schedule
-from sedd.training.parallel import check_batch_size, check_mesh
+from sedd.training.parallel import (
+    DataParallel,
+    FullySharded,
+    check_batch_size,
+    check_mesh,
+)
 from sedd.training.signals import leave_on_signals
 from sedd.training.state import TrainState, init_state
 
@@ -92,8 +97,66 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train_in(workdir: Path, command: TrainCommand) -> None:
-    """Build everything that the configuration names, train, and print the result."""
-    config = command.config
+    """Start or resume the run in ``workdir``, train it, and print the result.
+
+    Everything is read and checked before the first file is written; the configuration is written
+    before the first step, so that a run that is stopped early can be resumed. A run that is
+    complete is left as it is.
+    """
+    prepared = prepare(workdir, command.config)
+    complete = is_complete(workdir, prepared)
+    introduce(workdir, prepared, complete=complete)
+    if complete:
+        return
+    config, data, restored = prepared.config, prepared.data, prepared.restored
+    save_description(workdir, config, data)
+    rows = ValidationRows(
+        parts=[packed for packed, _ in data.validation],
+        max_sequences=config.evaluation.max_sequences,
+        batch_size=config.evaluation.batch_size,
+    )
+    frequencies = unigram_nats(train_frequencies(data), rows.counts())
+    run = run_of(workdir, prepared, rows, frequencies, profile=command.profile)
+    result = train(run, prepared.state, pending=restored.pending if restored else None)
+    if not result.stopped and jax.process_index() == 0:
+        exact = prepared.parts.parameterization.causal
+        conclude(workdir, data, rows, frequencies, exact=exact)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The objects of a run that is about to begin or to go on.
+
+    Args:
+        config: the configuration; of a resumed run, with the weights that it was started from.
+        data: the tokenizer and the packed corpus.
+        parts: the components of the model.
+        parallel: the training step on the devices.
+        checkpoints: the checkpoints of the run.
+        restored: the newest whole checkpoint; None for a new run.
+        state: the first state, on the devices.
+        batches: the batches from the state's step on.
+    """
+
+    config: Config
+    data: Data
+    parts: Parts
+    parallel: DataParallel | FullySharded
+    checkpoints: Checkpoints
+    restored: Restored | None
+    state: TrainState
+    batches: Batches
+
+
+def prepare(workdir: Path, config: Config) -> Prepared:
+    """Build everything that the configuration names, and make or restore the first state.
+
+    Writes nothing into ``workdir``.
+
+    Raises:
+        UserError: the directory holds a run of another configuration or corpus, the weights of
+            ``init_from`` do not fit, or something cannot be read.
+    """
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
     tokenizer = source = None
     if checkpoints.steps():
@@ -114,17 +177,8 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
         require_same(f"--init-from {config.init_from}", kinds_of(source.denoiser.params), expected)
         state = parallel.place(make_state(params=source.denoiser.params))
-        del source  # its copy of the parameters would stay on the device
     else:
         state = parallel.init(make_state)
-    save_description(workdir, config, data)
-    introduce(command, data, state, restored)
-
-    rows = ValidationRows(
-        parts=[packed for packed, _ in data.validation],
-        max_sequences=config.evaluation.max_sequences,
-        batch_size=config.evaluation.batch_size,
-    )
     batches = Batches(
         data.train,
         batch_size=config.training.batch_size,
@@ -135,25 +189,68 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     )
     if restored:
         check_same_data(workdir, restored, batches)
-    frequencies = unigram_nats(train_frequencies(data), rows.counts())
-    run = Run(
-        workdir=workdir,
+    return Prepared(
+        config=config,
+        data=data,
+        parts=parts,
         parallel=parallel,
-        batches=batches,
         checkpoints=checkpoints,
+        restored=restored,
+        state=state,
+        batches=batches,
+    )
+
+
+def run_of(
+    workdir: Path,
+    prepared: Prepared,
+    rows: ValidationRows,
+    frequencies: float,
+    *,
+    profile: int | None,
+) -> Run:
+    """The description of the run that ``sedd.training.train`` takes.
+
+    Args:
+        workdir: the directory of the run.
+        prepared: its objects.
+        rows: the sequences to validate on.
+        frequencies: nats per validation token of the training frequencies, for the plot.
+        profile: steps to record for a profiler; None for none.
+    """
+    config, parts, tokenizer = prepared.config, prepared.parts, prepared.data.tokenizer
+    return Run(
+        workdir=workdir,
+        parallel=prepared.parallel,
+        batches=prepared.batches,
+        checkpoints=prepared.checkpoints,
         steps=config.training.steps,
         cadence=config.training.cadence,
         learning_rate=make_schedule(config.optimizer, config.training.steps),
-        validate=validator(config, parts, data.tokenizer, rows),
-        sample=text_sampler(config, parts, data.tokenizer),
+        validate=validator(config, parts, tokenizer, rows),
+        sample=text_sampler(config, parts, tokenizer),
         unigram_nats=frequencies,
         flops=partial(step_flops, parts.network, config.training.batch_size, config.data.length),
-        profile=command.profile,
+        profile=profile,
         wandb={"project": config.training.wandb} if config.training.wandb else None,
     )
-    result = train(run, state, pending=restored.pending if restored else None)
-    if not result.stopped and jax.process_index() == 0:
-        conclude(workdir, data, rows, frequencies, exact=parts.parameterization.causal)
+
+
+def is_complete(workdir: Path, prepared: Prepared) -> bool:
+    """Whether nothing is left to do: no step, no validation and no plot of the curves.
+
+    A run that was killed between its last checkpoint and the plot has no ``curves.png``, or one
+    that is older than its last record: it goes on, and draws the plot.
+    """
+    restored = prepared.restored
+    if restored is None or restored.step < prepared.config.training.steps:
+        return False
+    if restored.pending.get("held") is not None:  # the last validation failed or was interrupted
+        return False
+    curves, records = workdir / "curves.png", workdir / "metrics.jsonl"
+    return curves.is_file() and (
+        not records.is_file() or curves.stat().st_mtime_ns >= records.stat().st_mtime_ns
+    )
 
 
 def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
@@ -264,26 +361,27 @@ def save_description(workdir: Path, config: Config, data: Data) -> None:
         write_whole(workdir / TRAIN_COUNTS, counts.getvalue())
 
 
-def introduce(
-    command: TrainCommand, data: Data, state: TrainState, restored: Restored | None
-) -> None:
-    """Print the sizes of the run, and where it resumes."""
-    config = command.config
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+def introduce(workdir: Path, prepared: Prepared, *, complete: bool) -> None:
+    """Print the sizes of the run, and where it resumes or that it is complete."""
+    config, data, restored = prepared.config, prepared.data, prepared.restored
+    parameters = sum(x.size for x in jax.tree.leaves(prepared.state.params))
     rows = sum(packed.num_rows for packed, _ in data.train)
     console.print(
         f"{parameters:,} parameters · {data.tokenizer.num_tokens:,} tokens in the vocabulary · "
         f"{rows:,} sequences of {config.data.length} · {jax.device_count()} "
         f"{jax.devices()[0].device_kind} · batch {config.training.batch_size}"
     )
-    if restored:
-        steps = f"step {restored.step:,} of {config.training.steps:,}"
-        if restored.step < config.training.steps:
-            console.print(f"resuming {command.workdir} at {steps}")
-        else:
-            console.print(
-                f"{command.workdir} is complete at {steps}; a larger --training.steps goes on"
-            )
+    if restored is None:
+        return
+    steps = f"step {restored.step:,} of {config.training.steps:,}"
+    if restored.step < config.training.steps:
+        console.print(f"resuming {workdir} at {steps}")
+    elif complete:
+        console.print(
+            f"nothing to do: {workdir} is complete at {steps}; a larger --training.steps goes on"
+        )
+    else:
+        console.print(f"{workdir} is at {steps}: its last validation or its plot is still missing")
 
 
 def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: ValidationRows):

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sedd.configuration.components import build, maker, values
-from sedd.configuration.config import Config, DataOptions
+from sedd.configuration.components import build, maker, options, values
+from sedd.configuration.config import Config, DataOptions, with_component
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.tokenizers import Tokenizer, build_tokenizer
@@ -81,6 +81,35 @@ def default_sampler(parameterization: Parameterization) -> str:
     if parameterization.causal:
         return "ordered"
     return "event_jump" if parameterization.time_independent else "tweedie"
+
+
+def default_sampler_of(config: Config) -> str:
+    """The default sampler of the model that a configuration describes; see ``default_sampler``.
+
+    Raises:
+        UserError: the parameterization does not go with the process.
+    """
+    process = config.process.build(num_tokens=2)  # the number of tokens makes no difference here
+    return default_sampler(config.parameterization.build(process=process))
+
+
+def with_default_sampler(config: Config, before: Config) -> Config:
+    """Replace the sampler where ``config`` has another default sampler than ``before``.
+
+    Used where process or parameterization were changed and the sampler was not named: event_jump,
+    for example, cannot draw from a model that depends on the noise level. ``steps`` is kept, except
+    for ``ordered``, which draws from autoregressive models without it. A configuration whose parts
+    do not fit is returned as it is; ``build_parts`` reports it.
+    """
+    try:
+        name = default_sampler_of(config)
+        if name == default_sampler_of(before):
+            return config
+    except UserError:
+        return config
+    if name == "ordered":
+        return dataclasses.replace(config, sampler=options("samplers", name))
+    return with_component(config, "sampler", name)
 
 
 def build_sampler(
