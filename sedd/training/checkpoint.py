@@ -71,13 +71,9 @@ def quiet_orbax() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """A checkpoint that was read and verified.
+    """A checkpoint that was read and verified; the arrays of ``state`` are numpy arrays.
 
-    Args:
-        state: the training state, with numpy arrays.
-        step: its step.
-        data: the state of the data loader.
-        pending: the state of the training loop: open log window, skipped updates, held record.
+    ``data`` and ``pending`` are the states of the data loader and of the training loop.
     """
 
     state: TrainState

@@ -1,4 +1,8 @@
-"""Several processes, each with its own devices, as one run."""
+"""Runs of several processes, each with devices of its own.
+
+``connect`` joins the processes before JAX looks for devices. When a peer dies or never starts, JAX
+aborts in C++ with a stack trace; most of this module is there to print one plain line instead.
+"""
 
 import atexit
 import os
@@ -13,7 +17,7 @@ import jax
 
 from sedd.errors import UserError, first_line
 
-HEARTBEAT_SECONDS = 30  # a peer that has been silent for so long is dead; JAX's default is 100
+HEARTBEAT_SECONDS = 30  # of silence after which a peer counts as dead; JAX's default is 100
 CONNECT_SECONDS = 120
 GONE = (
     "error: this process did not come to its end: most likely another process of the run is gone. "
@@ -23,15 +27,21 @@ GONE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Where the processes of a run find each other; nothing needs saying where it can be found out.
+    """How the processes of a run find each other.
 
-    SLURM, Open MPI, GKE and TPU pods describe themselves in the environment. ``coordinator`` is
-    HOST:PORT of process 0.
+    SLURM, Open MPI, GKE and TPU pods describe the processes in the environment; elsewhere all three
+    fields are required.
+
+    Raises:
+        ValueError: if only some of the fields are given, or one is out of range.
     """
 
     coordinator: str | None = None
+    """HOST:PORT at which process 0 listens."""
     num_processes: int | None = None
+    """The number of processes of the run."""
     process_id: int | None = None
+    """The number of this process, from 0."""
 
     def __post_init__(self):
         given = [getattr(self, name) is not None for name in FLAGS]
@@ -59,10 +69,17 @@ FLAGS = {
 
 
 def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
-    """Join the other processes, before anything asks JAX for its devices.
+    """Join the other processes of the run; does nothing if there are no others.
 
-    Does nothing where there is only this one. Raises UserError where the coordinator cannot be
-    reached within ``seconds``, and where there are more processes than devices.
+    Call it before anything asks JAX for its devices.
+
+    Args:
+        processes: what the flags say.
+        seconds: how long to wait for the coordinator.
+
+    Raises:
+        UserError: if the processes do not find each other in time, or if a host has more processes
+            than devices.
     """
     said = processes.coordinator is not None or several()
     if not said and not on_tpu():
@@ -77,11 +94,11 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
             process_id=processes.process_id,
             initialization_timeout=int(seconds),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            # With an environment of its own opinion each process would get one GPU of its host.
+            # If JAX found a cluster in the environment, it would give each process only one GPU.
             cluster_detection_method=None if processes.coordinator is None else "deactivate",
         )
     except (RuntimeError, ValueError) as error:
-        if not said:  # a TPU by itself
+        if not said:  # a single TPU host
             return
         raise UserError(
             f"the processes of this run did not find each other: {first_line(error)}"
@@ -90,7 +107,7 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
 
 
 def _require_device() -> None:
-    """UserError where a host has more processes than devices, and this one is left without."""
+    """Raise UserError if this process has no device: its host has fewer devices than processes."""
     try:
         jax.local_devices()
     except RuntimeError as error:
@@ -101,10 +118,12 @@ def _require_device() -> None:
 
 
 def _explain_abort() -> None:
-    """Have another process say why this one ended, should it not come to its end.
+    """Start a watcher process that explains the end of this one if JAX aborts it.
 
-    When a peer dies JAX aborts, from a thread of C++: no code of ours runs any more. What it prints
-    is a stack trace.
+    When a peer dies, a C++ thread of JAX aborts this process: it prints a stack trace, and no
+    Python code runs any more. The watcher reads from a pipe that only this process holds open. At a
+    normal exit this process writes a byte into it; if the pipe closes without a byte, the process
+    was aborted and the watcher prints ``GONE``. It ignores signals, so that it outlives this process.
     """
     watch = (
         "import signal, sys\n"
@@ -118,7 +137,8 @@ def _explain_abort() -> None:
     stdin = watcher.stdin.fileno()
 
     def ended():
-        # A collective may notice first that a peer is gone: then Python ends with JAX's error.
+        # If a collective notices first that a peer is gone, Python ends with an error of JAX. That
+        # exit counts as aborted.
         if not isinstance(getattr(sys, "last_value", None), jax.errors.JaxRuntimeError):
             os.write(stdin, b".")
 
@@ -126,10 +146,10 @@ def _explain_abort() -> None:
 
 
 def several() -> bool:
-    """Whether the environment says that this process is one of several."""
+    """Whether the environment describes this process as one of several."""
     counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     if any(os.environ.get(name, "1") not in ("", "1") for name in counts):
-        # A shell inside an allocation is not a task of it.
+        # A shell inside an allocation has the first variables but is not one of its tasks.
         return "SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
     hosts = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
     if any("," in os.environ.get(name, "") for name in hosts):
@@ -138,24 +158,27 @@ def several() -> bool:
 
 
 def leave_libtpu_alone() -> None:
-    """Keep JAX from starting libtpu where no TPU is: have it use the CPU alone.
+    """Make JAX use the CPU, and not start libtpu, on a machine without TPUs and GPUs.
 
-    Without this, JAX prints several lines of errors before it falls back to the CPU, where libtpu
-    is installed to compile for TPUs. Nothing changes where the platform is chosen already, by
-    ``JAX_PLATFORMS`` or in ``jax.config``, or where a plugin for GPUs is installed.
+    libtpu may be installed there to compile for TPUs. JAX would try to start it and print several
+    lines of errors before it falls back to the CPU. Nothing changes if the platform is chosen
+    already, by ``JAX_PLATFORMS`` or in ``jax.config``, or if a plugin for GPUs is installed.
     """
-    gpus = find_spec("jax_plugins")  # the package of their plugins
+    gpus = find_spec("jax_plugins")  # the package that holds the plugins for GPUs
     if not (on_tpu() or jax.config.jax_platforms or gpus):  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_platforms", "cpu")
 
 
 def on_tpu() -> bool:
-    """Whether there are TPU chips; then a metadata server may know of other processes."""
-    return os.environ.get("TPU_SKIP_MDS_QUERY") != "1"  # set by JAX where it found none
+    """Whether this machine has TPU chips; a metadata server may then know of other processes."""
+    return os.environ.get("TPU_SKIP_MDS_QUERY") != "1"  # JAX sets it if it finds no chip
 
 
 def _await(coordinator: str, seconds: float) -> None:
-    """Until the coordinator listens: JAX would end the process without a word for the user."""
+    """Wait until the coordinator listens; raises UserError after ``seconds``.
+
+    JAX itself ends the process in this case, without a message for the user.
+    """
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + seconds
     while True:

@@ -1,16 +1,17 @@
-"""Model FLOPs of a training step, and what share of a device's peak they are (MFU).
+"""FLOPs of a training step, for the model FLOPs utilisation (MFU).
 
-Counted is what the mathematics needs, not what runs: recomputation (remat) adds nothing, and the
-output layer counts for the positions that the loss reads. A product of [a, b] and [b, c] is
-2·a·b·c; the backward pass is twice the forward pass (arXiv:2204.02311, appendix B). Norms,
-activations, softmax and the optimizer are not counted.
+The FLOPs are those of the mathematics, not of the executed program: recomputation (remat) adds
+nothing, and the output layer counts only at positions with a loss. A product of [a, b] and [b, c]
+counts 2·a·b·c, and the backward pass twice the forward pass (arXiv:2204.02311, appendix B). Norms,
+activations, softmax and the optimizer are not counted. MFU is their rate divided by the peak of the
+devices.
 """
 
 import jax
 
 from sedd.networks.base import Network
 
-# Dense bfloat16 FLOP/s of one device as its maker states them; by the start of ``device_kind``.
+# Dense bfloat16 FLOP/s of one device, as its maker states it, by the start of its ``device_kind``.
 PEAK = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
@@ -24,16 +25,22 @@ PEAK = {
 
 
 def step_flops(network: Network, batch_size: int, length: int, *, read: float) -> float:
-    """FLOPs of one forward and backward pass over ``batch_size`` sequences.
+    """Return the FLOPs of one forward and backward pass over a batch.
 
-    ``read`` is the number of positions of the batch that are read out. The backward pass counts as
-    two forward passes.
+    Args:
+        network: the network.
+        batch_size: sequences in the batch.
+        length: tokens in a sequence.
+        read: positions in the batch at which the output layer runs.
     """
     return 3 * batch_size * network.flops(length, read / batch_size)
 
 
 def peak_flops(device=None) -> float | None:
-    """Of a device in bfloat16; None where it is not in the table, as on a CPU."""
+    """Return the peak bfloat16 FLOP/s of a device (the first one by default).
+
+    None if the device is not in the table, as for a CPU.
+    """
     kind = (device or jax.devices()[0]).device_kind
     fits = [name for name in PEAK if kind.startswith(name)]
     return PEAK[max(fits, key=len)] if fits else None

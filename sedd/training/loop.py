@@ -1,4 +1,14 @@
-"""The training loop: steps, and between them logging, validation, samples and checkpoints."""
+"""The training loop: steps, and between them logging, validation, samples and checkpoints.
+
+JAX dispatches a step and returns before the device has computed it. The loop dispatches up to
+``IN_FLIGHT`` steps ahead, so that the device never waits for the host, and reads the loss of a step
+only when the step leaves that queue. It therefore notices a diverged step a few steps late, but
+before the next checkpoint, since the queue is emptied first.
+
+A run that is stopped and resumed writes the same records as a run without a stop. Checkpoints
+therefore store the open log window, the counts of skipped updates, and a record whose validation is
+still to come.
+"""
 
 import math
 import time
@@ -21,20 +31,28 @@ from sedd.training.state import TrainState, to_host
 from sedd.training.tally import Clock, Profile, Skips, Window
 from sedd.types import Params
 
-IN_FLIGHT = 8  # steps that the host runs ahead of the devices
-MAX_SKIPS = 100  # updates left out in a row, after which nothing can be hoped for
+IN_FLIGHT = 8  # steps that the host dispatches ahead of the devices
+MAX_SKIPS = 100  # skipped updates in a row after which the run ends
 
 
 class TrainingDiverged(UserError):  # noqa: N818
-    """A loss, a gradient norm or a parameter is not finite; no checkpoint of it was written."""
+    """A loss, a gradient norm or a parameter is not finite; no checkpoint has such values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """Periods in steps; ``None`` disables.
+    """Periods of the loop's actions in steps; ``None`` disables.
 
-    Enabled actions also run at the last step, and a checkpoint is always written there. Raises
-    FieldError on a number below 1.
+    Enabled actions also run at the last step, and a checkpoint is always written there.
+
+    Args:
+        log_every: write a record of the means since the last one.
+        eval_every: validate with the averaged parameters.
+        sample_every: draw texts with the averaged parameters.
+        checkpoint_every: write a checkpoint.
+
+    Raises:
+        FieldError: on a period below 1.
     """
 
     log_every: int = 100
@@ -51,17 +69,20 @@ class Cadence:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How a run ended; ``state`` is replicated over the devices."""
+    """How a run ended."""
 
     state: TrainState
+    """The state after the last update, on the devices."""
     step: int
-    stopped: bool  # by a signal, before the last step; starting again goes on
-    validation: dict[str, Any] | None  # of the last step, if it was validated
+    stopped: bool
+    """Whether a signal ended the run before its last step; a new start goes on."""
+    validation: dict[str, Any] | None
+    """The figures of the validation at ``step``; None if it was not validated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that a training run consists of, except for its state.
+    """Everything that a training run needs, except for its state.
 
     ``train`` writes ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``curves.png`` and
     ``profile/`` into ``workdir``, and checkpoints by ``checkpoints``.
@@ -71,37 +92,46 @@ class Run:
     parallel: DataParallel | FullySharded
     """The training step on the devices."""
     batches: Any
-    """Iterates over batches from the state's step on; has ``state()``: ``sedd.data.Batches``."""
+    """An iterator over batches from the state's step on, with a method ``state()`` for checkpoints;
+    see ``sedd.data.Batches``."""
     checkpoints: Checkpoints
     steps: int
     """The last step of the run."""
     cadence: Cadence = Cadence()
     learning_rate: Callable[[int], Any] | None = None
-    """The schedule, for the log."""
+    """The learning rate of an update, for the log."""
     validate: Callable[[Params], dict[str, Any]] | None = None
-    """From averaged parameters to figures, ``nats_per_token`` at least, logged as ``validation_…``.
-    """
+    """Maps averaged parameters to figures, which are logged as ``validation_NAME``. The figure
+    ``nats_per_token`` is required: it decides about the best checkpoint."""
     sample: Callable[[Params], list[str]] | None = None
-    """From averaged parameters to texts, kept in ``samples/``."""
+    """Maps averaged parameters to texts, which are written to ``samples/``."""
     unigram_nats: float | None = None
-    """Nats per validation token of the training frequencies: a line in the plot of the curves."""
+    """Nats per validation token of the training frequencies, drawn in ``curves.png``."""
     flops: Callable[..., float] | None = None
-    """``flops(read=rows)``: FLOPs of a step whose output layer runs at so many positions."""
+    """``flops(read=rows)`` gives the FLOPs of a step whose output layer runs at ``rows`` positions.
+    """
     profile: int | None = None
-    """Steps to record for a profiler's viewer."""
+    """The number of steps to record for a profiler's viewer; None for no recording."""
     wandb: dict[str, Any] | None = None
-    """Arguments of ``wandb.init``, where the run is logged there too."""
+    """Arguments of ``wandb.init``; None if the run is not logged there."""
 
 
 def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainResult:
     """Run the updates ``state.step + 1 … run.steps``.
 
-    ``state`` is placed by ``run.parallel``; of a resumed run, ``state`` and ``pending`` are those
-    of its checkpoint. SIGTERM, SIGINT and the preemption of one of several processes end the run
-    after the step under way, with a checkpoint; a second signal acts as usual.
+    SIGTERM, SIGINT and the preemption of one of several processes end the run with a checkpoint
+    after the current step; a second signal acts as it does by default. If ``batches``, ``validate``
+    or ``sample`` raises, a checkpoint of the step before is written, then the exception is raised.
 
-    Raises TrainingDiverged, and UserError where something cannot be written. If ``batches``,
-    ``validate`` or ``sample`` raise, a checkpoint of the step before is written first.
+    Args:
+        run: the parts of the run.
+        state: the state to start from, placed on the devices by ``run.parallel``.
+        pending: the loop's state from the checkpoint that ``state`` comes from; None at the start
+            of a run.
+
+    Raises:
+        TrainingDiverged: if a loss, a gradient norm or a parameter is not finite.
+        UserError: if a file cannot be written.
     """
     step, pending = int(state.step), pending or {}
     with ExitStack() as closes:
@@ -131,7 +161,7 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
             state, step = loop.go(state, step, stop)
             run.checkpoints.wait()
         except BaseException:
-            # A checkpoint that is being written is completed; the first error is the one to report.
+            # Complete a checkpoint that is being written, but report the first error.
             with suppress(Exception):
                 run.checkpoints.wait()
             raise
@@ -144,10 +174,11 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
 
 @dataclass(kw_only=True)
 class _Loop:
-    """The mutable part of a run: what was counted, what is in flight, what is still to be written.
+    """The mutable part of a run: counts, dispatched steps, and a record that is not written yet.
 
-    The host dispatches up to ``IN_FLIGHT`` steps ahead and looks at the metrics of a step when it
-    leaves that queue. A record that a validation belongs to is held back until it is validated.
+    ``metrics`` and ``report`` are None in all processes but the first. ``held`` is the record of a
+    step whose validation is still to come; it is written with the validation. ``saved`` is the
+    newest step that has a checkpoint.
     """
 
     run: Run
@@ -155,8 +186,8 @@ class _Loop:
     report: ProgressReport | None
     window: Window
     skips: Skips
-    held: dict | None  # the record of a step that is still to be validated
-    saved: int  # the last step of which there is a checkpoint
+    held: dict | None
+    saved: int
     clock: Clock
     profile: Profile | None
 
@@ -165,7 +196,7 @@ class _Loop:
         self.validations: dict[int, dict] = {}
 
     def go(self, state: TrainState, step: int, stop: Callable[[int], bool]):
-        """Run until the last step or a stop; returns the state and its step."""
+        """Run until the last step, or until ``stop(step)`` is true; returns state and step."""
         run = self.run
         if self.held is not None:  # the run was stopped before it could validate this step
             self.evaluate(state, step)
@@ -193,7 +224,7 @@ class _Loop:
         return state, step
 
     def step(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        """Dispatch the next step, and look at the oldest one where enough are in flight."""
+        """Dispatch the next step, and collect the oldest one if the queue is full."""
         with self.kept(state, step), self.clock.waiting():
             batch = next(self.run.batches)
         step += 1
@@ -210,22 +241,26 @@ class _Loop:
         return state, step
 
     def due(self, every: int | None, step: int) -> bool:
+        """Whether an action of this period runs after the step; all run after the last one."""
         return step == self.run.steps or (every is not None and step % every == 0)
 
     def validates(self, step: int) -> bool:
+        """Whether the run is validated after this step."""
         every = self.run.cadence.eval_every
         return self.run.validate is not None and every is not None and self.due(every, step)
 
     def samples(self, step: int) -> bool:
+        """Whether texts are drawn after this step."""
         every = self.run.cadence.sample_every
         return self.run.sample is not None and every is not None and self.due(every, step)
 
     def collect_all(self) -> None:
+        """Wait for all dispatched steps."""
         while self.in_flight:
             self.collect()
 
     def collect(self) -> None:
-        """Wait for the metrics of the oldest step in flight, and log them where a log is due."""
+        """Wait for the metrics of the oldest dispatched step, count them, and log if it is due."""
         flight = self.in_flight.popleft()
         step, metrics = flight.step, flight.metrics
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -245,7 +280,7 @@ class _Loop:
         if self.due(self.run.cadence.log_every, step):
             record = self.window.close()
             if self.run.learning_rate is not None:
-                updates = step - self.skips.total  # the schedule counts these
+                updates = step - self.skips.total  # the schedule does not count skipped ones
                 record["learning_rate"] = float(self.run.learning_rate(max(updates - 1, 0)))
             record |= self.clock.speeds()
         if self.validates(step) or self.samples(step):
@@ -254,7 +289,7 @@ class _Loop:
             self.write(step, record)
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Validate and sample with the averaged parameters; write the record that was held back."""
+        """Validate and sample with the averaged parameters, and write the held record."""
         record = dict(self.held or {})
         with self.kept(state, step), self.clock.paused():
             params = self.run.parallel.for_evaluation(state.ema_params)
@@ -271,10 +306,12 @@ class _Loop:
         self.write(step, record)
 
     def doing(self, what: str) -> None:
+        """Show the user what is being done."""
         if self.report is not None:
             self.report.doing(what)
 
     def write(self, step: int, record: dict) -> None:
+        """Write and show a record, and raise if a checkpoint in the background has failed."""
         if self.metrics is not None:
             self.metrics.write(step, record)
         if self.report is not None:
@@ -282,8 +319,9 @@ class _Loop:
         self.run.checkpoints.check()
 
     def save(self, state: TrainState, step: int) -> None:
+        """Start to write a checkpoint; raises TrainingDiverged if a parameter is not finite."""
         if self.metrics is not None:
-            self.metrics.check()  # a directory that is gone would be made again, without the rest
+            self.metrics.check()  # if the directory is gone, do not make it anew with a part only
         host = to_host(state)
         for path, array in jax.tree_util.tree_flatten_with_path(host)[0]:
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
@@ -305,8 +343,8 @@ class _Loop:
     def kept(self, state: TrainState, step: int) -> Iterator[None]:
         """If the block raises, write a checkpoint of this step, then re-raise.
 
-        Only a single process does so: of several, the others do not know of the failure, and a
-        checkpoint takes all of them.
+        This happens only in a run of one process. Several processes must write a checkpoint
+        together, and the others do not know of the failure.
         """
         try:
             yield
@@ -319,7 +357,14 @@ class _Loop:
             raise
 
     def skip(self, step: int, name: str, value: float, *, skipped: bool) -> None:
-        """Count a skipped update; raises TrainingDiverged where the update was applied."""
+        """Count a skipped update; raise TrainingDiverged if the bad update was applied.
+
+        Args:
+            step: the step of the update.
+            name: the figure that is not finite.
+            value: its value.
+            skipped: whether the step left the parameters as they were (``skip_nonfinite``).
+        """
         if not skipped:
             raise self.diverged(step, name, value)
         self.skips.total += 1
@@ -330,6 +375,7 @@ class _Loop:
             self.report.say(f"step {step}: {name} is {value}; its update is skipped")
 
     def diverged(self, step: int, name: str, value: float) -> TrainingDiverged:
+        """Make the exception, which names the last undamaged checkpoint."""
         self.run.checkpoints.wait()
         good = self.run.checkpoints.latest_good()
         place = "no checkpoint was written before"
@@ -340,12 +386,13 @@ class _Loop:
 
 @dataclass
 class _InFlight:
-    """A dispatched step; ``done`` is the time at which it was first seen to be over."""
+    """A dispatched step, and the time at which the host first saw that it was complete."""
 
     step: int
     metrics: dict[str, Any]
     done: float | None = None
 
     def look(self) -> None:
+        """Note the time if the step is complete by now; does not wait."""
         if self.done is None and self.metrics["loss"].is_ready():
             self.done = time.perf_counter()

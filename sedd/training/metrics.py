@@ -1,4 +1,9 @@
-"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard, the terminal, and a picture."""
+"""The outputs of a run: ``metrics.jsonl``, TensorBoard, the terminal, and ``curves.png``.
+
+``Metrics`` writes records to files, ``ProgressReport`` shows them to the user, and ``plot_curves``
+draws them. ``metrics.jsonl`` is the source: the picture is drawn from it, and so is the summary at
+the end of a run.
+"""
 
 import json
 import math
@@ -18,11 +23,17 @@ from sedd.progress import Activity
 
 
 class Metrics:
-    """Records of a run in ``workdir``, one a logged step, steps ascending.
+    """Writes the records of a run: one per logged step, in ascending order of steps.
 
-    Made at ``step``, it drops what an earlier start recorded after it (and at it, unless
-    ``keep_last``), so that no step appears twice. ``wandb`` holds the arguments of ``wandb.init``;
-    None leaves it alone. Raises UserError where a file cannot be written.
+    Args:
+        workdir: the run's directory.
+        step: the step that the run starts from. Records of later steps are removed: an earlier
+            start wrote them after the checkpoint that the run resumes from.
+        keep_last: whether the record of ``step`` itself is kept.
+        wandb: arguments of ``wandb.init``; None if the run is not logged there.
+
+    Raises:
+        UserError: if a file cannot be written, or wandb is not installed. All methods raise it.
     """
 
     def __init__(
@@ -41,19 +52,20 @@ class Metrics:
             self._file = self.path.open("a")
             logs = self.path.parent / "tensorboard"
             logs.mkdir(exist_ok=True)
-            # Not SummaryWriter: its thread dies on a full disk, and the next record waits for ever.
-            # The default name tells seconds apart; two starts within one would share a file.
+            # SummaryWriter is not used: its thread dies on a full disk, and the next record hangs.
+            # Its default file names have seconds; two starts within a second would share a file.
             self._events = EventsWriter(str(logs / "events"), f".{time.time_ns()}")
-            start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
+            # TensorBoard drops the events of later steps when it reads this event.
+            start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def check(self) -> None:
-        """UserError where the file is gone: it would take what is written, and keep nothing."""
+        """Raise UserError if the file has been deleted: writes would succeed and be lost."""
         with _Writable(self.path):
             self.path.stat()
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        """One record; what is not finite is written as null."""
+        """Write one record of figures by name; values that are not finite are written as null."""
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
@@ -70,7 +82,7 @@ class Metrics:
             self._wandb.log({_tag(name): value for name, value in numbers.items()}, step=step)
 
     def write_samples(self, step: int, texts: list[str]) -> None:
-        """Texts, to ``samples/<step>.txt`` and TensorBoard."""
+        """Write texts to ``samples/<step>.txt`` and TensorBoard."""
         path = self.path.parent / "samples" / f"{step:08d}.txt"
         with _Writable(path):
             path.parent.mkdir(exist_ok=True)
@@ -83,6 +95,7 @@ class Metrics:
             self._events.flush()
 
     def close(self) -> None:
+        """Close all files, and end the run at wandb."""
         with _Writable(self.path):
             self._file.close()
             self._events.close()
@@ -124,7 +137,7 @@ class ProgressReport:
         self._activity.update(what)
 
     def report(self, step: int, record: dict[str, Any]) -> None:
-        """Show the figures of a record, and the time that is left at its speed."""
+        """Show the figures of a record, and the remaining time at its speed."""
         parts = []
         if (loss := record.get("loss")) is not None:
             parts.append(f"loss {loss:.4f}")
@@ -155,7 +168,7 @@ class ProgressReport:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run; a line that was cut off is left out."""
+    """Return the records of a run in their order; a truncated line is skipped."""
     return _records(Path(workdir) / "metrics.jsonl")
 
 
@@ -262,9 +275,10 @@ def _style(axes) -> None:
 
 
 def _smoothed(losses: np.ndarray) -> np.ndarray:
-    """Means over a window of about a twentieth of the curve.
+    """Smooth a curve by running means over about a twentieth of its length.
 
-    It is centred, and narrower at the steep start; at the end it reaches back only.
+    The window is centred. It is narrower at the start, where the curve is steep, and at the end it
+    shrinks on one side only.
     """
     half = max(1, len(losses) // 40)
     sums = np.concatenate([[0.0], np.cumsum(losses)])
@@ -275,25 +289,27 @@ def _smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; none if it does not exist."""
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a run that was killed
+            except json.JSONDecodeError:  # a run was killed while it wrote the line
                 continue
     return records
 
 
 def _drop_after(path: Path, step: int) -> None:
+    """Remove the records of later steps, and a truncated line."""
     records = _records(path)
-    if path.exists():  # an only line that was cut off goes too
+    if path.exists():
         kept = [json.dumps(r) + "\n" for r in records if r["step"] <= step]
         write_whole(path, "".join(kept).encode())
 
 
 class _Writable:
-    """Turns the system's refusal to write into a UserError that names the file."""
+    """Turns an OSError of its block into a UserError that names the file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -307,6 +323,7 @@ class _Writable:
 
 
 def _start_wandb(options: dict[str, Any]):
+    """Start a run of wandb; UserError if the package is not installed."""
     try:
         import wandb  # pyright: ignore
     except ImportError as error:
@@ -315,10 +332,12 @@ def _start_wandb(options: dict[str, Any]):
 
 
 def _tag(name: str) -> str:
+    """The tag of a figure, which groups it: ``validation_x`` becomes ``validation/x``."""
     return name.replace("validation_", "validation/", 1) if "/" not in name else name
 
 
 def _duration(seconds: float) -> str:
+    """A duration in seconds, minutes or hours, such as ``8 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

@@ -13,19 +13,34 @@ from sedd.errors import FieldError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """Defaults are SEDD's. Raises FieldError on a value that is out of range."""
+    """The optimizer and its settings; the defaults are those of SEDD.
+
+    Raises:
+        FieldError: on a value that is out of range.
+    """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
-    learning_rate: float = 3e-4  # the peak
-    warmup_steps: int = 2500  # the rate rises linearly over so many steps
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # what follows the warm-up
-    final_fraction: float = 0.1  # of the peak, where a falling schedule ends
+    """The optimizer."""
+    learning_rate: float = 3e-4
+    """The highest learning rate, after the warm-up."""
+    warmup_steps: int = 2500
+    """Updates over which the learning rate rises linearly."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """The learning rate after the warm-up."""
+    final_fraction: float = 0.1
+    """The fraction of the highest learning rate at which a falling schedule ends."""
     beta1: float = 0.9
+    """Decay of Adam's average of gradients."""
     beta2: float = 0.999
+    """Decay of Adam's average of squared gradients."""
     eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled, on every parameter
-    clip_norm: float | None = 1.0  # of the gradient of the batch's mean; None leaves it as it is
-    ema_decay: float = 0.9999  # of the averaged parameters that are validated and sampled
+    """Added to the denominator of Adam's update."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on every parameter."""
+    clip_norm: float | None = 1.0
+    """The largest norm of the gradient of the batch's mean; None for no clipping."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged parameters (EMA), which are validated and sampled."""
 
     def __post_init__(self):
         for field, choices in (
@@ -51,7 +66,10 @@ class OptimizerOptions:
 
 
 def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
-    """The learning rate of update n = 0, 1, …, steps - 1: a linear warm-up, then the schedule."""
+    """Return the learning rate of update n = 0, 1, …, steps - 1: a linear warm-up, then a schedule.
+
+    The schedule falls from the highest learning rate to ``final_fraction`` of it at the last step.
+    """
 
     def learning_rate(n):
         n = jnp.asarray(n, jnp.float32)
@@ -68,7 +86,12 @@ def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """Clip, precondition, decay, scale; ``steps`` is the length of the run."""
+    """Return the optimizer: clip, precondition, add weight decay, scale by the learning rate.
+
+    Args:
+        options: the settings.
+        steps: the length of the run, which a falling schedule needs.
+    """
     clip = optax.identity()
     if options.clip_norm is not None:
         clip = clip_by_global_norm(options.clip_norm)
@@ -110,10 +133,11 @@ def _muon(options: OptimizerOptions, steps: int) -> optax.GradientTransformation
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Scale the gradient down to the norm ``most`` where it is longer.
+    """Return a transformation that scales gradients down to the norm ``most`` if theirs is larger.
 
-    As optax's of the same name, with one factor where that one divides every entry: XLA does not
-    repeat a division in all that use it, and would keep a second gradient in memory.
+    It computes the same as optax's function of this name, which divides every entry by the norm.
+    XLA does not repeat a division in each fusion that uses the result, and keeps a second copy of
+    the gradient in memory instead. Here the entries are multiplied by one factor.
     """
 
     def update(grads, params=None):

@@ -1,4 +1,9 @@
-"""One step on many devices: a replica of the state on each, or a part of it."""
+"""The training step on many devices: each holds a copy of the state, or a part of it.
+
+``DataParallel`` and ``FullySharded`` have the same methods and run the same ``Step``. ``init`` or
+``place`` puts a state on the devices, a call runs one step, and ``for_evaluation`` gives parameters
+that other programs can use.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,15 +21,23 @@ from sedd.training.step import Batch, Step
 from sedd.types import Params
 
 AXIS, DATA, FSDP = "devices", "data", "fsdp"
-BATCH = ("x0", "scored", "index")  # what of a batch goes to the devices
-LEAST_SPLIT = 2**17  # entries; to gather less costs more than to keep it
+BATCH = ("x0", "scored", "index")  # the entries of a batch that go to the devices
+LEAST_SPLIT = 2**17  # entries; gathering a smaller array costs more than keeping it whole
 
 
 class DataParallel:
-    """Runs a step with ``jax.pmap``; the state is one replicated array a leaf, without extra axes.
+    """Runs the step with ``jax.pmap`` and a copy of the state on each device.
 
-    Each process feeds its own rows of the global batch. Raises UserError when ``batch_size`` cannot
-    be divided over ``devices`` (all of every process by default) and ``accumulate`` micro-batches.
+    A leaf of the state is one replicated array, without an axis for the devices. Each process feeds
+    its own rows of the global batch.
+
+    Args:
+        step: the step of one device.
+        accumulate: micro-batches that a batch is split into, to save memory.
+        devices: all devices of all processes by default.
+
+    Raises:
+        UserError: if the batch size is not divisible by devices × micro-batches.
     """
 
     def __init__(self, step: Step, *, accumulate: int = 1, devices: Sequence[Any] | None = None):
@@ -45,21 +58,22 @@ class DataParallel:
         )
 
     def init(self, make: Callable[[], TrainState]) -> TrainState:
-        """The state that ``make`` returns, computed on every local device: one copy on each."""
+        """Return the state that ``make`` returns, computed directly on every local device."""
         return jax.jit(make, out_shardings=self._replicated)()
 
     def place(self, state: TrainState) -> TrainState:
-        """Copy a state to every local device; the steps may donate the copy."""
+        """Copy a state to every local device; a step may donate the copy."""
         return _placed(state, jax.tree.map(lambda _: self._replicated, state))
 
     def for_evaluation(self, params: Params) -> Params:
-        """Parameters of a placed state on one device, until a step donates them."""
+        """Return parameters of a placed state on one device; valid until a step donates them."""
         return one_replica(params)
 
     def shard(self, batch: dict) -> dict[str, np.ndarray]:
-        """Rows [B_local, …] of this process as [local devices, A, b, …].
+        """Reshape this process's rows [B_local, …] to [local devices, A, b, …].
 
-        Rows keep their ``index`` in the global batch, on which all randomness rests.
+        A is the number of micro-batches, b the rows of one. Rows keep their ``index`` in the global
+        batch, from which all random draws of an example follow.
         """
         return {
             name: np.reshape(
@@ -70,21 +84,32 @@ class DataParallel:
         }
 
     def __call__(self, state: TrainState, batch: dict):
-        """A step from a placed state, which it donates, and a batch as the loader gives it."""
+        """Run one step on a batch of the loader, from a placed state, which the step donates."""
         return self.run(state, self.shard(batch))
 
 
 class FullySharded:
-    """Runs the same step with every device holding a part of the state. arXiv:1910.02054, stage 3.
+    """Runs the step with a part of the state on each device (arXiv:1910.02054, stage 3).
 
-    The devices are a mesh of (data, fsdp). Large arrays of the state are split over ``fsdp``; the
-    step gathers a layer where it uses it, in the forward and again in the backward pass, and
-    scatters its gradient. That runs inside ``shard_map``: no collective but those that are written
-    in the step can appear there. The optimizer runs outside, on whole arrays as the program sees
-    them, so that a global norm is one.
+    The devices form a mesh (data, fsdp). Large arrays of the state are split over ``fsdp``, and the
+    batch over both axes. The step has two parts:
 
-    Raises UserError where ``fsdp`` (all devices by default) does not divide the devices, and as
-    ``DataParallel`` does.
+    - ``Step.totals`` runs inside ``shard_map``, where the only collectives are those written in the
+      source. Parameters are passed as ``Shard``: a layer is gathered where it is used, in the
+      forward and again in the backward pass, and its gradient is scattered, so that no device
+      holds all parameters or all gradients.
+    - ``Step.update`` runs outside. There the arrays are whole from the program's view, so that a
+      global norm needs no special case, and XLA partitions the update by the arrays' shardings.
+
+    Args:
+        step: the step of one device.
+        accumulate: micro-batches that a batch is split into, to save memory.
+        fsdp: devices over which arrays are split; all by default.
+        devices: all devices of all processes by default.
+
+    Raises:
+        UserError: if ``fsdp`` does not divide the devices, or if the batch size is not divisible by
+            devices × micro-batches.
     """
 
     def __init__(
@@ -114,6 +139,7 @@ class FullySharded:
         )
         self._rows = NamedSharding(self.mesh, PartitionSpec(None, (DATA, FSDP)))
 
+        # The step sees split parameters as ``Shard``s; specs and optimizer see plain arrays.
         def totals(params, key, batch):
             params = jax.tree.map(
                 lambda leaf, axis: leaf if axis == 0 else Shard(part=leaf, axis=axis, over=FSDP),
@@ -136,7 +162,7 @@ class FullySharded:
                 "grads": param_specs,
                 **dict.fromkeys(("nats", "tokens", "read"), PartitionSpec()),
             },
-            check_vma=False,  # the gradient is taken inside, and summed by hand
+            check_vma=False,  # gradients are taken inside, and ``sum_over_devices`` sums them
         )
 
         def run(state: TrainState, batch: Batch):
@@ -147,19 +173,19 @@ class FullySharded:
         self.run = jax.jit(run, donate_argnums=0, out_shardings=(self.shardings, whole))
 
     def init(self, make: Callable[[], TrainState]) -> TrainState:
-        """The state that ``make`` makes, made in parts: no device ever holds all of it."""
+        """Return the state that ``make`` returns, computed in parts: no device holds all of it."""
         return jax.jit(make, out_shardings=self.shardings)()
 
     def place(self, state: TrainState) -> TrainState:
-        """Copy the parts of a whole state to their devices; the steps may donate the copies."""
+        """Copy the parts of a whole state to their devices; a step may donate the copies."""
         return _placed(state, self.shardings)
 
     def for_evaluation(self, params: Params) -> Params:
-        """Parameters of a placed state, whole, in the host's memory."""
+        """Return whole parameters of a placed state in the host's memory."""
         return jax.tree.map(whole_on_host, params)
 
     def shard(self, batch: dict) -> dict[str, jax.Array]:
-        """Rows [B_local, …] of this process as its part of a global [A, b, …]."""
+        """Make global arrays [A, b, …], of which this process has the rows [B_local, …]."""
         return {
             name: jax.make_array_from_process_local_data(
                 self._rows,
@@ -169,15 +195,22 @@ class FullySharded:
         }
 
     def __call__(self, state: TrainState, batch: dict):
-        """A step from a placed state, which it donates, and a batch as the loader gives it."""
+        """Run one step on a batch of the loader, from a placed state, which the step donates."""
         return self.run(state, self.shard(batch))
 
 
 def split_axes(params: Params, parts: int, stacked: str | None) -> Any:
-    """The axis of each parameter that is split into ``parts``, counted from its end; 0 for none.
+    """Choose the axis along which each parameter is split; small arrays stay whole.
 
-    It is the longest that can be divided, and never the axis of the layers, which a scan takes
-    apart: the first one of arrays under the name ``stacked``. Small arrays stay whole.
+    Args:
+        params: the parameters, possibly abstract.
+        parts: the number of parts.
+        stacked: the name of the subtree whose arrays have an axis of layers in front. That axis is
+            never split: a scan over the layers takes slices of it.
+
+    Returns:
+        A tree of axes, counted from the end (-1 is the last one), and 0 for no axis. The axis is
+        the longest whose length ``parts`` divides.
     """
 
     def axis_of(path, leaf):
@@ -192,13 +225,18 @@ def split_axes(params: Params, parts: int, stacked: str | None) -> Any:
 
 
 def _spec(leaf, axis: int) -> PartitionSpec:
+    """The partition of an array that is split along ``axis``, as ``split_axes`` returns it."""
     if axis == 0:
         return PartitionSpec()
     return PartitionSpec(*([None] * (leaf.ndim + axis)), FSDP)
 
 
 def _state_specs(state: TrainState, param_specs: Any) -> TrainState:
-    """Parameters as given, and whatever has the name and shape of a parameter like it."""
+    """The partition of each array of the state.
+
+    The optimizer's averages have the path of their parameter at the end of their own path, and its
+    shape: such arrays are split like the parameter. All others are replicated.
+    """
     names = partial(jax.tree_util.keystr, simple=True, separator="/")
     known = {
         names(path): (leaf.shape, spec)
@@ -221,10 +259,10 @@ def _state_specs(state: TrainState, param_specs: Any) -> TrainState:
 
 
 def _placed(state: TrainState, shardings: TrainState) -> TrainState:
-    """A copy of a whole state on the devices, which shares no memory with ``state``.
+    """Copy a whole state to the devices; the copy shares no memory with ``state``.
 
-    It is made array by array through the host. ``jax.device_put`` would keep an array that is on
-    a device already as the first replica, and a step would then donate the caller's array.
+    Arrays are copied one by one through the host. ``jax.device_put`` would reuse an array that is
+    already on a device as its first replica, and a step would then donate the caller's array.
     """
     key: Any = shardings.key
     placed = jax.tree.map(
@@ -236,9 +274,9 @@ def _placed(state: TrainState, shardings: TrainState) -> TrainState:
 
 
 def _put(leaf, sharding: NamedSharding) -> jax.Array:
-    """A copy of a whole array, of which this process makes its own devices' parts."""
+    """Copy the parts of a whole array to this process's devices."""
     array = np.asarray(leaf)
-    # On a CPU a device takes over the memory that it is given: each gets memory of its own.
+    # A CPU device takes over the memory that it is given, so each device gets a copy of its own.
     parts = [
         jax.device_put(np.array(array[index]), device)
         for device, index in sharding.addressable_devices_indices_map(array.shape).items()
@@ -247,7 +285,7 @@ def _put(leaf, sharding: NamedSharding) -> jax.Array:
 
 
 def check_mesh(num_devices: int, fsdp: int) -> None:
-    """Raises UserError unless ``fsdp`` divides the devices."""
+    """Raise UserError unless ``fsdp`` divides the number of devices."""
     if fsdp < 1 or num_devices % fsdp:
         divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
         raise UserError(
@@ -257,7 +295,7 @@ def check_mesh(num_devices: int, fsdp: int) -> None:
 
 
 def check_batch_size(batch_size: int, num_devices: int, accumulate: int) -> None:
-    """Raises UserError unless every micro-batch of every device has the same number of rows."""
+    """Raise UserError unless every micro-batch of every device has the same number of rows."""
     if accumulate < 1:
         raise UserError(f"accumulate must be at least 1, got {accumulate}")
     unit = num_devices * accumulate

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a clean end before training, and a last checkpoint during it."""
+"""SIGTERM and SIGINT: a clean exit before training starts, and a last checkpoint during it."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Catch SIGTERM and SIGINT; yields ``stop(step) -> bool``, whether one has come.
+    """Catch SIGTERM and SIGINT; yields ``stop(step)``, which tells whether to stop after a step.
 
-    A first SIGINT or SIGTERM is acknowledged by a line on standard error at once, even while XLA
-    compiles; a second one acts as usual. With several processes the coordinator decides, so that
-    all of them stop after the same step. Outside of the main thread no handler can be set, and
-    ``stop`` is always False.
+    The first signal is acknowledged at once by a line on standard error, even while XLA compiles; a
+    second one acts as it does by default. In a run of several processes the coordinator decides, so
+    that all of them stop after the same step. Outside of the main thread no handler can be set, and
+    ``stop`` always returns False.
     """
     if jax.process_count() > 1:
         with _handlers({signal.SIGINT: USUAL[signal.SIGINT]}):
@@ -38,9 +38,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
 @contextmanager
 def leave_on_signals() -> Iterator[None]:
-    """End the program with exit code 0 on SIGTERM or SIGINT, before ``train`` takes over.
+    """Exit with code 0 on SIGTERM or SIGINT in this block, or until ``stop_requests`` replaces it.
 
-    Partly written files are removed on the way out by the code that was writing them.
+    The exit is an exception, so code that was writing a file removes the incomplete file.
     """
 
     def leave(number, frame):
@@ -52,11 +52,13 @@ def leave_on_signals() -> Iterator[None]:
 
 
 ANSWER = b"\nnote: stopping after the step under way; once more to stop at once\n"
+# The handlers that Python starts with.
 USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
 @contextmanager
 def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    """Set signal handlers for the block, if it runs in the main thread."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, new) for number, new in handlers.items()}
@@ -64,17 +66,17 @@ def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # None is one that was not set from Python
+            if handler is not None:  # None stands for a handler that was not set from Python
                 signal.signal(number, handler)
 
 
 @contextmanager
 def _answer_at_once(line: bytes) -> Iterator[None]:
-    """Write ``line`` to standard error when the first of the signals in ``USUAL`` arrives.
+    """Write ``line`` to standard error as soon as one of the signals in ``USUAL`` arrives.
 
-    Python runs a signal's handler when the main thread is back in Python code, which takes as long
-    as XLA compiles. The interpreter's handler in C runs at once and writes the signal's number to
-    the wakeup descriptor, where a thread waits for it.
+    Python runs a signal handler only when the main thread is back in Python code, which may be
+    minutes later if XLA is compiling. The interpreter's own handler, in C, runs at once and writes
+    the number of the signal to the wakeup descriptor. A thread waits at the other end of that pipe.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -84,7 +86,7 @@ def _answer_at_once(line: bytes) -> Iterator[None]:
 
     def answer():
         while (number := os.read(read, 1)[0]) not in (0, *USUAL):
-            pass  # another signal, such as SIGCHLD
+            pass  # some other signal, such as SIGCHLD
         if number:
             with suppress(OSError):
                 os.write(2, line)

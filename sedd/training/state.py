@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The training state: parameters, their average, the optimizer's state, and the random key."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,15 @@ from sedd.types import Array, Float, Int, Key, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """A pytree. ``step`` counts updates; ``key`` never changes, steps are folded into it."""
+    """The state of a training run; a pytree.
+
+    Args:
+        step: the number of updates so far.
+        params: the parameters.
+        opt_state: the optimizer's state.
+        ema_params: the moving average of the parameters, which is validated and sampled.
+        key: the key of the run. It never changes: a step folds its number into it.
+    """
 
     step: Int[Array, ""]
     params: Params
@@ -32,9 +40,16 @@ def init_state(
     *,
     params: Params | None = None,
 ) -> TrainState:
-    """The state before the first step; ``params`` replaces a fresh initialisation.
+    """Return the state before the first step.
 
-    ``jax.eval_shape(lambda: init_state(…))`` is what a checkpoint is restored into.
+    ``jax.eval_shape(lambda: init_state(…))`` gives the abstract state that a checkpoint is restored
+    into.
+
+    Args:
+        network: makes the parameters.
+        optimizer: makes its state.
+        seed: determines the parameters and the key of the run.
+        params: parameters to start from, in place of new ones.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -44,35 +59,38 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),  # pyright: ignore[reportArgumentType]
-        # Buffers of their own: the step donates its state, and no buffer can be donated twice.
+        # A copy: the step donates its state, and no buffer can be donated twice.
         ema_params=jax.tree.map(jnp.copy, params),
         key=key,
     )
 
 
 def ema_decay_at(n: Int[Array, ""], decay: float) -> Float[Array, ""]:
-    """min(decay, (1 + n)/(10 + n)) at update n = 1, 2, …: the average forgets its start quickly."""
+    """Return the decay of the average at update n = 1, 2, …: min(decay, (1 + n)/(10 + n)).
+
+    The small decay at the start makes the average forget the initial parameters quickly.
+    """
     return jnp.minimum(decay, (1 + n) / (10 + n))
 
 
 def update_ema(ema_params: Params, params: Params, n: Int[Array, ""], decay: float) -> Params:
-    """The average after update n = 1, 2, …"""
+    """Return the average after update n = 1, 2, …, given the average before it."""
     fresh = 1 - ema_decay_at(n, decay)
     return jax.tree.map(lambda ema, new: ema + fresh * (new - ema), ema_params, params)
 
 
 def one_replica(tree: Any) -> Any:
-    """The first local replica of replicated arrays, without a copy.
+    """Return the first local replica of replicated arrays, without a copy.
 
-    It shares the replicated arrays' memory, and goes when a step donates them.
+    The result shares the memory of the arrays, and is invalid after a step has donated them.
     """
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def to_host(state: TrainState) -> TrainState:
-    """A copy in numpy of the whole state, the key as its uint32 data.
+    """Copy the whole state to numpy arrays; the key becomes its uint32 data.
 
-    Where other processes hold parts of it, all of them must call this together.
+    If several processes hold parts of the state, all of them must call this function together.
     """
     if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         state = replace(state, key=jax.random.key_data(state.key))
@@ -80,8 +98,8 @@ def to_host(state: TrainState) -> TrainState:
 
 
 def whole_on_host(x: jax.Array) -> np.ndarray:
-    """A copy of the whole array; where other processes hold parts of it, all must call this."""
-    # A plain np.asarray would be a view of device memory on CPU, which the next step reuses.
+    """Copy a whole array to numpy; if several processes hold parts, all must call it together."""
+    # On a CPU, np.asarray would be a view of the device's memory, which the next step overwrites.
     if x.is_fully_replicated:
         return np.array(x.addressable_data(0))
     if x.is_fully_addressable:
@@ -90,5 +108,5 @@ def whole_on_host(x: jax.Array) -> np.ndarray:
 
 
 def from_host(state: TrainState) -> TrainState:
-    """The inverse of ``to_host``; the parameters stay in numpy."""
+    """Undo ``to_host``: restore the key; all other arrays stay in numpy."""
     return replace(state, key=jax.random.wrap_key_data(jnp.asarray(state.key)))

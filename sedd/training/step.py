@@ -1,4 +1,9 @@
-"""One training step on one device."""
+"""One training step, as it runs on one device.
+
+The step is written for the examples that one device holds, and reduces over devices explicitly
+(``sum_over_devices``). The same function runs under ``jax.pmap``, inside ``jax.shard_map``, and on
+one device without either.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +27,19 @@ AxisNames = str | tuple[str, ...] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of training, as pure functions: ``totals`` of a batch, then an ``update`` of them.
+    """One training step, as two pure functions: ``totals`` of a batch, then an ``update``.
 
-    What is minimised is the mean over the global batch, ``batch_size`` sequences, of each
-    sequence's summed nats.
+    The objective of the optimizer is the mean over the sequences of the global batch, where a
+    sequence counts the sum of its nats.
+
+    Args:
+        network: the network.
+        objective: the loss and its corruption.
+        optimizer: the optimizer.
+        ema_decay: decay of the averaged parameters.
+        batch_size: sequences of the global batch.
+        stratified: whether the noise levels of a batch are spread evenly over [0, 1).
+        skip_nonfinite: whether an update is skipped if the loss or the gradient is not finite.
     """
 
     network: Network
@@ -39,18 +53,24 @@ class Step:
     def __call__(
         self, state: TrainState, batch: Batch, *, axis_name: AxisNames
     ) -> tuple[TrainState, Metrics]:
-        """Both, where each device holds the whole state. See ``totals``, ``update``."""
+        """Run ``totals`` and ``update``; each device holds the whole state."""
         key = jax.random.fold_in(state.key, state.step)
         return self.update(state, self.totals(state.params, key, batch, axis_name=axis_name))
 
     def totals(self, params: Params, key: Array, batch: Batch, *, axis_name: AxisNames) -> Totals:
-        """Sums over the global batch: ``grads``, ``nats``, ``tokens`` (scored) and ``read``.
+        """Compute sums over the global batch, one micro-batch after the other.
 
-        ``batch`` is one device's part of it, in A micro-batches of b sequences, whose gradients are
-        summed one after the other: ``x0`` [A, b, L], ``scored`` [A, b, L], and ``index`` [A, b],
-        each sequence's place in the global batch. ``axis_name`` is the mapped axes over devices;
-        ``None`` where one program holds the whole batch. ``read`` counts the positions that were
-        read out. Parameters that are a ``Shard`` get the gradient of their part.
+        Args:
+            params: the parameters. A ``Shard`` among them gets the gradient of its part.
+            key: the key of the step.
+            batch: this device's part of the batch, A micro-batches of b sequences: ``x0`` and
+                ``scored`` [A, b, L], and ``index`` [A, b], each sequence's place in the global
+                batch.
+            axis_name: the mapped axes over devices; None if one program holds the whole batch.
+
+        Returns:
+            ``grads``, and the sums ``nats``, ``tokens`` (scored ones) and ``read`` (positions at
+            which the output layer ran).
         """
 
         def accumulate(totals, batch):
@@ -66,6 +86,7 @@ class Step:
         return sum_over_devices(totals, axis_name)
 
     def _micro_batch(self, params, key, batch) -> Totals:
+        """The sums over one micro-batch: corrupt it, then differentiate its summed nats."""
         times_key, corruption_key, dropout_key = jax.random.split(key, 3)
         u_B = draw_uniform(times_key, batch["index"], self.batch_size, stratified=self.stratified)
         corrupted = self.objective.corrupt(
@@ -87,11 +108,11 @@ class Step:
         }
 
     def update(self, state: TrainState, totals: Totals) -> tuple[TrainState, Metrics]:
-        """The state after it, and metrics of the global batch.
+        """Apply the optimizer; return the new state, and metrics of the global batch.
 
-        They are ``loss`` (nats per scored token), ``grad_norm`` (before clipping), ``tokens`` and
-        ``read``. With ``skip_nonfinite`` a step whose loss or gradient is not finite changes
-        nothing but ``step``, and ``skipped`` says so (0 or 1).
+        The metrics are ``loss`` (nats per scored token), ``grad_norm`` (before clipping),
+        ``tokens`` and ``read``. With ``skip_nonfinite`` there is also ``skipped``: 1 if loss or
+        gradient is not finite. Such an update changes only ``step``.
         """
         grads = jax.tree.map(lambda g: g / self.batch_size, totals["grads"])
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -118,22 +139,28 @@ class Step:
 
 
 def keep_if_finite(new: Any, old: Any, finite: Array) -> Any:
-    """The tree ``new`` where ``finite``, a scalar, holds, and ``old`` where it does not."""
+    """Return the tree ``new`` if ``finite`` (a traced scalar) is true, else the tree ``old``."""
     return jax.tree.map(partial(jnp.where, finite), new, old)
 
 
 def keys_of(key, index_B):
-    """One key an example, by its place in the global batch: the same on any number of devices."""
+    """Return one key for each example, from its place in the global batch.
+
+    An example has the same key on any number of devices.
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
 
 
 def sum_over_devices(tree: Any, axis_name: AxisNames) -> Any:
-    """The only collective of a step, but for those of ``Shard``.
+    """Sum a tree over devices: the only collective of a step except for those of ``Shard``.
 
-    It takes sums and the caller divides by global counts. A mean of per-device means is wrong where
-    devices hold different numbers of scored tokens; and where the mapped program tracks which
-    values vary over devices, gradients of shared parameters come summed already, and Adam hides it.
-    The gradient of a ``Shard`` is summed over its own axis already.
+    Numerators and denominators are summed separately, and the caller divides. A mean of the
+    devices' means would be wrong, since they hold different numbers of scored tokens.
+
+    The mapped programs do not track which values vary over devices (``check_vma=False``). If they
+    did, gradients of shared parameters would already be summed here, and a second sum would only
+    scale them, which Adam hides. The gradient of a ``Shard`` is already summed over the axis of its
+    parts, and is summed over the other axes here.
     """
     if axis_name is None:
         return tree

@@ -1,4 +1,4 @@
-"""What the training loop counts between two logs: losses, skipped updates, time, profiles."""
+"""What the training loop counts between two records: losses, skipped updates, time, profiles."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from sedd.training.flops import peak_flops
 
 @dataclass
 class Window:
-    """Sums of loss, gradient norm and tokens since the last log.
+    """Sums of loss, gradient norm and tokens since the last record.
 
-    A checkpoint stores them, so that the means of a resumed run are those of one without a stop.
+    A checkpoint stores them, so that a resumed run records the same means as a run without a stop.
     """
 
     steps: int = 0
@@ -26,17 +26,19 @@ class Window:
     skipped: int = 0
 
     def add(self, loss: float, grad_norm: float, tokens: int) -> None:
+        """Count a step: its loss in nats per token, its gradient norm, its scored tokens."""
         self.steps += 1
         self.loss += loss
         self.grad_norm += grad_norm
         self.tokens += tokens
 
     def skip(self, tokens: int) -> None:
+        """Count a step whose update was skipped; it has no part in the means."""
         self.skipped += 1
         self.tokens += tokens
 
     def close(self) -> dict[str, Any]:
-        """The means over the steps that were not skipped, and an empty window."""
+        """Return the means over the steps that were not skipped, and start an empty window."""
         record: dict[str, Any] = {"tokens": self.tokens}
         if self.steps:
             means = {"loss": self.loss / self.steps, "grad_norm": self.grad_norm / self.steps}
@@ -49,16 +51,22 @@ class Window:
 
 @dataclass
 class Skips:
-    """Skipped updates: since the run began, and the latest ones in a row."""
+    """Skipped updates: all since the run began, and those in a row up to the last step."""
 
     total: int = 0
     in_a_row: int = 0
 
 
 class Profile:
-    """Record ``steps`` steps for a profiler's viewer, beginning ten steps after ``first``.
+    """Records some steps for a profiler's viewer.
 
-    The first step compiles and the next ones find the devices idle: neither is typical.
+    The recording starts ten steps after the start of the run, since the first steps are not
+    typical: they compile, and find the devices idle.
+
+    Args:
+        directory: where the recording is written.
+        first: the step that the run starts from.
+        steps: how many steps are recorded.
     """
 
     def __init__(self, directory: Path, first: int, steps: int):
@@ -67,9 +75,11 @@ class Profile:
         self.running = False
 
     def due(self, step: int) -> bool:
+        """Whether the recording starts or ends before the next step."""
         return step in self.between
 
     def toggle(self) -> None:
+        """Start the recording, or end it and write its files."""
         if self.running:
             jax.profiler.stop_trace()
         else:
@@ -78,12 +88,20 @@ class Profile:
 
 
 class Clock:
-    """Measures the speed between two logs, without the first step (it compiles) and pauses."""
+    """Measures the speed between two records, without pauses and without the first step.
+
+    The first step is left out because it compiles.
+
+    Args:
+        flops: ``flops(read=rows)``, the FLOPs of a step whose output layer runs at ``rows``
+            positions; None if they are not known.
+        num_devices: the devices of the run.
+    """
 
     def __init__(self, flops: Callable[..., float] | None = None, num_devices: int = 1):
         self.flops, self.num_devices = flops, num_devices
-        self.since: float | None = None  # the end of the last step before those that are counted
-        self.last = 0.0  # the end of the last one of them
+        self.since: float | None = None  # when the counted steps began
+        self.last = 0.0  # when the last one of them ended
         self._zero()
 
     def _zero(self) -> None:
@@ -91,7 +109,13 @@ class Clock:
         self.waited = 0.0
 
     def tick(self, tokens: int, read: int, done: float) -> None:
-        """Count a step that ended at ``done``: its scored tokens and the positions read out."""
+        """Count a step.
+
+        Args:
+            tokens: its scored tokens.
+            read: positions at which its output layer ran.
+            done: when it ended, by ``time.perf_counter``.
+        """
         self.last = done
         if self.since is None:
             self.since = done
@@ -103,6 +127,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Leave out the time of the block, such as a validation."""
         start = time.perf_counter()
         yield
         if self.since is not None:
@@ -116,7 +141,11 @@ class Clock:
         self.waited += time.perf_counter() - start
 
     def speeds(self) -> dict[str, float]:
-        """Tokens and steps a second of all devices; TFLOP/s of one; MFU where its peak is known."""
+        """Return the speeds since the last call, and start to count anew.
+
+        They are tokens and steps per second of all devices, the share of the time spent waiting for
+        data, TFLOP/s of one device if the FLOPs are known, and the MFU if the device's peak is.
+        """
         if self.since is None or self.last <= self.since:
             return {}
         seconds = self.last - self.since
