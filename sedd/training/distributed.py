@@ -123,7 +123,7 @@ def _explain_abort() -> None:
     When a peer dies, a C++ thread of JAX aborts this process: it prints a stack trace, and no
     Python code runs any more. The watcher reads from a pipe that only this process holds open. At a
     normal exit this process writes a byte into it; if the pipe closes without a byte, the process
-    was aborted and the watcher prints ``GONE``. It ignores signals, so that it outlives this process.
+    was aborted and the watcher prints ``GONE``. It ignores signals, and so outlives this process.
     """
     watch = (
         "import signal, sys\n"
