@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from sedd.constraints import Automaton, compile_regex
 from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_prompt
-from sedd.constraints.json_schema import regex_to_compile
+from sedd.constraints.json_schema import DEPTH, MAX_NESTING, regex_to_compile
 from sedd.constraints.spans import Given
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError, did_you_mean
@@ -29,6 +29,7 @@ FIELD_TYPES: dict[str, tuple[Any, str]] = {  # of a line's fields; null is the d
     "seed": (int, "a whole number"),
     "regex": ((str, list), "a string, or a list with one or null for each gap"),
     "json_schema": ((dict, list), "an object, or a list with one or null for each gap"),
+    "json_schema_depth": (int, "a whole number"),
     "temperature": ((int, float), "a number"),
     "top_k": (int, "a whole number"),
     "top_p": ((int, float), "a number"),
@@ -62,6 +63,8 @@ class Request:
     text in between, or a list with one or None for each gap."""
     json_schema: Any = None
     """JSON Schema of the free text, in the same form; excludes regex."""
+    json_schema_depth: int | None = None
+    """How deep values nest where the JSON Schema sets no limit; None takes the default depth."""
     temperature: float | None = None
     """See ``Reshape``, as for the next three; None leaves the number to the command."""
     top_k: int | None = None
@@ -82,6 +85,12 @@ class Request:
             raise UserError("infill already holds its context: give no prompt or suffix beside it")
         if self.regex is not None and self.json_schema is not None:
             raise UserError("regex and json_schema: give one of them")
+        if self.json_schema_depth is not None:
+            depth = self.json_schema_depth
+            if self.json_schema is None:
+                raise FieldError("json_schema_depth", f"is {depth}, but there is no json_schema")
+            if not 0 <= depth <= MAX_NESTING:
+                raise FieldError("json_schema_depth", f"must be in 0..{MAX_NESTING}, got {depth}")
 
     def clamp(self, tokenizer: Tokenizer, default_length: int) -> Clamp:
         """The given and the free tokens; UserError where the text does not fit the length."""
@@ -97,7 +106,9 @@ class Request:
         """
         given, compiled = self.regex, _compile_regex
         if given is None:
-            given, compiled = self.json_schema, _compile_json_schema
+            depth = DEPTH if self.json_schema_depth is None else self.json_schema_depth
+            given = self.json_schema
+            compiled = functools.partial(_compile_json_schema, depth=depth)
         if given is None:
             return None
 
@@ -113,8 +124,10 @@ def _compile_regex(pattern: Any, tokenizer: Tokenizer, cache_dir: Path | None) -
     return _compiled(pattern, tokenizer, cache_dir)
 
 
-def _compile_json_schema(schema: Any, tokenizer: Tokenizer, cache_dir: Path | None) -> Automaton:
-    with regex_to_compile(schema) as pattern:
+def _compile_json_schema(
+    schema: Any, tokenizer: Tokenizer, cache_dir: Path | None, *, depth: int
+) -> Automaton:
+    with regex_to_compile(schema, depth=depth) as pattern:
         return _compiled(pattern, tokenizer, cache_dir)
 
 

@@ -215,6 +215,7 @@ SAMPLE = [
     ("--trace {place}/t.html.gz", "--trace {place}/t.html.gz: the name must end in .html or .htm"),
     ("--trace -", "--trace -: the name must end in .html or .htm"),
 ]
+DEPTH = "--json-schema-depth must be in 0..64, got "
 MODEL = "act on the conditional of clean tokens, which exists on the absorbing process only"
 LATER = "needs a time-independent model: this one depends on the noise level (euler, tweedie and"
 UNMASKED = "needs a model of the absorbing process: this one's lets visible tokens be wrong ("
@@ -244,6 +245,20 @@ SAMPLERS = [  # of the options of sampling
     ),
     ("--json-schema {{}}}}", "--json-schema: not JSON"),
     ('--json-schema {{"type":3}}', "#/type"),
+    (
+        '--json-schema {{"type":"array","items":{{"$ref":"#"}}}} --json-schema-depth 40',
+        "#/items: the regex has more than 262144 characters; a depth below 40 shortens it",
+    ),
+    (
+        '--json-schema {{"required":["a"],"properties":{{"a":{{"$ref":"#"}}}}}} '
+        "--json-schema-depth 0",
+        "no value ends at depth 0",
+    ),
+    ('--json-schema {{"anyOf":[{{"const":1}},{{"$ref":"#"}}]}} --json-schema-depth 65', DEPTH),
+    ("--json-schema {{}} --json-schema-depth -1", DEPTH),
+    ("--json-schema-depth 3", "--json-schema-depth 3: it limits a JSON schema, and none is given"),
+    ("--regex a --json-schema-depth 0", "--json-schema-depth 0: it limits a JSON schema, and non"),
+    ("--requests {text} --json-schema-depth 1", "write json_schema_depth into its lines"),
     ("--regex a b", "2 constraints for 1 gaps"),
     (
         "--regex [ab]+ --infill {{mask:2}}z{{mask:2}}",

@@ -17,7 +17,7 @@ from sedd.commands.answers import Answer, Answering, Asked
 from sedd.commands.asking import Survey
 from sedd.constraints.clamp import Clamp, from_infill, from_prompt
 from sedd.constraints.spans import spans_of
-from sedd.data.tokenizers import Pretrained
+from sedd.data.tokenizers import Bytes, Pretrained
 from sedd.errors import UserError
 from sedd.requests import FIELD_TYPES, Request, RequestFile
 from sedd.samplers.tweedie import Tweedie
@@ -117,6 +117,10 @@ def test_a_file_of_wide_characters_is_one_error(tmp_path, encoding):
         ('{"json_schema": 3}', "json_schema must be an object"),
         ('{"json_schema": {"type": "integer", "multipleOf": 0.5}}', "#/multipleOf"),
         ('{"json_schema": {"type": "strin"}}', "#/type"),
+        ('{"json_schema": {}, "json_schema_depth": "3"}', "json_schema_depth must be a whole"),
+        ('{"json_schema": {}, "json_schema_depth": -1}', "json_schema_depth must be in 0..64"),
+        ('{"json_schema_depth": 3}', "json_schema_depth is 3, but there is no json_schema"),
+        ('{"regex": "a", "json_schema_depth": 0}', "json_schema_depth is 0, but there is no json"),
         ('{"prompt": "a"', "not JSON"),
         ("prompt", "not JSON"),
         ("[" * 100_000, "not JSON"),
@@ -338,6 +342,29 @@ def test_constraints_of_requests(tmp_path):
         [],
     ]
     assert spans[0][0].automaton.pattern == "[ab]{3}"
+
+
+@pytest.mark.parametrize(
+    ("schema", "around"),
+    [
+        ({"anyOf": [{"const": 1}, {"type": "array", "items": {"$ref": "#"}}]}, "[{}]"),
+        ({"anyOf": [{"const": 1}, {"additionalProperties": {"$ref": "#"}}]}, '{{"a": {}}}'),
+        ({}, "[{}]"),
+    ],
+)
+def test_the_depth_of_a_schema(tmp_path, schema, around):
+    """A line's depth, one of a Python request, and the default, on one schema of each kind."""
+    path = tmp_path / "requests.jsonl"
+    lines = [{"json_schema": schema, "json_schema_depth": depth} for depth in (0, 1, None, 3)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with RequestFile(path) as file:
+        given = [request.constraint(Bytes(), None) for request in file.read(0, lambda one: one)]
+    for automaton, depth in zip(given, (0, 1, 2, 3), strict=True):
+        text = "1"
+        for _ in range(depth):
+            text = around.format(text)
+        assert automaton.accepts(text.encode())
+        assert not automaton.accepts(around.format(text).encode())
 
 
 def test_requests_with_the_same_regex_share_an_automaton(tmp_path):

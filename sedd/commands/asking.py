@@ -127,7 +127,8 @@ class Asking:
                 yield lambda: file.read(command.seed, self)
             return
         schemas = [read_schema(given) for given in command.json_schema]
-        texts = {name: getattr(command, name) for name in ("prompt", "suffix", "infill", "length")}
+        taken = ("prompt", "suffix", "infill", "length", "json_schema_depth")
+        texts = {name: getattr(command, name) for name in taken}
         first = self(
             Request(
                 id=0,

@@ -55,12 +55,16 @@ class SampleCommand:
     infill: Annotated[str | None, unset("TEXT")] = None
     """Text with gaps: "text with {mask:12} gaps" leaves twelve tokens free."""
     requests: Annotated[Path | None, unset("FILE.jsonl")] = None
-    """One request a line, an object: id, prompt or infill, suffix, length, seed, regex or
-    json_schema, temperature, top_k, top_p, guidance, and sampler, options that differ."""
+    """One request a line, an object: id, prompt or infill, suffix, length, seed, regex, or
+    json_schema and json_schema_depth, temperature, top_k, top_p, guidance, and sampler, options
+    that differ."""
     regex: Annotated[tuple[str, ...], unset("REGEX")] = ()
     """Regex that the free text must match: one for all of it, or one for each gap."""
     json_schema: Annotated[tuple[str, ...], unset("FILE.json|'{…}'")] = ()
     """JSON Schema of the free text, a file or inline: one for all of it, or one for each gap."""
+    json_schema_depth: Annotated[int | None, unset("INT")] = None
+    """How deep values nest where the JSON Schema sets no limit, as in a recursive $ref; by default
+    2."""
     rule: Literal["joint", "dingo"] = "joint"
     """How a step draws under a regex: jointly by the model, or by DINGO's rule."""
     temperature: float = 1.0
@@ -154,13 +158,24 @@ def check_files(command: SampleCommand) -> None:
         raise UserError("--regex and --json-schema: give one of them")
     for given in command.json_schema:
         read_schema(given)
+    depth = command.json_schema_depth
     if command.requests is not None:
         if command.regex or command.json_schema:
             raise UserError("--requests holds the constraints: give no --regex or --json-schema")
+        if depth is not None:
+            raise UserError(
+                f"--json-schema-depth {depth}: --requests holds the constraints; write "
+                "json_schema_depth into its lines"
+            )
         if command.prompt or command.suffix or command.infill is not None:
             raise UserError("--requests holds the prompts: give no --prompt, --suffix or --infill")
         if command.num != 1:
             raise UserError(f"--num {command.num}: --requests says how many sequences there are")
+    elif depth is not None and not command.json_schema:
+        raise UserError(
+            f"--json-schema-depth {depth}: it limits a JSON schema, and none is given; "
+            "give --json-schema as well"
+        )
 
 
 def read_schema(given: str) -> Any:

@@ -65,8 +65,8 @@ def compile_json_schema(
     Args:
         schema: the schema as ``json.loads`` returns it.
         vocabulary: as for ``compile_regex``.
-        depth: how deep values nest where the schema sets no limit, 0 or more: a schema that allows
-            any value, and a reference within its own target.
+        depth: how deep values nest where the schema sets no limit, 0 to 64: in a schema that allows
+            any value, and in a reference within its own target.
         eos_id: as for ``compile_regex``.
         cache_dir: as for ``compile_regex``.
 

@@ -54,6 +54,8 @@ COMBINERS = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", *DEPENDENCIES)
 NOT_SCHEMAS = ("enum", "const", "default", "examples", "example")  # values, whatever they look like
 LATEST = 2020
 MAX_LEAVES = 2_000  # of one schema: conjunctions of disjunctions multiply
+# Far above any real schema's; Python's own stack ends at about three times that.
+MAX_NESTING = 64
 
 Part = tuple[Mapping[str, Any], Path]  # a schema, read for its plain keywords, and where it stands
 Where = tuple[Any, Path]  # a schema and where it stands
@@ -196,6 +198,8 @@ class Reader:
             problem = f"{around}, and no value ends at depth {self.depth}"
             self.conflict = self.lost = (*path, "$ref"), problem
             return replace(NOTHING, exact=False)
+        if len(self.open) > MAX_NESTING:
+            refuse((*path, "$ref"), f"references nest more than {MAX_NESTING} deep")
         self.open.append(where)
         found = self.leaves(self._at(where), where, negated=negated)
         self.open.pop()

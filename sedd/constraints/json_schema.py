@@ -39,6 +39,7 @@ from typing import Any
 from sedd.constraints.automaton import compile_bytes
 from sedd.constraints.json_leaves import (
     ANNOTATIONS,
+    MAX_NESTING,
     Leaf,
     Part,
     Reader,
@@ -60,9 +61,9 @@ from sedd.constraints.json_text import (
 )
 from sedd.constraints.json_values import ALL_TYPES, TYPES, counted, dumps, names_of, same, types_of
 from sedd.constraints.regex import RegexError
+from sedd.errors import FieldError
 
 DEPTH = 2  # of values where the schema sets no limit
-MAX_NESTING = 64  # far above any real schema's; Python's own stack ends at about three times that
 MAX_CHARACTERS = 2**18  # of a regex: references to references can double it at each step
 MAX_PERMUTED = 4  # distinct items in any order up to here, in the enum's order beyond
 
@@ -72,8 +73,8 @@ def schema_to_regex(schema: Any, *, depth: int = DEPTH, compact: bool = False) -
 
     Args:
         schema: a JSON schema as ``json.loads`` returns it.
-        depth: how deep values nest where the schema sets no limit, 0 or more: a schema that allows
-            any value, and a reference within its own target.
+        depth: how deep values nest where the schema sets no limit, 0 to ``MAX_NESTING``: in a
+            schema that allows any value, and in a reference within its own target.
         compact: leave out the spaces after ``:`` and ``,``.
 
     Raises:
@@ -103,8 +104,10 @@ class _Converter:
     """The conversion of one document. Methods return None where no value is possible."""
 
     def __init__(self, root: Any, depth: int, compact: bool):
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
-            refuse((), f"depth must be a whole number from 0 up, got {show(depth)}")
+        whole = isinstance(depth, int) and not isinstance(depth, bool)
+        if not (whole and 0 <= depth <= MAX_NESTING):
+            wanted = f"must be a whole number in 0..{MAX_NESTING}"
+            raise FieldError("depth", f"{wanted}, got {show(depth)}")
         self.root, self.depth = root, depth
         self.separators = (",", ":") if compact else (", ", ": ")
         self.comma, self.colon = self.separators
@@ -137,7 +140,7 @@ class _Converter:
 
     def _value(self, schemas: Sequence[Where], path: Path) -> str | None:
         if all(_is_free(schema) for schema, _ in schemas):
-            return self._anything(self.depth)
+            return self._anything(self.depth, path)
         texts = [
             text
             for leaf in self.reader.conjunction(schemas).leaves
@@ -147,9 +150,14 @@ class _Converter:
             return None
         text = one_of(texts)
         self.made.append((path, text))
-        if len(text) > MAX_CHARACTERS:
-            refuse(path, f"the regex has more than {MAX_CHARACTERS} characters")
+        self._check_length(text, path, unrolled=bool(self.reader.recursive))
         return text
+
+    def _check_length(self, text: str, path: Path, *, unrolled: bool) -> None:
+        """Refuse a regex that is too long; ``unrolled``: a smaller depth makes it shorter."""
+        if len(text) > MAX_CHARACTERS:
+            advice = f"; a depth below {self.depth} shortens it" if unrolled and self.depth else ""
+            refuse(path, f"the regex has more than {MAX_CHARACTERS} characters{advice}")
 
     def _leaf(self, leaf: Leaf, path: Path) -> str | None:
         """The regex of a leaf, with its recursive references open."""
@@ -197,7 +205,7 @@ class _Converter:
             return self._object(leaf, path)
         return self._array(list(leaf.about("array")), path)
 
-    def _anything(self, depth: int) -> str:
+    def _anything(self, depth: int, path: Path) -> str:
         """Any value whose arrays and objects nest at most ``depth`` deep."""
         scalars = [
             self._typed(name, Leaf(), (), True)
@@ -205,7 +213,8 @@ class _Converter:
         ]
         texts = [text for text in scalars if text is not None]
         if depth:
-            inner = self._anything(depth - 1)
+            inner = self._anything(depth - 1, path)
+            self._check_length(inner, path, unrolled=True)
             texts += [self._map([(f'"{TEXT.text}"', inner)], 0, math.inf)]
             texts += [self._list(inner, 0, math.inf)]
         return one_of(texts)
@@ -213,7 +222,7 @@ class _Converter:
     def _inside(self, schemas: Sequence[Where]) -> str | None:
         """The items of a list or values of a map: any value is one level less deep there."""
         if all(_is_free(schema) for schema, _ in schemas):
-            return self._anything(self.depth - 1) if self.depth else None
+            return self._anything(self.depth - 1, schemas[0][1]) if self.depth else None
         return self.value(schemas)
 
     # -------------------------------------------------------------------------- strings
