@@ -55,6 +55,19 @@ class ByteAutomaton:
                 return False
         return bool(self.accepting[state])
 
+    def overlaps(self, other: "ByteAutomaton") -> bool:
+        """Whether both patterns match some common text: a search through the product automaton."""
+        seen, stack = {(0, 0)}, [(0, 0)]
+        while stack:
+            a, b = stack.pop()
+            if self.accepting[a] and other.accepting[b]:
+                return True
+            both = zip(self.transitions[a].tolist(), other.transitions[b].tolist(), strict=True)
+            new = {pair for pair in both if min(pair) >= 0} - seen
+            seen |= new
+            stack.extend(new)
+        return False
+
 
 def compile_bytes(pattern: str, *, max_states: int = MAX_STATES) -> ByteAutomaton:
     """Compile a pattern of ``re.fullmatch(pattern, text, re.ASCII)`` to its minimal automaton.
