@@ -8,21 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sedd.constraints.regex import (
-    SURROGATES,
-    Alternate,
-    Chars,
-    Concat,
-    Joined,
-    Node,
-    Ranges,
-    RegexError,
-    Repeat,
-    complement,
-    parse_search,
-    union,
-    without,
-)
+from sedd.constraints.code_points import SURROGATES, Ranges, complement, union, without
+from sedd.constraints.regex import RegexError, parse_search
+from sedd.constraints.syntax_tree import Alternate, Chars, Concat, Joined, Node, Repeat
 from sedd.errors import UserError
 
 Path = tuple[str, ...]

@@ -1,41 +1,53 @@
-"""Regular expressions parsed to a tree of character sets, concatenations, choices and repeats.
+"""A parser of regular expressions.
 
-There is one reader with two entry points. ``parse`` reads the dialect of
-``re.fullmatch(pattern, text, re.ASCII)``. ``parse_search`` reads the ``pattern`` keyword of JSON
-Schema: the dialect on which ECMAScript and Python agree, matched anywhere in the text.
+It has two entry points. ``parse`` reads the dialect of ``re.fullmatch(pattern, text, re.ASCII)``.
+``parse_search`` reads the ``pattern`` keyword of JSON Schema: a pattern that is searched for
+anywhere in the text, in the dialect on which ECMAScript and Python agree. Both return a tree
+(``syntax_tree``), which ``automaton`` compiles.
 
 A construct that no finite automaton can express (look-around, back-references) raises
 ``RegexError`` with its position. So does every construct that Python warns about, such as the
-nested set in ``[[:alpha:]]``: its meaning is rarely what the author meant.
+nested set in ``[[:alpha:]]``, because it rarely means what its author intended.
 """
 
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
+from sedd.constraints.code_points import (
+    ANY,
+    CATEGORIES,
+    EVERYTHING,
+    PORTABLE_ANY,
+    SURROGATES,
+    Ranges,
+    complement,
+    disputed,
+    portable_complement,
+    union,
+    without_surrogates,
+)
+from sedd.constraints.syntax_tree import (
+    Alternate,
+    Anchor,
+    Chars,
+    Concat,
+    Joined,
+    Node,
+    Repeat,
+    is_empty,
+    with_lists,
+)
 from sedd.errors import UserError
 
-Ranges = tuple[tuple[int, int], ...]  # code points, both ends included, rising and apart
+MAX_DEPTH = 100  # of nested groups: functions on the tree recurse, and Python's stack is limited
+SHOWN = 40  # characters of a pattern that a message shows
 
-MAX_DEPTH = 100  # nested groups: functions that walk the tree recurse, and Python's stack is short
-SHOWN = 40  # characters of the pattern that a message shows
-SURROGATES = ((0xD800, 0xDFFF),)  # UTF-8 encodes none of them
-
-CATEGORIES: dict[str, Ranges] = {  # of re.ASCII
-    "d": ((0x30, 0x39),),
-    "s": ((0x09, 0x0D), (0x20, 0x20)),
-    "w": ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)),
-}
-LINE_ENDS = ((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))  # that "." excludes in ECMAScript
-# Characters outside the complement of a category in Python (Unicode) or in ECMAScript.
-DISPUTED = {"d": r"\d", "s": r"[\s\ufeff]", "w": r"\w"}
 CONTROLS = {"a": 0x07, "f": 0x0C, "n": 0x0A, "r": 0x0D, "t": 0x09, "v": 0x0B}
 COUNT = re.compile(r"\{([0-9]*)(?:(,)([0-9]*))?\}")
 SPACED_COUNT = re.compile(r"\{ *[0-9]+ *(?:, *(?:[0-9]+ *)?)?\}")
 HEXADECIMAL = {"x": 2, "u": 4, "U": 8}  # digits that must follow
-GROUPS = {  # what may follow "(?", and why it is refused; longer ones first
+GROUPS = {  # why a group that begins with "(?" and this is refused; longer beginnings first
     "<=": "look-behind is not supported",
     "<!": "look-behind is not supported",
     "=": "look-ahead is not supported",
@@ -51,8 +63,11 @@ GROUPS = {  # what may follow "(?", and why it is refused; longer ones first
 class RegexError(UserError):
     """A pattern that cannot be read or compiled.
 
-    ``position`` is the index in the pattern of the part at fault, ``piece`` the text of that part
-    and ``reason`` the message without both.
+    Args:
+        pattern: the whole pattern.
+        start: the index of the part at fault; kept as ``position``.
+        end: the index after that part; ``piece`` is its text.
+        reason: the message without position and piece.
     """
 
     def __init__(self, pattern: str, start: int, end: int, reason: str):
@@ -61,69 +76,13 @@ class RegexError(UserError):
 
 
 def shown(piece: str) -> str:
-    """A piece of a pattern on one line, cut where it is long."""
+    """A piece of a pattern as one quoted line, cut after ``SHOWN`` characters."""
     return repr(piece if len(piece) <= SHOWN else piece[:SHOWN] + "…")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """A part of a pattern, ``pattern[start:end]``."""
-
-    start: int = field(compare=False)
-    end: int = field(compare=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chars(Node):
-    """One code point out of ``ranges``; none of them is a surrogate."""
-
-    ranges: Ranges
-
-
-@dataclass(frozen=True, kw_only=True)
-class Concat(Node):
-    """The parts one after the other; without parts, the empty text."""
-
-    parts: tuple[Node, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alternate(Node):
-    """Any one of the options."""
-
-    options: tuple[Node, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repeat(Node):
-    """``node`` from ``least`` to ``most`` times; ``most`` of None is without end."""
-
-    node: Node
-    least: int
-    most: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joined(Node):
-    """``item`` once or more, with ``separator`` between: ``item(?:separator item)*``.
-
-    Compiled from one copy of ``item``. Written as above, lists nested n deep would have 2^n copies.
-    """
-
-    item: Node
-    separator: Node
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Anchor(Node):
-    """The start or the end of the text. A parsed pattern contains none."""
-
-    at_start: bool
 
 
 @dataclass
 class _Group:
-    """A group during parsing: its finished options, and the parts of the current option."""
+    """A group that is being parsed: its finished options, and the parts of the current one."""
 
     start: int
     options: list[Node]
@@ -131,7 +90,8 @@ class _Group:
     option_start: int
 
     def close_option(self, end: int) -> None:
-        parts = _joined(self.parts)
+        """Finish the current option, which ends at index ``end``."""
+        parts = with_lists(self.parts)
         single = len(parts) == 1
         self.options.append(
             parts[0] if single else Concat(start=self.option_start, end=end, parts=parts)
@@ -165,7 +125,10 @@ def parse_search(pattern: str) -> Node:
 
 
 def _branches(node: Node) -> list[Node]:
-    """The alternatives of a whole pattern, with the groups around it opened."""
+    """The alternatives of a whole pattern, also of one inside groups, as ``(^a|b$)``.
+
+    Each alternative is searched for by itself, with its own anchors.
+    """
     if isinstance(node, Alternate):
         return [branch for option in node.options for branch in _branches(option)]
     if isinstance(node, Concat) and len(node.parts) == 1:
@@ -173,80 +136,12 @@ def _branches(node: Node) -> list[Node]:
     return [node]
 
 
-def _joined(parts: list[Node]) -> tuple[Node, ...]:
-    """The parts of a concatenation with every ``item(?:separator item)*`` as one ``Joined``."""
-    found: list[Node] = []
-    for part in parts:
-        joined = None
-        if isinstance(part, Repeat) and (part.least, part.most) == (0, None):
-            joined = _join(found, part)
-        if joined is None:
-            found.append(part)
-        else:
-            found, last = joined
-            found.append(last)
-    return tuple(found)
-
-
-def _join(before: list[Node], repeat: Repeat) -> tuple[list[Node], Joined] | None:
-    """The parts before the list, and the list, if ``before`` ends with the repeat's item."""
-    body = repeat.node
-    inner = body.parts if isinstance(body, Concat) else ()
-    size = 0
-    while size + 1 < len(inner) and size < len(before) and before[-1 - size] == inner[-1 - size]:
-        size += 1
-    if not size:
-        return None
-    first, inside = before[-size:], len(inner) - size
-    item = Concat(start=first[0].start, end=first[-1].end, parts=tuple(first))
-    separator = Concat(start=body.start, end=inner[inside - 1].end, parts=inner[:inside])
-    joined = Joined(start=item.start, end=repeat.end, item=item, separator=separator)
-    return before[:-size], joined
-
-
-def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The same code points as ascending ranges that neither overlap nor touch."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = merged[-1][0], max(high, merged[-1][1])
-        else:
-            merged.append((low, high))
-    return tuple(merged)
-
-
-def complement(ranges: Ranges) -> Ranges:
-    """All code points outside ``ranges``."""
-    edges = [-1, *(edge for pair in ranges for edge in pair), sys.maxunicode + 1]
-    gaps = zip(edges[::2], edges[1::2], strict=True)
-    return tuple((low + 1, high - 1) for low, high in gaps if low + 1 < high)
-
-
-def without_surrogates(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The code points of ``ranges`` that UTF-8 can encode."""
-    return complement(union([*complement(union(ranges)), *SURROGATES]))
-
-
-def without(ranges: Ranges, others: Ranges) -> Ranges:
-    """The code points of ``ranges`` that are not in ``others``."""
-    return complement(union([*complement(ranges), *others]))
-
-
-@lru_cache(maxsize=len(DISPUTED))
-def _portable_complement(category: str) -> Ranges:
-    """The code points that are outside a category in both ECMAScript and Python."""
-    text = "".join(map(chr, range(sys.maxunicode + 1)))
-    inside = re.finditer(f"(?:{DISPUTED[category]})+", text)
-    return complement(union((found.start(), found.end() - 1) for found in inside))
-
-
-EVERYTHING = without_surrogates(((0, sys.maxunicode),))
-ANY = without(EVERYTHING, ((0x0A, 0x0A),))  # "." of Python
-PORTABLE_ANY = without(EVERYTHING, LINE_ENDS)  # "." of Python and ECMAScript
-
-
 class _Parser:
-    """A cursor in a pattern. ``portable`` refuses what ECMAScript reads differently."""
+    """A cursor in a pattern. With ``portable`` it refuses what ECMAScript reads differently.
+
+    Methods take ``start``, the index of the construct being read, for messages; ``index`` is the
+    cursor, at the next character to read.
+    """
 
     def __init__(self, pattern: str, *, portable: bool = False):
         self.pattern, self.portable = pattern, portable
@@ -254,7 +149,11 @@ class _Parser:
         self.names: set[str] = set()
 
     def parse(self) -> Node:
-        """The tree of the pattern, anchors included. Open groups are a list, not a recursion."""
+        """The tree of the pattern, anchors included.
+
+        Open groups are a stack of this method, so that a deeply nested pattern gets a message and
+        no RecursionError.
+        """
         pattern = self.pattern
         groups = [_Group(0, [], [], 0)]
         while self.index < len(pattern):
@@ -276,7 +175,7 @@ class _Parser:
             elif character in "*+?" or (character == "{" and self.count(start)):
                 group.parts.append(self.repeat(group, start, character))
             elif character in "^$":
-                group.parts.append(_Anchor(start=start, end=self.index, at_start=character == "^"))
+                group.parts.append(Anchor(start=start, end=self.index, at_start=character == "^"))
             elif character == "\\":
                 group.parts.append(self.escaped(start))
             else:
@@ -289,10 +188,13 @@ class _Parser:
         return self.close(groups[0], len(pattern), 0, len(pattern))
 
     def found(self, branch: Node) -> Node:
-        """The texts that contain a match of ``branch``: free text around it unless anchored."""
+        """The tree of the texts that contain a match of ``branch``.
+
+        Any text may stand before and after the match, unless there is an anchor.
+        """
         parts = branch.parts if isinstance(branch, Concat) else (branch,)
-        at_start = bool(parts) and isinstance(parts[0], _Anchor) and parts[0].at_start
-        at_end = bool(parts) and isinstance(parts[-1], _Anchor) and not parts[-1].at_start
+        at_start = bool(parts) and isinstance(parts[0], Anchor) and parts[0].at_start
+        at_end = bool(parts) and isinstance(parts[-1], Anchor) and not parts[-1].at_start
         start, end = branch.start, branch.end
         whole = self.without_anchors(branch, at_start=at_start, at_end=at_end)
         anything = Chars(start=start, end=end, ranges=EVERYTHING)
@@ -301,15 +203,19 @@ class _Parser:
         return Concat(start=start, end=end, parts=(*around[0], whole, *around[1]))
 
     def error(self, start: int, reason: str, end: int | None = None) -> RegexError:
+        """The error about the part from ``start`` to ``end``, by default to the cursor."""
         return RegexError(self.pattern, start, self.index if end is None else end, reason)
 
     def close(self, group: _Group, option_end: int, start: int, end: int) -> Node:
-        """The node of a finished group. It spans the parentheses and is never a bare repeat."""
+        """The node of a finished group, which spans the parentheses.
+
+        It is never a bare repeat or anchor, since a quantifier may follow the group: ``(a*)+``.
+        """
         group.close_option(option_end)
         if len(group.options) > 1:
             return Alternate(start=start, end=end, options=tuple(group.options))
         option = group.options[0]
-        if isinstance(option, Repeat | _Anchor):  # wrapped: a group of them may be repeated
+        if isinstance(option, Repeat | Anchor):
             return Concat(start=start, end=end, parts=(option,))
         return replace(option, start=start, end=end)
 
@@ -359,7 +265,7 @@ class _Parser:
             least, most = self.bounds(start)
         else:
             least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[character]
-        if not group.parts or isinstance(group.parts[-1], _Anchor):
+        if not group.parts or isinstance(group.parts[-1], Anchor):
             raise self.error(start, "nothing to repeat")
         if isinstance(group.parts[-1], Repeat):
             raise self.error(start, "multiple repeat")
@@ -386,9 +292,11 @@ class _Parser:
         return least, most
 
     def literal(self, start: int) -> Ranges:
+        """The set of the character at ``start`` alone."""
         return self.single(start, ord(self.pattern[start]))
 
     def single(self, start: int, code: int) -> Ranges:
+        """The set of one code point; refuses surrogates."""
         if SURROGATES[0][0] <= code <= SURROGATES[0][1]:
             raise self.error(start, "a surrogate is no character of UTF-8")
         return ((code, code),)
@@ -402,7 +310,7 @@ class _Parser:
             raise self.error(start, f"no anchor in ECMAScript: write {anchor}")
         if letter in ("A", "Z"):
             self.index += 1
-            return _Anchor(start=start, end=self.index, at_start=letter == "A")
+            return Anchor(start=start, end=self.index, at_start=letter == "A")
         if letter in ("b", "B"):
             self.index += 1
             raise self.error(start, "word boundaries are not supported")
@@ -429,7 +337,7 @@ class _Parser:
         self.index += 1
         if letter.lower() in CATEGORIES:
             if self.portable and letter.isupper():
-                return _portable_complement(letter.lower())
+                return portable_complement(letter.lower())
             ranges = CATEGORIES[letter.lower()]
             return ranges if letter.islower() else complement(ranges)
         if letter in "pP" and pattern.startswith("{", self.index):
@@ -475,7 +383,7 @@ class _Parser:
         if self.portable and self.pattern.startswith("]", first):
             raise self.error(start, "ECMAScript ends the set here: write \\] for the character")
         ranges: list[tuple[int, int]] = []
-        disputed: list[tuple[int, int]] = []  # on which ECMAScript and Python differ
+        differing: list[tuple[int, int]] = []  # in a category in one language only
         while not (self.pattern.startswith("]", self.index) and self.index > first):
             here = self.index
             self.check_operator(here, first)
@@ -493,17 +401,12 @@ class _Parser:
             else:
                 ranges.extend([(low, low)] if isinstance(low, int) else low)
                 if self.portable and not isinstance(low, int):
-                    disputed.extend(self.disputed(here))
+                    differing.extend(disputed(self.pattern[here + 1].lower()))
         self.index += 1
         found = union(ranges)
         if negated:
-            found = complement(union([*found, *disputed]))
+            found = complement(union([*found, *differing]))
         return without_surrogates(found)
-
-    def disputed(self, start: int) -> Ranges:
-        """The code points that the category at ``start`` holds in one of the two languages only."""
-        category = self.pattern[start + 1].lower()
-        return without(complement(_portable_complement(category)), CATEGORIES[category])
 
     def check_operator(self, index: int, first: int) -> None:
         """Refuse ``--``, ``&&``, ``~~`` and ``||`` in a set, which Python warns about."""
@@ -513,24 +416,29 @@ class _Parser:
             raise self.error(index, reason, index + 2)
 
     def member(self, start: int) -> int | Ranges:
-        """The next code point or category in the set that opens at ``start``."""
+        """The next code point, or the ranges of a category, in the set that opens at ``start``."""
         if self.index == len(self.pattern):
             raise self.error(start, "unterminated character set")
         here, character = self.index, self.pattern[self.index]
         self.index += 1
         if character != "\\":
             return ord(character)
-        if self.pattern.startswith("b", self.index):  # a backspace, in a set alone
+        if self.pattern.startswith("b", self.index):  # only in a set, "\b" is a backspace
             self.index += 1
             return 0x08
         return self.escape(here)
 
     def without_anchors(self, node: Node, *, at_start: bool, at_end: bool) -> Node:
-        """The tree without its anchors, which are redundant at the edges of the text.
+        """The tree without its anchors. Raises RegexError for an anchor inside the text.
 
-        Raises RegexError for an anchor in any other place.
+        The tree describes whole texts, in which an anchor at the edge is redundant.
+
+        Args:
+            node: the tree.
+            at_start: whether the node begins at the start of the text.
+            at_end: whether the node ends at the end of the text.
         """
-        if isinstance(node, _Anchor):
+        if isinstance(node, Anchor):
             if not (at_start if node.at_start else at_end):
                 where = "start" if node.at_start else "end"
                 reason = f"an anchor is supported only at the {where} of the pattern"
@@ -543,7 +451,7 @@ class _Parser:
             item = self.without_anchors(node.item, at_start=False, at_end=False)
             separator = self.without_anchors(node.separator, at_start=False, at_end=False)
             return replace(node, item=item, separator=separator)
-        changed = []  # loops, not comprehensions: those would take a second frame of the stack
+        changed = []  # loops, since each comprehension would take another frame of the stack
         if isinstance(node, Alternate):
             for option in node.options:
                 changed.append(self.without_anchors(option, at_start=at_start, at_end=at_end))
@@ -556,15 +464,3 @@ class _Parser:
                 changed.append(self.without_anchors(part, at_start=start, at_end=end))
             return replace(node, parts=tuple(changed))
         return node
-
-
-def is_empty(node: Node) -> bool:
-    """Whether a node consists of anchors and empty groups only."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, Concat):
-            stack.extend(node.parts)
-        elif not isinstance(node, _Anchor):
-            return False
-    return True

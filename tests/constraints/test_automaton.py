@@ -8,7 +8,8 @@ from greenery import Charclass
 from greenery.fsm import Fsm
 from random_regexes import Generator
 
-from sedd.constraints.automaton import compile_bytes, minimal
+from sedd.constraints.automaton import compile_bytes
+from sedd.constraints.minimize import minimal
 from sedd.constraints.regex import RegexError, shown
 from sedd.errors import UserError
 
