@@ -102,7 +102,7 @@ def steps(automaton: Automaton, length: int, repeats: int):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.standard_normal((length, len(automaton.class_of))), jnp.float32)
     log_probs = jax.nn.log_softmax(2 * logits)
-    (padded, fixed, final), start, size = automaton._ask(log_probs)
+    (padded, fixed, final), start, size = automaton._padded(log_probs)
     asked = (automaton.tables, padded, fixed, final, jnp.asarray(start), jnp.asarray(size))
     keys = jax.random.split(jax.random.key(0), (1, len(padded)))
     begun = time.perf_counter()

@@ -1,19 +1,19 @@
-"""Small functions on arrays that every layer uses: indexing, stable forms, shapes, exact draws."""
+"""Small functions on arrays for every layer: indexing, stable forms, padded sizes, exact draws."""
 
 import jax
 import jax.numpy as jnp
 
 from sedd.types import Array, Float, Int, Key, Shaped
 
-NO_MASS = -1e6  # log probability of what cannot be: finite, so that 0 · log 0 and entropies stay 0
-BLOCK = 256  # tokens that are drawn from together
-NAN = -1  # in place of a token that nan probabilities would have given: it ends as an error
+NO_MASS = -1e6  # log probability of an impossible token: finite, so that 0 · log 0 is 0, not nan
+BLOCK = 256  # entries of a block, of which ``categorical`` draws one before it draws an entry
+NAN = -1  # the token id drawn from probabilities with nan; callers turn it into an error
 
 
 def bucket(size: int) -> int:
-    """Round ``size`` up to one of four sizes an octave: 8, 10, 12, 14, 16, 20, 24, 28, 32, …
+    """Round a size >= 1 up to one of four sizes an octave: …, 8, 10, 12, 14, 16, 20, 24, 28, 32, …
 
-    Arrays padded to a bucket are at most a quarter larger, and sizes of one bucket share a program.
+    Arrays are padded to such sizes so that few shapes are compiled. Padding adds at most a quarter.
     """
     step = 1 << max((size - 1).bit_length() - 3, 0)
     return -(-size // step) * step
@@ -32,7 +32,7 @@ def expm1_minus(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @expm1_minus.defjvp
 def _expm1_minus_jvp(primals, tangents):
-    # exp(x) - 1, in the same terms: an exponential serves both.
+    # The derivative exp(x) - 1, written such that the compiler shares exp(x) with the value.
     (x,), (dx,) = primals, tangents
     return expm1_minus(x), jnp.where(jnp.abs(x) < 0.3, x * _series(x, 2), jnp.exp(x) - 1) * dx
 
@@ -46,37 +46,50 @@ def _series(x, first: int):
 
 
 def along(values: Float[Array, "..."], x: Shaped[Array, "*b"]) -> Float[Array, "..."]:
-    """``values`` with trailing axes of length 1, so that its axes are the leading ones of ``x``.
+    """Append axes of length 1 to ``values`` so that it broadcasts against ``x`` from the left.
 
-    A total noise [B] or [B, L] then broadcasts against tokens [B, L], and a scalar against any.
+    Total noise [B] or [B, L] then broadcasts against tokens [B, L] or logits [B, L, V], and a
+    scalar against anything.
+
+    Args:
+        values: an array whose axes are the leading axes of ``x``.
+        x: the array to broadcast against.
     """
     values = jnp.asarray(values)
     return values.reshape(values.shape + (1,) * (jnp.ndim(x) - values.ndim))
 
 
 def at(values: Float[Array, "*b V"], index: Int[Array, "*b"]) -> Float[Array, "*b"]:
-    """``values[..., index]``, one entry a row."""
+    """One entry of each row: ``values[i, index[i]]`` for every leading index i."""
     return jnp.take_along_axis(values, index[..., None], -1)[..., 0]
 
 
 def put(values: Float[Array, "*b V"], index: Int[Array, "*b"], new) -> Float[Array, "*b V"]:
-    """``values`` with the entry ``index`` of each row replaced by ``new``."""
+    """``values`` with one entry of each row, at ``index``, replaced by ``new``."""
     column = jnp.arange(values.shape[-1])
     return jnp.where(column == index[..., None], jnp.asarray(new)[..., None], values)
 
 
 def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Array, "*b"]:
-    """A draw from each row, with noise that resolves probabilities of 1e-14 in float32.
+    """Draw an index from each row, with noise that resolves probabilities of 1e-14 in float32.
 
-    JAX's default noise stops at 1e-7: it cuts the tail off a large vocabulary, which acts as a
-    hidden temperature (arXiv:2409.02908). A large row is drawn from in two stages, first a block of
-    it and then an entry: the same law from a hundredth of the noise. ``NAN`` from a row with nan.
+    JAX's default noise resolves 1e-7. It cuts off the tail of a large vocabulary, which acts as a
+    hidden temperature (arXiv:2409.02908). From a large row a block of ``BLOCK`` entries is drawn
+    first, and then an entry of the block. This is the same law with a hundredth of the noise.
+
+    Args:
+        key: one key for all rows.
+        log_probs: log probabilities, normalised or not; the last axis is drawn from.
+
+    Returns:
+        Indices, ``NAN`` for a row that contains nan.
     """
     log_probs = log_probs.astype(jnp.promote_types(log_probs.dtype, jnp.float32))
     return jnp.where(jnp.isnan(log_probs).any(-1), NAN, _draw(key, log_probs))
 
 
 def _draw(key, log_probs):
+    """``categorical`` for rows without nan."""
     size = log_probs.shape[-1]
     if size <= 2 * BLOCK:
         return jax.random.categorical(key, log_probs, mode="high")

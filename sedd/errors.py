@@ -8,17 +8,18 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """A user's mistake. The message is one line: the wrong value, and what would be right.
 
-    The commands print it as ``error: …`` and exit with code 2; the Python interface raises it.
+    The commands print the message as ``error: …`` and exit with code 2. The Python interface raises
+    it.
     """
 
 
 class FieldError(UserError):
-    """A named field or option has a wrong value: ``FIELD PROBLEM``, such as "top_p must be …".
+    """A field or option has a wrong value. The message is ``FIELD PROBLEM``.
 
     Args:
-        field: the name of the field, as Python spells it; command lines show its flag instead.
-        problem: what is wrong, a sentence without its subject: "must be at least 1, got 0".
-        where: the component that has the field, put before the message; empty for none.
+        field: the name of the field in Python; command lines show the flag instead.
+        problem: the rest of the sentence, such as "must be at least 1, got 0".
+        where: the component that has the field, for the beginning of the message; may be empty.
     """
 
     def __init__(self, field: str, problem: str, where: str = ""):
@@ -26,13 +27,16 @@ class FieldError(UserError):
         super().__init__(self.named(field))
 
     def named(self, name: str) -> str:
-        """The message with another name for the field, such as a flag."""
+        """The message with another name in place of the field's, such as a flag."""
         return f"{self.where}{': ' if self.where else ''}{name} {self.problem}"
 
 
 @contextmanager
 def fields_within(path: str) -> Iterator[None]:
-    """Prefix the field of a FieldError of this block: ``steps`` becomes ``training.steps``."""
+    """Prefix the field of a FieldError that the block raises.
+
+    Within ``fields_within("training")`` the field ``steps`` becomes ``training.steps``.
+    """
     try:
         yield
     except FieldError as error:
@@ -46,6 +50,11 @@ def first_line(error: Exception) -> str:
 
 
 def did_you_mean(word: str, known) -> str:
-    """``; did you mean 'x'?``, or nothing where no known word is close."""
+    """A suggestion to end a message, ``; did you mean 'x'?``; empty if no known word is close.
+
+    Args:
+        word: the unknown word.
+        known: the words that are right.
+    """
     close = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else ""

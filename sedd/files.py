@@ -1,4 +1,7 @@
-"""Writing files so that no reader sees half of one, and directories with one writer."""
+"""Atomic file writes, streams of results, and directories with a single writer.
+
+Outputs may also be pipes, devices or standard output. These are written into, never replaced.
+"""
 
 import fcntl
 import os
@@ -14,14 +17,19 @@ from typing import BinaryIO
 
 from sedd.errors import UserError
 
-STDOUT = Path("-")  # as the value of a flag: standard output
+STDOUT = Path("-")  # the value of a flag that means standard output
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is complete or as it was before; missing folders are made.
+    """Write a file atomically: at any time it has its old content or all of the new one.
 
-    A symbolic link is followed, and an existing file keeps its mode and owner. A device, a FIFO or
-    standard output (``-``, ``/dev/stdout``) is written into instead of being replaced.
+    The data goes to a temporary file in the same folder, which then replaces the target. Missing
+    folders are created, a symbolic link is followed, and an existing file keeps its mode and owner.
+    A device, a FIFO or standard output (``-``, ``/dev/stdout``) is written into directly.
+
+    Args:
+        path: the file.
+        data: its new content.
 
     Raises:
         UserError: the file cannot be written.
@@ -37,10 +45,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for results that are written and flushed one after the other.
+    """Open a file for results that are written one after the other.
 
-    What was flushed stays if the program stops. An existing file is emptied, and keeps its mode;
-    links, devices and ``-`` are as in ``write_whole``.
+    If the program stops, the file keeps everything flushed before. An existing file is truncated
+    and keeps its mode. Links, devices and ``-`` are treated as in ``write_whole``.
 
     Raises:
         UserError: the file cannot be opened or written.
@@ -58,19 +66,23 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
         raise
     except OSError as error:
         if file is not None and error.filename is not None:
-            raise  # of another file, within the caller's block
+            raise  # an error about another file, from the caller's block
         raise _cannot_write(path, error) from error
     finally:
         if ours and file is not None:
-            with suppress(OSError):  # a write that failed would fail again
+            with suppress(OSError):  # closing repeats a write that has failed, and is reported
                 file.close()
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Check before long work that ``path`` can be written; nothing is made.
+    """Check, before long work, that a file can be written later. Creates nothing.
+
+    Args:
+        path: the file.
+        flag: the beginning of error messages, such as ``--output FILE``.
 
     Raises:
-        UserError: it cannot; the message begins with ``flag``.
+        UserError: it cannot be written.
     """
     if path == STDOUT:
         return
@@ -88,17 +100,18 @@ def check_writable(path: Path, flag: str) -> None:
 
 @contextmanager
 def only_writer(directory: Path, flag: str) -> Iterator[bool]:
-    """Lock a directory, which is made if missing, against other writers until the block ends.
+    """Lock a directory against other writers for the duration of the block.
 
-    The lock is the kernel's (``flock``) on the file ``lock``: it ends with the process, however
-    that ends. The file is removed at the end, and so is a new directory that is still empty.
+    The lock is a kernel lock (``flock``) on a file named ``lock`` in the directory. The kernel
+    releases it when the process ends, for whatever reason, so no stale lock can remain. A missing
+    directory is created. At the end the file is removed, and a new directory that is still empty.
 
     Args:
         directory: the directory to lock.
-        flag: how error messages begin, such as ``--workdir runs/a``.
+        flag: the beginning of error messages, such as ``--workdir runs/a``.
 
     Yields:
-        Whether the lock is held; False on a file system without locks.
+        Whether the directory is locked; False on a file system without locks.
 
     Raises:
         UserError: another process holds the lock, or the file cannot be written.
@@ -114,21 +127,25 @@ def only_writer(directory: Path, flag: str) -> Iterator[bool]:
         try:
             yield locked
         finally:
-            with suppress(OSError):  # the directory may be gone, or no longer ours to change
+            with suppress(OSError):  # the directory may be removed or read-only by now
                 path.unlink()
                 if new:
                     directory.rmdir()
 
 
 def _lock(path: Path, flag: str):
-    """The open lock file and whether it is locked; a file that was removed meanwhile is no lock."""
+    """Open and lock the lock file; returns the file and whether it is locked.
+
+    Another process may remove the file between its opening and its locking. A lock on a removed
+    file excludes nobody, so the path must still name the locked file; otherwise this is repeated.
+    """
     while True:
         file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                time.sleep(0.1)  # the holder may not have written its name yet
+                time.sleep(0.1)  # the other process may not have written its name yet
                 file.seek(0)
                 other = file.read().decode() or "another process"
             raise UserError(
@@ -148,19 +165,20 @@ def _lock(path: Path, flag: str):
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
+    """The error that a file cannot be written, with the reason of the system."""
     return UserError(f"cannot write {path}: {error.strerror or error}")
 
 
 def _is_replaced(path: Path) -> bool:
-    """Whether writing puts a new file in this place: it is empty, or holds a regular file."""
+    """Whether an atomic write applies: the path names a regular file or nothing."""
     return path.is_file() or not path.exists()
 
 
 def _opened_already(path: Path) -> BinaryIO | None:
-    """The stream of this process that ``path`` names, such as ``-`` and ``/dev/stdout``.
+    """Standard output or standard error, if ``path`` names it: ``-``, ``/dev/stdout`` or a file.
 
-    A shell may have redirected the stream to a regular file. To open that file a second time would
-    overwrite what the stream wrote.
+    A shell may have redirected the stream to a regular file. Opening that file a second time would
+    overwrite the output of the stream. None if ``path`` names neither stream.
     """
     if path == STDOUT:
         sys.stdout.flush()
@@ -175,6 +193,7 @@ def _opened_already(path: Path) -> BinaryIO | None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
+    """``write_whole`` with errors as the system raises them."""
     if (stream := _opened_already(path)) is not None:
         stream.write(data)
         stream.flush()

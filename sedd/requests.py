@@ -1,4 +1,8 @@
-"""Requests for samples: what is given and what must match, as text; from flags, lines or Python."""
+"""Requests for samples: the given text, and the pattern that free text must match.
+
+A ``Request`` comes from flags, from a line of a requests file (``RequestFile``) or from Python. It
+consists of text and numbers; ``clamp`` and ``constraint`` turn them into tokens and automata.
+"""
 
 import functools
 import json
@@ -20,7 +24,9 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError, did_you_mean
 
 Answerable = TypeVar("Answerable")
-FIELD_TYPES: dict[str, tuple[Any, str]] = {  # of a line's fields; null is the default of each
+# The fields of a line of a requests file: their types, and words for messages. Each field may be
+# null, which is its default.
+FIELD_TYPES: dict[str, tuple[Any, str]] = {
     "id": ((str, int), "a string or a whole number"),
     "prompt": (str, "a string"),
     "suffix": (str, "a string"),
@@ -42,11 +48,11 @@ FIELD_TYPES: dict[str, tuple[Any, str]] = {  # of a line's fields; null is the d
 class Request:
     """One sequence to draw.
 
-    Raises UserError on a value out of range and on fields that exclude each other.
+    Raises UserError if a value is out of range or two fields exclude each other.
     """
 
     id: str | int
-    """Name of the request in the output."""
+    """Name of the request, copied to the output."""
     prompt: str = ""
     """Text at the start."""
     suffix: str = ""
@@ -54,24 +60,29 @@ class Request:
     infill: str | None = None
     """Text with gaps such as ``{mask:12}``; excludes prompt and suffix."""
     length: int | None = None
-    """Tokens in the sequence, the given ones included; None takes the training length, or with
-    ``infill`` the text's own."""
+    """Number of tokens, the given ones included. None takes the training length, or with
+    ``infill`` the length of the text."""
     seed: int = 0
     """Seed of the noise, in [0, 2**32)."""
     regex: str | Sequence[str | None] | None = None
-    """Regex that the free text must match: one from the first free token to the last, with given
-    text in between, or a list with one or None for each gap."""
+    """Regex that the free text must match: one regex for everything from the first free token to
+    the last, given text in between included; or a list with a regex or None for each gap."""
     json_schema: Any = None
-    """JSON Schema of the free text, in the same form; excludes regex."""
+    """JSON Schema of the free text: one, or a list, as for ``regex``; excludes regex."""
     json_schema_depth: int | None = None
     """How deep values nest where the JSON Schema sets no limit; None takes the default depth."""
     temperature: float | None = None
-    """See ``Reshape``, as for the next three; None leaves the number to the command."""
+    """Temperature of the distributions, see ``Reshape``. For this field and the next three, None
+    takes the value of the command."""
     top_k: int | None = None
+    """Number of tokens to draw from, see ``Reshape``."""
     top_p: float | None = None
+    """Probability of the tokens to draw from, see ``Reshape``."""
     guidance: float | None = None
+    """Weight of classifier-free guidance, see ``Reshape``."""
     sampler: Mapping[str, Any] | None = None
-    """Options of the sampler that differ from the command's, those of its inner one nested."""
+    """Options of the sampler that differ from the command's; those of an inner sampler are nested
+    under ``inner``."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -93,16 +104,29 @@ class Request:
                 raise FieldError("json_schema_depth", f"must be in 0..{MAX_NESTING}, got {depth}")
 
     def clamp(self, tokenizer: Tokenizer, default_length: int) -> Clamp:
-        """The given and the free tokens; UserError where the text does not fit the length."""
+        """The given tokens and the free positions.
+
+        Args:
+            tokenizer: encodes the text.
+            default_length: the number of tokens if neither ``length`` nor ``infill`` is given.
+
+        Raises:
+            UserError: the text does not fit the length, or cannot be encoded.
+        """
         if self.infill is not None:
             return from_infill(tokenizer, self.infill, self.length)
         length = default_length if self.length is None else self.length
         return from_prompt(tokenizer, length, prompt=self.prompt, suffix=self.suffix)
 
     def constraint(self, tokenizer: Tokenizer, cache_dir: Path | None) -> Given:
-        """The compiled regex or schema, or a list for the gaps; UserError on one with a mistake.
+        """The compiled regex or schema, a list with one for each gap, or None without any.
 
-        ``cache_dir`` keeps compiled automata; None compiles anew.
+        Args:
+            tokenizer: its vocabulary spells the matches.
+            cache_dir: keeps compiled automata; None compiles anew.
+
+        Raises:
+            UserError: a regex or schema is malformed, unsupported or matches nothing.
         """
         given, compiled = self.regex, _compile_regex
         if given is None:
@@ -119,6 +143,7 @@ class Request:
 
 
 def _compile_regex(pattern: Any, tokenizer: Tokenizer, cache_dir: Path | None) -> Automaton:
+    """Compile a regex; refuses another type, which a list of a line may contain."""
     if not isinstance(pattern, str):
         raise FieldError("regex", f"must be {FIELD_TYPES['regex'][1]}, got {_json(pattern)}")
     return _compiled(pattern, tokenizer, cache_dir)
@@ -127,21 +152,26 @@ def _compile_regex(pattern: Any, tokenizer: Tokenizer, cache_dir: Path | None) -
 def _compile_json_schema(
     schema: Any, tokenizer: Tokenizer, cache_dir: Path | None, *, depth: int
 ) -> Automaton:
+    """Compile a JSON schema; ``depth`` is how deep values nest where it sets no limit."""
     with regex_to_compile(schema, depth=depth) as pattern:
         return _compiled(pattern, tokenizer, cache_dir)
 
 
 @functools.lru_cache(maxsize=1024)  # requests with the same pattern share an automaton in a batch
 def _compiled(pattern: str, tokenizer: Tokenizer, cache_dir: Path | None) -> Automaton:
+    """Compile a regex over the tokens of a tokenizer."""
     vocabulary = tokenizer.token_bytes()
     return compile_regex(pattern, vocabulary, eos_id=tokenizer.eos_id, cache_dir=cache_dir)
 
 
 class RequestFile:
-    """A JSON Lines file of requests that can be read several times, one line in memory at a time.
+    """A JSON Lines file of requests.
 
-    A pipe or device is copied to a temporary file first. UserError where the file cannot be read.
-    Close it, or use it in a ``with`` statement.
+    It can be read several times, with one line in memory at a time. A pipe or device is copied to a
+    temporary file first. Use it in a ``with`` statement, or close it.
+
+    Raises:
+        UserError: the file cannot be read, or holds NUL bytes, as UTF-16 text does.
     """
 
     def __init__(self, path: Path):
@@ -170,10 +200,18 @@ class RequestFile:
     def read(
         self, seed: int, check: Callable[[Request], Answerable]
     ) -> Iterator[Answerable | UserError]:
-        """``check(request)`` of each line, or the error that names the line.
+        """Yield the result of ``check`` for each line, in order.
 
-        A line without a seed has the seed ``seed`` + the line's number - 1. A bad line does not
-        stop the others. Raises UserError on a file without lines.
+        Args:
+            seed: the seed of the first line; line number n has ``seed`` + n - 1, unless it sets
+                its own seed.
+            check: turns a request into a result, or raises UserError.
+
+        Yields:
+            The result, or for a bad line a UserError that names the line. Empty lines are skipped.
+
+        Raises:
+            UserError: the file has no line with text.
         """
         self._file.seek(0)
         empty = True
@@ -190,6 +228,7 @@ class RequestFile:
 
 
 def _parse(line: bytes, number: int, seed: int) -> Request:
+    """The request of line ``number`` of a file; UserError if the line is malformed."""
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -215,4 +254,5 @@ def _parse(line: bytes, number: int, seed: int) -> Request:
 
 
 def _json(value: Any) -> str:
+    """A value of a line as JSON, for messages."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,9 @@
-"""Constraints on sampled text: given tokens, regular expressions and JSON schemas."""
+"""Constraints on sampled text: given tokens, regular expressions and JSON schemas.
+
+``compile_regex`` and ``compile_json_schema`` return an ``Automaton`` over tokens. It decodes from
+given distributions exactly (``sedd.constraints.decode``), and ``sedd.sample(constraint=…)`` holds
+samples to it.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,15 +27,16 @@ def compile_regex(
 ) -> Automaton:
     """Compile a regex to an automaton over the tokens of a vocabulary.
 
-    The automaton accepts the token strings whose bytes match
+    The automaton accepts a sequence of tokens if its text matches under
     ``re.fullmatch(pattern, text, re.ASCII)``.
 
     Args:
         pattern: the regex; ``sedd.constraints.regex`` states the supported constructs.
-        vocabulary: the bytes of each token; None for tokens that are no text, such as the mask.
+        vocabulary: the bytes of each token; None for a token that is no text, such as the mask.
         eos_id: the end-of-text token, 0 to ``len(vocabulary) - 1``. With it, a string may end
             early and is filled up with this token.
-        cache_dir: where compiled automata are kept, in a folder ``automata``; None keeps none.
+        cache_dir: compiled automata are read from and written to its folder ``automata``; None
+            compiles anew.
 
     Raises:
         UserError: the pattern is malformed, unsupported, matches nothing or is too large (the
@@ -59,8 +65,8 @@ def compile_json_schema(
 ) -> Automaton:
     """Compile a JSON schema to an automaton over the tokens of a vocabulary.
 
-    The automaton accepts JSON texts that validate against the schema, in the form that
-    ``sedd.constraints.json_schema`` describes.
+    Every text that the automaton accepts is JSON that validates against the schema. It may accept
+    fewer texts than validate; ``sedd.constraints.json_schema`` states which.
 
     Args:
         schema: the schema as ``json.loads`` returns it.

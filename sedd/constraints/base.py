@@ -1,4 +1,8 @@
-"""The interface of a constraint to the samplers."""
+"""The interface of a constraint to the samplers.
+
+``sedd.constraints.spans`` implements it. The interface is a layer below, so that denoiser and
+samplers need not know any constraint.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,18 +13,21 @@ Read = Callable[[Array], Array]  # positions [B, K] -> log conditionals [B, K, N
 
 
 class Constraint(ABC):
-    """A joint condition on the tokens of some positions of each sequence. A pytree.
+    """A joint condition on the tokens of some positions of each sequence; a pytree.
 
-    Samplers on absorbing processes choose the positions to reveal as without a constraint, and take
-    their tokens from ``propose``. A proposal satisfies the condition as a whole, so whichever part
-    of it is revealed, the rest can still be completed.
+    Samplers on absorbing processes choose the positions to reveal as they do without a constraint,
+    and take the tokens from ``propose``. Every proposal satisfies the condition as a whole. So
+    after a part of it is revealed, the rest can still be completed.
+
+    Attributes:
+        wants_commit: whether a proposal depends on which positions the sampler will reveal.
     """
 
-    wants_commit: bool  # whether a proposal depends on the positions that the sampler will reveal
+    wants_commit: bool
 
     @abstractmethod
     def inside(self, length: int) -> Bool[Array, "B L"]:
-        """The positions under the constraint."""
+        """The positions under the constraint, in sequences of L positions."""
 
     @abstractmethod
     def propose(
@@ -31,21 +38,21 @@ class Constraint(ABC):
         read: Read,
         mask_id: int,
     ) -> Int[Array, "B L"]:
-        """Clean tokens for the positions under the constraint.
+        """Propose clean tokens for the positions under the constraint.
 
         Args:
             keys_B: one key for each sequence; the noise depends on key and position alone.
-            x_BL: the current tokens; those other than ``mask_id`` are kept.
+            x_BL: the current tokens; those other than ``mask_id`` stay.
             commit_BL: the masked positions that the sampler is going to reveal.
-            read: log conditionals at some positions [B, K]; called for a chunk of positions at a
-                time, so that no array has a row of the vocabulary for every position.
+            read: returns log conditionals [B, K, N] at positions [B, K]. It is called for a chunk
+                of positions at a time, so that no array has a row for every position.
             mask_id: the id of the mask.
 
         Returns:
-            Tokens [B, L]: the proposal under the constraint, ``x_BL`` elsewhere, and -1 where the
-            log conditionals hold nan.
+            Tokens [B, L]: the proposal at positions under the constraint, ``x_BL`` elsewhere, and
+            -1 where the log conditionals contain nan.
         """
 
     @abstractmethod
     def repeat(self, count: int) -> "Constraint":
-        """The constraint of a batch in which every sequence stands ``count`` times in a row."""
+        """The constraint of a batch in which each sequence is repeated ``count`` times in a row."""

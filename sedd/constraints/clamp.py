@@ -1,4 +1,7 @@
-"""Infilling: given tokens at any position, and the gaps between them, which are drawn."""
+"""Given tokens of a sequence, from a prompt and suffix or from a text with gaps.
+
+Positions without a given token are free: samplers draw them, and leave given tokens unchanged.
+"""
 
 import re
 from dataclasses import dataclass, replace
@@ -10,15 +13,18 @@ from sedd.errors import UserError
 
 _GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
 _BROKEN_GAP = re.compile(r"\{\s*mask(?![a-z])[^{}]*\}?", re.IGNORECASE)
-MAX_LENGTH = 2**20  # far above any model's; more than that is a mistake that would fill the memory
+MAX_LENGTH = 2**20  # far above any model's: a larger length is a mistake and would fill the memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clamp:
-    """Given tokens ``tokens_L`` where ``fixed_L``; the other positions (0 there) are drawn.
+    """The given tokens of one sequence. The other positions are free: they are drawn.
 
-    A gap is a maximal run of free positions; ``gap_starts`` are the positions at which another gap
-    begins although the position before is free as well.
+    Attributes:
+        tokens_L: the given tokens, 0 at free positions.
+        fixed_L: whether each position is given.
+        gap_starts: positions at which a gap begins directly behind another one. Without any, a gap
+            is a maximal run of free positions.
     """
 
     tokens_L: np.ndarray
@@ -27,12 +33,12 @@ class Clamp:
 
     @property
     def length(self) -> int:
-        """Positions, free ones included."""
+        """The number of positions, free ones included."""
         return len(self.tokens_L)
 
     @property
     def gaps(self) -> list[tuple[int, int]]:
-        """Start and length of every gap."""
+        """The start and the length of each gap, from left to right."""
         free_L1 = np.append(~self.fixed_L, False)
         starts_L1 = np.isin(np.arange(len(free_L1)), self.gap_starts)
         first_L1 = free_L1 & (starts_L1 | ~np.append(False, free_L1[:-1]))
@@ -43,14 +49,14 @@ class Clamp:
 
 
 def free(length: int) -> Clamp:
-    """A clamp with no given tokens. Raises UserError on a length out of range."""
+    """A clamp of ``length`` free positions. Raises UserError if the length is out of range."""
     if not 1 <= length <= MAX_LENGTH:
         raise UserError(f"length must be in 1..{MAX_LENGTH}, got {length}")
     return Clamp(tokens_L=np.zeros(length, np.int32), fixed_L=np.zeros(length, bool))
 
 
 def check_prefix(clamp: Clamp) -> None:
-    """Raise UserError if a given token follows a free one: a causal model would not see it."""
+    """Raise UserError if a given token follows a free one, which a causal model cannot see."""
     if not clamp.fixed_L[: clamp.fixed_L.sum()].all():
         raise UserError(
             "this model is autoregressive and sees what is before a position only: it takes a "
@@ -59,9 +65,16 @@ def check_prefix(clamp: Clamp) -> None:
 
 
 def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: str = "") -> Clamp:
-    """A prompt at the start and a suffix at the end of ``length`` tokens, free between them.
+    """A prompt at the start and a suffix at the end of a sequence; the rest is free.
 
-    Raises UserError if they do not fit, or hold what the tokenizer cannot encode.
+    Args:
+        tokenizer: encodes the texts.
+        length: the number of tokens, those of prompt and suffix included.
+        prompt: text at the start.
+        suffix: text at the end.
+
+    Raises:
+        UserError: the texts are longer than ``length``, or the tokenizer cannot encode one.
     """
     clamp = free(length)
     before = _encode(tokenizer, prompt, "prompt")
@@ -80,11 +93,18 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
 
 
 def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> Clamp:
-    """Text with gaps: ``{mask:12}`` is a gap of twelve tokens, ``{mask}`` of one.
+    """A text with gaps: ``{mask:12}`` is a gap of twelve tokens, ``{mask}`` a gap of one.
 
-    Gaps that touch stay apart. ``length`` defaults to the text's own; positions behind the text are
-    free, and belong to the last gap where the text ends with one. Raises UserError on a gap that
-    cannot be read and on a text that is longer than ``length``.
+    Adjacent gaps stay separate gaps. Positions behind the text are free. They are a gap of their
+    own, or part of the last gap if the text ends with it.
+
+    Args:
+        tokenizer: encodes the text.
+        text: the text with its gaps.
+        length: the number of tokens, gaps included; by default that of the text.
+
+    Raises:
+        UserError: a gap is malformed, the text is longer than ``length``, or there is no gap.
     """
     tokens, fixed, gap_starts = [], [], []
     end = 0
@@ -115,6 +135,7 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
 
 
 def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list[bool]) -> None:
+    """Append the tokens of a stretch of text as given; refuses a malformed gap in it."""
     broken = _BROKEN_GAP.search(text)
     if broken:
         raise UserError(
@@ -126,7 +147,11 @@ def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list
 
 
 def _encode(tokenizer: Tokenizer, text: str, what: str, *, first: bool = True) -> np.ndarray:
-    """The ids of a stretch of text, as in the middle of a text where it is not the first one."""
+    """The token ids of a stretch of text; ``what`` names it in messages.
+
+    ``first`` states that the text begins with it. Otherwise it is encoded as in the middle of a
+    text.
+    """
     if not text:
         return np.zeros(0, np.int32)
     try:
@@ -137,11 +162,11 @@ def _encode(tokenizer: Tokenizer, text: str, what: str, *, first: bool = True) -
 
 
 def _continued(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> np.ndarray:
-    """The ids of a text behind other text; ``ids`` are those of the text alone.
+    """The token ids of a text behind other text; ``ids`` are those of the text alone.
 
-    Tokenizers such as Llama's put a space before every text that they encode. It shows when the
-    ids are decoded behind those of an anchor; the text is then encoded together with the anchor,
-    and the anchor's ids are taken off.
+    Tokenizers such as Llama's put a space before every text that they encode. To detect it, the ids
+    are decoded behind those of an anchor, a character that stands for the text before. If a space
+    appears, the text is encoded together with the anchor and the anchor's ids are removed.
     """
     for anchor in ("\n", ".", "a", "1"):
         try:

@@ -57,8 +57,8 @@ def without(ranges: Ranges, others: Ranges) -> Ranges:
 def portable_complement(category: str) -> Ranges:
     r"""The code points that are outside a category in both ECMAScript and Python.
 
-    They are what ``\D``, ``\S`` and ``\W`` match in a portable pattern. ``category`` is the letter in
-    lower case.
+    They are what ``\D``, ``\S`` and ``\W`` match in a portable pattern; ``category`` is "d", "s" or
+    "w".
     """
     text = "".join(map(chr, range(sys.maxunicode + 1)))
     inside = re.finditer(f"(?:{DISPUTED[category]})+", text)

@@ -1,7 +1,10 @@
-"""Exact questions about a product of distributions restricted to a language. arXiv:2505.23061.
+"""Exact decoding from a product of distributions restricted to a language (arXiv:2505.23061).
 
-The most likely string, samples, the partition function, marginals and the k best strings, each in
-one compiled program over the recursions of ``sedd.constraints.recursions``.
+The network gives independent distributions of the tokens at L positions. ``Automaton`` computes,
+for that product restricted to the strings that match a pattern: the most likely string, samples,
+the partition function, marginals and the k most likely strings. Each is one compiled program over
+the dynamic programs of ``recursions``. Lengths and automata are padded to few sizes, so that
+other patterns of similar size share a program.
 """
 
 import bisect
@@ -14,37 +17,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.arrays import bucket
+from sedd.constraints.k_best import k_best
 from sedd.constraints.recursions import (
     IMPOSSIBLE,
     ZERO,
     class_tokens,
-    collect,
+    given_log_probs,
     given_masses,
     gumbel,
     masses,
     no_noise,
-    prefix_values,
     suffix_values,
+    token_marginals,
     walk,
 )
 from sedd.constraints.tables import Tables, sizes_of, tables
 from sedd.constraints.token_automaton import TokenAutomaton
 from sedd.errors import UserError
-from sedd.types import Array, Float, Int
 
-DRAWS = 16  # samples of one question that are drawn together
+DRAWS = 16  # samples drawn side by side; more of them are drawn in turns
 
-# ---------------------------------------------------------------- compiled questions
+# ---------------------------------------------------------------- compiled programs
 
 
 @partial(jax.jit, static_argnames="best")
 def _values(table, log_probs_LN, fixed_L, final_S, length, *, best):
+    """Masses of all tokens, masses of the classes given the fixed tokens, and suffix values."""
     mass = masses(table, log_probs_LN, best=best)
     mass_LC = given_masses(table, mass.class_CR.T, fixed_L)
     return mass, mass_LC, suffix_values(table, mass_LC, final_S, length, best=best)
 
 
 def _walk(table, mass, mass_LC, value_LS, noise, fixed_L, start, length):
+    """One string: the most likely one, or a sample if ``noise`` is Gumbel noise."""
     token_LC = class_tokens(table, mass, noise).T
     drawn_L = walk(table, mass_LC + noise.class_CR.T, token_LC, value_LS, start, length)
     return jnp.where(fixed_L >= 0, fixed_L, drawn_L)
@@ -68,115 +73,55 @@ def _sample(table, log_probs_LN, fixed_L, final_S, start, length, keys_RL):
     return jax.lax.map(draw, keys_RL, batch_size=DRAWS), value_LS
 
 
-def given_alone(log_probs_LN: Float[Array, "L N"], fixed_L: Int[Array, " L"]) -> Array:
-    """Log probabilities in float32, at least ``ZERO``; a given token, ``fixed_L`` >= 0, has all."""
-    log_probs_LN = jnp.maximum(log_probs_LN.astype(jnp.float32), ZERO)
-    is_own_LN = jnp.arange(log_probs_LN.shape[1]) == fixed_L[:, None]
-    return jnp.where(fixed_L[:, None] >= 0, jnp.where(is_own_LN, 0.0, ZERO), log_probs_LN)
-
-
 @jax.jit
 def _marginals(table, log_probs_LN, fixed_L, final_S, start, length):
     _, mass_LC, value_LS = _values(table, log_probs_LN, fixed_L, final_S, length, best=False)
-    before_LS = prefix_values(table, mass_LC, start, length)
-
-    def around(before_S, after_S):
-        """The log probability of everything before and behind each class."""
-        both_E = before_S[table.source_E] + after_S[table.target_E]
-        return collect(both_E, table.class_E, table.num_classes, best=False, rising=False)
-
-    around_LC = jax.vmap(around)(before_LS, value_LS[1:])
-    around_LC1 = jnp.pad(around_LC, ((0, 0), (0, 1)), constant_values=ZERO)
-    log_LN = (
-        given_alone(log_probs_LN, fixed_L) + around_LC1[:, table.class_of_N] - value_LS[0, start]
-    )
-    return jnp.exp(log_LN), value_LS
+    given_LN = given_log_probs(log_probs_LN, fixed_L)
+    return token_marginals(table, given_LN, mass_LC, value_LS, start, length), value_LS
 
 
 @partial(jax.jit, static_argnames="k")
 def _top_k(table, log_probs_LN, fixed_L, final_S, start, length, *, k):
-    """The k best strings from ``start``, with their log probabilities; ZERO where there are fewer.
-
-    Backward, every state keeps its k best ways ahead as (token, next state, which of its ways).
-    """
-    states, classes = len(table.accepting_S), table.num_classes
-    token_M = table.token_KT.ravel()
-    class_M = table.class_of_N.at[token_M].get(mode="fill", fill_value=classes)
-    live_LM = given_alone(log_probs_LN, fixed_L)[:, token_M]  # that of padding is dropped
-
-    def best_of(values_X, into_X, size):
-        """The k best values of each place and where they stand, k × [size]."""
-
-        def one(values_X, _):
-            top_Y = jnp.maximum(jax.ops.segment_max(values_X, into_X, size), ZERO)
-            is_top = values_X >= top_Y[jnp.minimum(into_X, size - 1)]
-            places_X = jnp.where(is_top, jnp.arange(len(values_X)), len(values_X))
-            place_Y = jnp.minimum(jax.ops.segment_min(places_X, into_X, size), len(values_X) - 1)
-            taken_X = jnp.arange(len(values_X)) == place_Y[jnp.minimum(into_X, size - 1)]
-            return jnp.where(taken_X, 2 * ZERO, values_X), (top_Y, place_Y)
-
-        return jax.lax.scan(one, values_X, length=k)[1]
-
-    def step(value_kS, position):
-        live_M, index = position
-        top_kC, place_kC = best_of(live_M, class_M, classes)
-        # A way is an edge, the i-th token of its class and the j-th way ahead of its target.
-        ways_Ekk = top_kC.T[table.class_E][:, :, None] + value_kS.T[table.target_E][:, None, :]
-        ways_Ekk = jnp.where((table.source_E < states)[:, None, None], ways_Ekk, ZERO)
-        into = jnp.repeat(table.source_E, k * k)
-        new_kS, place_kS = best_of(ways_Ekk.ravel(), into, states)
-        edge_kS, i_kS, j_kS = jnp.unravel_index(place_kS, ways_Ekk.shape)
-        token_kS = token_M[place_kC[i_kS, table.class_E[edge_kS]]]
-        back = (token_kS, table.target_E[edge_kS], j_kS)
-        return jnp.where(index < length, new_kS, value_kS), back
-
-    only_first = jnp.where(jnp.arange(k)[:, None] == 0, final_S[None], ZERO)
-    value_kS, back_LkS = jax.lax.scan(
-        step, only_first, (live_LM, jnp.arange(len(live_LM))), reverse=True
-    )
-
-    def follow(carry, position):
-        (token_kS, target_kS, way_kS), index = position
-        state_k, rank_k = carry
-        go = index < length
-        token_k = jnp.where(go, token_kS[rank_k, state_k], 0)
-        state_after = jnp.where(go, target_kS[rank_k, state_k], state_k)
-        return (state_after, jnp.where(go, way_kS[rank_k, state_k], rank_k)), token_k
-
-    first = (jnp.full(k, start), jnp.arange(k))
-    _, token_Lk = jax.lax.scan(follow, first, (back_LkS, jnp.arange(len(live_LM))))
-    return token_Lk.T, value_kS[:, start]
+    return k_best(table, given_log_probs(log_probs_LN, fixed_L), final_S, start, length, k=k)
 
 
-# ---------------------------------------------------------------- for users
+# ---------------------------------------------------------------- public interface
 
 
 class Automaton(TokenAutomaton):
-    """The strings of a language in tokens, and what there is to ask of distributions over them.
+    """A language as an automaton over tokens, and exact decoding from distributions over it.
 
-    Every method takes ``log_probs_LN``, log probabilities of N tokens at L positions, and answers
-    for the product of those distributions restricted to the language. Common options:
+    ``compile_regex`` and ``compile_json_schema`` build one. The decoding methods (``most_likely``,
+    ``sample``, ``log_partition``, ``marginals``, ``top_k``) take ``log_probs_LN``, the log
+    probabilities of N tokens at L positions, and these options:
 
-    - ``fixed``: [L] tokens that are given, -1 where a position is free;
-    - ``start``: the state before the first position, as ``run`` returns it for what came before;
-    - ``budget``: how many tokens may follow these L; the string can then still be finished within
-      them. 0 by default: it must be complete. With an end-of-text token (``eos_id``) shorter
-      strings are filled up with it.
+    - ``fixed``: [L] given tokens, -1 where a position is free.
+    - ``start``: the state before the first position, from ``run`` on the text before; 0 by default.
+    - ``budget``: how many tokens may follow the L positions to complete the string; 0 by default.
 
-    UserError, naming the position, where nothing is possible, and on nan.
+    With an end-of-text token (``eos_id``) the string may end early and is filled up with it. Then
+    ``budget`` is a maximum; without an end-of-text token, exactly ``budget`` tokens follow.
+
+    They raise UserError, naming the position, if no string is possible or if a probability is nan.
     """
 
     @classmethod
     def of(cls, automaton: TokenAutomaton) -> "Automaton":
+        """The automaton with the decoding methods."""
         return cls(**vars(automaton))
 
     @cached_property
     def tables(self) -> Tables:
-        """On the device, for questions about this automaton alone."""
+        """The automaton as arrays on the device, padded for itself alone."""
         return jax.tree.map(jnp.asarray, tables(self, sizes_of([self])))
 
     def run(self, tokens, start: int = 0) -> int:
-        """The state after some tokens; -1 where they cannot be continued to a match."""
+        """The state after some tokens, or -1 if no match begins with them.
+
+        Args:
+            tokens: token ids.
+            start: the state before the first of them.
+        """
         state = start
         for token in np.asarray(tokens).tolist():
             state = self.step(state, token) if state >= 0 else -1
@@ -185,39 +130,42 @@ class Automaton(TokenAutomaton):
     def most_likely(self, log_probs_LN, **options) -> tuple[np.ndarray, float]:
         """The string of the highest probability, [L], and its log probability.
 
-        Ties go to the lexicographically smallest tokens.
+        Of several such strings it is the one with the lexicographically smallest tokens.
         """
-        asked, start, length = self._ask(log_probs_LN, **options)
-        tokens_L, value_LS = _most_likely(self.tables, *asked, start, length)
+        arrays, start, length = self._padded(log_probs_LN, **options)
+        tokens_L, value_LS = _most_likely(self.tables, *arrays, start, length)
         return np.asarray(tokens_L[:length]), self._possible(value_LS[0], log_probs_LN, options)
 
     def sample(self, key, log_probs_LN, num: int = 1, **options) -> np.ndarray:
-        """``num`` independent strings, [num, L]."""
-        asked, start, length = self._ask(log_probs_LN, **options)
-        keys_RL = jax.random.split(key, (num, len(asked[1])))
-        tokens_RL, value_LS = _sample(self.tables, *asked, start, length, keys_RL)
+        """Draw ``num`` independent strings, [num, L], from the restricted product."""
+        arrays, start, length = self._padded(log_probs_LN, **options)
+        keys_RL = jax.random.split(key, (num, len(arrays[1])))
+        tokens_RL, value_LS = _sample(self.tables, *arrays, start, length, keys_RL)
         self._possible(value_LS[0], log_probs_LN, options)
         return np.asarray(tokens_RL[:, :length])
 
     def log_partition(self, log_probs_LN, **options) -> float:
-        """The log probability that independent draws at each position are in the language."""
-        asked, _, length = self._ask(log_probs_LN, **options)
-        *_, value_LS = _values(self.tables, *asked, length, best=False)
+        """The log probability that tokens drawn independently at each position match."""
+        arrays, _, length = self._padded(log_probs_LN, **options)
+        *_, value_LS = _values(self.tables, *arrays, length, best=False)
         return self._possible(value_LS[0], log_probs_LN, options)
 
     def marginals(self, log_probs_LN, **options) -> np.ndarray:
-        """The probability of each token at each position, [L, N], given that all match."""
-        asked, start, length = self._ask(log_probs_LN, **options)
-        marginals_LN, value_LS = _marginals(self.tables, *asked, start, length)
+        """The probability of each token at each position, [L, N], given that the string matches."""
+        arrays, start, length = self._padded(log_probs_LN, **options)
+        marginals_LN, value_LS = _marginals(self.tables, *arrays, start, length)
         self._possible(value_LS[0], log_probs_LN, options)
         return np.asarray(marginals_LN[:length])
 
     def top_k(self, log_probs_LN, k: int, **options) -> list[tuple[np.ndarray, float]]:
-        """The k likeliest strings and their log probabilities, falling; or all of them."""
+        """The k most likely strings with their log probabilities, the most likely first.
+
+        There are fewer if fewer than k strings have a probability above 0.
+        """
         if k < 1:
             raise UserError(f"k must be at least 1, got {k}")
-        asked, start, length = self._ask(log_probs_LN, **options)
-        tokens_kL, value_k = _top_k(self.tables, *asked, start, length, k=k)
+        arrays, start, length = self._padded(log_probs_LN, **options)
+        tokens_kL, value_k = _top_k(self.tables, *arrays, start, length, k=k)
         if float(value_k[0]) <= IMPOSSIBLE:
             self._refuse(log_probs_LN, **options)
         found = zip(np.asarray(tokens_kL[:, :length]), value_k.tolist(), strict=True)
@@ -234,18 +182,19 @@ class Automaton(TokenAutomaton):
         first: int = 0,
         text_of: Callable[[int], str] | None = None,
     ) -> None:
-        """Raise UserError, with the reason, if no string has this length and the given tokens.
+        """Raise UserError, with the reason, if no match has this length and these given tokens.
 
-        One backward pass over the positions; a second question is asked only for the message.
+        It takes one backward pass over the positions. The culprit is searched for only on failure.
 
         Args:
             length: the number of positions.
             fixed: [length] given tokens, -1 where a position is free.
             start: the state before the first position.
             budget: how many tokens may follow.
-            possible_LC: whether a class has any probability at a position; all by default.
+            possible_LC: whether each class has a token of positive probability at each position;
+                by default all have.
             first: the position of the span in its sequence, for messages.
-            text_of: the text of a token, for messages.
+            text_of: returns the text of a token, for messages.
         """
         fixed = np.full(length, -1) if fixed is None else np.asarray(fixed)
         final_S = self.final(budget)
@@ -268,13 +217,14 @@ class Automaton(TokenAutomaton):
             edges_E &= possible_LC[position, self.edge_class]
             reached_S = np.zeros(self.num_states, bool)
             reached_S[self.edge_target[edges_E]] = True
-        # Each position has a way on, but none is a way through.
+        # Every position has a possible edge, but the product of their probabilities is too small.
         raise UserError(f"no string of {self.pattern!r} has a probability above 0")
 
     def _refuse_span(self, fixed_L, final_S, start, budget, first, text_of) -> NoReturn:
-        """Raise UserError: the length alone is impossible, or the first token that contradicts it.
+        """Raise UserError about the length, if it is impossible, or about the first wrong token.
 
-        That token ends the shortest impossible prefix of the given ones, found by bisection.
+        The wrong token is the last one of the shortest impossible prefix of the given tokens. A
+        longer prefix is impossible as well, so bisection finds it.
         """
         length = len(fixed_L)
         given = np.flatnonzero(fixed_L >= 0)
@@ -301,13 +251,21 @@ class Automaton(TokenAutomaton):
         )
 
     def final(self, budget: int) -> np.ndarray:
-        """The states from which exactly ``budget`` tokens, the filling ones included, can match."""
+        """The states from which exactly ``budget`` tokens lead to acceptance, bool [S].
+
+        End-of-text tokens count.
+        """
         if budget < 0:
             raise UserError(f"budget must be at least 0, got {budget}")
         return self._ways(np.full(budget, -1), self.accepting)[0]
 
     def _ways(self, fixed_L: np.ndarray, final_S: np.ndarray) -> np.ndarray:
-        """Whether each state before each position has a way to the end, bool [L + 1, S]."""
+        """Whether the positions from i on can lead from state s into ``final_S``, bool [L + 1, S].
+
+        A free position applies the same map of sets of states as any other free position. Once it
+        leaves the set unchanged, the row is copied down to the next given token: a long span costs
+        as many passes over the edges as the automaton is deep, not as it has positions.
+        """
         ways_LS = np.zeros((len(fixed_L) + 1, self.num_states), bool)
         ways_LS[-1] = final_S
         given = np.flatnonzero(fixed_L >= 0)
@@ -317,7 +275,7 @@ class Automaton(TokenAutomaton):
             ways_LS[position, source_E[ways_LS[position + 1][target_E]]] = True
             first = position
             if fixed_L[position] < 0 and (ways_LS[position] == ways_LS[position + 1]).all():
-                # A fixed point: the same for all positions down to the next given token.
+                # A fixed point: copy it to all positions down to the next given token.
                 first = int(given[: np.searchsorted(given, position)].max(initial=-1)) + 1
                 ways_LS[first:position] = ways_LS[position]
             position = first - 1
@@ -325,13 +283,13 @@ class Automaton(TokenAutomaton):
 
     @cached_property
     def _by_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The edges in the order of their classes, and where each class begins."""
+        """Sources and targets of the edges, sorted by class, and where each class begins."""
         order = np.argsort(self.edge_class, kind="stable")
         begins = np.searchsorted(self.edge_class[order], np.arange(self.num_classes + 1))
         return self.edge_source[order], self.edge_target[order], begins
 
     def _edges_of(self, token: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and targets of the edges that a given token takes; all edges for -1."""
+        """Sources and targets of the edges that a token takes; of all edges if it is -1."""
         if token < 0:
             return self.edge_source, self.edge_target
         source_E, target_E, begins = self._by_class
@@ -339,8 +297,13 @@ class Automaton(TokenAutomaton):
         own = slice(begins[cls], begins[cls + 1]) if cls >= 0 else slice(0)
         return source_E[own], target_E[own]
 
-    def _ask(self, log_probs_LN, *, fixed=None, start: int = 0, budget: int = 0):
-        """The padded arguments of the compiled functions."""
+    def _padded(self, log_probs_LN, *, fixed=None, start: int = 0, budget: int = 0):
+        """Check the arguments of a decoding method and pad them.
+
+        Returns:
+            The padded log probabilities, given tokens and values of the final states; the start;
+            and the length before padding.
+        """
         log_probs_LN = jnp.asarray(log_probs_LN)
         tokens = len(self.class_of)
         if log_probs_LN.ndim != 2 or log_probs_LN.shape[1] != tokens:
@@ -371,7 +334,7 @@ class Automaton(TokenAutomaton):
         return (padded_LN, fixed_L, final_S), start, length
 
     def states_after(self, length: int, start: int = 0) -> str:
-        """The first of the states that so many tokens can lead to, for a message."""
+        """Up to five of the states that ``length`` tokens can lead to, as text for a message."""
         reached_S = np.arange(self.num_states) == start
         for _ in range(length):
             reached_S = np.bincount(
@@ -381,13 +344,14 @@ class Automaton(TokenAutomaton):
         return f"state {states} of {self.pattern!r}"
 
     def _possible(self, value_S, log_probs_LN, options) -> float:
-        """The value of the start; UserError where it is that of nothing."""
+        """The suffix value of the start state; UserError if it is that of log 0."""
         value = float(value_S[options.get("start", 0)])
         if value <= IMPOSSIBLE:
             self._refuse(log_probs_LN, **options)
         return value
 
     def _refuse(self, log_probs_LN, *, fixed=None, start: int = 0, budget: int = 0):
+        """Raise UserError with the reason why no string has a positive probability."""
         live_N = self.class_of >= 0
         possible_LC = np.zeros((len(log_probs_LN), self.num_classes), bool)
         rows, columns = np.nonzero(np.asarray(log_probs_LN)[:, live_N] > IMPOSSIBLE)

@@ -1,4 +1,10 @@
-"""Decimals between bounds, and multiples of whole numbers, as regexes."""
+"""Regexes of decimals between bounds, and of multiples of whole numbers.
+
+The idea. Decimals of at most six digits after the point are whole numbers of units of 10⁻⁶, so
+bounds become whole numbers. The whole numbers from ``low`` to ``high`` of equal width are a union
+of products of digit ranges (``Span``): 234 to 567 is 23[4-9], 2[4-9][0-9], [34][0-9][0-9],
+5[0-5][0-9] and 56[0-7]. Other widths and the sign are separate alternatives.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,28 +14,29 @@ from typing import Any
 
 from sedd.constraints.json_text import Path, one_of, refuse, repeat, show
 
-Span = tuple[tuple[str, str], ...]  # the smallest and the largest digit of each position
+Span = tuple[tuple[str, str], ...]  # the smallest and the largest digit at each place
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-INTEGER_DIGITS = 15  # every integer of so many digits is a double, whoever reads it
-FRACTION_DIGITS = 6
-BOUND_DIGITS = 19  # of the largest bound of an integer, 64 bits
-# Up to here neighbours of FRACTION_DIGITS after the point are different doubles, so that a number
-# that is written as less than a bound is read as less than it.
+INTEGER_DIGITS = 15  # readers that use doubles represent all such integers exactly
+FRACTION_DIGITS = 6  # at most, after the point
+BOUND_DIGITS = 19  # of the largest supported bound of an integer: those of 64 bits
+# Below this magnitude, neighbouring decimals of FRACTION_DIGITS are different doubles. A number
+# written below an exclusive bound is then also read as below it.
 EXACT = 10**9
-MAX_MULTIPLES = 1_000  # of each sign that are listed, where the step is no power of 10
+MAX_MULTIPLES = 1_000  # of each sign that are listed, if the step is no power of 10
 
 
 def number(parts: Sequence[tuple[Mapping[str, Any], Path]], path: Path, kind: str) -> str | None:
-    """The regex of the decimals that satisfy the bounds and steps of every part.
+    """The regex of the decimals that satisfy the bounds and ``multipleOf`` of every part.
 
     Args:
         parts: schemas with their paths.
-        path: where the number stands, for messages.
-        kind: "integer", "number" (whole numbers included) or "fraction" (without them).
+        path: the path of the number, for messages.
+        kind: "integer", "number" (whole numbers included) or "fraction" (whole numbers excluded).
 
     Returns:
-        None if no decimal of at most ``FRACTION_DIGITS`` after the point lies between the bounds.
+        The regex; None if no decimal with at most ``FRACTION_DIGITS`` after the point satisfies
+        them.
     """
     step = 1
     for schema, at in parts:
@@ -57,6 +64,7 @@ def number(parts: Sequence[tuple[Mapping[str, Any], Path]], path: Path, kind: st
 
 
 def _step(value: Any, path: Path) -> int:
+    """The value of ``multipleOf``."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
     if not (known and 1 <= value < 10**INTEGER_DIGITS and value == int(value)):
         refuse(path, f"only whole numbers from 1 up are supported, got {show(value)}")
@@ -64,7 +72,7 @@ def _step(value: Any, path: Path) -> int:
 
 
 def _multiples(low: int, high: int, step: int, *, zero: bool = True) -> list[str]:
-    """The multiples of ``step`` from ``low`` to ``high``: those next to 0 if they are many."""
+    """The multiples of ``step`` from ``low`` to ``high``; if there are many, those nearest to 0."""
     first, last = -(-low // step), high // step
     first = max(first, min(-MAX_MULTIPLES, last - MAX_MULTIPLES))
     last = min(last, max(MAX_MULTIPLES, first + MAX_MULTIPLES))
@@ -72,7 +80,7 @@ def _multiples(low: int, high: int, step: int, *, zero: bool = True) -> list[str
 
 
 def _signed(low: int, high: int, whole: bool, least: int = 0) -> list[str]:
-    """The decimals from ``low`` to ``high``, of a magnitude of ``least`` or more."""
+    """Alternatives for the decimals from ``low`` to ``high`` with a magnitude from ``least`` up."""
     magnitudes = _naturals if whole else _decimals
     negative = magnitudes(max(-high, 1), -low) if low < 0 and low <= high else []  # never -0
     positive = magnitudes(max(low, least), high) if high >= max(low, least) else []
@@ -82,7 +90,7 @@ def _signed(low: int, high: int, whole: bool, least: int = 0) -> list[str]:
 def _fractions(
     parts: Sequence[tuple[Mapping[str, Any], Path]], path: Path, step: int
 ) -> str | None:
-    """Decimals that are no whole numbers."""
+    """The regex of decimals that are no whole numbers; refuses bounds and steps."""
     bounded = any(key in schema for schema, _ in parts for key in BOUNDS)
     if bounded or step > 1:
         refuse(path, "numbers that are no integers are supported without bounds only")
@@ -92,7 +100,10 @@ def _fractions(
 def _interval(
     parts: Sequence[tuple[Mapping[str, Any], Path]], whole: bool
 ) -> tuple[int, int] | None:
-    """The smallest and the largest number between all bounds, in units of the last digit."""
+    """The smallest and the largest number between all bounds, in units of the last digit.
+
+    The unit is 1 if ``whole``, else 10⁻⁶. None if no number lies between the bounds.
+    """
     unit = 1 if whole else 10**FRACTION_DIGITS
     bounds = [
         (key, _bound(schema[key], (*path, key), whole))
@@ -118,6 +129,7 @@ def _interval(
 
 
 def _bound(value: Any, path: Path, whole: bool) -> Fraction:
+    """The value of a bound, exactly as the decimal that a schema writes."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(path, f"expected a number, got {show(value)}")
     largest = 10**BOUND_DIGITS if whole else 10**INTEGER_DIGITS
@@ -125,12 +137,15 @@ def _bound(value: Any, path: Path, whole: bool) -> Fraction:
         largest = EXACT + 1
     if not abs(value) < largest:
         refuse(path, f"expected a magnitude below {largest}, got {show(value)}")
-    # A fraction is what it is written as: "0.1" reads as the double that 0.1 is.
+    # ``repr`` returns the shortest decimal of the double: 0.1, not 0.1000000000000000055….
     return Fraction(value) if value == int(value) else Fraction(repr(value))
 
 
 def _naturals(low: int, high: int) -> list[str]:
-    """Alternatives for the integers from ``low`` >= 0 to ``high``."""
+    """Alternatives for the integers from ``low`` >= 0 to ``high``, width by width.
+
+    Consecutive widths that are complete, such as 10 to 99 and 100 to 999, are one alternative.
+    """
     texts, full = ["0"] if low == 0 else [], []
     low = max(low, 1)
     for width in range(len(str(low)), len(str(high)) + 1):
@@ -145,7 +160,10 @@ def _naturals(low: int, high: int) -> list[str]:
 
 
 def _decimals(low: int, high: int) -> list[str]:
-    """Alternatives for the decimals from ``low`` >= 0 to ``high``, in the last digit's units."""
+    """Alternatives for the decimals from ``low`` >= 0 to ``high``, both in units of 10⁻⁶.
+
+    Only the first and the last whole part restrict the digits after the point.
+    """
     unit = 10**FRACTION_DIGITS
     (first, above), (last, below) = divmod(low, unit), divmod(high, unit)
     if first == last:
@@ -163,7 +181,10 @@ def _decimals(low: int, high: int) -> list[str]:
 
 
 def _fraction(low: int, high: int) -> str:
-    """The point and the digits after it; trailing zeros, or all of it, may be left out."""
+    """The regex of the point and the six digits after it, from ``low`` to ``high``.
+
+    Trailing zeros may be left out, and so may the point if all digits are zeros.
+    """
     texts = []
     for span in _spans(*(f"{bound:0{FRACTION_DIGITS}}" for bound in (low, high))):
         kept = len(span)
@@ -180,7 +201,7 @@ def _fraction(low: int, high: int) -> str:
 
 
 def _spans(low: str, high: str) -> Iterator[Span]:
-    """The numbers between two of equal width, as products of digit ranges."""
+    """The numbers from ``low`` to ``high``, of equal width, as products of digit ranges."""
     width = len(low)
     if set(low) <= {"0"} and set(high) <= {"9"}:
         yield (("0", "9"),) * width
@@ -200,6 +221,7 @@ def _spans(low: str, high: str) -> Iterator[Span]:
 
 
 def _digits(span: Span) -> str:
+    """The regex of a product of digit ranges; runs of equal ranges become repeats."""
     return "".join(
         repeat(low if low == high else f"[{low}-{high}]", count, count)
         for (low, high), count in ((pair, len(list(run))) for pair, run in groupby(span))

@@ -1,4 +1,9 @@
-"""The strings and numbers of JSON as regexes: formats, patterns, and decimals between bounds."""
+r"""Regexes of the content of JSON strings, from formats and patterns; and refusals with a path.
+
+JSON writes some characters of a string as escapes: a quotation mark as ``\"``. A ``pattern`` speaks
+of characters, and the constraint of their JSON spelling, so the tree of the pattern is rewritten
+character by character. A ``Piece`` is the resulting regex.
+"""
 
 import math
 import re
@@ -13,19 +18,23 @@ from sedd.constraints.regex import RegexError, parse_search
 from sedd.constraints.syntax_tree import Alternate, Chars, Concat, Joined, Node, Repeat
 from sedd.errors import UserError
 
-Path = tuple[str, ...]
+Path = tuple[str, ...]  # keys and indices that lead from the document to a part of it
 
 _LARGEST = sys.maxunicode
-_ANY = ((0, _LARGEST),)
 _ESCAPES = {0x22: '"', 0x5C: "\\", 0x08: "b", 0x0C: "f", 0x0A: "n", 0x0D: "r", 0x09: "t"}
-_NOT_RAW = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
+_NOT_RAW = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))  # must be escaped (RFC 8259, section 7)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A regex of JSON string content, and how many characters it stands for.
+    """A regex of the content of a JSON string, without the quotation marks.
 
-    ``atom`` is set where it is nothing but that character, ``low`` to ``high`` times.
+    Attributes:
+        text: the regex.
+        low: the fewest characters of a match; an escape counts as one.
+        high: the most characters, infinite without a limit.
+        atom: the regex of one character if ``text`` is a repetition of that from ``low`` to
+            ``high`` times; such a piece can be given other lengths. None for other pieces.
     """
 
     text: str
@@ -35,7 +44,12 @@ class Piece:
 
 
 def searched(source: Any, path: Path) -> Piece:
-    """The strings in which the ``pattern`` at ``path`` is found, as JSON string content."""
+    """The content of all strings in which a ``pattern`` is found.
+
+    Args:
+        source: the value of the keyword ``pattern``.
+        path: the path of the keyword; a UserError about the pattern begins with it.
+    """
     if not isinstance(source, str):
         refuse(path, f"expected a regular expression, got {show(source)}")
     try:
@@ -47,7 +61,7 @@ def searched(source: Any, path: Path) -> Piece:
 
 
 def _piece(node: Node, source: str, path: Path) -> Piece:
-    """The JSON string content for a tree of characters."""
+    """The content of the strings that a syntax tree describes."""
     if isinstance(node, Chars):
         text = json_character(_with_surrogates(node.ranges))
         if not text:
@@ -75,13 +89,14 @@ def _piece(node: Node, source: str, path: Path) -> Piece:
 
 
 def _with_surrogates(ranges: Ranges) -> Ranges:
-    """The ranges without a gap at the surrogates: texts hold none, and a class is shorter so."""
+    """Close a gap at the surrogates. No text contains them, and the class is written shorter."""
     (low, high) = SURROGATES[0]
     edges = {edge for pair in ranges for edge in pair}
     return union([*ranges, *SURROGATES]) if {low - 1, high + 1} <= edges else ranges
 
 
 def _joined(pieces: Iterable[Piece]) -> Piece:
+    """The pieces one after the other."""
     pieces = [piece for piece in pieces if piece.text]
     if len(pieces) == 1:
         return pieces[0]
@@ -93,6 +108,7 @@ def _joined(pieces: Iterable[Piece]) -> Piece:
 
 
 def _either(pieces: Sequence[Piece]) -> Piece:
+    """Any one of the pieces."""
     if len(pieces) == 1:
         return pieces[0]
     return Piece(
@@ -103,12 +119,13 @@ def _either(pieces: Sequence[Piece]) -> Piece:
 
 
 def one_of(texts: Iterable[str]) -> str:
-    """One of some texts, each of them once."""
+    """A regex for any one of some regexes, without repetitions."""
     texts = list(dict.fromkeys(texts))
     return texts[0] if len(texts) == 1 else f"(?:{'|'.join(texts)})"
 
 
 def repeat(atom: str, low: int, high: float) -> str:
+    """A regex for ``low`` to ``high`` repetitions of an atom (a group, a class or a character)."""
     if low == high:
         return {0: "", 1: atom}.get(low, f"{atom}{{{low}}}")
     if high == math.inf:
@@ -117,11 +134,15 @@ def repeat(atom: str, low: int, high: float) -> str:
 
 
 def literal(text: str) -> str:
+    """A regex that matches ``text`` only."""
     return re.sub(r"[\\.^$*+?{}\[\]|()]", r"\\\g<0>", text)
 
 
 def json_character(ranges: Ranges) -> str:
-    """An atom for one character of a JSON string; nothing where none can be written."""
+    """A regex for one character of a JSON string out of ``ranges``.
+
+    It is empty if all of them are control characters without a short escape.
+    """
     raw = without(ranges, _NOT_RAW)
     letters = [
         letter
@@ -136,7 +157,7 @@ def json_character(ranges: Ranges) -> str:
 
 
 def _written(ranges: Ranges) -> str:
-    """A class of characters, negated where that is shorter: where it goes on to the last one."""
+    """A character class; negated if it extends to the last code point, which is shorter."""
     if ranges[-1][1] == _LARGEST:
         return f"[^{_class_members(complement(ranges))}]"
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
@@ -145,6 +166,8 @@ def _written(ranges: Ranges) -> str:
 
 
 def _class_members(ranges: Ranges) -> str:
+    """The inside of a character class."""
+
     def written(code: int) -> str:
         if code < 0x20 or code == 0x7F:
             return f"\\x{code:02x}"
@@ -156,6 +179,7 @@ def _class_members(ranges: Ranges) -> str:
 
 
 def show(value: Any) -> str:
+    """A value for a message, shortened."""
     try:
         return reprlib.repr(value)
     except ValueError:  # Python does not write integers of thousands of digits
@@ -163,13 +187,17 @@ def show(value: Any) -> str:
 
 
 def refuse(path: Path, problem: str) -> NoReturn:
-    """The path is a JSON pointer in a URI's fragment, without percent signs."""
+    """Raise UserError about the part of a schema at ``path``.
+
+    The message begins with the path as a JSON pointer in the fragment of a URI, such as
+    ``#/properties/age``; nothing is percent-encoded.
+    """
     tokens = [str(token).replace("~", "~0").replace("/", "~1") for token in path]
     shown = (c if c.isprintable() else repr(c)[1:-1] for c in "/".join(["#", *tokens]))
     raise UserError(f"{''.join(shown)}: {problem}")
 
 
-CHARACTER = json_character(_ANY)
+CHARACTER = json_character(((0, _LARGEST),))
 TEXT = Piece(text=CHARACTER + "*", low=0, high=math.inf, atom=CHARACTER)
 
 _YEAR = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
@@ -183,9 +211,11 @@ _DATE = (
 _CLOCK = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = rf"{_CLOCK}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+\-]{_CLOCK})"
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?\^_`{|}~\-]+"  # RFC 5322's atext
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9\-]*[A-Za-z0-9])?"  # at most 63 would cost 250 states
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9\-]*[A-Za-z0-9])?"  # its limit of 63 would cost 250 states
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _HEX = "[0-9a-fA-F]"
+# The formats that are enforced; any other is an annotation. A piece may match fewer strings than
+# the specification of its format allows: no leap seconds, no quoted local part of an address.
 FORMATS = {
     "date": Piece(text=_DATE, low=10, high=10),
     "time": Piece(text=_TIME, low=9, high=21),

@@ -6,7 +6,8 @@ from typing import Any
 
 from sedd.constraints.json_text import Path, refuse, show
 
-# Types of values that each name of a type stands for: "number" alone means a fraction.
+# The types of values that each name in a schema stands for. As the type of a value, "number" means
+# a number with a fraction, so that the types of values are disjoint.
 TYPES = {
     "string": {"string"},
     "integer": {"integer"},
@@ -17,11 +18,14 @@ TYPES = {
     "array": {"array"},
 }
 ALL_TYPES = frozenset(TYPES)
-MAX_COUNT = 2**32 - 2  # the largest count of Python's re
+MAX_COUNT = 2**32 - 2  # the largest count in a pattern of Python's re
 
 
 def types_of(value: Any) -> frozenset[str]:
-    """The type of a JSON value, as a set of one name."""
+    """The type of a JSON value, as a set of one name of ``TYPES``.
+
+    Numbers are "integer" if they are whole (also 1.0, as JSON Schema has it), else "number".
+    """
     if isinstance(value, bool):
         return frozenset({"boolean"})
     if isinstance(value, int | float):
@@ -34,7 +38,7 @@ def types_of(value: Any) -> frozenset[str]:
 
 
 def same(value: Any) -> str:
-    """A text that is equal for values that JSON Schema calls equal: 1 and 1.0, not 1 and true."""
+    """A key for the equality of JSON Schema: 1 and 1.0 have the same key, 1 and true do not."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float) and value.is_integer():
@@ -49,7 +53,7 @@ def same(value: Any) -> str:
 
 
 def dumps(value: Any, path: Path, separators: tuple[str, str] = (", ", ": ")) -> str:
-    """The JSON text of a value. Refuses what is no JSON or no Unicode."""
+    """The JSON text of a value; refuses values that JSON or UTF-8 cannot write."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
         text.encode()
@@ -59,7 +63,7 @@ def dumps(value: Any, path: Path, separators: tuple[str, str] = (", ", ": ")) ->
 
 
 def counted(value: Any, path: Path) -> int:
-    """A count, such as a ``minLength``. Refuses what is none."""
+    """The value of a count such as ``minLength``; refuses anything but a whole number from 0 up."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and 0 <= value <= MAX_COUNT and value == int(value)):
         refuse(path, f"expected a count up to {MAX_COUNT}, got {show(value)}")
@@ -67,7 +71,10 @@ def counted(value: Any, path: Path) -> int:
 
 
 def names_of(types: Sequence[str] | frozenset[str]) -> list[str]:
-    """The shortest list of type names for some types, in the order of ``TYPES``."""
+    """The names for some types of values, in the order of ``TYPES``.
+
+    "number" stands for whole numbers as well, so that it replaces "integer" beside it.
+    """
     return [
         name for name in TYPES if name in types and not (name == "integer" and "number" in types)
     ]

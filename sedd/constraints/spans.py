@@ -1,4 +1,10 @@
-"""Joint draws over spans of positions, each under its own automaton, for the samplers."""
+"""Joint draws over spans of positions, each under its own automaton, for the samplers.
+
+A span is a stretch of one sequence that must match. ``spans_of`` builds the spans of a sequence
+from its gaps and checks that they can match; ``batch_spans`` packs those of a batch into ``Spans``,
+the constraint that samplers call. ``decode`` has the same dynamic programs for one sequence, with
+no sampler involved.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +40,7 @@ Rule = Literal["joint", "most_likely", "dingo"]
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """The ``length`` positions from ``start`` on spell a match of the automaton."""
+    """A requirement: the ``length`` positions from ``start`` on spell a match of the automaton."""
 
     start: int
     length: int
@@ -44,30 +50,37 @@ class Span:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Spans(Constraint):
-    """The spans of each sequence of a batch, and the rule by which a step draws under them.
+    """The spans of a batch, and the rule by which a step proposes tokens for them.
 
-    The rules, given the revealed tokens of a span:
+    The rules, all given the revealed tokens of a span:
 
-    - ``joint``: a sample from the product of the positions' conditionals restricted to matching
-      strings. This is exact for one step; the law of several steps is not the model's own, as it
-      is not without a constraint.
+    - ``joint``: a sample from the product of the positions' conditionals, restricted to matching
+      strings. It is exact for one step. The law of several steps is not the model's law, with or
+      without a constraint, because each step takes the positions as independent.
     - ``most_likely``: the most likely matching string under that product.
-    - ``dingo``: as ``most_likely``, but a position that is not revealed in this step may hold any
-      token that the language allows, at no cost (arXiv:2505.23061). It can commit to a branch that
-      the model finds unlikely.
+    - ``dingo``: as ``most_likely``, but every token has log probability 0 at the positions that the
+      step does not reveal (arXiv:2505.23061). It can commit to a branch that the model finds
+      unlikely.
 
-    Tokens that ``Reshape`` excludes are drawn only where the language allows no other.
+    Tokens that ``Reshape`` excludes are proposed only where the language allows no other token.
 
-    Sequences and spans are processed together, without a loop over either. Log conditionals are
-    read a chunk of positions at a time and reduced to the token classes at once: memory is
-    [B, K, W, C] for K spans of up to W positions, and one chunk of rows of the vocabulary.
+    All spans of all sequences are processed together, without a loop. Log conditionals are read for
+    a chunk of positions at a time and reduced to token classes at once. The memory is [B, K, W, C]
+    and one chunk of rows of the vocabulary.
+
+    Attributes:
+        rule: one of the rules above.
+        width: W, the padded length of the spans.
+        tables: the automaton of every span; each array has the leading axes [B, K].
+        start_BK: the first position of each of K spans a sequence.
+        length_BK: the length of each span, 0 for padding where a sequence has fewer spans.
     """
 
     rule: Rule = field(metadata={"static": True})
-    width: int = field(metadata={"static": True})  # W, at least the length of every span
-    tables: Tables  # of every span: each array has the leading axes [B, K]
+    width: int = field(metadata={"static": True})
+    tables: Tables
     start_BK: Int[Array, "B K"]
-    length_BK: Int[Array, "B K"]  # 0 where a sequence has fewer spans
+    length_BK: Int[Array, "B K"]
 
     @property
     def wants_commit(self):
@@ -88,7 +101,7 @@ class Spans(Constraint):
         inside_SW = offset_W < length_S[:, None]
 
         def of_spans(values_BL):
-            """The values of a sequence at the positions of its spans."""
+            """Values of each sequence at the positions of its spans: [B, L] to [B·K, W]."""
             by_span = values_BL[:, None].repeat(count, 1).reshape(batch * count, length)
             return jnp.take_along_axis(by_span, place_SW, 1)
 
@@ -132,18 +145,25 @@ class Spans(Constraint):
 
 
 class Draws(NamedTuple):
-    """Of each class of tokens at each position of a span: its mass, a token of it, and noise."""
+    """All that the walk needs of a span's log conditionals, which are dropped after it is taken.
+
+    Attributes:
+        mass_WC: the log mass of each token class at each position.
+        token_WC: a token drawn from each class.
+        noise_WC: Gumbel noise of each class, for the draw of a class.
+        nan_W: whether the log conditionals of the position contain nan.
+    """
 
     mass_WC: Float[Array, "*s W C"]
     token_WC: Int[Array, "*s W C"]
     noise_WC: Float[Array, "*s W C"]
-    nan_W: Bool[Array, "*s W"]  # the position's probabilities hold nan
+    nan_W: Bool[Array, "*s W"]
 
 
 def class_draws(
     table: Tables, log_probs_RN: Float[Array, "R N"], keys_R: Key[Array, " R"] | None, *, best: bool
 ) -> Draws:
-    """The draws of some positions; the likeliest tokens and no noise if ``best``."""
+    """The draws of R positions. If ``best``, the most likely tokens and no noise."""
     mass = masses(table, log_probs_RN, best=best)
     noise = no_noise(table, len(log_probs_RN)) if keys_R is None else gumbel(table, keys_R)
     token_CR = class_tokens(table, mass, noise)
@@ -156,11 +176,18 @@ def _in_chunks(
     table_S: Tables,
     read_chunk: Callable[[Array], Draws],
 ) -> Draws:
-    """The draws at the masked positions of every span; anything at the others.
+    """The draws at the masked positions of every span; unspecified values elsewhere.
 
-    ``read_chunk`` takes positions [S, R], of which ``CHUNK_BYTES`` hold the log probabilities.
-    There are as many chunks as the span with the most masked positions needs: rows of the
-    vocabulary are never held for a whole span, nor computed for revealed positions.
+    Each span's masked positions are sorted to its front and read R at a time, where R is such that
+    the log conditionals of a chunk fit into ``CHUNK_BYTES``. The span with the most masked
+    positions sets the number of chunks. So no array has the rows of a whole span, and revealed
+    positions cost no work.
+
+    Args:
+        masked_SW: whether each position of each span is masked.
+        place_SW: its position in the sequence.
+        table_S: the automata of the spans.
+        read_chunk: the draws at some positions [S, R].
     """
     spans, width = masked_SW.shape
     num_tokens, classes = table_S.class_of_N.shape[1], table_S.num_classes
@@ -169,7 +196,8 @@ def _in_chunks(
     most = masked_SW.sum(1).max()
 
     def chunk(i, draws):
-        # The last chunk may reach back over positions that were done: they come out the same.
+        # ``dynamic_slice`` moves the last chunk back over positions that are done. Their draws are
+        # the same again, because the noise depends on the position alone.
         order_SR = jax.lax.dynamic_slice_in_dim(order_SW, i * rows, rows, 1)
         new = read_chunk(jnp.take_along_axis(place_SW, order_SR, 1))
         index = (jnp.arange(spans)[:, None], order_SR)
@@ -188,23 +216,24 @@ Given = Automaton | Sequence[Automaton | None] | None
 
 
 def spans_of(clamp: Clamp, given: Given, tokenizer: Tokenizer | None = None) -> list[Span]:
-    """The spans of a sequence that have to match.
+    """The spans of a sequence, checked to be satisfiable.
 
     Args:
         clamp: the given tokens of the sequence.
         given: one automaton for everything from the first free position to the last, given tokens
             in between included; or a list with an automaton or None for each gap of the clamp.
-        tokenizer: for the text of tokens in messages.
+        tokenizer: decodes the tokens that messages show.
 
-    Raises UserError if the list is not of as many as there are gaps, or if no string goes with a
-    span's length and given tokens.
+    Raises:
+        UserError: the list and the gaps differ in number, or no match has the length and the given
+            tokens of a span.
     """
     if given is None:
         return []
     gaps = clamp.gaps
     if not gaps:
         raise UserError("a constraint needs a gap, and every token is given")
-    over = ""  # what one automaton for several gaps covers, for messages
+    over = ""  # a note for messages, where one automaton covers several gaps
     if isinstance(given, Automaton):
         first, end = gaps[0][0], sum(gaps[-1])
         spans = [Span(start=first, length=end - first, automaton=given)]
@@ -241,20 +270,26 @@ def spans_of(clamp: Clamp, given: Given, tokenizer: Tokenizer | None = None) -> 
 
 
 class Shape(NamedTuple):
-    """What a program with ``Spans`` is compiled for, beside the batch and its length."""
+    """The padded sizes of a ``Spans``; batches of the same sizes share a compiled program.
+
+    Attributes:
+        tables: the sizes of the automata.
+        spans: the number of spans a sequence.
+        width: the length of a span.
+    """
 
     tables: Sizes
-    spans: int  # of a sequence
-    width: int  # of a span
+    spans: int
+    width: int
 
     def joined(self, other: "Shape") -> "Shape":
-        """The smallest shape that holds both."""
+        """The smallest shape into which both fit."""
         sizes = map(max, self.tables, other.tables)
         return Shape(Sizes(*sizes), max(self.spans, other.spans), max(self.width, other.width))
 
 
 def shape_of(spans_B: Sequence[Sequence[Span]]) -> Shape:
-    """The smallest shape that holds the sequences, at least one of which has a span."""
+    """The smallest shape into which the spans of some sequences fit; at least one has a span."""
     each = [span for row in spans_B for span in row]
     return Shape(
         tables=sizes_of({id(span.automaton): span.automaton for span in each}.values()),
@@ -264,9 +299,13 @@ def shape_of(spans_B: Sequence[Sequence[Span]]) -> Shape:
 
 
 def batch_spans(spans_B: Sequence[Sequence[Span]], rule: Rule, shape: Shape | None = None) -> Spans:
-    """The spans of a batch, at least one in all, padded to ``shape``, by default their own.
+    """Pack the spans of a batch.
 
-    Batches of one shape share a program: give those of a file the shape of the whole file.
+    Args:
+        spans_B: the spans of each sequence; at least one sequence has a span.
+        rule: the rule of ``Spans``.
+        shape: the sizes to pad to, by default the smallest ones. Batches of one shape share a
+            program, so the batches of one file should have the shape of the whole file.
     """
     shape = shape_of(spans_B) if shape is None else shape
     first, *_ = (span for row in spans_B for span in row)

@@ -1,8 +1,11 @@
 """A token automaton as arrays of static sizes, so that one compiled program serves many automata.
 
-Suffixes of this package: S states, E edges (transitions), C token classes, N tokens of the
-vocabulary, L positions, R rows of log probabilities, K blocks of up to T tokens of one class,
-J groups of up to T blocks of one class.
+To sum the probabilities of each token class fast, tokens are laid out in two levels of fixed width:
+blocks of up to T tokens of one class, and groups of up to T blocks of one class. Sums along a fixed
+width vectorise, where a scatter of every token to its class does not.
+
+Shape suffixes of this package: S states, E edges (transitions), C token classes, N tokens of the
+vocabulary, L positions, R rows of log probabilities, K blocks, J groups, T members.
 """
 
 from collections.abc import Iterable
@@ -16,12 +19,12 @@ from sedd.arrays import bucket
 from sedd.constraints.token_automaton import TokenAutomaton
 from sedd.types import Array, Bool, Int
 
-MEMBERS = 32  # T: tokens of a block, and blocks of a group
-LEAST = 32  # the smallest padded size
+MEMBERS = 32  # T: the tokens in a block, and the blocks in a group
+LEAST = 32  # the smallest padded size of every axis
 
 
 class Sizes(NamedTuple):
-    """Padded sizes of ``Tables``: a program is compiled once for each combination."""
+    """The padded sizes of ``Tables``; each combination needs its own compiled program."""
 
     classes: int
     blocks: int
@@ -35,24 +38,36 @@ class Sizes(NamedTuple):
 class Tables:
     """An automaton on the device, padded to ``Sizes``.
 
-    Padding entries hold the first index out of range (class C, state S, token N, block K), which
-    gathers fill or clip and scatters drop.
+    A padding entry is the first index out of range (class C, state S, token N, block K). Gathers
+    clip it or fill in a value, and scatters drop it.
+
+    Attributes:
+        num_classes: C, the padded number of classes.
+        class_of_N: the class of each token.
+        token_KT: the tokens of each block, ascending within a class.
+        block_JT: the blocks of each group, ascending within a class.
+        class_J: the class of each group, ascending.
+        first_S1: the edges of state s are those from first_S1[s] to first_S1[s + 1], excluded.
+        source_E: the state before each edge, ascending.
+        class_E: the class of each edge, ascending among the edges of a state.
+        target_E: the state after each edge.
+        accepting_S: whether each state accepts.
     """
 
     num_classes: int = field(metadata={"static": True})
     class_of_N: Int[Array, " N"]
-    token_KT: Int[Array, "K T"]  # rising within a class
-    block_JT: Int[Array, "J T"]  # rising within a class
-    class_J: Int[Array, " J"]  # rising
-    first_S1: Int[Array, " S1"]  # the edges of state s are first_S1[s] to first_S1[s + 1]
-    source_E: Int[Array, " E"]  # rising
+    token_KT: Int[Array, "K T"]
+    block_JT: Int[Array, "J T"]
+    class_J: Int[Array, " J"]
+    first_S1: Int[Array, " S1"]
+    source_E: Int[Array, " E"]
     class_E: Int[Array, " E"]
     target_E: Int[Array, " E"]
     accepting_S: Bool[Array, " S"]
 
 
 def sizes_of(automata: Iterable[TokenAutomaton]) -> Sizes:
-    """The smallest padded sizes that hold every one of the automata."""
+    """The smallest padded sizes into which all of the automata fit."""
     exact = []
     for automaton in automata:
         tokens_C = np.bincount(automaton.class_of[automaton.class_of >= 0])
@@ -66,7 +81,7 @@ def sizes_of(automata: Iterable[TokenAutomaton]) -> Sizes:
 
 
 def tables(automaton: TokenAutomaton, sizes: Sizes) -> Tables:
-    """The automaton's arrays, padded to ``sizes``."""
+    """The arrays of an automaton, padded to ``sizes``; in NumPy, to be stacked for a batch."""
     num_tokens = len(automaton.class_of)
     live = np.flatnonzero(automaton.class_of >= 0)
     token = live[np.argsort(automaton.class_of[live], kind="stable")]
@@ -78,7 +93,6 @@ def tables(automaton: TokenAutomaton, sizes: Sizes) -> Tables:
         rows[: len(values)] = np.where(values < 0, fill, values)
         return rows
 
-    block_JT[block_JT < 0] = sizes.blocks
     first: Any = np.searchsorted(automaton.edge_source, np.arange(sizes.states + 1))
     return Tables(
         num_classes=sizes.classes,
@@ -95,9 +109,14 @@ def tables(automaton: TokenAutomaton, sizes: Sizes) -> Tables:
 
 
 def _chunks(item_X: np.ndarray, class_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Items in the order of their classes, in rows of up to T of one class filled up with -1.
+    """Arrange items in rows of T that do not mix classes.
 
-    Returns the rows and the class of each.
+    Args:
+        item_X: the items, in the order of their classes.
+        class_X: the class of each, ascending; every class has an item.
+
+    Returns:
+        The rows, int [rows, T], filled up with -1; and the class of each row.
     """
     count_C = np.bincount(class_X)
     rows_C = -(-count_C // MEMBERS)

@@ -1,7 +1,13 @@
-"""Byte automata lifted to the tokens of a vocabulary.
+"""Byte automata lifted to the tokens of a vocabulary (arXiv:2505.23061, section 4).
 
-Tokens with equal transitions from every state form one class. Everything here runs in NumPy, and no
-array of states × vocabulary is formed. Source: arXiv:2505.23061, section 4.
+A token leads from a state to where its bytes lead. Tokens that lead to the same state from every
+state form a class, and there are far fewer classes than tokens.
+
+The idea. The vocabulary is a trie of bytes, and each of its nodes has a column: the state that the
+bytes down to the node lead to, from each state. Columns are computed level by level, from the
+column of the parent and one more byte. Nodes share columns, so each distinct pair of a parent's
+column and a class of bytes is computed only once. The distinct columns of the tokens are the
+classes. Everything runs in NumPy, and no array of states × vocabulary is formed.
 """
 
 import contextlib
@@ -20,7 +26,7 @@ from sedd.constraints.regex import shown
 from sedd.errors import UserError
 from sedd.files import write_whole
 
-FORMAT = 1  # of cached automata: to be raised when what a pattern compiles to changes
+FORMAT = 1  # of cached automata; raise it when the result of compiling a pattern changes
 ARRAYS = ("accepting", "class_of", "edge_source", "edge_class", "edge_target", "distance")
 
 
@@ -28,8 +34,14 @@ ARRAYS = ("accepting", "class_of", "edge_source", "edge_class", "edge_target", "
 class Vocabulary:
     """The bytes of all tokens as a trie, built once and used for any number of patterns.
 
-    ``levels`` has, for each depth, the parent (a node of the depth before) and the byte of each
-    node. Token ``token[i]`` ends at node ``node[i]``, counted over all depths, the root first.
+    Attributes:
+        size: the number of tokens.
+        eos_id: the end-of-text token, or None.
+        fingerprint: a hash of all tokens, for the names of cached automata.
+        levels: for each depth from 1 on, the parent of each node (its index in the depth before)
+            and the byte from the parent to the node.
+        token: the ids of the tokens with bytes.
+        node: the node at which each of them ends, counted over all depths from the root on.
     """
 
     size: int
@@ -41,10 +53,15 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokens: Sequence[bytes | None], *, eos_id: int | None = None) -> "Vocabulary":
-        """Index the vocabulary in which token i stands for the bytes ``tokens[i]``.
+        """Build the trie of a vocabulary.
 
-        Three kinds of token match no text: None (special tokens), tokens without bytes, and
-        ``eos_id``.
+        Args:
+            tokens: the bytes of each token. Tokens without bytes and those of None, which are no
+                text, are left out.
+            eos_id: the end-of-text token, which is left out as well.
+
+        Raises:
+            UserError: ``eos_id`` is out of range.
         """
         if eos_id is not None and not 0 <= eos_id < len(tokens):
             raise UserError(f"eos_id must be in 0..{len(tokens) - 1}, got {eos_id}")
@@ -78,33 +95,47 @@ class Vocabulary:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenAutomaton:
-    """A deterministic automaton over tokens; its start is state 0.
+    """A deterministic automaton over tokens. It starts in state 0.
 
-    S states, N tokens, C classes, E edges. Tokens are of a class if they lead to the same state
-    from every state. Every state is reached by some tokens and reaches acceptance by some. With an
-    end of text, the last state is what lies behind it: the class of that token alone leads there,
-    from the accepting states and from itself.
+    It has S states, N tokens, C classes of tokens and E edges. Tokens of one class lead to the same
+    state from every state. Every state can be reached from the start, and acceptance can be reached
+    from every state.
+
+    With an end-of-text token, the last state is the end of the text. Only that token leads there,
+    from the accepting states and from the state itself.
+
+    Attributes:
+        pattern: the regex, for messages.
+        eos_id: the end-of-text token, or None.
+        accepting: whether the tokens read so far match, bool [S].
+        class_of: the class of each token, int32 [N]; -1 for a token without an edge.
+        edge_source: the state before each edge, int32 [E], ascending.
+        edge_class: the class of each edge, int32 [E], ascending among the edges of a state.
+        edge_target: the state after each edge, int32 [E].
+        distance: the fewest tokens to an accepting state, int32 [S].
     """
 
     pattern: str
     eos_id: int | None
-    accepting: np.ndarray  # bool [S]
-    class_of: np.ndarray  # int32 [N]; -1 for a token that fits nowhere
-    edge_source: np.ndarray  # int32 [E], rising
-    edge_class: np.ndarray  # int32 [E], rising within a source
-    edge_target: np.ndarray  # int32 [E]
-    distance: np.ndarray  # int32 [S], the fewest tokens to an accepting state
+    accepting: np.ndarray
+    class_of: np.ndarray
+    edge_source: np.ndarray
+    edge_class: np.ndarray
+    edge_target: np.ndarray
+    distance: np.ndarray
 
     @property
     def num_states(self) -> int:
+        """The number of states, S."""
         return len(self.accepting)
 
     @property
     def num_classes(self) -> int:
+        """The number of token classes, C."""
         return int(self.class_of.max(initial=-1)) + 1
 
     def step(self, state: int, token: int) -> int:
-        """The state after ``token``, or -1 if the token is not allowed."""
+        """The state after ``token``, or -1 if no match continues with it."""
         first, end = np.searchsorted(self.edge_source, [state, state + 1])
         edge = first + np.searchsorted(self.edge_class[first:end], self.class_of[token])
         fits = edge < end and self.edge_class[edge] == self.class_of[token]
@@ -125,8 +156,14 @@ def compile_tokens(
 ) -> TokenAutomaton:
     """Compile a pattern of ``re.fullmatch(pattern, text, re.ASCII)`` to a token automaton.
 
-    The result is cached in ``cache_dir`` unless that is None; damaged files are replaced. Raises
-    the errors of ``compile_bytes`` and ``lift``.
+    Args:
+        pattern: the regex.
+        vocabulary: the tokens.
+        cache_dir: a folder of results, which is read and extended; damaged files are replaced. None
+            compiles anew.
+
+    Raises:
+        UserError: as ``compile_bytes`` and ``lift``.
     """
     if cache_dir is None:
         return lift(compile_bytes(pattern), vocabulary, pattern)
@@ -138,15 +175,16 @@ def compile_tokens(
     automaton = lift(compile_bytes(pattern), vocabulary, pattern)
     buffer = io.BytesIO()
     np.savez(buffer, **{name: getattr(automaton, name) for name in ARRAYS})
-    with contextlib.suppress(UserError):  # without a place to keep it, it is compiled each time
+    with contextlib.suppress(UserError):  # a folder that cannot be written only costs time
         write_whole(path, buffer.getvalue())
     return automaton
 
 
 def _read(path: Path, pattern: str, vocabulary: Vocabulary) -> TokenAutomaton | None:
-    """A cached automaton, or None where there is no whole one.
+    """The cached automaton in a file, or None if the file is missing or damaged.
 
-    Zip files hold checksums; what else zipfile and numpy raise is on damage to the files' headers.
+    Damage to the arrays fails the checksums of the zip file. The other exceptions are those that
+    zipfile and NumPy raise on damaged headers.
     """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
@@ -157,9 +195,15 @@ def _read(path: Path, pattern: str, vocabulary: Vocabulary) -> TokenAutomaton | 
 
 
 def lift(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str) -> TokenAutomaton:
-    """The automaton over tokens; ``pattern`` is for messages.
+    """Lift an automaton over bytes to the tokens of a vocabulary.
 
-    UserError where no tokens spell anything that matches.
+    Args:
+        automaton: the automaton over bytes.
+        vocabulary: the tokens.
+        pattern: the regex, for messages.
+
+    Raises:
+        UserError: no sequence of tokens spells a match.
     """
     column_of, columns = _columns(automaton, vocabulary)
     class_of = np.full(vocabulary.size, -1, np.int32)
@@ -204,11 +248,14 @@ def lift(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str) -> Toke
 def _columns(
     automaton: ByteAutomaton, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Where the bytes down to each node of the trie lead, as a column of the transition matrix.
+    """The column of each node of the trie: where its bytes lead from each state.
 
-    The column of each node, -1 where it is dead; and each distinct column as int32 [n, 2], the
-    states that it is not dead from, rising, and where it leads. A level takes work for its distinct
-    pairs of a column and a class of bytes, and not for its nodes.
+    The work of a level is that of its distinct pairs of a parent's column and a class of bytes, not
+    that of its nodes.
+
+    Returns:
+        The number of each node's column, -1 for an empty one; and the distinct columns as int32
+        [n, 2]. A row has a state from which some match continues, ascending, and the next state.
     """
     by_byte = np.ascontiguousarray(automaton.transitions.T)
     classes: dict[bytes, int] = {}
@@ -248,15 +295,25 @@ def _columns(
 def _merged(
     class_of: np.ndarray, source: np.ndarray, cls: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The classes numbered from 0, and the edges; ``cls`` rises, and those without an edge go.
+    """Number the classes from 0, and merge those that have become equal.
 
-    Classes that differed in lost states alone become one, which needs its edges once.
+    ``lift`` has removed states, with which edges disappear. A class may be left without edges, and
+    two classes may be left with the same ones.
+
+    Args:
+        class_of: the old class of each token.
+        source: the state before each edge.
+        cls: the old class of each edge, ascending.
+        target: the state after each edge.
+
+    Returns:
+        The new class of each token, and source, class and target of the edges that remain.
     """
     old, first = np.unique(cls, return_index=True)
     known: dict[bytes, int] = {}
     number, new = np.empty(len(old), np.int32), np.empty(len(old), bool)
     pairs = np.split(np.stack([source, target], 1), first[1:])
-    for place, part in zip(range(len(old)), pairs, strict=False):  # a part of nothing has no class
+    for place, part in zip(range(len(old)), pairs, strict=False):  # without classes: one empty part
         new[place] = part.tobytes() not in known
         number[place] = known.setdefault(part.tobytes(), len(known))
     rename = np.full(int(class_of.max(initial=-1)) + 2, -1, np.int32)
@@ -266,19 +323,23 @@ def _merged(
 
 
 def _unspellable(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str) -> str:
-    """Why no tokens spell what the pattern matches; a byte that none holds, if it is for that."""
+    """The message that no tokens spell a match.
+
+    It names a missing byte if that is the reason: of the states that tokens' bytes can reach, take
+    the one nearest to acceptance; a byte that leads from it nearer to acceptance is in no token.
+    """
     problem = f"the vocabulary cannot spell anything that regex {shown(pattern)} matches"
-    held = np.zeros(256, bool)
+    present = np.zeros(256, bool)  # bytes that some token contains
     for _, byte in vocabulary.levels:
-        held[byte] = True
+        present[byte] = True
     source, byte = np.nonzero(automaton.transitions >= 0)
     target = automaton.transitions[source, byte]
     states = automaton.num_states
-    there = _distances(source[held[byte]], target[held[byte]], np.array([0]), states)
-    if (there[automaton.accepting] >= 0).any():
+    reached = _distances(source[present[byte]], target[present[byte]], np.array([0]), states)
+    if (reached[automaton.accepting] >= 0).any():
         return problem
     left = _distances(target, source, np.flatnonzero(automaton.accepting), states)
-    nearest = min(np.flatnonzero(there >= 0).tolist(), key=lambda state: left[state])
+    nearest = min(np.flatnonzero(reached >= 0).tolist(), key=lambda state: left[state])
     missing = int(byte[(source == nearest) & (left[target] < left[nearest])][0])
     name = f"the character {chr(missing)!r}" if missing < 0x80 else f"the byte 0x{missing:02x}"
     return f"{problem}: no token holds {name}"
@@ -287,7 +348,10 @@ def _unspellable(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str)
 def _distances(
     source: np.ndarray, target: np.ndarray, start: np.ndarray, states: int
 ) -> np.ndarray:
-    """The fewest edges from any of ``start`` to each state, -1 where there is no way."""
+    """The fewest edges from any state of ``start`` to each state, -1 if there is no path.
+
+    A breadth-first search that visits all edges of a distance at once.
+    """
     source, target = np.divmod(np.unique(source.astype(np.int64) * states + target), states)
     bounds = np.searchsorted(source, np.arange(states + 1))
     distance = np.full(states, -1)
