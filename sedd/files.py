@@ -70,7 +70,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
         raise _cannot_write(path, error) from error
     finally:
         if ours and file is not None:
-            with suppress(OSError):  # closing repeats a write that has failed, and is reported
+            with suppress(OSError):  # closing would repeat a write that has failed
                 file.close()
 
 

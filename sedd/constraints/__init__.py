@@ -93,4 +93,5 @@ def compile_json_schema(
 
 @lru_cache(maxsize=4)
 def _index(vocabulary: tuple[bytes | None, ...], eos_id: int | None) -> Vocabulary:
+    """The trie of a vocabulary, shared by the patterns compiled for it."""
     return Vocabulary.of(vocabulary, eos_id=eos_id)

@@ -57,6 +57,7 @@ def _walk(table, mass, mass_LC, value_LS, noise, fixed_L, start, length):
 
 @jax.jit
 def _most_likely(table, log_probs_LN, fixed_L, final_S, start, length):
+    """The most likely string and the suffix values."""
     mass, mass_LC, value_LS = _values(table, log_probs_LN, fixed_L, final_S, length, best=True)
     noise = no_noise(table, len(log_probs_LN))
     return _walk(table, mass, mass_LC, value_LS, noise, fixed_L, start, length), value_LS
@@ -64,6 +65,7 @@ def _most_likely(table, log_probs_LN, fixed_L, final_S, start, length):
 
 @jax.jit
 def _sample(table, log_probs_LN, fixed_L, final_S, start, length, keys_RL):
+    """A sample for each row of keys, and the suffix values, which the samples share."""
     mass, mass_LC, value_LS = _values(table, log_probs_LN, fixed_L, final_S, length, best=False)
 
     def draw(keys_L):
@@ -75,6 +77,7 @@ def _sample(table, log_probs_LN, fixed_L, final_S, start, length, keys_RL):
 
 @jax.jit
 def _marginals(table, log_probs_LN, fixed_L, final_S, start, length):
+    """The marginals of all tokens and the suffix values."""
     _, mass_LC, value_LS = _values(table, log_probs_LN, fixed_L, final_S, length, best=False)
     given_LN = given_log_probs(log_probs_LN, fixed_L)
     return token_marginals(table, given_LN, mass_LC, value_LS, start, length), value_LS
@@ -82,6 +85,7 @@ def _marginals(table, log_probs_LN, fixed_L, final_S, start, length):
 
 @partial(jax.jit, static_argnames="k")
 def _top_k(table, log_probs_LN, fixed_L, final_S, start, length, *, k):
+    """The k most likely strings and their log probabilities."""
     return k_best(table, given_log_probs(log_probs_LN, fixed_L), final_S, start, length, k=k)
 
 

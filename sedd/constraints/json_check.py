@@ -50,6 +50,7 @@ def fits(reader: Reader, value: Any, leaf: Leaf) -> bool:
 
 
 def _number_fits(value: float, schema: Mapping[str, Any], path: Path) -> bool:
+    """Whether a number satisfies bounds and ``multipleOf``, in exact arithmetic."""
     exact = Fraction(value)
     for key, sign, strict in (
         ("minimum", 1, False),
@@ -71,6 +72,7 @@ def _number_fits(value: float, schema: Mapping[str, Any], path: Path) -> bool:
 
 
 def _string_fits(value: str, schema: Mapping[str, Any], path: Path) -> bool:
+    """Whether a string satisfies its lengths, ``pattern`` and ``format``."""
     counts = read_counts([(schema, path)], "minLength", "maxLength")
     if not counts.low <= len(value) <= counts.high:
         return False
@@ -83,6 +85,7 @@ def _string_fits(value: str, schema: Mapping[str, Any], path: Path) -> bool:
 
 
 def _object_fits(reader: Reader, value: Mapping[str, Any], leaf: Leaf) -> bool:
+    """Whether an object has an allowed size, the required names, and valid names and values."""
     parts = list(leaf.about("object"))
     counts = read_counts(parts, "minProperties", "maxProperties")
     return (
@@ -98,6 +101,7 @@ def _object_fits(reader: Reader, value: Mapping[str, Any], leaf: Leaf) -> bool:
 
 
 def _array_fits(reader: Reader, value: list[Any], leaf: Leaf) -> bool:
+    """Whether an array has an allowed size, distinct items if they must be, and valid items."""
     parts = list(leaf.about("array"))
     counts = read_counts(parts, "minItems", "maxItems")
     if not counts.low <= len(value) <= counts.high:

@@ -49,12 +49,12 @@ MAX_CHARACTERS = 2**18  # of a regex: references to references can double it at 
 class Converter:
     """The conversion of one document.
 
-    The methods that convert a schema return None where no value is possible, and record the reason
-    in ``reader.conflict``. An alternative without values is dropped; if nothing is left of the
-    whole document, the recorded reason is the error message.
+    The methods that convert a schema return None if no value is possible, and record path and
+    reason in ``reader.conflict``. An alternative without values is dropped. If nothing is left of
+    the whole document, the recorded reason is the error message.
 
     Attributes:
-        level: how many calls of ``value`` are within each other at the moment.
+        level: the number of calls of ``value`` that are running, one inside the other.
         made: path and regex of each finished subschema, innermost first; ``regex_to_compile`` finds
             the subschema to blame in it.
     """
@@ -100,6 +100,7 @@ class Converter:
         return self.known[key][1]
 
     def _value(self, schemas: Sequence[Where], path: Path) -> str | None:
+        """``value`` without the cache."""
         if all(is_free(schema) for schema, _ in schemas):
             return self._anything(self.depth, path)
         texts = [
@@ -364,7 +365,8 @@ class Converter:
         # Without ``items``, an array with ``prefixItems`` ends after these.
         rests = [rest or (not prefix, path) for prefix, rest in read] or [(True, path)]
         if unique and high > 1:
-            return self._distinct(rests, first, low, high, parts)
+            at = next((*at, "uniqueItems") for schema, at in parts if schema.get("uniqueItems"))
+            return self._distinct(rests, first, low, high, at)
         item = self._inside(rests) if high > len(first) else None
         if item is None:
             high = min(high, len(first))
@@ -374,15 +376,9 @@ class Converter:
         return self.write.array(item or "", low, high, first)
 
     def _distinct(
-        self,
-        items: Sequence[Where],
-        first: Sequence[str],
-        low: int,
-        high: float,
-        parts: Sequence[Part],
+        self, items: Sequence[Where], first: Sequence[str], low: int, high: float, at: Path
     ) -> str | None:
-        """The regex of arrays of distinct constants: ``uniqueItems`` for items of an enum."""
-        at = next((*at, "uniqueItems") for schema, at in parts if schema.get("uniqueItems"))
+        """The regex of arrays of distinct constants; ``at`` is the path of ``uniqueItems``."""
         leaves = self.reader.conjunction(items).leaves
         if first or any(leaf.values is None for leaf in leaves):
             refuse(at, "supported for items of an enum, or false")

@@ -86,6 +86,7 @@ def is_free(schema: Any) -> bool:
 
 
 def _is_annotation(key: str) -> bool:
+    """Whether a keyword constrains nothing; vendors' keywords begin with "x-"."""
     return key in ANNOTATIONS or key.startswith("x-")
 
 

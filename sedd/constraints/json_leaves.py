@@ -93,7 +93,7 @@ def union_of(found: Sequence[Leaves], path: Path) -> Leaves:
 
 
 def collected(leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
-    """The leaves without repetitions; all leaves that are only constants become the first one."""
+    """The leaves without repetitions; leaves that are only constants are merged into one."""
     kept: dict[Any, Leaf] = {}
     values: dict[str, Any] = {}
     for leaf in leaves:

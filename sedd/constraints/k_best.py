@@ -1,4 +1,4 @@
-"""The k most likely strings of a token automaton: dynamic programming with k values a state."""
+"""The k most likely strings of a token automaton, by dynamic programming with k values a state."""
 
 import jax
 import jax.numpy as jnp
@@ -60,17 +60,22 @@ def k_best(
         step, only_first, (live_LM, jnp.arange(len(live_LM))), reverse=True
     )
 
-    def follow(carry, position):
-        (token_kS, target_kS, way_kS), index = position
+    return _followed(back_LkS, start, length, k).T, value_kS[:, start]
+
+
+def _followed(back_LkS, start: Int[Array, ""], length: Int[Array, ""], k: int) -> Array:
+    """The tokens [L, k] of the k best suffixes of ``start``, from the records of ``k_best``."""
+
+    def step(carry, position):
+        (token_kS, target_kS, suffix_kS), index = position
         state_k, rank_k = carry
         go = index < length
         token_k = jnp.where(go, token_kS[rank_k, state_k], 0)
         state_after = jnp.where(go, target_kS[rank_k, state_k], state_k)
-        return (state_after, jnp.where(go, way_kS[rank_k, state_k], rank_k)), token_k
+        return (state_after, jnp.where(go, suffix_kS[rank_k, state_k], rank_k)), token_k
 
     first = (jnp.full(k, start), jnp.arange(k))
-    _, token_Lk = jax.lax.scan(follow, first, (back_LkS, jnp.arange(len(live_LM))))
-    return token_Lk.T, value_kS[:, start]
+    return jax.lax.scan(step, first, (back_LkS, jnp.arange(len(back_LkS[0]))))[1]
 
 
 def _k_largest(

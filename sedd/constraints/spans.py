@@ -92,6 +92,12 @@ class Spans(Constraint):
         return ((index_L >= start_BK1) & (index_L < start_BK1 + length_BK1)).any(1)
 
     def propose(self, keys_B, x_BL, commit_BL, read, mask_id):
+        """See ``Constraint.propose``.
+
+        The spans of all sequences are flattened to one axis, S = B·K. First the log conditionals of
+        masked positions are reduced to draws, chunk by chunk. Then each span runs the backward and
+        the forward pass of ``recursions`` in the semiring of the rule.
+        """
         batch, length = x_BL.shape
         count = self.start_BK.shape[1]
         start_S, length_S = self.start_BK.ravel(), self.length_BK.ravel()
@@ -110,6 +116,7 @@ class Spans(Constraint):
         best = self.rule != "joint"
 
         def read_chunk(place_SR):
+            """The draws at some positions of each span."""
             log_probs_BRN = read(place_SR.reshape(batch, -1))
             log_probs_SRN = log_probs_BRN.reshape(*place_SR.shape, -1)
             key_SR = None
@@ -122,6 +129,7 @@ class Spans(Constraint):
         draws = _in_chunks(masked_SW, place_SW, table_S, read_chunk)
 
         def one(table, length, x_W, free_W, wild_W, draws):
+            """The tokens of one span; positions of ``wild_W`` may have any token at no cost."""
             mass_WC = given_masses(table, draws.mass_WC, jnp.where(free_W, -1, x_W))
             mass_WC = jnp.where(wild_W[:, None], 0.0, mass_WC)
             final_S = jnp.where(table.accepting_S, 0.0, ZERO)
