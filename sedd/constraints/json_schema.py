@@ -1,30 +1,32 @@
 r"""JSON Schema to a regex: every text that the regex matches validates against the schema.
 
-Schemas of drafts 4, 6, 7, 2019-09 and 2020-12 are read by their keywords. ``$schema`` decides only
-where drafts differ: whether keywords beside ``$ref`` count, and whether ``prefixItems`` is known. A
-keyword that is not supported is refused with its path (``#/properties/age/contains``), never
-ignored. The regex may match less than the schema allows, never more:
+Schemas of drafts 4, 6, 7, 2019-09 and 2020-12 are read by their keywords. ``$schema`` matters only
+where the drafts differ: whether keywords beside ``$ref`` count, and whether ``prefixItems`` exists.
+A keyword that is not supported is refused with its path (``#/properties/age/contains``), never
+ignored. ``allOf``, ``anyOf``, ``oneOf``, ``not``, ``if``, ``$ref`` and the dependencies may be
+combined with each other and with any keywords beside them (``json_reader``). Annotations are
+ignored: ``title``, ``examples``, ``nullable``, ``x-…`` and those of editors.
+
+The regex may match fewer texts than validate:
 
 - White space is that of ``json.dumps``: a space after ``:`` and ``,``, or none (``compact``).
-- Strings hold characters from U+0020 up and the escapes ``\" \\ \b \f \n \r \t``; no ``\/`` and no
-  ``\uXXXX``. An escape counts as one character.
-- ``minLength`` and ``maxLength`` beside a ``pattern`` or ``format`` must follow from it, or the
-  pattern be one repeated class (``^[a-z]+$``). A string has one pattern or one format.
-- ``pattern`` is what ECMAScript and Python agree on (``regex.parse_search``).
+- Strings consist of characters from U+0020 up and the escapes ``\" \\ \b \f \n \r \t``. They have
+  no ``\/`` and no ``\uXXXX``. An escape counts as one character.
+- A string has at most one ``pattern`` or one ``format``. ``minLength`` and ``maxLength`` beside it
+  are supported if they follow from it, or if it repeats one character class (``^[a-z]+$``).
+- A ``pattern`` must be one that ECMAScript and Python read alike (``regex.parse_search``).
 - The formats in ``FORMATS`` are enforced. Any other, such as ``int64``, is an annotation.
-- Integers have at most 15 digits where no bound says otherwise, numbers also at most 6 after the
-  point and no exponent; a bound is exact. ``multipleOf`` takes whole numbers.
-- Objects list the named properties in the schema's order and have no others, whatever
-  ``additionalProperties`` would allow. An object without named properties is a map, with names of
-  ``propertyNames``, or else of ``patternProperties``, or else any names.
+- Integers have at most 15 digits unless a bound is larger. Other numbers have at most 6 digits
+  after the point and no exponent. Bounds are exact. ``multipleOf`` must be a whole number.
+- Objects have the named properties in the schema's order and no others, even if
+  ``additionalProperties`` allows them. Without named properties, the names are those that
+  ``propertyNames`` or ``patternProperties`` allow, or any.
 - ``minProperties`` and ``maxProperties`` must follow from the named properties, or be 1.
-- Arrays are of ``items`` after ``prefixItems``; without ``items`` they end with ``prefixItems``.
-  ``uniqueItems`` is supported for items of an enum, which come in the enum's order.
-- Where a schema sets no limit, values nest ``depth`` deep: any JSON value, and recursion by
-  ``$ref``.
-- ``allOf``, ``anyOf``, ``oneOf``, ``not``, ``if``, ``$ref`` and the dependencies combine with each
-  other and with keywords beside them (``json_reader``). Two patterns for one string are refused.
-- Annotations are ignored: ``title``, ``examples``, ``nullable``, ``x-…`` and those of editors.
+- Arrays have the items of ``prefixItems`` and then those of ``items``; without ``items`` they end
+  with ``prefixItems``.
+- ``uniqueItems`` is supported for items of an enum. More than four come in the enum's order.
+- Where the schema sets no limit, values nest ``depth`` deep: in a schema that allows any value, and
+  in recursion by ``$ref``.
 """
 
 import contextlib
