@@ -250,7 +250,7 @@ SAMPLERS = [  # of the options of sampling
         "#/items: the regex has more than 262144 characters; a depth below 40 shortens it",
     ),
     (
-        '--json-schema {{"required":["a"],"properties":{{"a":{{"$ref":"#"}}}}}} '
+        '--json-schema {{"type":"object","required":["a"],"properties":{{"a":{{"$ref":"#"}}}}}} '
         "--json-schema-depth 0",
         "no value ends at depth 0",
     ),
