@@ -29,7 +29,7 @@ from sedd.constraints import compile_regex, decode
 from sedd.constraints.decode import Automaton
 from sedd.constraints.json_schema import schema_to_regex
 from sedd.constraints.token_automaton import Vocabulary, compile_tokens
-from sedd.data.tokenizers import build_tokenizer
+from sedd.data.tokenizer_sources import build_tokenizer
 
 FIVE = {
     "type": "object",

@@ -29,7 +29,7 @@ from report import report, start
 from sedd.configuration.config import default_cache_dir
 from sedd.constraints.json_schema import schema_to_regex
 from sedd.constraints.token_automaton import TokenAutomaton, Vocabulary, compile_tokens
-from sedd.data.tokenizers import build_tokenizer
+from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.errors import UserError
 
 FILE = "BFCL_v4_live_simple.json"

@@ -1,8 +1,8 @@
 from . import constraints as constraints
 from . import samplers as samplers
 from .errors import UserError as UserError
+from .evaluating import evaluate as evaluate
 from .model import Model as Model
-from .model import evaluate as evaluate
 from .model import load as load
 from .sampling import SampleResult as SampleResult
 from .sampling import sample as sample

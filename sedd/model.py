@@ -17,19 +17,17 @@ from jax.core import Tracer
 from sedd.configuration.build import Parts, build_parts
 from sedd.configuration.components import options, options_type
 from sedd.configuration.config import Config, DataOptions, default_cache_dir
-from sedd.data.tokenizers import Pretrained, Tokenizer, build_tokenizer, tokenizer_from_json
+from sedd.data.tokenizer_sources import build_tokenizer
+from sedd.data.tokenizers import Pretrained, Tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError, first_line
-from sedd.evaluation.datasets import TextReader, token_data_set
-from sedd.evaluation.protocols import PROTOCOLS, Protocol, check_fit
-from sedd.evaluation.protocols import protocol as protocol_named
-from sedd.evaluation.scoring import EvaluationResult, Order, choose_estimate, score_data_set
+from sedd.evaluation.datasets import TextReader
 from sedd.interop.hub import fetch
 from sedd.interop.layouts import find_config
 from sedd.interop.published import Published, load_published
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.distributed import leave_libtpu_alone
-from sedd.types import Array, Float, Int, Key
+from sedd.types import Array, Float, Int
 
 GPT2_TOKENS = 50257
 TRAIN_COUNTS = "token_counts.npy"  # in the directory of a run
@@ -333,91 +331,3 @@ def _read_json(path: Path, reader: Callable[[Any], Any]) -> Any:
         return reader(data)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def evaluate(
-    model: Model,
-    data: str | Any,
-    key: Key[Array, ""] | int = 0,
-    *,
-    protocol: str | Protocol = "default",
-    scored_BL: Any = None,
-    order: Order | None = None,
-    split: str | None = None,
-    max_sequences: int | None = None,
-    batch_size: int = 32,
-) -> EvaluationResult:
-    """Bound the perplexity of a model on token ids or on a corpus; see ``docs/evaluation.md``.
-
-    Args:
-        model: from ``load``.
-        data: token ids [S, L], or a corpus as ``evaluate.py --data`` takes it: the name of one, a
-            file, a folder, or ``NAME=FILE``.
-        key: of the noise, or an integer to make it from. A sequence's draws depend on this and on
-            its place in the data, not on ``batch_size`` or the devices.
-        protocol: the name of a protocol, or a ``Protocol`` (a named one can be changed by
-            ``dataclasses.replace``). Of token ids only its estimate is used, not its cut.
-        scored_BL: which token ids are scored, [S, L]; the others are conditioned on. All by
-            default.
-        order: compute the exact likelihood of this order of the tokens instead of a bound.
-        split: of a corpus; the protocol's by default.
-        max_sequences: evaluate at most so many, evenly spread.
-        batch_size: sequences side by side, over all devices.
-
-    Raises:
-        UserError: if the data cannot be read, or does not fit the protocol or the model.
-
-    Example:
-        >>> import sedd
-        >>> from sedd.evaluation import Protocol
-        >>> model = sedd.load("runs/quickstart")
-        >>> result = sedd.evaluate(model, "my.txt", protocol=Protocol(draws=16), max_sequences=8)
-        >>> result.is_bound, result.num_sequences, result.num_tokens
-        (True, 8, 96)
-        >>> result.standard_error < result.nats_per_token
-        True
-    """
-    name = protocol if isinstance(protocol, str) else None
-    chosen = protocol_named(protocol) if isinstance(protocol, str) else protocol
-    name = name or next((n for n, known in PROTOCOLS.items() if known == chosen), "default")
-    if isinstance(data, str):
-        if scored_BL is not None:
-            raise UserError("scored_BL belongs to token ids: of a corpus the protocol decides")
-        reader = model.text_reader
-        check_fit(name, chosen, tokenizer=reader.tokenizer.name, length=model.length)
-        rows = reader.open(data, chosen, name=name, split=split, max_sequences=max_sequences)
-    else:
-        rows = token_data_set(
-            data,
-            scored_BL,
-            num_tokens=model.process.num_tokens,
-            max_sequences=max_sequences,
-        )
-    return score_data_set(
-        model.denoiser,
-        model.schedule,
-        jax.random.key(key) if isinstance(key, int) else key,
-        rows,
-        choose_estimate(chosen, model.denoiser, order),
-        protocol=chosen,
-        protocol_name=name,
-        batch_size=batch_size,
-        count_text=text_counter(model.tokenizer),
-        train_counts_N=model.train_counts,
-    )
-
-
-def text_counter(tokenizer: Tokenizer | None):
-    """A function from ids to (characters, bytes) of their text; None where a tokenizer has none.
-
-    Counts are of the tokens' own bytes, so that a code point cut by a sequence's end counts once.
-    """
-    if tokenizer is None:
-        return None
-    try:
-        pieces = tokenizer.token_bytes()
-    except UserError:
-        return None
-    num_bytes = np.array([len(piece or b"") for piece in pieces])
-    characters = np.array([sum(byte & 0xC0 != 0x80 for byte in piece or b"") for piece in pieces])
-    return lambda ids: (int(characters[ids].sum()), int(num_bytes[ids].sum()))

@@ -1,6 +1,10 @@
-"""Draw samples from a model: ``sedd.sample``, and the batch that it is made of."""
+"""Draw samples from a model: ``sedd.sample``.
 
-import weakref
+``sample`` turns texts into given tokens (``Clamp``), constraints (``Span``), a sampler and a
+``Reshape``. ``draw`` makes one padded batch of them, runs the compiled sampler and cuts the padding
+off. The ``sample`` command calls ``draw`` with batches of requests from a file.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,114 +20,40 @@ from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.config import default_cache_dir
 from sedd.constraints.clamp import Clamp, check_prefix, free
 from sedd.constraints.spans import Given, Rule, Shape, Span, batch_spans, spans_of
-from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
 from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
+from sedd.samplers.verifier import NO_NUMBERS, TextScorer, text_verifier, verifier_error
 from sedd.types import Array, Key
 
-TextScorer = Callable[[list[str]], Sequence[float]]
-NUMBERS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}  # and their defaults
-TEXTS = ("prompt", "suffix", "infill", "regex", "json_schema")
-NO_NUMBERS = "the model's probabilities are nan, or the logit processor's"
+# Options of ``Reshape`` that are numbers, with the default of each.
+NUMBERS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleResult:
-    """The sequences that a call drew, in the order of its requests."""
+    """The drawn sequences, in the order of the keys."""
 
     tokens: np.ndarray
-    """Token ids [B, L]; what lies behind the end of a shorter sequence is padding."""
+    """Token ids [B, L]; a sequence that is shorter than L is followed by padding."""
     calls: np.ndarray
-    """Network calls of each sequence, [B]; candidates of a search and guidance included."""
+    """Network calls for each sequence, [B]: guidance and the candidates of a search included."""
     text: list[str] | None
     """The decoded sequences; None without a tokenizer."""
     trace: np.ndarray | None
-    """Token ids at the start and after every round, [T, B, L]; None unless asked for."""
+    """Token ids at the start and after every round, [T, B, L]; None unless ``trace`` was set."""
     times: np.ndarray | None
-    """Diffusion time of each frame of the trace, [T], where all sequences share them."""
+    """Diffusion time of each frame of the trace, [T]; None if sequences differ in their times."""
     score: np.ndarray | None
     """The verifier's scores, [B]; None without a verifier."""
 
 
-class TextVerifier:
-    """A verifier of tokens made from a user's function on texts.
-
-    The function is called from inside a compiled search, where no exception gets out. On a failure
-    the scores are nan, which ends the search, and the error is kept for ``take_error``.
-    """
-
-    def __init__(self, function: TextScorer, tokenizer: Tokenizer, name: str):
-        self.function, self.tokenizer, self.name = function, tokenizer, name
-        self._error: UserError | None = None
-
-    def __call__(self, tokens_RL: np.ndarray, real_RL: np.ndarray) -> np.ndarray:
-        """Scores [R] of the texts; nan for all once something has failed."""
-        if (np.asarray(tokens_RL) == NAN).any():
-            self._error = UserError(NO_NUMBERS)
-        if self._error is None:
-            rows = zip(np.asarray(tokens_RL), np.asarray(real_RL), strict=True)
-            try:
-                return self._scores([self.tokenizer.decode(row[real]) for row, real in rows])
-            except UserError as error:
-                self._error = error
-        return np.full(len(tokens_RL), np.nan, np.float32)
-
-    def take_error(self) -> UserError | None:
-        """The error since the last call of this method, or None."""
-        error, self._error = self._error, None
-        return error
-
-    def _scores(self, texts: list[str]) -> np.ndarray:
-        where = f"verifier {self.name}"
-        try:
-            scores = np.asarray(self.function(texts), np.float32)
-        except Exception as error:  # the user's code may raise anything
-            raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
-        if scores.shape != (len(texts),):
-            raise UserError(
-                f"{where} must return one score a text, {len(texts)} in all, got an array of shape "
-                f"{scores.shape}"
-            )
-        bad = np.flatnonzero(~np.isfinite(scores))
-        if len(bad):
-            text = texts[bad[0]]
-            raise UserError(
-                f"{where}: a score must be finite, got {scores[bad[0]]} for {text[:80]!r}"
-            )
-        return scores
-
-
-def verifier_error(sampler: Sampler) -> UserError | None:
-    """The error of the sampler's verifier since the last call of this function, or None."""
-    verifier = getattr(sampler, "verifier", None)
-    return verifier.take_error() if isinstance(verifier, TextVerifier) else None
-
-
-def text_verifier(model: Model, function: TextScorer, name: str = "") -> TextVerifier:
-    """The verifier of a function on texts; the same object for the same function and tokenizer.
-
-    A new object would compile a new program. Verifiers live as long as a compiled program or the
-    caller holds them.
-    """
-    if model.tokenizer is None:
-        raise UserError("a verifier reads text, and this model has no tokenizer to make it")
-    key = (function, id(model.tokenizer))  # a verifier holds its tokenizer: no id is used again
-    verifier = _VERIFIERS.get(key)
-    if verifier is None:
-        name = name or getattr(function, "__name__", str(function))
-        verifier = _VERIFIERS[key] = TextVerifier(function, model.tokenizer, name)
-    return verifier
-
-
-_VERIFIERS: weakref.WeakValueDictionary[Any, TextVerifier] = weakref.WeakValueDictionary()
-
-
 @partial(jax.jit, static_argnames=("sampler", "trace"))
 def _run(sampler: Sampler, denoiser, keys_B, tokens_BL, fixed_BL, *, trace) -> Samples:
+    """The compiled program: one for each sampler, set of shapes and static part of the denoiser."""
     return sampler(denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
 
 
@@ -148,41 +78,39 @@ def sample(
 ) -> SampleResult:
     """Draw sequences from a model.
 
-    Sequences of different lengths share a batch, padded and masked. The number of sequences and
-    the length are rounded up to a few sizes (``sedd.arrays.bucket``), so that nearby ones share a
-    compiled program, as do different texts, seeds, temperatures, top-k and top-p.
+    The arguments from ``prompt`` to ``constraint`` are one value for all sequences, or a list with
+    one for each. Sequences of different lengths share a batch, padded and masked. The number of
+    sequences and the length are rounded up to a few sizes (``sedd.arrays.bucket``): calls of nearby
+    sizes share a compiled program, as do other texts, seeds, temperatures, top-k and top-p.
 
     Args:
-        model: what ``sedd.load`` returned.
-        key: an integer seed or one key, from which each sequence derives its own, or one key a
-            sequence. Both ``jax.random.key`` and ``jax.random.PRNGKey`` will do.
-        num: sequences to draw; by default as many as there are keys or texts, or 1.
-        length: tokens in a sequence, the given ones included; the training length by default.
-        sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. By default
-            event_jump, tweedie for a model that depends on the noise level, or ordered for an
-            autoregressive one.
-        prompt: text at the start; one for all sequences, or one each.
-        suffix: text at the end; one for all sequences, or one each.
-        infill: text with gaps such as ``{mask:12}``; one for all sequences, or one each.
-        regex: what the free text must match; one for all sequences, or one each, of which each
-            may be None, or a list with one or None for each gap.
-        json_schema: a JSON Schema of the free text, in the same form.
-        clamp: the given tokens as a ``Clamp``, instead of texts; one for all, or one each.
-        constraint: compiled automata, instead of ``regex`` or ``json_schema``, of the same form.
+        model: from ``sedd.load``.
+        key: an integer seed or one key, from which each sequence derives its own, or a key for each
+            sequence. Keys are those of ``jax.random.key`` or ``jax.random.PRNGKey``.
+        num: number of sequences; by default that of the keys or the lists, or 1.
+        length: tokens in a sequence, the given ones included; by default the training length.
+        sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. Default: event_jump;
+            tweedie for a time-dependent model, ordered for an autoregressive one.
+        prompt: text at the start.
+        suffix: text at the end.
+        infill: text with gaps such as ``{mask:12}``.
+        regex: regex that the free text must match, or a list with one, or None, for each gap.
+        json_schema: a JSON Schema of the free text, in the same form; excludes ``regex``.
+        clamp: the given tokens as a ``Clamp``, instead of texts.
+        constraint: compiled automata, instead of ``regex`` and ``json_schema``.
         rule: how a step draws under a constraint, see ``sedd.constraints.spans.Spans``. At
-            temperature 0 the most likely matching string is taken.
-        verifier: a function from a list of texts to a finite score each, higher is better; for
-            the searches best_of_n and particle.
-        trace: keep the tokens after every round.
-        options: those of the sampler (``steps=128``; ``inner=`` a name or options for samplers
-            that wrap another one), the numbers ``temperature``, ``top_k``, ``top_p`` and
-            ``guidance``, one for all sequences or one each, and ``logit_processor``, see
-            ``sedd.reshape.Reshape``.
+            temperature 0 it is ``most_likely``.
+        verifier: for best_of_n and particle: a function from a list of texts to one finite score
+            each, higher is better.
+        trace: also return the tokens after every round.
+        options: options of the sampler (``steps=128``), and of ``sedd.reshape.Reshape``:
+            ``temperature``, ``top_k``, ``top_p``, ``guidance`` (one number, or one a sequence) and
+            ``logit_processor``.
 
     Raises:
-        UserError: an unknown or bad option, numbers of keys and texts that differ, a text that
-            does not fit, a sampler that does not go with the model, or a verifier that fails.
-            A ``FieldError`` names the option in its ``field``.
+        UserError: for an unknown option, lists of different lengths, a text that does not fit, a
+            sampler that the model does not support, or a verifier that fails.
+        FieldError: for a bad value; ``field`` is the name of the argument.
 
     Example:
         >>> import sedd
@@ -192,31 +120,43 @@ def sample(
         [True, True]
     """
     texts = {"prompt": prompt, "suffix": suffix, "infill": infill, "regex": regex}
-    texts["json_schema"] = json_schema
-    texts = {name: value for name, value in texts.items() if value is not None}
-    each = {"clamp": clamp, "constraint": constraint, **texts}
-    num, keys_B = _keys(key, num, {name: value for name, value in each.items() if _is_list(value)})
+    texts = {n: v for n, v in (texts | {"json_schema": json_schema}).items() if v is not None}
+    num, keys_B = _keys(key, num, {"clamp": clamp, "constraint": constraint, **texts})
     clamps, spans = _given(model, num, length, texts, clamp, constraint)
     numbers = {name: options.pop(name) for name in NUMBERS if name in options}
-    processor = options.pop("logit_processor", None)
-    reshape = reshape_of(num, numbers, processor)
+    reshape = reshape_of(num, numbers, options.pop("logit_processor", None))
+    built = _sampler(model, sampler, verifier, options)
+    return draw(model, keys_B, built, clamps, spans, reshape=reshape, rule=rule, trace=trace)
+
+
+def _sampler(
+    model: Model,
+    sampler: str | SamplerOptions | Sampler | None,
+    verifier: TextScorer | None,
+    options: Mapping[str, Any],
+) -> Sampler:
+    """Build the sampler from its name and options; UserError on options for a built one."""
     if sampler is None:
         sampler = default_sampler(model.parts.parameterization)
     if not isinstance(sampler, Sampler):
-        scorer = None if verifier is None else text_verifier(model, verifier)
-        sampler = build_sampler(sampler, model.schedule, verifier=scorer, **options)
-    elif options or verifier is not None:
+        scorer = None if verifier is None else text_verifier(verifier, model.tokenizer)
+        return build_sampler(sampler, model.schedule, verifier=scorer, **options)
+    if options or verifier is not None:
         given = [*options, *(["verifier"] if verifier else [])]
         raise UserError(f"the sampler is built already: it takes no {', '.join(given)}")
-    return draw(model, keys_B, sampler, clamps, spans, reshape=reshape, rule=rule, trace=trace)
+    return sampler
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _keys(key: Any, num: int | None, lists: Mapping[str, Sequence[Any]]) -> tuple[int, Array]:
-    """How many sequences there are, and one key for each of them."""
+def _keys(key: Any, num: int | None, given: Mapping[str, Any]) -> tuple[int, Array]:
+    """The number of sequences, and a key for each.
+
+    ``num``, the keys and the lists among the values of ``given`` must agree in their number;
+    UserError otherwise. One key is folded with the number of each sequence.
+    """
     if isinstance(key, int | np.integer):
         key = jax.random.key(key)
     key = jnp.asarray(key)
@@ -224,7 +164,7 @@ def _keys(key: Any, num: int | None, lists: Mapping[str, Sequence[Any]]) -> tupl
         if key.dtype != jnp.uint32 or key.shape[-1:] != (2,):
             raise FieldError("key", f"must be an integer or keys of jax.random, got {key.dtype}")
         key = jax.random.wrap_key_data(key)
-    counts = {name: len(values) for name, values in lists.items()}
+    counts = {name: len(values) for name, values in given.items() if _is_list(values)}
     counts |= {} if num is None else {"num": num}
     counts |= {"key": len(key)} if key.ndim else {}
     num = next(iter(counts.values()), 1)
@@ -239,7 +179,7 @@ def _keys(key: Any, num: int | None, lists: Mapping[str, Sequence[Any]]) -> tupl
 
 
 def _given(model, num, length, texts, clamp, constraint) -> tuple[list[Clamp], list[list[Span]]]:
-    """The given tokens and the spans that must match of each sequence."""
+    """For each sequence, its given tokens and its spans under a constraint."""
     if clamp is not None:
         for name in ("length", "prompt", "suffix", "infill"):
             if name in texts or (name == "length" and length is not None):
@@ -283,24 +223,27 @@ def draw(
     shape: Shape | None = None,
     trace: bool = False,
 ) -> SampleResult:
-    """Draw one sequence for each key, with its clamp and its spans, as one padded batch.
+    """Draw one sequence for each key as one padded batch.
 
-    See ``sample``, which builds the arguments. Batches of one ``shape``, to which the spans are
-    padded, share a program. Raises UserError where the sampler does not go with
-    the model, an id is out of range, probabilities are nan, or the verifier fails.
+    Args:
+        model: from ``sedd.load``.
+        keys_B: a key for each sequence.
+        sampler: a built sampler.
+        clamps: the given tokens of each sequence.
+        spans: the spans of each sequence that are under a constraint.
+        reshape: changes to the conditionals, with a row a sequence.
+        rule: how a step draws under a constraint.
+        shape: sizes to which the spans are padded: batches of one shape share a program.
+        trace: also return the tokens after every round.
+
+    Raises:
+        UserError: if the model does not support the sampler, an id is out of range, probabilities
+            are nan, or the verifier fails.
     """
     for c in clamps if model.denoiser.causal else ():
         check_prefix(c)
     num, lengths = len(clamps), [c.length for c in clamps]
-    rows, longest = bucket(num), bucket(max(lengths))
-    row_of_B = np.minimum(np.arange(rows), num - 1)  # padding repeats the last sequence
-    tokens_BL = np.zeros((rows, longest), np.int32)
-    fixed_BL = np.ones((rows, longest), bool)  # padded positions are fixed: never drawn
-    real_BL = np.zeros((rows, longest), bool)
-    for row in range(rows):
-        c = clamps[row_of_B[row]]
-        tokens_BL[row, : c.length], fixed_BL[row, : c.length] = c.tokens_L, c.fixed_L
-        real_BL[row, : c.length] = True
+    row_of_B, tokens_BL, fixed_BL, real_BL = _padded(clamps)
     given_BL = fixed_BL & real_BL
     model.check_ids(tokens_BL[given_BL])
     guided = False
@@ -318,7 +261,7 @@ def draw(
         else None,
     )
     sampler.check(denoiser)
-    verifier_error(sampler)  # forget an earlier call's
+    verifier_error(sampler)  # forget the error of an earlier call
     tokens_BL, fixed_BL = jnp.asarray(tokens_BL), jnp.asarray(fixed_BL)
     samples = _run(sampler, denoiser, keys_B[row_of_B], tokens_BL, fixed_BL, trace=trace)
     _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
@@ -330,8 +273,31 @@ def draw(
     return result
 
 
+def _padded(clamps: Sequence[Clamp]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pad the given tokens to a bucket of sequences and a bucket of positions.
+
+    Returns:
+        The sequence of each row [B] (rows beyond the last sequence repeat it), the tokens [B, L],
+        where they are fixed [B, L] (padding is fixed, so that it is never drawn), and which
+        positions are real [B, L].
+    """
+    num, longest = len(clamps), bucket(max(c.length for c in clamps))
+    row_of_B = np.minimum(np.arange(bucket(num)), num - 1)
+    shape = (len(row_of_B), longest)
+    tokens_BL, fixed_BL = np.zeros(shape, np.int32), np.ones(shape, bool)
+    real_BL = np.zeros(shape, bool)
+    for row, sequence in enumerate(row_of_B):
+        c = clamps[sequence]
+        tokens_BL[row, : c.length], fixed_BL[row, : c.length] = c.tokens_L, c.fixed_L
+        real_BL[row, : c.length] = True
+    return row_of_B, tokens_BL, fixed_BL, real_BL
+
+
 def _check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
-    """Raise UserError on a token drawn from nan, with its position and the state of its span."""
+    """Raise UserError if a token was drawn from nan, naming its position.
+
+    Under a constraint the message also names the automaton's states after the tokens before it.
+    """
     bad = np.argwhere(tokens_BL == NAN)
     if not len(bad):
         return
@@ -344,7 +310,7 @@ def _check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None
 
 
 def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]) -> SampleResult:
-    """The samples on the host, without padding."""
+    """Copy the samples to the host and cut the padding off; UserError if the verifier failed."""
     num, longest = len(lengths), max(lengths)
     tokens, calls = np.asarray(samples.tokens_BL), np.asarray(samples.calls_B)
     score = None if samples.score_B is None else np.asarray(samples.score_B)
@@ -371,7 +337,10 @@ def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]
 
 
 def _rule(rule: Rule, reshape: Reshape, constrained: bool) -> Rule:
-    """``rule``, or most_likely for constrained sequences at temperature 0."""
+    """``rule``, but ``most_likely`` instead of ``joint`` at temperature 0.
+
+    A batch has one rule. UserError if only some of its constrained sequences have temperature 0.
+    """
     zero_B = reshape.temperature_B == 0
     if rule != "joint" or not constrained or not zero_B.any():
         return rule
@@ -386,10 +355,16 @@ def _rule(rule: Rule, reshape: Reshape, constrained: bool) -> Rule:
 def reshape_of(
     num: int, numbers: Mapping[str, Any], processor: Callable[..., Any] | None = None
 ) -> Reshape | None:
-    """The changes to the conditionals of ``num`` sequences, or None where there are none.
+    """Build the ``Reshape`` of ``num`` sequences; None if nothing changes.
 
-    ``numbers`` are values of ``NUMBERS``: one for all sequences, or a sequence with one each, which
-    makes a Reshape whatever its values are. Raises FieldError on a bad value.
+    Args:
+        num: number of sequences.
+        numbers: values for names in ``NUMBERS``: one for all sequences, or a list with one each. A
+            list always makes a Reshape, even of defaults, so that batches share a program.
+        processor: the logit processor.
+
+    Raises:
+        FieldError: if a value is out of its range, or a list has another length than ``num``.
     """
     for name, value in numbers.items():
         if np.ndim(value) and np.shape(value) != (num,):

@@ -9,7 +9,7 @@ import sedd
 from sedd.constraints import compile_json_schema, compile_regex
 from sedd.data.corpora import open_corpus
 from sedd.data.packing import pack
-from sedd.data.tokenizers import build_tokenizer
+from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.interop.published import load_published
 
 ENTRY_POINTS = {

@@ -12,7 +12,7 @@ LEVELS = [
     {"parameterizations", "reshape", "denoiser"},
     {"objectives", "samplers", "constraints"},
     {"training", "evaluation", "interop", "control", "watermark"},
-    {"configuration", "model", "sampling", "requests"},
+    {"configuration", "model", "evaluating", "sampling", "requests"},
 ]  # the commands, and the scripts that call them, are level 6: nothing imports them
 LEVEL = {family: level for level, families in enumerate(LEVELS) for family in families}
 TOP = len(LEVELS)
@@ -22,6 +22,7 @@ BESIDE = {  # inside a level: what a family may still import
     "denoiser": {"constraints", "parameterizations", "reshape"},
     "reshape": {"parameterizations"},
     "model": {"configuration"},
+    "evaluating": {"model"},
     "sampling": {"configuration", "model", "requests"},
 }
 PROTOCOLS = {  # modules of another level than their families, so that others can use them

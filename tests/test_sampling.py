@@ -17,7 +17,8 @@ from sedd.errors import FieldError, UserError
 from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
 from sedd.samplers.ordered import Ordered
-from sedd.sampling import _VERIFIERS, _run, bucket, text_verifier
+from sedd.samplers.verifier import _VERIFIERS, text_verifier
+from sedd.sampling import _run, bucket
 
 KEY = jax.random.key(0)
 FIVE_STEPS = sedd.samplers.options("event_jump", steps=5)
@@ -388,11 +389,11 @@ def test_a_failing_verifier_is_named_and_may_recover(model, sampler):
 
 
 def test_verifiers_live_as_long_as_they_are_used(model):
-    held = text_verifier(model, vowels)
-    assert text_verifier(model, vowels) is held
+    held = text_verifier(vowels, model.tokenizer)
+    assert text_verifier(vowels, model.tokenizer) is held
     before = len(_VERIFIERS)
     for _ in range(5):
-        text_verifier(model, lambda texts: [0.0] * len(texts))
+        text_verifier(lambda texts: [0.0] * len(texts), model.tokenizer)
     gc.collect()
     assert len(_VERIFIERS) == before
 
@@ -461,7 +462,8 @@ def test_guidance_counts_for_those_that_were_given_something(model):
 
 
 def test_a_search_wraps_no_other_search(model):
-    inner = build_sampler("best_of_n", model.schedule, n=2, verifier=text_verifier(model, vowels))
+    verifier = text_verifier(vowels, model.tokenizer)
+    inner = build_sampler("best_of_n", model.schedule, n=2, verifier=verifier)
     with pytest.raises(UserError, match=r"inner must be a sampler .*not .*search"):
         sedd.sample(model, KEY, sampler="best_of_n", verifier=vowels, inner=inner)
 

@@ -28,7 +28,8 @@ from sedd.requests import Request, RequestFile
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
-from sedd.sampling import NUMBERS, TextVerifier, reshape_of, text_verifier
+from sedd.samplers.verifier import TextVerifier, text_verifier
+from sedd.sampling import NUMBERS, reshape_of
 
 TRACED = 64  # sequences on a trace page, which holds every frame of each
 REFUSALS = 20  # refused lines that are printed; a file without requests has thousands
@@ -59,7 +60,7 @@ class Asking:
             processor = load_processor(command.logit_processor, flag, model.process.mask_id)
         if command.verifier is not None:
             function = load_function(command.verifier, "--verifier")
-            verifier = text_verifier(model, function, command.verifier)
+            verifier = text_verifier(function, model.tokenizer, command.verifier)
         asking = cls(command=command, model=model, processor=processor, verifier=verifier)
         asking.sampler({}, reshape_numbers(command))
         if model.tokenizer is None:

@@ -14,6 +14,7 @@ from sedd.commands.cli import Terminal, fail
 from sedd.commands.evaluate_flags import EvaluateCommand, read_command
 from sedd.commands.evaluate_report import Comparisons, write_report
 from sedd.errors import FieldError, UserError
+from sedd.evaluating import text_counter
 from sedd.evaluation.datasets import DataSet, open_all
 from sedd.evaluation.journal import Journal
 from sedd.evaluation.protocols import ZEROSHOT, check_fit
@@ -21,7 +22,7 @@ from sedd.evaluation.report import Section
 from sedd.evaluation.scoring import Estimate, EvaluationResult, choose_estimate, score_data_set
 from sedd.evaluation.tables import detail_table, summary_table
 from sedd.files import write_whole
-from sedd.model import Model, text_counter
+from sedd.model import Model
 from sedd.progress import Activity, track
 
 ALL = "zeroshot"  # stands for these data sets among the values of --data

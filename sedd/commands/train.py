@@ -31,9 +31,10 @@ from sedd.data.baselines import CharacterTrigram, joined_text, unigram_nats
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
+from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
-from sedd.model import TRAIN_COUNTS, read_config, read_tokenizer, text_counter
+from sedd.model import TRAIN_COUNTS, read_config, read_tokenizer
 from sedd.progress import Activity
 from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
 from sedd.training.distributed import Processes, connect

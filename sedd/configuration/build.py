@@ -12,7 +12,8 @@ from sedd.configuration.components import build, maker, options, values
 from sedd.configuration.config import Config, DataOptions, with_component
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
-from sedd.data.tokenizers import Tokenizer, build_tokenizer
+from sedd.data.tokenizer_sources import build_tokenizer
+from sedd.data.tokenizers import Tokenizer
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError, fields_within
 from sedd.networks.base import Attend, Network

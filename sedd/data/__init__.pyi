@@ -3,9 +3,9 @@ from .corpora import parse_mixture as parse_mixture
 from .loader import Batches as Batches
 from .packing import Packed as Packed
 from .packing import pack as pack
+from .tokenizer_sources import build_tokenizer as build_tokenizer
 from .tokenizers import BytePairs as BytePairs
 from .tokenizers import Bytes as Bytes
 from .tokenizers import Characters as Characters
 from .tokenizers import Pretrained as Pretrained
 from .tokenizers import Tokenizer as Tokenizer
-from .tokenizers import build_tokenizer as build_tokenizer

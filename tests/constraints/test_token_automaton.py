@@ -12,7 +12,7 @@ import sedd.constraints.token_automaton as module
 from sedd.constraints.automaton import compile_bytes
 from sedd.constraints.regex import RegexError
 from sedd.constraints.token_automaton import ARRAYS, TokenAutomaton, Vocabulary, compile_tokens
-from sedd.data.tokenizers import build_tokenizer
+from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Possible (nested )?set:FutureWarning")

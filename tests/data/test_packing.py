@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedd.data import base, packing
+from sedd.data import base, packing, token_files
 from sedd.data.base import Corpus, digest
 from sedd.data.loader import Batches
 from sedd.data.packing import pack, validation_rows
-from sedd.data.tokenizers import LETTERS, Bytes, Characters, Tokenizer, build_tokenizer
+from sedd.data.tokenizer_sources import LETTERS, build_tokenizer
+from sedd.data.tokenizers import Bytes, Characters, Tokenizer
 from sedd.errors import UserError
 
 
@@ -154,7 +155,7 @@ def test_long_documents_in_many_threads_are_the_same(tmp_path, monkeypatch):
     corpus = Given(texts=tuple(texts))
     tokenizer = build_tokenizer("bpe:263", corpus, cache_dir=tmp_path)
     whole = packed(tmp_path / "1", texts, tokenizer, workers=1)
-    monkeypatch.setattr(packing, "TASK_CHARACTERS", 100)
+    monkeypatch.setattr(token_files, "TASK_CHARACTERS", 100)
     parts = packed(tmp_path / "2", texts, tokenizer, workers=4)
     assert whole.tokens.tolist() == parts.tokens.tolist() == stream(texts, tokenizer)
 
@@ -206,7 +207,7 @@ def refuse(*args):
 
 def test_tokens_are_made_once_for_every_length(tmp_path, monkeypatch):
     packed(tmp_path)
-    monkeypatch.setattr(packing, "_build", refuse)
+    monkeypatch.setattr(token_files, "_build", refuse)
     assert packed(tmp_path, length=7, wrap=False).length == 7
 
 
@@ -216,7 +217,7 @@ def test_tokens_are_made_once_for_every_length(tmp_path, monkeypatch):
 )
 def test_what_tokens_are_made_from_is_in_their_name(tmp_path, monkeypatch, change):
     packed(tmp_path)
-    monkeypatch.setattr(packing, "_build", refuse)
+    monkeypatch.setattr(token_files, "_build", refuse)
     with pytest.raises(AssertionError, match="again"):
         packed(tmp_path, **change)
 
@@ -241,9 +242,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
-from sedd.data import packing
+from sedd.data import token_files
 from test_packing import Given, packed
-packing.TASK_CHARACTERS = 50
+token_files.TASK_CHARACTERS = 50
 packed(Path({cache!r}), ("many words " * 20,) * 50, progress=lambda d, t: d > 5 and os._exit(9))
 """
 

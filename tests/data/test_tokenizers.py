@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from sedd.data import tokenizers as module
+from sedd.data import tokenizer_sources as module
 from sedd.data.corpora import open_corpus
+from sedd.data.tokenizer_sources import LETTERS, build_tokenizer
 from sedd.data.tokenizers import (
     EOS_TEXT,
-    LETTERS,
     Bytes,
     Characters,
     Pretrained,
-    build_tokenizer,
     tokenizer_from_json,
 )
 from sedd.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 from tiny_run import TINY, call
 
-import sedd.data.packing
+import sedd.data.token_files
 from sedd.files import only_writer
 
 
@@ -21,14 +21,14 @@ def train(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_text_is_packed(tmp_path, monkeypatch, train, number):
-    tasks = sedd.data.packing._tasks
+    tasks = sedd.data.token_files._tasks
 
     def signalled(documents, tokenizer):
         yield from tasks(documents, tokenizer)
         signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(sedd.data.packing, "_tasks", signalled)
+    monkeypatch.setattr(sedd.data.token_files, "_tasks", signalled)
     outcome = train()
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.endswith("stopped before the first step; start again to go on\n")
@@ -45,7 +45,7 @@ def test_a_directory_without_locks_is_said_once(monkeypatch, train):
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    monkeypatch.setattr(sedd.data.packing, "_tasks", interrupted)
+    monkeypatch.setattr(sedd.data.token_files, "_tasks", interrupted)
     outcome = train()
     assert outcome.code == 0
     (line,) = outcome.err.splitlines()

@@ -1,0 +1,112 @@
+"""Evaluate a model from Python: ``sedd.evaluate``."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sedd.data.tokenizers import Tokenizer
+from sedd.errors import UserError
+from sedd.evaluation.datasets import DataSet, token_data_set
+from sedd.evaluation.protocols import PROTOCOLS, Protocol, check_fit
+from sedd.evaluation.protocols import protocol as protocol_named
+from sedd.evaluation.scoring import EvaluationResult, Order, choose_estimate, score_data_set
+from sedd.model import Model
+from sedd.types import Array, Key
+
+
+def evaluate(
+    model: Model,
+    data: str | Any,
+    key: Key[Array, ""] | int = 0,
+    *,
+    protocol: str | Protocol = "default",
+    scored_BL: Any = None,
+    order: Order | None = None,
+    split: str | None = None,
+    max_sequences: int | None = None,
+    batch_size: int = 32,
+) -> EvaluationResult:
+    """Bound the perplexity of a model on token ids or on a corpus; see ``docs/evaluation.md``.
+
+    Args:
+        model: from ``load``.
+        data: token ids [S, L], or a corpus as ``evaluate.py --data`` takes it: the name of one, a
+            file, a folder, or ``NAME=FILE``.
+        key: a key, or an integer seed. The draws of a sequence depend on this key and on the
+            sequence's number in the data, not on ``batch_size`` or the number of devices.
+        protocol: a ``Protocol`` or the name of one; ``dataclasses.replace`` changes fields of a
+            named one. For token ids only the estimate of the protocol applies, not its cut.
+        scored_BL: which token ids are scored, [S, L]; the others are conditioned on. Default: all.
+        order: compute the exact likelihood of this order of the tokens instead of a bound.
+        split: split of the corpus; by default the protocol's.
+        max_sequences: evaluate at most so many sequences, evenly spread.
+        batch_size: sequences in a batch, over all devices.
+
+    Raises:
+        UserError: if the data cannot be read, or does not fit the protocol or the model.
+
+    Example:
+        >>> import sedd
+        >>> from sedd.evaluation import Protocol
+        >>> model = sedd.load("runs/quickstart")
+        >>> result = sedd.evaluate(model, "my.txt", protocol=Protocol(draws=16), max_sequences=8)
+        >>> result.is_bound, result.num_sequences, result.num_tokens
+        (True, 8, 96)
+        >>> result.standard_error < result.nats_per_token
+        True
+    """
+    if isinstance(protocol, str):
+        name, protocol = protocol, protocol_named(protocol)
+    else:
+        name = next((n for n, known in PROTOCOLS.items() if known == protocol), "default")
+    return score_data_set(
+        model.denoiser,
+        model.schedule,
+        jax.random.key(key) if isinstance(key, int) else key,
+        _data_set(model, data, protocol, name, scored_BL, split, max_sequences),
+        choose_estimate(protocol, model.denoiser, order),
+        protocol=protocol,
+        protocol_name=name,
+        batch_size=batch_size,
+        count_text=text_counter(model.tokenizer),
+        train_counts_N=model.train_counts,
+    )
+
+
+def _data_set(
+    model: Model,
+    data: Any,
+    protocol: Protocol,
+    name: str,
+    scored_BL: Any,
+    split: str | None,
+    max_sequences: int | None,
+) -> DataSet:
+    """The rows to evaluate: a corpus cut as the protocol says, or the given token ids."""
+    if not isinstance(data, str):
+        num_tokens = model.process.num_tokens
+        return token_data_set(data, scored_BL, num_tokens=num_tokens, max_sequences=max_sequences)
+    if scored_BL is not None:
+        raise UserError("scored_BL belongs to token ids: of a corpus the protocol decides")
+    reader = model.text_reader
+    check_fit(name, protocol, tokenizer=reader.tokenizer.name, length=model.length)
+    return reader.open(data, protocol, name=name, split=split, max_sequences=max_sequences)
+
+
+def text_counter(tokenizer: Tokenizer | None):
+    """Return a function from token ids to (characters, bytes) of their text.
+
+    None without a tokenizer, or if the tokenizer does not tell the bytes of its tokens. Characters
+    are counted by their first byte, so that a character whose bytes are divided between two
+    sequences counts once.
+    """
+    if tokenizer is None:
+        return None
+    try:
+        pieces = tokenizer.token_bytes()
+    except UserError:
+        return None
+    num_bytes = np.array([len(piece or b"") for piece in pieces])
+    characters = np.array([sum(byte & 0xC0 != 0x80 for byte in piece or b"") for piece in pieces])
+    return lambda ids: (int(characters[ids].sum()), int(num_bytes[ids].sum()))
