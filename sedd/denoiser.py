@@ -1,4 +1,10 @@
-"""A network, its parameters and its parameterization as one callable: what samplers call."""
+"""A network, its parameters and its parameterization as one object, which samplers and bounds call.
+
+Two quantities come out of it. The log score, the ratios p_t(y) / p_t(x), serves τ-leaping on any
+process. The log conditional, log p(x0 | x) of the clean tokens, serves the samplers of absorbing
+processes. ``Reshape`` (temperature, guidance, …) and constraints act here, so that no sampler has
+to know them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,15 +25,21 @@ from sedd.types import Array, Bool, Float, Int, Key, Params, Shaped
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """A model that samplers and bounds call; a pytree, so that jit traces its parameters.
+    """A model as a pytree: its parameters and arrays are traced, its components are static.
 
-    One network call gives ``hidden``, and the output layer then gives the distributions of the
-    positions that are wanted: as a log score, the currency of τ-leaping, or as a log conditional of
-    clean tokens, that of the samplers of absorbing processes.
+    Use it in two steps. ``hidden`` is the network call. ``log_score_rows`` and
+    ``log_conditional_rows`` then apply the output layer to some positions of the result, and
+    ``map_rows`` runs them in chunks over many positions. ``log_score`` and ``log_conditional`` are
+    the two steps in one, for all positions; they hold [B, L, V].
 
-    ``attend`` says which positions see which, in a batch with padding. ``reshape`` changes the
-    conditionals, and its guidance masks ``given_BL`` in a second call. ``constraint`` draws the
-    tokens of the positions that it governs, through ``propose``.
+    Args:
+        params: parameters of the network.
+        network: maps tokens to raw output.
+        parameterization: gives the raw output its meaning.
+        attend: which positions see which, for a batch with padding.
+        reshape: changes the conditionals of masked positions; only on absorbing processes.
+        given_BL: the given tokens. If set, guidance makes a second network call without them.
+        constraint: draws the tokens of some positions jointly, through ``propose``.
     """
 
     params: Params
@@ -40,32 +52,38 @@ class Denoiser:
 
     @property
     def process(self) -> Process:
+        """The forward process that the model reverses."""
         return self.parameterization.process
 
     @property
     def mask_id(self) -> int:
-        """The id of the mask; ValueError on a process without one."""
+        """The id of the mask; ValueError for a process without a mask."""
         if self.process.mask_id is None:
             raise ValueError("this needs a process with a mask")
         return self.process.mask_id
 
     @property
     def time_independent(self) -> bool:
+        """Whether the network takes no noise level."""
         return self.parameterization.time_independent
 
     @property
     def causal(self) -> bool:
-        """Whether it models p(x_i | x_<i): its NLL takes one call, and sampling one order."""
+        """Whether the model is autoregressive, p(x_i | x_<i), with only one order of sampling."""
         return self.parameterization.causal
 
     @property
     def guided(self) -> bool:
-        """Whether ``hidden`` makes two network calls: with the given tokens, and without them."""
+        """Whether ``hidden`` makes two network calls, with and without the given tokens."""
         return self.reshape is not None and self.given_BL is not None
 
     @property
     def calls_each(self) -> Int[Array, " B"] | int:
-        """Network calls of one prediction: 2 for a guided sequence with given tokens, else 1."""
+        """Network calls that one prediction needs: 2 for a guided sequence, else 1.
+
+        A sequence is guided if it has given tokens and a guidance weight above 0. In a mixed batch
+        the second call runs for all sequences, but counts for the guided ones only.
+        """
         if self.reshape is None or self.given_BL is None:
             return 1
         return 1 + (self.given_BL.any(1) & (jnp.asarray(self.reshape.guidance_B) > 0))
@@ -73,10 +91,14 @@ class Denoiser:
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma: Float[Array, "..."]
     ) -> Float[Array, "B L V"]:
-        """log p_t(x with y at i) / p_t(x) for every position i and state y; 0 at y = x_i.
+        """log(p_t(x with y at i) / p_t(x)) for every position i and state y; 0 at y = x_i.
 
-        ``sigma`` is the total noise, [B] or [B, L]. All positions at once: programs for large
-        vocabularies use ``log_score_rows`` in ``map_rows``.
+        Args:
+            x_BL: tokens.
+            sigma: total noise, [B] or [B, L].
+
+        The array [B, L, V] is held at once. For large vocabularies use ``log_score_rows`` in
+        ``map_rows``.
         """
         rows = Rows.at(all_positions(x_BL))
         log_score_RV = self.log_score_rows(self.hidden(x_BL, sigma), x_BL, sigma, rows)
@@ -85,20 +107,29 @@ class Denoiser:
     def log_conditional(
         self, x_BL: Int[Array, "B L"], sigma: Float[Array, "..."] | None = None
     ) -> Float[Array, "B L N"]:
-        """log p(x0_i = y | x), normalised over the real tokens; of a causal model, given x_<i.
+        """log p(x0_i = y | x) of every real token y, normalised; a causal model conditions on x_<i.
 
-        A visible position is 0 at its token and -1e6 elsewhere. Raises ValueError unless the
-        process is absorbing, and without ``sigma`` on a time-dependent model. All positions at
-        once: programs for large vocabularies use ``log_conditional_rows`` in ``map_rows``.
+        At a visible position the entry is 0 for its token and -1e6 for the others.
+
+        Args:
+            x_BL: tokens.
+            sigma: total noise, [B] or [B, L]; only a time-dependent model needs it.
+
+        Raises:
+            ValueError: if the process is not absorbing, or ``sigma`` is missing.
+
+        The array [B, L, N] is held at once. For large vocabularies use ``log_conditional_rows`` in
+        ``map_rows``.
         """
         return self.log_conditional_at(self.hidden(x_BL, sigma), x_BL, all_positions(x_BL))
 
     def hidden(
         self, x_BL: Int[Array, "B L"], sigma: Float[Array, "..."] | None = None
     ) -> tuple[Float[Array, "B L D"], ...]:
-        """The network call: the hidden states that the other methods read, as often as needed.
+        """Call the network: the hidden states at which positions 0..L-1 are read.
 
-        Under guidance there is a second array, of x with the given tokens masked.
+        Returns a tuple with one array, or under guidance two: the second one is that of x with the
+        given tokens masked. Raises ValueError if a time-dependent model gets no ``sigma``.
         """
         if self.time_independent:
             sigma = None
@@ -124,10 +155,14 @@ class Denoiser:
     def map_rows(
         self, select_BL: Bool[Array, "B L"], function: Callable[[Rows], Array], dtype
     ) -> Shaped[Array, "B L"]:
-        """``function(rows) -> [R]`` at the selected positions, a chunk of rows at a time; else 0.
+        """Compute one value for each selected position, in chunks of rows; the others are 0.
 
-        ``function`` may hold a few arrays [R, V], such as those of ``log_conditional_rows``: the
-        number of rows R is chosen so that they fit into ``sedd.networks.rows.CHUNK_BYTES``.
+        Args:
+            select_BL: the positions to compute.
+            function: maps R rows to R values. It may hold a few arrays [R, V], such as the result
+                of ``log_conditional_rows``: R is chosen so that these fit into
+                ``sedd.networks.rows.CHUNK_BYTES``.
+            dtype: type of the result.
         """
         batch, length = select_BL.shape
 
@@ -146,10 +181,10 @@ class Denoiser:
         sigma: Float[Array, "..."],
         rows: Rows,
     ) -> Float[Array, "R V"]:
-        """``log_score`` of some rows; ``hidden`` is what ``hidden(x_BL, sigma)`` returned.
+        """The log scores of some rows, given ``hidden = self.hidden(x_BL, sigma)``.
 
-        A reshaped conditional leaves the total score of a masked position as it was, and with it
-        the rate at which the position is revealed.
+        With a ``reshape``, the scores of a masked position are its reshaped conditional times the
+        sum of its unchanged scores. The rate at which the position is revealed stays the same.
         """
         x_R = rows.pick(x_BL)
         sigma_R = rows.pick(jnp.broadcast_to(along(sigma, x_BL), x_BL.shape))
@@ -166,7 +201,10 @@ class Denoiser:
     def log_conditional_rows(
         self, hidden: tuple[Float[Array, "B L D"], ...], x_BL: Int[Array, "B L"], rows: Rows
     ) -> Float[Array, "R N"]:
-        """``log_conditional`` of some rows; ``hidden`` is what ``hidden(x_BL, sigma)`` returned."""
+        """The log conditionals of some rows, given ``hidden = self.hidden(x_BL, sigma)``.
+
+        At masked positions they are guided and changed by ``reshape`` if the denoiser has one.
+        """
         head = self.network.head(self.params)
         x_R = rows.pick(x_BL)
         log_probs_RN, *without = (
@@ -175,7 +213,7 @@ class Denoiser:
         )
         if self.reshape is None:
             return log_probs_RN
-        # To the reshape, each row is a sequence of which one position is read.
+        # Each row is passed to the reshape as a sequence of its own with K = 1 positions.
         reshape = self.reshape.take(rows.sequence_R)
         shaped_R1N = log_probs_RN[:, None]
         if without:
@@ -198,7 +236,7 @@ class Denoiser:
         x_BL: Int[Array, "B L"],
         positions_BK: Int[Array, "B K"],
     ) -> Float[Array, "B K N"]:
-        """``log_conditional_rows`` at K positions of each sequence."""
+        """The log conditionals at K positions of each sequence; see ``log_conditional_rows``."""
         log_probs_RN = self.log_conditional_rows(hidden, x_BL, Rows.at(positions_BK))
         return log_probs_RN.reshape(*positions_BK.shape, -1)
 
@@ -210,9 +248,17 @@ class Denoiser:
         read: Read,
         otherwise_BL: Int[Array, "B L"],
     ) -> Int[Array, "B L"]:
-        """The constraint's tokens at the positions that it governs, ``otherwise_BL`` elsewhere.
+        """Let the constraint draw the positions under it, jointly.
 
-        ``read(positions)`` gives the log conditionals to draw from; see ``Constraint.propose``.
+        Args:
+            keys_B: a key for each sequence.
+            x_BL: current tokens.
+            commit_BL: masked positions that the sampler is going to reveal.
+            read: log conditionals at given positions; see ``Constraint.propose``.
+            otherwise_BL: tokens of the positions without a constraint.
+
+        Returns:
+            The constraint's tokens at the positions under it, and ``otherwise_BL`` elsewhere.
         """
         if self.constraint is None:
             return otherwise_BL
@@ -220,7 +266,7 @@ class Denoiser:
         return jnp.where(self.constraint.inside(x_BL.shape[1]), tokens_BL, otherwise_BL)
 
     def repeat(self, count: int) -> "Denoiser":
-        """The denoiser of a batch in which each sequence is repeated ``count`` times in a row."""
+        """The denoiser for a batch with ``count`` consecutive copies of each sequence."""
         constraint = None if self.constraint is None else self.constraint.repeat(count)
         attend, given_BL = jax.tree.map(
             lambda rows: jnp.repeat(rows, count, 0), (self.attend, self.given_BL)
@@ -232,5 +278,5 @@ class Denoiser:
 
 
 def all_positions(x_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """0..L-1 for each sequence."""
+    """The positions 0..L-1 of each sequence."""
     return jnp.broadcast_to(jnp.arange(x_BL.shape[1]), x_BL.shape)

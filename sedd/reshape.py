@@ -1,8 +1,9 @@
 """Temperature, top-k, top-p, guidance and user functions on the conditional of clean tokens.
 
-A ``Reshape`` changes log p(x0_i | x) at masked positions, in this order: guidance, the user's
-processor, temperature, top-k, top-p; the result is normalised. Samplers then draw from the changed
-conditionals: one that is exact for the model's conditionals is exact for the changed ones.
+A ``Reshape`` changes log p(x0_i | x) at masked positions. It applies guidance, the user's logit
+processor, temperature, top-k and top-p in this order, and normalises the result. Samplers draw from
+the changed conditionals without knowing of the change. A sampler whose law is exact for given
+conditionals is exact for the changed ones.
 """
 
 import math
@@ -18,33 +19,35 @@ from sedd.arrays import NO_MASS
 from sedd.errors import FieldError
 from sedd.types import Array, Bool, Float, Int
 
-TINY = float(jnp.finfo(jnp.float32).tiny)  # smaller positive numbers are 0 in float32
-EVERY = 2**31 - 1  # top_k of a sequence that keeps every token
-INFINITY_BITS = 0x7F800000  # float32 infinity, read as an integer
+TINY = float(jnp.finfo(jnp.float32).tiny)  # the smallest normal number; XLA flushes less to 0
+EVERY = 2**31 - 1  # the top_k that keeps every token
+INFINITY_BITS = 0x7F800000  # the bits of the float32 infinity
 
 LogitProcessor = Callable[[Array, Array, Array], Array]
+"""(log_probs [B, K, N], tokens [B, L], positions [B, K]) -> log_probs [B, K, N], traceable."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Reshape:
-    """How each sequence's conditionals are changed: arrays [B], or scalars for all sequences.
+    """The changes to the conditionals: each field is an array [B], or a scalar for all sequences.
 
-    The numbers are traced, so that requests with different numbers share one compiled program;
-    ``logit_processor`` is static. ``Reshape.of`` builds one from a user's values and checks them.
+    The numbers are traced, so that requests with different numbers share one compiled program. The
+    logit processor is static. ``Reshape.of`` checks a user's numbers and builds a ``Reshape``.
     """
 
     temperature_B: Float[Array, "*b"]
     """At least 0. Below 1 sharpens, above 1 flattens; 0 takes the most likely token."""
     top_k_B: Int[Array, "*b"]
-    """Keeps the k most likely tokens, and those that tie with the last of them."""
+    """Keep the k most likely tokens, and the tokens that tie with the last of them."""
     top_p_B: Float[Array, "*b"]
-    """Keeps the most likely tokens whose probabilities sum to at least p. arXiv:1904.09751."""
+    """Keep the smallest set of most likely tokens with a total probability of at least p, in
+    (0, 1]. arXiv:1904.09751."""
     guidance_B: Float[Array, "*b"]
-    """Weight w of classifier-free guidance: c^(1+w) / (c without the given tokens)^w, normalised.
-    arXiv:2207.12598."""
+    """Weight w >= 0 of classifier-free guidance: c^(1+w) / c'^w, normalised, where c' is the
+    conditional without the given tokens. arXiv:2207.12598."""
     logit_processor: LogitProcessor | None = field(default=None, metadata={"static": True})
-    """(log_probs [B, K, N], tokens [B, L], positions [B, K]) -> log_probs [B, K, N], traceable."""
+    """A user's function on the log conditionals, after guidance and before temperature."""
 
     @classmethod
     def of(
@@ -56,9 +59,17 @@ class Reshape:
         guidance: float | Sequence[float] = 0.0,
         logit_processor: LogitProcessor | None = None,
     ) -> "Reshape":
-        """A Reshape of numbers for all sequences, or one each; None turns top-k or top-p off.
+        """Build a Reshape from numbers, each one for all sequences or a list with one each.
 
-        Raises ``FieldError`` on a number out of its range.
+        Args:
+            temperature: finite and at least 0.
+            top_k: whole number of at least 1; None keeps every token.
+            top_p: number in (0, 1]; None keeps every token.
+            guidance: finite and at least 0.
+            logit_processor: see ``LogitProcessor``.
+
+        Raises:
+            FieldError: if a number is out of its range.
         """
 
         def numbers(name, given, off, wanted, fits) -> Any:
@@ -85,7 +96,10 @@ class Reshape:
     def guide(
         self, given: Float[Array, "B K N"], hidden: Float[Array, "B K N"]
     ) -> Float[Array, "B K N"]:
-        """Combine log conditionals read with the given tokens visible and with them masked."""
+        """Classifier-free guidance: combine two log conditionals and normalise.
+
+        ``given`` is read with the given tokens visible, ``hidden`` with the given tokens masked.
+        """
         weight_B11 = _column(self.guidance_B)
         guided = jax.nn.log_softmax((1 + weight_B11) * given - weight_B11 * hidden, -1)
         return jnp.where(weight_B11 > 0, guided, given)
@@ -98,10 +112,19 @@ class Reshape:
         *,
         drawn_jointly_BK: Bool[Array, "B K"] | None = None,
     ) -> Float[Array, "B K N"]:
-        """The changed log conditionals, normalised; excluded tokens have -1e6, nan rows stay nan.
+        """Apply the processor, temperature, top-k and top-p; guidance has been applied before.
 
-        At ``drawn_jointly_BK`` temperature 0 acts as temperature 1: the most likely string under a
-        constraint is found from the distributions, not from the most likely tokens.
+        Args:
+            log_probs: normalised log conditionals of K positions of each sequence.
+            tokens_BL: current tokens, for the processor.
+            positions_BK: the K positions, for the processor.
+            drawn_jointly_BK: positions under a constraint. Temperature 0 leaves them unchanged: the
+                most likely matching string is found from the distributions, while the string of the
+                most likely tokens need not match.
+
+        Returns:
+            The changed log conditionals, normalised. Excluded tokens have -1e6. A row with nan is
+            nan throughout.
         """
         if self.logit_processor is not None:
             log_probs = self.logit_processor(log_probs, tokens_BL, positions_BK)
@@ -112,6 +135,7 @@ class Reshape:
             joint_BK1 = drawn_jointly_BK[..., None] & (temperature_BK1 < TINY)
             temperature_BK1 = jnp.where(joint_BK1, 1.0, temperature_BK1)
         shaped = _sharpened(log_probs, temperature_BK1)
+        # Each threshold costs 31 passes over the rows: skipped unless a sequence asks for it.
         top_k_B11, top_p_B11 = _column(self.top_k_B), _column(self.top_p_B)
         keeps_k = top_k_B11 < log_probs.shape[-1]
         shaped = jax.lax.cond(
@@ -129,32 +153,36 @@ class Reshape:
         return jnp.where(jnp.isnan(log_probs).any(-1, keepdims=True), jnp.nan, shaped)
 
     def take(self, sequence_R: Int[Array, " R"]) -> "Reshape":
-        """The Reshape of a batch whose row r is a row of sequence ``sequence_R[r]``."""
+        """The Reshape for R rows, where row r belongs to sequence ``sequence_R[r]``."""
         return jax.tree.map(
             lambda values: jnp.asarray(values)[sequence_R] if jnp.ndim(values) else values, self
         )
 
     def repeat(self, count: int) -> "Reshape":
-        """For a batch in which each sequence stands ``count`` times in a row."""
+        """The Reshape for a batch with ``count`` consecutive copies of each sequence."""
         return jax.tree.map(
             lambda values: jnp.repeat(values, count, 0) if jnp.ndim(values) else values, self
         )
 
 
 def _counts(value) -> bool:
-    """Whether it is a number of tokens to keep."""
+    """Whether ``value`` is a whole number of at least 1."""
     return value >= 1 and value == int(value)
 
 
 def _column(values_B):
-    """[B] or a scalar as [B, 1, 1], to broadcast against [B, K, N]."""
+    """Reshape [B] or a scalar to [B, 1, 1], to broadcast against [B, K, N]."""
     return jnp.reshape(jnp.asarray(values_B), (-1, 1, 1))
 
 
 def _sharpened(log_probs, temperature_BK1):
-    """log_probs / temperature, normalised; unchanged bits at 1, the most likely token at 0."""
+    """log_probs / temperature, normalised.
+
+    Temperature 1 returns the same bits, and temperature 0 puts all mass on the most likely token.
+    """
     zero = temperature_BK1 < TINY
-    falling = log_probs - log_probs.max(-1, keepdims=True)  # the largest stays 0, never -inf
+    # With the largest log probability at 0, dividing by a tiny temperature cannot make it -inf.
+    falling = log_probs - log_probs.max(-1, keepdims=True)
     divided = falling / jnp.where(zero, 1.0, temperature_BK1).astype(log_probs.dtype)
     sharpened = jnp.maximum(jax.nn.log_softmax(divided, -1), NO_MASS)
     best = log_probs.argmax(-1, keepdims=True) == jnp.arange(log_probs.shape[-1])[None, None]
@@ -174,12 +202,20 @@ def _top_p(log_probs, p_B11):
 
 
 def _keep_most_likely(log_probs, enough):
-    """The smallest set of most likely tokens that is ``enough``, with ties; normalised.
+    """Restrict to the smallest set of most likely tokens that is ``enough``, ties included.
 
-    Bisects the threshold instead of sorting the vocabulary: 31 passes over each row, and no
-    constant k in the program. Surprises -log p are not negative, and float32 numbers of one sign
-    are ordered like the integers of the same bits, so the bisection ends at the exact threshold.
-    Without a set that is enough every token is kept.
+    Sorting the vocabulary would be slow, and ``lax.top_k`` needs a constant k. Instead the
+    threshold on the surprise -log p is bisected, in 31 passes over each row. Surprises are not
+    negative, and float32 numbers of one sign are ordered like the integers with the same bits: the
+    bisection runs over these integers and ends at the exact threshold.
+
+    Args:
+        log_probs: log probabilities, [..., N].
+        enough: maps a boolean set of tokens [..., N] to whether it suffices [..., 1]; it must stay
+            true as the set grows. If no set suffices, every token is kept.
+
+    Returns:
+        Normalised log probabilities with -1e6 outside of the set.
     """
     surprise = jnp.maximum(-log_probs, 0).astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(surprise, jnp.int32)

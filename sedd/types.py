@@ -1,4 +1,6 @@
-"""Array aliases, and the legend of the shape suffixes.
+"""Array aliases, and the meaning of the shape suffixes.
+
+A suffix such as ``_BL`` in the name of an array lists its axes in order, one letter each:
 
 ==========  =====================================================================
 ``B``       batch (sequences)
@@ -6,13 +8,13 @@
 ``V``       states of the process: the real tokens, and the mask where there is one
 ``N``       real tokens; the mask, where there is one, is the id ``N``
 ``D``       width of the model
-``R``       rows: positions picked from a batch, or replicates of an estimate
+``R``       rows: selected positions of a batch, or replicates of an estimate
 ``S``       sequences of a data set
 ==========  =====================================================================
 
-``x0`` is clean, ``xt`` corrupted; ``t`` is in [0, 1]; ``sigma`` is the total noise; logarithms are
-natural and losses are in nats. A log score is ``s[i, y] = log p_t(xt with y at i) / p_t(xt)``, 0 at
-``y = xt[i]``.
+``x0`` are clean tokens and ``xt`` corrupted ones, ``t`` in [0, 1] is the diffusion time, and
+``sigma`` the total noise. Logarithms are natural, and losses are in nats. The log score of token y
+at position i is ``s[i, y] = log(p_t(xt with y at i) / p_t(xt))``, which is 0 at ``y = xt[i]``.
 """
 
 from typing import TYPE_CHECKING, Any

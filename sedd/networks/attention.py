@@ -1,9 +1,14 @@
-"""Attention by four backends, and the rule that chooses one.
+"""Softmax attention by four backends, and the rule that chooses one.
 
-The CPU tests run ``einsum``, ``xla`` and, in interpret mode, ``splash``. Without a GPU no test runs
-the cuDNN call, and without a TPU none runs the compiled splash kernel.
+- ``einsum``: written out here, with a backward pass that recomputes the weights; for CPUs;
+- ``xla``: ``jax.nn.dot_product_attention`` compiled by XLA; works everywhere;
+- ``cudnn``: the fused kernel of NVIDIA's cuDNN, through the same function;
+- ``splash``: JAX's Pallas kernel for TPUs.
 
-Suffixes: ``H`` heads, ``K`` channels of a head; the rest as in ``sedd.types``.
+Tests on a CPU run ``einsum``, ``xla`` and, in interpret mode, ``splash``. The cuDNN call needs a
+GPU, and the compiled splash kernel a TPU.
+
+Suffixes: ``H`` heads, ``K`` channels of a head; the others as in ``sedd.types``.
 """
 
 from dataclasses import replace
@@ -22,15 +27,20 @@ Backend = Literal["auto", "einsum", "xla", "cudnn", "splash"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 LANES = 128  # splash tiles the sequence in multiples of the TPU's vector width
-MASKED = -1e30  # finite: a row of -inf would make the softmax NaN, and its gradient too
+MASKED = -1e30  # finite: a row of -inf would make the softmax and its gradient nan
 
+# ``keep`` marks a value that the forward pass stores for the backward pass. Under the policy
+# ``is_kept`` every other value inside ``jax.checkpoint`` is computed again.
 KEPT = "kept"
 keep = partial(checkpoint_name, name=KEPT)
 _is_marked = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 def is_kept(primitive, *inputs, **params) -> bool:
-    """A policy of ``jax.checkpoint``: keep values marked by ``keep``, and the outputs of cuDNN."""
+    """A policy of ``jax.checkpoint``: store values marked by ``keep``, and cuDNN's outputs.
+
+    cuDNN's own backward kernel needs the output and the softmax statistics of its forward kernel.
+    """
     by_cudnn = primitive.name.startswith("dot_product_attention_fwd")
     return by_cudnn or _is_marked(primitive, *inputs, **params)
 
@@ -43,15 +53,23 @@ def attention(
     *,
     backend: str = "auto",
 ) -> Float[Array, "B L H K"]:
-    """softmax(q·k / √K)·v over the keys that each query sees, in the inputs' type.
+    """softmax(q·k / √K)·v over the keys that each query sees.
 
-    There may be more or fewer keys than queries. The softmax is in float32 whatever the inputs
-    are. The output of a query that sees no key is 0, and so is its gradient. ``backend`` is one of
-    ``BACKENDS``; ``choose`` says what "auto" is. A named backend that cannot compute this raises
-    ``ValueError``.
+    The softmax is computed in float32, the result has the type of the inputs. A query that sees no
+    key has output 0 and gradient 0.
 
-    Splash is a custom kernel, which XLA's partitioner cannot split: under ``jit`` with sharded
-    arguments, call it inside ``shard_map`` (``pmap`` needs nothing).
+    Args:
+        q_BLHK: queries.
+        k_BLHK: keys; their number may differ from that of the queries.
+        v_BLHK: values, as many as keys.
+        attend: which queries see which keys; None lets all see all.
+        backend: one of ``BACKENDS``; see ``choose`` for "auto".
+
+    Raises:
+        ValueError: if a backend is named that cannot compute this.
+
+    XLA's partitioner cannot split the splash kernel: under ``jit`` with sharded arguments it must
+    be called inside ``shard_map``. Under ``pmap`` nothing is needed.
     """
     chosen = choose(backend, q_BLHK, attend)
     if chosen == "splash":
@@ -62,10 +80,10 @@ def attention(
         out_BLHK = _einsum(q_BLHK, k_BLHK, v_BLHK, mask_B1LS)
     else:
         causal = False
-        if attend is not None and attend.kind == "causal":  # the backend has a kernel for it
+        if attend is not None and attend.kind == "causal":  # the backend's own causal kernel
             causal, attend = True, replace(attend, kind="all")
         mask_B1LS = _mask(attend, queries, keys)
-        if mask_B1LS is not None:  # cuDNN needs the whole shape
+        if mask_B1LS is not None:  # cuDNN takes no broadcast batch axis
             mask_B1LS = jnp.broadcast_to(mask_B1LS, (batch, 1, queries, keys))
         out_BLHK = jax.nn.dot_product_attention(
             q_BLHK,
@@ -77,7 +95,7 @@ def attention(
         )
     if attend is None or attend.kind != "ranks" or mask_B1LS is None:
         return out_BLHK  # every query sees at least itself
-    # Ranks may leave a query without a key, and a softmax over masked keys is uniform over them.
+    # Ranks may leave a query without a key. Its softmax is then uniform over the masked keys.
     sees_BL = mask_B1LS.any(axis=-1)[:, 0]
     return jnp.where(sees_BL[:, :, None, None], out_BLHK, 0)
 
@@ -85,13 +103,21 @@ def attention(
 def choose(
     backend: str, q_BLHK: Array, attend: Attend | None, *, platform: str | None = None
 ) -> str:
-    """The backend that runs: einsum, xla, cudnn or splash; decided while tracing.
+    """Choose the backend while tracing: einsum, xla, cudnn or splash.
 
-    "auto" is einsum on a CPU, where it is 2-4 times faster than XLA's path; cuDNN on an NVIDIA GPU
-    of compute capability 8.0 or more; splash on a TPU; and XLA where ``refusal`` names a reason
-    against those two. ``platform`` defaults to that of JAX's default device: to compile for another
-    platform, name the backend. Raises ``ValueError`` on an unknown backend, or a named one that
-    ``refusal`` excludes.
+    "auto" is einsum on a CPU, where it is 2-4 times faster than XLA's path; cudnn on an NVIDIA GPU
+    of compute capability 8.0 or more; splash on a TPU; and xla elsewhere, and wherever ``refusal``
+    excludes cudnn or splash.
+
+    Args:
+        backend: "auto", or a backend to use as it is.
+        q_BLHK: queries; their shape and type decide what a kernel supports.
+        attend: which queries see which keys.
+        platform: platform that runs the program; by default that of JAX's default device. Programs
+            for another platform should name the backend.
+
+    Raises:
+        ValueError: for an unknown backend, or a named one that ``refusal`` excludes.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -110,11 +136,12 @@ def choose(
 
 
 def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
-    """The reason why ``backend`` cannot compute this attention, or ``None`` if it can.
+    """Why ``backend`` cannot compute this attention; None if it can.
 
-    cuDNN takes every ``Attend``: kind ``causal`` by its own kernel, ranks and segments as an
-    additive mask, which needs an even length. Splash takes kind ``all`` and ``causal``, with
-    segments or without; ranks are data, of which a kernel built beforehand knows nothing.
+    cuDNN supports every ``Attend``: kind ``causal`` by its own kernel, ranks and segments by an
+    additive mask, which needs an even length. Splash supports the kinds ``all`` and ``causal``,
+    with or without segments. It does not support ranks, because its mask is fixed when the kernel
+    is built, and ranks are known only when the program runs.
     """
     length, width = q_BLHK.shape[1], q_BLHK.shape[3]
     if backend == "cudnn":
@@ -134,6 +161,7 @@ def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
 
 
 def _mask(attend: Attend | None, queries: int, keys: int) -> Bool[Array, "B 1 L S"] | None:
+    """The attention mask; None if every query sees every key."""
     if attend is None or (attend.kind == "all" and attend.segment_BL is None):
         return None
     return attend.mask(queries, keys)
@@ -147,16 +175,21 @@ def _flash_capable(device) -> bool:
 
 
 def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, "..."] | None):
+    """Attention by two batched matrix products, with few stored values.
+
+    The softmax is divided by its sum after the product with v instead of before. The backward pass
+    recomputes the weights from three stored values: the largest logit, the sum and the unnormalised
+    output of each query. One product and an exponential take less time than writing the [L, L]
+    weights to memory and reading them again.
+    """
     # Heads before positions: on a CPU, XLA multiplies contiguous [L, K] matrices up to 3 times
-    # faster than matrices whose rows are apart.
+    # faster than matrices whose rows are not adjacent.
     q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
     logits_BHLL = product(q_BHLK, k_BHLK.mT)
     if mask_B1LL is not None:
         logits_BHLL = jnp.where(mask_B1LL, logits_BHLL, MASKED)
-    # The sum over keys is normalised after the product with v. The backward pass computes the
-    # weights again from the three values kept here, by one product and an exponential: that takes
-    # less time than writing the [L, L] weights and reading them back.
+    # The output does not depend on the subtracted maximum, so that it needs no gradient.
     largest_BHL1 = keep(jax.lax.stop_gradient(logits_BHLL.max(axis=-1, keepdims=True)))
     weight_BHLL = jnp.exp((logits_BHLL - largest_BHL1) * q_BHLK.shape[-1] ** -0.5)
     total_BHL1 = keep(weight_BHLL.sum(axis=-1, keepdims=True))
@@ -167,8 +200,8 @@ def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, 
 def _splash(
     q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, attend: Attend | None, *, interpret: bool = False
 ) -> Array:
-    """JAX's TPU kernel, a sequence at a time under ``vmap``; ``interpret`` runs it anywhere."""
-    # Imported here: only TPU runs need Pallas.
+    """JAX's TPU kernel under ``vmap`` over sequences; ``interpret`` runs it on any platform."""
+    # Imported here because only TPU runs need Pallas.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     batch, length, num_heads, width = q_BLHK.shape
@@ -187,7 +220,7 @@ def _splash(
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    # The kernel does not scale. In float32: 1/√K may have no exact bfloat16.
+    # The kernel does not scale by 1/√K, which bfloat16 may not represent exactly: float32.
     q_BLHK = (q_BLHK.astype(jnp.float32) * width**-0.5).astype(q_BLHK.dtype)
     q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     segments = None

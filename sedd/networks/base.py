@@ -1,4 +1,8 @@
-"""The base of networks, and ``Attend``: which positions see which."""
+"""The base of networks, and ``Attend``: which positions see which.
+
+A network maps tokens to raw output, [B, L] to [B, L, V]. It knows neither the process nor the
+meaning of its output, which are the concern of ``sedd.parameterizations``.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -15,18 +19,19 @@ Kind = Literal["all", "causal", "ranks"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Attend:
-    """Which query rows see which key rows; ``None`` in its place means that all see all.
+    """Which query rows see which key rows. Functions take ``None`` for "all see all".
 
-    The static ``kind`` names the order, so that a backend can use its own kernel for it:
+    The static ``kind`` names the order, so that a backend can choose a kernel while tracing:
 
     - ``all``: every query sees every key;
     - ``causal``: query i sees the keys j <= i;
-    - ``ranks``: query i sees key j if ``rank_k[j] <= rank_q[i]`` (``<`` if ``strict``): blocks and
-      permuted orders. There may be more or fewer keys than queries.
+    - ``ranks``: query i sees key j if ``rank_k[j] <= rank_q[i]``, or ``<`` if ``strict``. Blocks
+      and permuted orders are written in this way, with more or fewer keys than queries if needed.
 
-    If ``segment_BL`` is given, a query sees keys of its own segment only: padding and packed
-    documents. A query that sees no key has an attention output of 0. Raises ``ValueError`` unless
-    the ranks are given exactly for the kind ``ranks``.
+    With ``segment_BL``, a query sees only keys of its own segment, which separates padding from
+    text and packed documents from each other. A query that sees no key has attention output 0.
+
+    Raises ``ValueError`` unless both ranks are given for the kind ``ranks``, and none for others.
     """
 
     kind: Kind = field(default="all", metadata={"static": True})
@@ -48,7 +53,7 @@ class Attend:
             raise ValueError(f"strict compares ranks: it needs kind 'ranks', got {self.kind!r}")
 
     def mask(self, queries: int, keys: int) -> Bool[Array, "B 1 Q K"]:
-        """The mask of ``queries`` rows and ``keys`` rows, True where a query sees a key."""
+        """The mask, True where a query sees a key; axes that all sequences share have size 1."""
         seen = jnp.ones((1, 1, 1), bool)
         if self.kind == "causal":
             seen = (jnp.arange(keys)[None] <= jnp.arange(queries)[:, None])[None]
@@ -62,21 +67,21 @@ class Attend:
 
 @dataclass(frozen=True, kw_only=True)
 class Network(ABC):
-    """A map from tokens to hidden states, and an output layer from those to raw output.
+    """A map from tokens to hidden states, and an output layer from hidden states to raw output.
 
-    They are two methods so that a loss or a sampler applies the output layer, the widest of all, to
-    the positions that it needs only. A network holds no parameters: ``init`` makes them, and every
-    call takes them.
+    The two are separate methods because the output layer is the widest array of a program: losses
+    and samplers apply it only to the positions that they need. A network is a configuration
+    without arrays. ``init`` makes the parameters, and every call takes them as an argument.
     """
 
-    num_states: int  # V: width of the embedding and of the output layer
+    num_states: int  # V: rows of the embedding, and width of the output layer
     time_conditioned: bool  # whether ``hidden`` takes the total noise
-    # Parameters under this name are stacked: their first axis counts the layers of a scan.
+    # Parameters under this name are stacked: their first axis is the layer in a scan.
     stacked: ClassVar[str | None] = None
 
     @abstractmethod
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh float32 parameters."""
+        """Draw fresh float32 parameters."""
 
     @abstractmethod
     def hidden(
@@ -89,27 +94,38 @@ class Network(ABC):
         sigma_B: Float[Array, "..."] | None = None,
         keys_B: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """The hidden states that the output layer takes.
+        """Compute the hidden states that the output layer reads.
 
-        ``positions_BL`` defaults to 0..L-1. ``sigma_B``, the total noise [B], or [B, L] if it
-        differs by position, is required if ``time_conditioned`` and refused otherwise
-        (``ValueError``). ``keys_B``, one key a sequence, turns dropout on. Parameters that are a
-        ``Shard`` are gathered where they are used (``shard.whole``).
+        Args:
+            params: parameters; each ``Shard`` among them is gathered where it is used
+                (``sedd.networks.shard.whole``).
+            tokens_BL: token ids in 0..V-1.
+            positions_BL: positions for the position encoding; by default 0..L-1.
+            attend: which positions see which.
+            sigma_B: total noise, [B], or [B, L] if it differs by position.
+            keys_B: a key for each sequence turns dropout on; None turns it off.
+
+        Raises:
+            ValueError: unless ``sigma_B`` is given exactly if the network is ``time_conditioned``.
         """
 
     @abstractmethod
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
-        """The output layer's matrix and bias, gathered."""
+        """The matrix and the bias of the output layer, gathered from all devices if sharded."""
 
     @abstractmethod
     def flops(self, length: int, read: float) -> float:
-        """FLOPs of the forward pass of one sequence of ``length`` rows, ``read`` of them read out.
+        """Count the FLOPs of the forward pass of one sequence.
 
-        Count what the mathematics needs: 2·a·b·c for a product of [a, b] and [b, c].
+        A product of [a, b] and [b, c] counts 2·a·b·c. Recomputation and padding do not count.
+
+        Args:
+            length: rows of the network's input.
+            read: rows to which the output layer is applied; may be an average.
         """
 
     def raw(self, params: Params, tokens_BL: Int[Array, "B L"], **kwargs) -> Float[Array, "B L V"]:
-        """The raw output at every position, in float32; arguments as of ``hidden``."""
+        """The raw output at every position, in float32; keyword arguments as of ``hidden``."""
         weight_DV, bias_V = self.head(params)
         hidden_BLD = self.hidden(params, tokens_BL, **kwargs)
         return read_out(hidden_BLD, weight_DV, bias_V)
@@ -118,9 +134,10 @@ class Network(ABC):
 def read_out(
     hidden: Float[Array, "*rows D"], weight_DV: Float[Array, "D V"], bias_V: Float[Array, " V"]
 ) -> Float[Array, "*rows V"]:
-    """The output layer: a product in the precision of ``hidden``, accumulated in float32 or wider.
+    """Apply the output layer: ``hidden @ weight + bias``.
 
-    Losses and sampling need float32 logits even if the network computes in bfloat16.
+    The factors have the type of ``hidden``, and the sum is accumulated in float32 or wider, because
+    losses and sampling need float32 logits even if the network computes in bfloat16.
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.matmul(hidden, weight_DV.astype(hidden.dtype), preferred_element_type=wide)

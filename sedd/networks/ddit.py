@@ -1,13 +1,17 @@
 """The diffusion transformer of SEDD and RADD.
 
-SEDD's (arXiv:2310.16834) conditions every block on the noise level by adaLN-zero (DiT,
-arXiv:2212.09748); RADD's (arXiv:2406.03736) is the same transformer without a time. Both attend in
-every direction, with rotary positions (arXiv:2104.09864), and read tokens out through a layer that
-is not tied to the embedding.
+SEDD's network (arXiv:2310.16834) conditions every block on the noise level by adaLN-zero (DiT,
+arXiv:2212.09748). RADD's (arXiv:2406.03736) is the same transformer without a time input. Both have
+bidirectional attention, rotary positions (arXiv:2104.09864) and an output layer that is not tied to
+the embedding.
 
-Numbers: the residual stream, the norms, the modulation and the rotary phases are float32; the
-matrix products and the attention take the compute type. That is what the published code does under
-autocast.
+The residual stream, the norms, the modulation and the rotary phases are float32. Matrix products
+and attention are computed in the compute type. The published code does the same under autocast.
+
+The blocks are one scan over stacked parameters, so that the program does not grow with the layers.
+Each block stores the values marked by ``keep`` for its backward pass and recomputes the others.
+
+Suffixes: ``C`` channels of the condition, ``F`` features; the others as in ``sedd.types``.
 """
 
 from dataclasses import dataclass, replace
@@ -33,14 +37,16 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class DDiT(Network):
-    """A bidirectional transformer, with adaLN-zero on sigma when ``time_conditioned``.
+    """A bidirectional transformer, conditioned on σ by adaLN-zero if ``time_conditioned``.
 
-    The defaults are SEDD-small: 169,627,218 parameters at V = 50258; medium is ``hidden_dim`` 1024,
-    24 layers, 16 heads. RADD is ``time_conditioned=False, norm_bias=True, dropout=0.02``.
+    The defaults are SEDD-small, with 169,627,218 parameters at V = 50258. SEDD-medium has
+    ``hidden_dim`` 1024, 24 layers and 16 heads. RADD is ``time_conditioned=False, norm_bias=True,
+    dropout=0.02``.
 
-    Parameters are ``{"trunk": …, "head": {"kernel", "bias"}}``, float32, kernels ``[in, out]``.
-    Those of the blocks are stacked on a leading axis of length ``num_layers``: there a bias has two
-    axes. A field out of range raises ``ValueError``.
+    Parameters are ``{"trunk": …, "head": {"kernel", "bias"}}`` in float32, with kernels
+    ``[in, out]``. Parameters of the blocks have a leading axis of length ``num_layers``.
+
+    Raises ``ValueError`` if a field is out of its range (``FieldError``) or does not fit another.
     """
 
     stacked = "blocks"
@@ -48,12 +54,12 @@ class DDiT(Network):
     hidden_dim: int = 768  # D
     num_layers: int = 12
     num_heads: int = 12
-    condition_dim: int = 128  # width of the embedding of sigma; unused unless time_conditioned
-    mlp_ratio: int = 4
-    dropout: float = 0.1  # on both residual branches, while training
-    norm_bias: bool = False  # whether the norms have a bias (RADD's do, initialised to ones)
-    remat: bool = False  # recompute each block in the backward pass instead of keeping its values
-    dtype: Dtype = "float32"  # of the matrix products and of ``hidden``
+    condition_dim: int = 128  # C, width of the embedding of σ; unused unless time_conditioned
+    mlp_ratio: int = 4  # width of the MLP's hidden layer over D
+    dropout: float = 0.1  # rate on both residual branches, in training only
+    norm_bias: bool = False  # whether the norms have a bias, as RADD's do
+    remat: bool = False  # store only the input of each block and recompute the rest
+    dtype: Dtype = "float32"  # compute type: of the matrix products and of ``hidden``
     attention: Backend = "auto"  # see sedd.networks.attention.choose
 
     def __post_init__(self):
@@ -89,13 +95,14 @@ class DDiT(Network):
         return self.hidden_dim // self.num_heads
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh float32 parameters; the raw output of a fresh network is 0 everywhere."""
-        return jax.jit(self._init)(key)  # compiled, the forward pass that Flax makes falls away
+        """Draw fresh float32 parameters; the raw output of a fresh network is 0 everywhere."""
+        # Under jit the compiler drops the forward pass that Flax runs to find the shapes.
+        return jax.jit(self._init)(key)
 
     def _init(self, key):
         tokens_BL = jnp.zeros((1, 1), jnp.int32)
         sigma_B = jnp.zeros(1, jnp.float32) if self.time_conditioned else None
-        # Parameters do not depend on the attention, but a kernel may refuse a length of 1.
+        # Parameters do not depend on the backend of the attention, which may refuse length 1.
         trunk = _Trunk(replace(self, attention="einsum"))
         params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None)["params"]
         head = {
@@ -116,8 +123,8 @@ class DDiT(Network):
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last norm and modulation, in the compute type.
 
-        As in ``Network.hidden``. The dropout of a sequence depends on its own key of ``keys_B``
-        alone, not on its place in the batch.
+        Arguments are those of ``Network.hidden``. The dropout of a sequence depends only on its own
+        key in ``keys_B``, not on the rest of the batch.
         """
         if self.time_conditioned and sigma_B is None:
             raise ValueError("this network is conditioned on the time: sigma_B is required")
@@ -125,17 +132,17 @@ class DDiT(Network):
             raise ValueError("this network is not conditioned on the time: sigma_B must be None")
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
-        # The blocks are made whole one at a time, where they are scanned.
+        # Sharded blocks are gathered one layer at a time inside the scan, all else here.
         trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
         bound = _Trunk(self).bind({"params": trunk})
         return bound(tokens_BL, positions_BL, attend, sigma_B, keys_B)
 
     def flops(self, length: int, read: float) -> float:
-        """FLOPs of the forward pass of one sequence, ``read`` of its rows read out.
+        """Count the FLOPs of the forward pass of one sequence; arguments as of ``Network.flops``.
 
-        2 for each weight of a matrix and row, and 4·L·D a row and layer for the products of the
-        attention; the conditioning runs once a sequence. Norms, activations and softmax are not
-        counted, and causal attention counts as if every row saw every other.
+        Counted are 2 for each row and weight of a matrix, 4·L·D for each row and layer for the two
+        products of the attention, and the conditioning once a sequence. Norms, activations and the
+        softmax do not count. Causal attention counts like full attention.
         """
         width, layers = self.hidden_dim, self.num_layers
         block = (4 + 2 * self.mlp_ratio) * width**2  # qkv, attention_out, mlp_in, mlp_out
@@ -147,13 +154,13 @@ class DDiT(Network):
         return rows + 2 * conditioning + 2 * read * width * self.num_states
 
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
-        """The output layer's matrix and bias: ``read_out(hidden, *head)`` is ``raw``."""
+        """The matrix and bias of the output layer, arguments of ``read_out``."""
         head = whole(params["head"])
         return head["kernel"], head["bias"]
 
 
 class _Trunk(nn.Module):
-    """Everything but the output layer."""
+    """The network without its output layer: embedding, blocks and final norm."""
 
     net: DDiT
 
@@ -167,10 +174,11 @@ class _Trunk(nn.Module):
         condition_B1C = None
         if net.time_conditioned:
             sigma_map = _SigmaMap(net.condition_dim, name="sigma_map")
-            # One condition a sequence, [B, 1, C], or one a row.
+            # [B, 1, C] for one noise level a sequence, [B, L, C] for one a position.
             condition_B1C = sigma_map(sigma_B).reshape(len(sigma_B), -1, net.condition_dim)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
-        # Inside a scan nothing can be merged with the recomputation: remat needs no barrier.
+        # prevent_cse guards the recomputation from being merged with the forward pass; inside a
+        # scan the compiler cannot merge them anyway.
         block = nn.remat(_Block, prevent_cse=False, policy=None if net.remat else is_kept)
         blocks = nn.scan(
             block,
@@ -188,7 +196,11 @@ class _Trunk(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention, then the MLP: each a branch from a norm, gated and added."""
+    """One layer: attention and an MLP, each added to the residual stream as a branch.
+
+    A branch is norm, modulation, layers, dropout and gate. The gate and the modulation come from
+    the condition; without a condition there are none.
+    """
 
     net: DDiT
 
@@ -199,6 +211,7 @@ class _Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(net, 6, condition_B1C)
 
         def add(x_BLD, branch_BLD, gate_B1D, branch):
+            """x plus a branch after dropout and gate; ``branch`` numbers it for the noise."""
             if keys_B is not None and net.dropout > 0:
                 branch_BLD = drop(branch_BLD, keys_B, 2 * layer + branch, net.dropout)
             branch_BLD = branch_BLD.astype(jnp.float32)
@@ -230,7 +243,7 @@ class _Block(nn.Module):
 
 
 class _Norm(nn.Module):
-    """Layer normalisation in float32 and, with a condition, its modulation."""
+    """Layer normalisation in float32, followed by the modulation x·(1 + scale) + shift if given."""
 
     use_bias: bool
 
@@ -239,10 +252,8 @@ class _Norm(nn.Module):
         width = x_BLD.shape[-1:]
         weight_D = self.param("scale", nn.initializers.ones, width, jnp.float32)
         bias_D = None
-        if self.use_bias:
-            bias_D = self.param(
-                "bias", nn.initializers.ones, width, jnp.float32
-            )  # ones: so in RADD's code
+        if self.use_bias:  # initialised to ones, as in RADD's code
+            bias_D = self.param("bias", nn.initializers.ones, width, jnp.float32)
         x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
         variance_BL1 = jnp.square(x_BLD).mean(axis=-1, keepdims=True)
         x_BLD = x_BLD * jax.lax.rsqrt(variance_BL1 + NORM_EPSILON) * weight_D[None, None]
@@ -254,7 +265,7 @@ class _Norm(nn.Module):
 
 
 class _SigmaMap(nn.Module):
-    """SiLU(MLP(sinusoids of sigma)): [B] -> [B, C], in float32."""
+    """The condition: an MLP of sinusoids of σ, [B] to [B, C], with SiLU after both layers."""
 
     width: int
 
@@ -269,9 +280,10 @@ class _SigmaMap(nn.Module):
 
 
 def sigma_features(sigma_B: Float[Array, "*b"]) -> Float[Array, "*b F"]:
-    """cos, then sin, of σ·10⁴^(-k/128) for k = 0..127, with σ the total noise, not its logarithm.
+    """Sinusoids of the total noise: cos, then sin, of σ·10⁴^(-k/128) for k = 0..127.
 
-    Takes [B, L] too, and adds an axis of 256.
+    As in the published code, σ itself is the phase, not its logarithm. ``sigma_B`` is [B] or
+    [B, L]; the result has another axis of 256 features.
     """
     k_F = jnp.arange(SIGMA_FREQUENCIES, dtype=jnp.float32)
     frequency_F = jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)
@@ -282,14 +294,17 @@ def sigma_features(sigma_B: Float[Array, "*b"]) -> Float[Array, "*b F"]:
 def rotary(
     positions_BL: Int[Array, "B L"], head_dim: int
 ) -> tuple[Float[Array, "B L 1 F"], Float[Array, "B L 1 F"]]:
-    """cos and sin of the phases of the channel pairs (k, k + K/2), in float32."""
+    """Rotary phases: cos and sin of position·10⁴^(-2k/K) for each channel k = 0..K/2-1, float32.
+
+    ``head_dim`` is K. Channel k is rotated together with channel k + K/2. arXiv:2104.09864.
+    """
     k_F = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     phase_BLF = positions_BL.astype(jnp.float32)[:, :, None] * (ROTARY_BASE**-k_F)[None, None]
     return jnp.cos(phase_BLF)[:, :, None], jnp.sin(phase_BLF)[:, :, None]
 
 
 def rotate(x_BLHK: Float[Array, "B L H K"], rotation_BL1K) -> Float[Array, "B L H K"]:
-    """Queries or keys, turned by the phases of ``rotary`` in float32 and returned in their type."""
+    """Rotate queries or keys by the phases of ``rotary``, in float32; the type is unchanged."""
     cos, sin = rotation_BL1K
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -299,10 +314,16 @@ def rotate(x_BLHK: Float[Array, "B L H K"], rotation_BL1K) -> Float[Array, "B L 
 def drop(
     x_BLD: Float[Array, "B L D"], keys_B: Key[Array, " B"], index: Int[Array, ""], rate: float
 ) -> Float[Array, "B L D"]:
-    """Inverted dropout, example by example; ``index`` tells the places in the network apart.
+    """Inverted dropout with a key for each example.
 
-    Each example draws from its own key, so that neither the order of the batch nor the number of
-    devices that share it changes what is dropped.
+    What is dropped from an example depends neither on the rest of the batch nor on the number of
+    devices.
+
+    Args:
+        x_BLD: values.
+        keys_B: a key for each example.
+        index: number of this dropout in the network, folded into the keys.
+        rate: probability of dropping an entry, in [0, 1).
     """
 
     def one(key, x_LD):
@@ -313,7 +334,7 @@ def drop(
 
 
 def _uniform(fan_in: int):
-    """U(±1/√fan_in): PyTorch's default for a linear layer, and the published embedding's."""
+    """Initialiser U(-1/√fan_in, 1/√fan_in): PyTorch's for linear layers, SEDD's for embeddings."""
     bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -323,6 +344,7 @@ def _uniform(fan_in: int):
 
 
 def _dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = True) -> nn.Dense:
+    """A linear layer of a block in the compute type, gathered where it is used."""
     init = _uniform(fan_in)
     return _gathered(nn.Dense, net.dtype)(
         features,
@@ -336,17 +358,20 @@ def _dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = Tru
 
 
 def _flat_product(x_BLD, kernel_DF, dimensions, **kwargs):
-    """``lax.dot_general`` of [B·L, D]: of [B, L, D] its gradient takes XLA's CPU a fifth longer."""
-    del dimensions  # the last of x, the first of the kernel: those of a dense layer
+    """``lax.dot_general`` with the batch axes joined, [B·L, D] by [D, F].
+
+    The gradient of the product of [B, L, D] takes a fifth longer on XLA's CPU backend.
+    """
+    del dimensions  # a dense layer always contracts the last axis of x and the first of the kernel
     product_MF = jax.lax.dot(x_BLD.reshape(-1, x_BLD.shape[-1]), kernel_DF, **kwargs)
     return product_MF.reshape(*x_BLD.shape[:-1], -1)
 
 
 def _gathered(layer: type[nn.Module], dtype) -> Any:
-    """The layer, made whole in ``dtype`` where it is used, and again in its backward pass.
+    """A layer whose sharded parameters are gathered in ``dtype`` when it is called.
 
-    That is the block's ``is_kept``: the weights of all layers, kept, would be the model, on every
-    device.
+    The policy ``is_kept`` does not store the gathered arrays, so that the backward pass gathers
+    them again. Stored for all layers, they would be the whole model on every device.
     """
 
     def apply(variables):
@@ -356,9 +381,10 @@ def _gathered(layer: type[nn.Module], dtype) -> Any:
 
 
 def _modulation(net: DDiT, count: int, condition_B1C: Array | None) -> list:
-    """``count`` shifts, scales and gates, [B, 1, D] or [B, L, D]; ``None`` without a condition.
+    """``count`` shifts, scales and gates, linear in the condition; ``None`` without a condition.
 
-    They are 0 in a fresh network (adaLN-zero).
+    Their shape is [B, 1, D], or [B, L, D] with a noise level for each position. The weights are 0
+    in a fresh network (adaLN-zero), in which every branch is therefore gated to 0.
     """
     if condition_B1C is None:
         return [None] * count

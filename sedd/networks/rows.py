@@ -1,10 +1,12 @@
-"""Rows of the output layer, a chunk at a time.
+"""Rows of the output layer, processed in chunks.
 
-A row is one position of one sequence. The raw output of all rows of a batch, [B, L, V], is larger
-than everything else that a program holds: 13 GB at 64 x 1,024 x 50,258. Losses, bounds and samplers
-need one number or one token a row. They select rows, and a loop reads out a chunk of them, reduces
-it, and goes on to the next chunk in the same memory. The number of chunks is data, so that rows
-that are not selected cost nothing; the shapes of a chunk are static.
+A row is one position of one sequence. The raw output of all rows of a batch, [B, L, V], would be
+larger than all other arrays of a program: 13 GB at 64 x 1,024 x 50,258. Losses, bounds and samplers
+need only one number or one token of each row. They select rows. A loop applies the output layer to
+a chunk of selected rows and reduces it to these numbers, and the next chunk uses the same memory.
+
+The shape of a chunk is static, as XLA requires, but the number of chunks is computed while the
+program runs: rows that are not selected cost nothing.
 """
 
 from collections.abc import Callable
@@ -16,8 +18,8 @@ import jax.numpy as jnp
 
 from sedd.types import Array, Bool, Int, Shaped
 
-CHUNK_BYTES = 2**28  # of a chunk's arrays [R, V] in float32, at most
-COPIES = 4  # such arrays that a sampler holds at once: logits, log probabilities, noise, sums
+CHUNK_BYTES = 2**28  # limit for all float32 arrays [R, V] of a chunk together
+COPIES = 4  # of these a sampler holds at once: logits, log probabilities, noise and sums
 
 
 @jax.tree_util.register_dataclass
@@ -30,24 +32,26 @@ class Rows:
 
     @classmethod
     def at(cls, positions_BK: Int[Array, "B K"]) -> "Rows":
-        """The given positions of each sequence, B·K rows, sequence after sequence."""
+        """Rows of K positions of each sequence: B·K rows, those of sequence 0 first."""
         batch, count = positions_BK.shape
         return cls(
             sequence_R=jnp.repeat(jnp.arange(batch), count), position_R=positions_BK.reshape(-1)
         )
 
     def pick(self, values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """The rows' entries of an array [B], or [B, L, …] whose second axis is the position."""
+        """The entry of each row in an array [B], or in an array [B, L, …] of positions."""
         if values.ndim == 1:
             return values[self.sequence_R]
         return values[self.sequence_R, self.position_R]
 
 
 def row_sizes(batch: int, length: int, num_states: int) -> tuple[int, ...]:
-    """Sizes of chunks, falling: as many rows as the bytes allow, and small ones for the rest.
+    """Numbers of rows in a chunk, in falling order, for ``over_chunks``.
 
-    The smallest has one row a sequence, which is what a sampler reads that reveals one position of
-    each sequence. Each size is a loop of its own in the compiled program, hence a factor of 8.
+    The largest is a power of 2 that ``CHUNK_BYTES`` allows, or all B·L rows if these fit. Two
+    smaller ones, 8·B and B rows, take the rest: a sampler that reveals one position of each
+    sequence reads B rows. Every size is a loop of its own in the compiled program, so there are few
+    of them.
     """
     most = 1 << max((CHUNK_BYTES // (4 * COPIES * num_states)).bit_length() - 1, 0)
     sizes = {min(size, batch * length, most) for size in (batch, 8 * batch, batch * length)}
@@ -60,11 +64,22 @@ def over_chunks(
     body: Callable[[Array, Array, Any], Any],
     carry: Any,
 ) -> Any:
-    """Run ``carry = body(index_R, safe_R, carry)`` over all selected indices of 0..M-1, in chunks.
+    """Run ``carry = body(index_R, safe_R, carry)`` over all selected indices, in chunks.
 
-    There are as many chunks of the first of the falling ``sizes`` as can be filled, then of the
-    next one, and the last chunk of the last size may be filled up. There ``index_R`` is M, which a
-    scatter with ``mode="drop"`` ignores, and ``safe_R`` repeats a selected index to gather from.
+    The selected indices are listed in ascending order. Chunks of the first size are taken from the
+    list while they can be filled, then chunks of the next size. The last chunk of the smallest size
+    may be incomplete: its unused entries of ``index_R`` are M, which a scatter with
+    ``mode="drop"`` ignores, and those of ``safe_R`` repeat a selected index, so that a gather stays
+    in range.
+
+    Args:
+        select_M: which of the indices 0..M-1 are selected.
+        sizes: numbers of rows in a chunk, falling; see ``row_sizes``.
+        body: processes one chunk of indices.
+        carry: initial value; a pytree of arrays of fixed shapes.
+
+    Returns:
+        The carry after all chunks.
     """
     num_rows = len(select_M)
     indices = jnp.nonzero(select_M, size=num_rows + sizes[-1], fill_value=num_rows)[0]

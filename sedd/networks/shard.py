@@ -1,10 +1,12 @@
-"""Sharded parameters: each device holds a part, and gathers the whole array where it is used.
+"""Sharded parameters: each device holds a part of an array, and gathers the array to use it.
 
-The gather has a gradient of its own. Forward, every device receives all parts. Backward, every
-device has the gradient of the whole array on its own batch; what the optimizer needs is the sum of
-these over devices, and of that sum only the device's own part. One collective, a reduce-scatter,
-gives exactly this. The parts travel in the compute type, which may be half as wide, but gradients
-are summed in the shard's own type.
+The gather has a custom gradient. In the forward pass every device receives the parts of all others
+(all-gather). In the backward pass every device has the gradient of the whole array for its own
+share of the batch. The optimizer needs the sum of these gradients over devices, and on each device
+only the part that the device holds. A reduce-scatter computes exactly this in one collective.
+
+Parts are sent in the compute type, which may have half the bytes. Gradients are summed in the type
+of the parameters, because a sum over many devices would lose accuracy in bfloat16.
 """
 
 from dataclasses import dataclass, field
@@ -20,10 +22,11 @@ from sedd.types import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A device's part of an array that is split over the mesh axis ``over``.
+    """A device's part of an array that is split over the mesh axis named ``over``.
 
-    ``axis`` is the split axis, counted from the end, because a scan over stacked layers removes the
-    first axis. Shards exist inside mapped programs only.
+    ``axis`` is the split axis as a negative number, counted from the end: it then stays valid
+    where a scan over stacked layers removes the first axis. Shards exist only inside mapped
+    programs, where collectives over ``over`` are possible.
     """
 
     part: Array
@@ -32,9 +35,10 @@ class Shard:
 
 
 def whole(tree: Any, dtype: Any = None) -> Any:
-    """Gather every ``Shard`` of the tree, in ``dtype`` if given; other leaves stay as they are.
+    """Replace every ``Shard`` in a pytree by its whole array, cast to ``dtype`` if given.
 
-    Gradients of gathered arrays are summed over devices and scattered: each keeps its own part.
+    Other leaves stay as they are. The gradient of a gathered array is summed over devices, and each
+    device receives its own part of the sum.
     """
     return jax.tree.map(
         lambda leaf: (
@@ -49,11 +53,12 @@ def whole(tree: Any, dtype: Any = None) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gather(axis, over, dtype, part):
-    # Converted before it is sent: bfloat16 has half the bytes.
+    # Cast before sending: bfloat16 has half the bytes.
     return jax.lax.all_gather(part.astype(dtype), over, axis=part.ndim + axis, tiled=True)
 
 
 def _forward(axis, over, dtype, part):
+    # The backward pass needs only the type of the part: a scalar carries it.
     return _gather(axis, over, dtype, part), jnp.zeros((), part.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Autoregression: each token given those before it. arXiv:1706.03762, section 3.1."""
+"""Autoregressive models: each token given the tokens before it. arXiv:1706.03762, section 3.1."""
 
 from dataclasses import dataclass, field
 
@@ -10,11 +10,12 @@ from sedd.parameterizations.base import Inputs, Parameterization
 
 @dataclass(frozen=True, kw_only=True)
 class Autoregressive(Parameterization):
-    """The raw output at position i is log p(x_i | x_<i): the network's input is shifted by one.
+    """The softmax of the raw output at position i is p(x_i | x_<i).
 
-    The mask is the first input, so that the first token is modelled too; the process has no other
-    use here. Such a model has no noise level and no score. A mask among the tokens before a
-    position is an input that the network was not trained with.
+    The input of the network is shifted by one row: row i has the token of position i - 1, and the
+    first row has the mask, so that the first token is modelled too. The process serves only for its
+    mask: there is no noise level and no score. Sampling must go from left to right, because a mask
+    among the tokens before a position is an input that the network was not trained with.
     """
 
     normalised = True
@@ -27,9 +28,10 @@ class Autoregressive(Parameterization):
             raise ValueError("it needs an absorbing process: its mask is the first input")
 
     def inputs(self, x_BL, attend=None):
-        """Row i has the token of position i - 1, or the mask at the start of a segment; causal.
+        """Shift the tokens by one row within each segment, with causal attention.
 
-        Raises ValueError unless ``attend`` describes segments alone.
+        The first row of a segment has the mask. Raises ValueError if ``attend`` restricts more than
+        segments.
         """
         first_BL = jnp.zeros(x_BL.shape, bool).at[:, 0].set(True)
         segment_BL = None

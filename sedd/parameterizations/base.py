@@ -1,4 +1,8 @@
-"""The base of parameterizations: raw network output as a log score or a log conditional."""
+"""The base of parameterizations: raw network output as a log score or a log conditional.
+
+A parameterization also prepares the network call (``Inputs``). The denoiser and the objectives
+therefore do not know whether a model is, for example, autoregressive.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,21 +20,20 @@ from sedd.types import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A network call for tokens [B, L]: M rows of input, and the row at which a position is read.
+    """The arguments of the network call for tokens [B, L].
 
-    M need not be L. A model that reads position i one row earlier, or at a query row of its own,
-    differs from others in its ``Inputs`` alone.
+    The network gets M rows, and M may differ from L. The distribution of position i is read at row
+    ``read_BL[:, i]``: one row earlier in a model that predicts the next token, or at a query row
+    that the model adds for each position.
     """
 
     tokens_BM: Int[Array, "B M"]
-    positions_BM: Int[Array, "B M"] | None = (
-        None  # for the network's position encoding; None: 0..M-1
-    )
+    positions_BM: Int[Array, "B M"] | None = None  # for the position encoding; None is 0..M-1
     attend: Attend | None = None
-    read_BL: Int[Array, "B L"] | None = None  # row of position i's distribution; None: row i
+    read_BL: Int[Array, "B L"] | None = None  # None reads position i at row i
 
     def read(self, hidden_BMD: Float[Array, "B M D"]) -> Float[Array, "B L D"]:
-        """The hidden states of the rows at which positions 0..L-1 are read."""
+        """Select the hidden states at which positions 0..L-1 are read."""
         if self.read_BL is None:
             return hidden_BMD
         return jnp.take_along_axis(hidden_BMD, self.read_BL[..., None], 1)
@@ -40,42 +43,50 @@ class Inputs:
 class Parameterization(ABC):
     """Turns raw output [..., V] at tokens x [...] into distributions.
 
-    The axes of ``sigma`` are the leading axes of x: [B] or [B, L] for tokens [B, L]. The network of
-    a ``time_independent`` model takes no ``sigma``. Cross entropies train ``normalised``
-    parameterizations only: the normaliser of a score would stay untrained.
+    The axes of ``sigma`` are the leading axes of x: [B] or [B, L] for tokens [B, L].
+
+    If ``time_independent``, the network gets no ``sigma``. If ``normalised``, a constant added to a
+    row of raw output changes nothing; cross entropies train only such parameterizations, because
+    they give no gradient to the normaliser, which a score also needs. If ``causal``, the output at
+    position i depends only on the tokens before i.
     """
 
     process: Process
     time_independent: bool
-    normalised: ClassVar[bool]  # whether a constant added to a row of raw output changes nothing
-    causal: ClassVar[bool] = (
-        False  # whether position i is modelled given the positions before it only
-    )
+    normalised: ClassVar[bool]
+    causal: ClassVar[bool] = False
 
     def inputs(self, x_BL: Int[Array, "B L"], attend: Attend | None = None) -> Inputs:
-        """The network call for the tokens x; ``attend`` restricts which positions see which."""
+        """Prepare the network call for tokens x; ``attend`` restricts which positions see which."""
         return Inputs(tokens_BM=x_BL, attend=attend)
 
     @abstractmethod
     def log_score(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"], sigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """log p_t(y) / p_t(x) for every y; 0 at y = x."""
+        """log(p_t(x with y at its position) / p_t(x)) for every state y; 0 at y = x.
+
+        Args:
+            raw: raw output at x.
+            x: the tokens.
+            sigma: total noise, above 0.
+        """
 
     def masked_logits(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
         """Unnormalised log probabilities of the clean token at a mask of an absorbing process.
 
-        The shift of a score by a function of σ is the same for all tokens, and cancels when the
-        probabilities are normalised.
+        They are the raw output of the real tokens, for a log score too: it differs from the log
+        probability by a function of σ, which normalisation cancels.
         """
         return raw[..., : self.process.num_tokens]
 
     def log_conditional(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"]
     ) -> Float[Array, "*b N"]:
-        """log p(x0 = y | x), normalised over the real tokens: 0 and -1e6 where x is visible.
+        """log p(x0 = y | x), normalised over the real tokens y.
 
-        Raises ValueError unless the process is absorbing: else a visible token may be wrong.
+        A visible token is certain: it has 0 and the others -1e6. Raises ValueError unless the
+        process is absorbing, because only then a visible token cannot be wrong.
         """
         if not self.process.absorbing:
             raise ValueError("the conditional of clean tokens exists on an absorbing process only")

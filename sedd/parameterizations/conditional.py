@@ -11,21 +11,23 @@ from sedd.parameterizations.base import Parameterization
 
 @dataclass(frozen=True, kw_only=True)
 class Conditional(Parameterization):
-    """The softmax over real tokens is c = p(x0 | xt); the log score is log c - log expm1(σ).
+    """The softmax of the raw output over real tokens is c = p(x0 | xt).
 
-    That is theorem 1 of the paper. ``time_independent=False`` conditions the network on σ as well,
-    as MD4 and MDLM can.
+    On an absorbing process c does not depend on the time, and the log score at a mask is
+    log c - log expm1(σ) (theorem 1 of the paper). The network then needs no time input.
     """
 
     normalised = True
 
     time_independent: bool = True
+    """If False, the network is conditioned on σ as well, as in MD4 and MDLM."""
 
     def __post_init__(self):
         if not self.process.absorbing:
             raise ValueError("it needs an absorbing process; score works on any")
 
     def log_score(self, raw, x, sigma):
+        # 1 / expm1(σ) is the ratio of the probability that a position is visible to that of a mask.
         log_probs = jax.nn.log_softmax(self.masked_logits(raw), -1)
         log_score = log_probs - log_expm1(along(sigma, x))[..., None]
         mask_column = jnp.full((*log_score.shape[:-1], 1), NO_MASS, log_score.dtype)

@@ -12,13 +12,14 @@ from sedd.parameterizations.base import Parameterization
 class Score(Parameterization):
     """The log score is the raw output, with 0 at the current token.
 
-    On an absorbing process, -log expm1(σ) - log N is added: the log score of a uniform distribution
-    over the tokens. A fresh network, whose output is 0, therefore starts from that distribution.
+    On an absorbing process -log expm1(σ) - log N is added, which is the log score of a uniform
+    distribution over the real tokens. A fresh network, whose raw output is 0, therefore starts from
+    that distribution at every noise level.
     """
 
     normalised = False
 
-    time_independent: bool = field(default=False, init=False)  # a score depends on the time
+    time_independent: bool = field(default=False, init=False)  # a score depends on the noise
 
     def log_score(self, raw, x, sigma):
         if self.process.absorbing:

@@ -11,9 +11,10 @@ from sedd.processes.base import Process
 
 @dataclass(frozen=True, kw_only=True)
 class Absorbing(Process):
-    """xt is the mask with probability 1 - exp(-σ), else x0. The mask has the last id, N.
+    """Each position of xt is the mask with probability 1 - exp(-σ), else the token of x0.
 
-    arXiv:2310.16834, section 3.3.
+    The mask is the last state, with id N. Q(a, mask) = 1 and Q(a, a) = -1 for every token a; the
+    mask has rate 0 to everything. arXiv:2310.16834, section 3.3.
     """
 
     absorbing = True
@@ -23,12 +24,14 @@ class Absorbing(Process):
         return self.num_tokens
 
     def transition(self, x, sigma):
+        # A token stays with probability e^-σ and is the mask otherwise; the mask stays the mask.
         sigma = along(sigma, x)
         row = jnp.exp(-sigma)[..., None] * jax.nn.one_hot(x, self.num_states)
         masked = jnp.where(x == self.mask_id, 1.0, -jnp.expm1(-sigma))
         return put(row, jnp.full_like(x, self.mask_id), masked)
 
     def transition_to(self, x, sigma):
+        # The mask is reached from every token; a visible token only from itself.
         sigma = along(sigma, x)
         from_tokens = jnp.where(x == self.mask_id, -jnp.expm1(-sigma), 0.0)
         own = jnp.where(x == self.mask_id, 1.0, jnp.exp(-sigma))
@@ -37,7 +40,7 @@ class Absorbing(Process):
 
     def corrupt(self, keys_B, x0_BL, sigma):
         moved_BL = jax.vmap(
-            # The default mode cannot tell probabilities below 1e-7 from 0.
+            # The default mode rounds probabilities below 1e-7 to 0 or 1e-7.
             lambda key, p: jax.random.bernoulli(key, p, x0_BL.shape[1:], mode="high")
         )(keys_B, -jnp.expm1(-along(sigma, x0_BL)))
         return jnp.where(moved_BL, self.mask_id, x0_BL)
@@ -46,9 +49,10 @@ class Absorbing(Process):
         return jnp.full((keys_B.shape[0], length), self.mask_id, jnp.int32)
 
     def prior_kl(self, sigma):
-        """KL to the prior (1 - a)·mask + a·uniform, with a = exp(-σ(1)): a·log N.
+        """KL of x_1 to the prior (1 - a)·mask + a·uniform, where a = exp(-σ(1)): it is a·log N.
 
-        To a prior of masks alone it is infinite: a token stays visible with probability a.
+        At t = 1 a token is still visible with probability a, so that the KL to a prior of masks
+        alone would be infinite.
         """
         return jnp.exp(-sigma) * jnp.log(self.num_tokens)
 
@@ -56,6 +60,7 @@ class Absorbing(Process):
         return x == self.mask_id
 
     def reverse_rate(self, log_score, x):
+        # From a mask: to token y at the rate e^s_y, since Q(y, mask) = 1. From a token: nowhere.
         mask = jnp.full_like(x, self.mask_id)
         to_tokens = put(jnp.exp(log_score), mask, jnp.zeros(x.shape))
         rate = put(to_tokens, mask, -to_tokens.sum(-1))
@@ -65,9 +70,9 @@ class Absorbing(Process):
         dsigma = along(dsigma, log_score[..., 0])
         score = jnp.exp(log_score)
         grown = score * jnp.exp(dsigma)[..., None]
-        # The mask's entry is e^Δσ·e^s_mask + (1 - e^Δσ)·Σ_y e^s_y, y over all states. The term y =
-        # mask is joined to the first one, which leaves e^s_mask: as the difference of two terms of
-        # size e^Δσ it would be lost in float32.
+        # The entry of the mask is e^Δσ·e^s_mask + (1 - e^Δσ)·Σ_y e^s_y over all states y. Its terms
+        # with y = mask sum to e^s_mask. They are summed here by hand, because float32 would lose
+        # that sum as the difference of two terms of size e^Δσ.
         to_tokens = score[..., : self.mask_id].sum(-1)
         return grown.at[..., self.mask_id].set(
             score[..., self.mask_id] - jnp.expm1(dsigma) * to_tokens

@@ -1,6 +1,10 @@
 """The base of forward processes: continuous-time Markov chains that corrupt tokens independently.
 
-Q(a, b) is the rate of the jump a → b at one position, and P_σ = exp(σQ) is the transition matrix.
+A process is given by its rate matrix Q: Q(a, b) is the rate of the jump a → b at one position. At
+total noise σ the transition matrix is P_σ = exp(σQ), and its row a is the distribution of the token
+that started as a. Everything that depends on Q is a method here, so that objectives, samplers and
+bounds work with any process.
+
 Methods take tokens of any shape. The axes of ``sigma`` are the leading axes of the tokens: tokens
 [B, L] go with a total noise [B], one a sequence, or [B, L], one a position (``sedd.arrays.along``).
 """
@@ -19,11 +23,12 @@ from sedd.types import Array, Float, Int, Key
 
 @dataclass(frozen=True, kw_only=True)
 class Process(ABC):
-    """A forward process over ``num_tokens`` real tokens, and a mask where ``mask_id`` is an id.
+    """A forward process over ``num_tokens`` real tokens and, unless ``mask_id`` is None, a mask.
 
-    ``absorbing`` states that xt is the clean token or the mask: a visible token is certain, and the
-    masked positions are all that is left to draw. Objectives, samplers and bounds that rely on this
-    ask ``absorbing``, never ``mask_id``: a process may have a mask and wrong visible tokens too.
+    ``absorbing`` states that xt is always the clean token or the mask. A visible token is then
+    certain, and only masked positions remain to be drawn. Objectives, samplers and bounds that rely
+    on this property test ``absorbing``, never ``mask_id``: a process may have a mask and at the
+    same time visible tokens that are wrong.
     """
 
     absorbing: ClassVar[bool]
@@ -37,11 +42,11 @@ class Process(ABC):
     @property
     @abstractmethod
     def mask_id(self) -> int | None:
-        """The token id of the mask, or ``None`` without one."""
+        """The token id of the mask; None for a process without a mask."""
 
     @property
     def mask(self) -> int:
-        """``mask_id`` where there is one; ValueError on a process without a mask."""
+        """``mask_id`` as an int; ValueError for a process without a mask."""
         if self.mask_id is None:
             raise ValueError(f"the {type(self).__name__.lower()} process has no mask")
         return self.mask_id
@@ -53,44 +58,61 @@ class Process(ABC):
 
     @abstractmethod
     def transition(self, x: Int[Array, "*b"], sigma: Float[Array, "..."]) -> Float[Array, "*b V"]:
-        """Pr(y | x) for every state y: the row x of P_σ."""
+        """Probabilities Pr(y | x) of every state y after total noise ``sigma``: row x of P_σ."""
 
     @abstractmethod
     def transition_to(
         self, x: Int[Array, "*b"], sigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """Pr(x | y) for every state y: the column x of P_σ, used in posteriors."""
+        """Likelihoods Pr(x | y) of x under every earlier state y: column x of P_σ.
+
+        Posteriors of the earlier state are proportional to these, so the entries need not sum to 1.
+        """
 
     @abstractmethod
     def corrupt(
         self, keys_B: Key[Array, " B"], x0_BL: Int[Array, "B L"], sigma: Float[Array, "..."]
     ) -> Int[Array, "B L"]:
-        """Draw xt given x0 at total noise ``sigma``; one key a sequence."""
+        """Draw xt given x0 at total noise ``sigma``, every position independently.
+
+        Args:
+            keys_B: a key for each sequence.
+            x0_BL: clean tokens.
+            sigma: total noise, [B] or [B, L].
+        """
 
     @abstractmethod
     def sample_prior(self, keys_B: Key[Array, " B"], length: int) -> Int[Array, "B L"]:
-        """Draw the tokens that sampling starts from; one key a sequence."""
+        """Draw the tokens of time t = 1, from which sampling starts, with a key a sequence."""
 
     @abstractmethod
     def prior_kl(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """KL(q(x_1 | x0) ‖ prior) of one token, in nats, at the total noise σ(1)."""
+        """KL(q(x_1 | x0) ‖ prior) of one position, in nats.
+
+        ``sigma`` is the total noise at t = 1. The result is the prior term of the likelihood bound.
+        """
 
     @abstractmethod
     def can_move(self, x: Int[Array, "*b"]) -> Array:
-        """Where the reverse process may change x; False where x is certainly the clean token."""
+        """Whether the reverse process may still change x; False if x is certainly clean."""
 
     @abstractmethod
     def reverse_rate(
         self, log_score: Float[Array, "*b V"], x: Int[Array, "*b"]
     ) -> Float[Array, "*b V"]:
-        """Rates of the reverse process from x to every state; the rate at x makes the sum 0."""
+        """Rates of the reverse process from x to every state y, per unit of σ.
+
+        The rate to y ≠ x is Q(y, x)·p(y)/p(x), the ratio being exp of the log score; the entry at x
+        is minus their sum. arXiv:2310.16834, equation 3.
+        """
 
     @abstractmethod
     def staggered_score(
         self, log_score: Float[Array, "*b V"], dsigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """(P_Δσ⁻¹)ᵀ e^s: the ratios at total noise σ - Δσ, if the score at σ is exact.
+        """Undo noise ``dsigma`` in the ratios: (P_Δσ⁻¹)ᵀ e^s for a score s at total noise σ.
 
+        If the score is exact, these are the ratios p_(σ-Δσ)(y) / p_σ(x) at the smaller noise.
         arXiv:2310.16834, theorem 4.2.
         """
 
@@ -102,9 +124,17 @@ class Process(ABC):
         x0: Int[Array, "*b"],
         sigma: Float[Array, "..."],
     ) -> Float[Array, "*b"]:
-        """Denoising score entropy of each position, in nats per unit of σ; 0 at the true ratios.
+        """Denoising score entropy of each position, in nats per unit of σ.
 
-        The loss of the ratio of y to x has the weight Q(y, x). arXiv:2310.16834, equation 5.
+        For the ratios r_y = Pr(y | x0) / Pr(x | x0) it is Σ_(y≠x) Q(y, x)·(e^s_y - r_y·s_y +
+        r_y·(log r_y - 1)), which is at least 0, and 0 where s = log r. Its integral over σ is the
+        diffusion term of the likelihood bound. arXiv:2310.16834, equation 5.
+
+        Args:
+            log_score: s, the model's log score at x.
+            x: corrupted tokens.
+            x0: clean tokens.
+            sigma: total noise.
         """
 
     def tweedie(
@@ -113,18 +143,20 @@ class Process(ABC):
         x: Int[Array, "*b"],
         dsigma: Float[Array, "..."],
     ) -> Float[Array, "*b V"]:
-        """Unnormalised probabilities of Tweedie τ-leaping, SEDD's "analytic" step.
+        """Unnormalised probabilities of the state at total noise σ - Δσ, SEDD's "analytic" step.
 
-        Entries may be slightly negative if the score is inexact. arXiv:2310.16834, theorem 4.2.
+        This is Tweedie τ-leaping: the ratios at the smaller noise times the probability of moving
+        on to x. An inexact score may make entries slightly negative. arXiv:2310.16834, theorem 4.2.
         """
         return self.staggered_score(log_score, dsigma) * self.transition_to(x, dsigma)
 
     def euler(
         self, log_score: Float[Array, "*b V"], x: Int[Array, "*b"], dsigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """Probabilities of an Euler step of the reverse process, Δσ = Δt·rate(t); rows sum to 1.
+        """Probabilities of the state after an Euler step of the reverse process; rows sum to 1.
 
-        The entry at x is negative if the step is too long.
+        ``dsigma`` is Δt·rate(t), the noise that the step undoes to first order. The entry at x is
+        negative if the step is too long. arXiv:2310.16834, equation 13.
         """
         rate = self.reverse_rate(log_score, x)
         stay = jax.nn.one_hot(x, self.num_states, dtype=log_score.dtype)
@@ -133,10 +165,10 @@ class Process(ABC):
     def denoise(
         self, log_score: Float[Array, "*b V"], x: Int[Array, "*b"], sigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """Log probabilities of the clean token: a Tweedie step from ``sigma`` to σ = 0.
+        """Normalised log probabilities of the clean token: a Tweedie step from ``sigma`` to σ = 0.
 
-        Normalised, with -inf at the mask. An entry that the step makes negative counts as 1e-30, so
-        that likelihoods under it stay finite.
+        The mask has -inf. Entries that the step makes negative count as 1e-30, so that the log
+        likelihood of every real token is finite.
         """
         probs = jnp.maximum(self.tweedie(log_score, x, sigma), 1e-30)
         if self.mask_id is not None:

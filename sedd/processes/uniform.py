@@ -12,8 +12,9 @@ from sedd.processes.base import Process
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Process):
-    """With probability 1 - exp(-σ), xt is drawn uniformly from the N tokens; else it is x0.
+    """Each position of xt is uniform on the N tokens with probability 1 - exp(-σ), else it is x0.
 
+    There is no mask, and any token may be wrong. Q(a, b) = 1/N for b ≠ a and Q(a, a) = 1/N - 1.
     arXiv:2310.16834, section 3.3.
     """
 
@@ -46,7 +47,10 @@ class Uniform(Process):
         return jax.vmap(lambda key: jax.random.randint(key, (length,), 0, self.num_tokens))(keys_B)
 
     def prior_kl(self, sigma):
-        """KL(P_σ(x0, ·) ‖ uniform): a·log(N·a) + (1-a)·log(N·b), with b the other tokens' share."""
+        """KL(P_σ(x0, ·) ‖ uniform), from the probabilities of P_σ(x0, ·) times N.
+
+        For x0 that product is 1 + (N - 1)·e^-σ, for each other token 1 - e^-σ.
+        """
         n = self.num_tokens
         decay, moved = jnp.exp(-sigma), -jnp.expm1(-sigma)
         others = moved * (n - 1) / n
@@ -56,12 +60,13 @@ class Uniform(Process):
         return jnp.ones(x.shape, bool)
 
     def reverse_rate(self, log_score, x):
+        # Q(y, x) = 1/N for every y other than x.
         away = put(jnp.exp(log_score) / self.num_tokens, x, jnp.zeros(x.shape))
         return put(away, x, -away.sum(-1))
 
     def staggered_score(self, log_score, dsigma):
-        # e^Δσ·e^s - (e^Δσ - 1)·mean(e^s), in terms of e^s - 1: late scores are so close to 1 that
-        # e^Δσ times their rounding would be all that is left.
+        # e^Δσ·e^s - (e^Δσ - 1)·mean(e^s), in terms of e^s - 1. At large σ all ratios e^s are close
+        # to 1, and e^Δσ would multiply their rounding error beyond the differences of interest.
         excess = jnp.expm1(log_score)
         grown = jnp.expm1(along(dsigma, log_score[..., 0]))[..., None] * (
             excess - excess.mean(-1, keepdims=True)
@@ -69,13 +74,15 @@ class Uniform(Process):
         return 1 + excess + grown
 
     def score_entropy(self, log_score, x, x0, sigma):
-        # Σ_y r_y·(e^δ_y - 1 - δ_y) / N over y ≠ x, δ = s - log r, r the true ratios: the published
-        # form subtracts large terms from each other and is 3 % off near the optimum at N = 50257.
-        # log ratio = log(expm1(σ) / (expm1(σ) + N)); 1 - N/(expm1(σ) + N) would round to 0.
+        # Σ_y r_y·(e^δ_y - 1 - δ_y) / N over y ≠ x, where r are the true ratios and δ = s - log r.
+        # The published form is equal to it, but subtracts large terms from each other: in float32
+        # it is 3 % off near the optimum at N = 50257.
+        # ``ratio`` is Pr(another token | x0) / Pr(x0 | x0) = expm1(σ) / (expm1(σ) + N), taken from
+        # its logarithm: the equal form 1 - N/(expm1(σ) + N) would round to 0 at small σ.
         log_moved = log_expm1(along(sigma, x))
         log_ratio = log_moved - jnp.logaddexp(log_moved, jnp.log(self.num_tokens * 1.0))
-        # At clean positions r is the ratio everywhere; at others 1, and 1 / ratio at x0. All that
-        # runs over y are two sums, which the compiler makes in one pass over the scores.
+        # If x = x0, then r_y is ``ratio`` for every y ≠ x. Otherwise r_y is 1, and 1 / ratio at
+        # y = x0. Only two sums run over y, which the compiler fuses into one pass over the scores.
         clean = x == x0
         log_r = jnp.where(clean, log_ratio, 0.0)
         y = jnp.arange(self.num_tokens)

@@ -1,8 +1,11 @@
 """Noise schedules: the total noise σ(t) at time t in [0, 1], and its derivative.
 
-``exp(-σ)`` is the probability that a token has not been touched. Every schedule is finite on all of
-[0, 1]: cosine and polynomial, whose noise would be infinite at t = 1, are clamped as MD4 does
-(arXiv:2406.04329).
+exp(-σ(t)) is the probability that the process has not touched a token by time t. A schedule only
+relabels the noise level: the process, the network and the objective see σ, and t serves to spread
+training and sampling over the noise levels.
+
+σ is finite on all of [0, 1]. The cosine and polynomial schedules, whose noise would be infinite at
+t = 1, are clamped as in MD4 (arXiv:2406.04329).
 """
 
 from abc import ABC, abstractmethod
@@ -16,41 +19,50 @@ from sedd.types import Array, Float
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule(ABC):
-    """σ(t), increasing in t; every method maps elementwise over arrays of any shape."""
+    """An increasing function σ(t); methods act elementwise on arrays of any shape."""
 
     @abstractmethod
     def sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """Total noise at times t in [0, 1]."""
+        """Total noise σ at times t in [0, 1]."""
 
     @abstractmethod
     def rate(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """dσ/dt at times t in [0, 1]; per unit time."""
+        """Noise per unit of time, dσ/dt, at times t in [0, 1]."""
 
     @abstractmethod
     def t_of_sigma(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """The time at which the total noise is ``sigma``: the inverse of ``sigma``."""
+        """The time at which the total noise is ``sigma``, the inverse function of ``sigma(t)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clamped(NoiseSchedule):
-    """exp(-σ) = 1 - clamp - (1 - 2·clamp)·moved(t), with moved from 0 at t = 0 to 1 at t = 1."""
+    """A schedule whose share of touched tokens, 1 - exp(-σ), runs from clamp to 1 - clamp.
+
+    Subclasses give the unclamped share ``moved(t)``, which rises from 0 at t = 0 to 1 at t = 1; the
+    clamped one is clamp + (1 - 2·clamp)·moved(t). arXiv:2406.04329, section 3.
+    """
 
     clamp: float = 1e-4
+    """Smallest share of touched and of untouched tokens, in (0, 0.5)."""
 
     def __post_init__(self):
         if not 0 < self.clamp < 0.5:
             raise FieldError("clamp", f"must be in (0, 0.5), got {self.clamp}")
 
     @abstractmethod
-    def _moved(self, t) -> Array: ...
+    def _moved(self, t) -> Array:
+        """The unclamped share of touched tokens at time t."""
 
     @abstractmethod
-    def _moved_rate(self, t) -> Array: ...
+    def _moved_rate(self, t) -> Array:
+        """The derivative of ``_moved``."""
 
     @abstractmethod
-    def _t_of_moved(self, moved) -> Array: ...
+    def _t_of_moved(self, moved) -> Array:
+        """The inverse of ``_moved``."""
 
     def _total_moved(self, t):
+        """The clamped share, 1 - exp(-σ)."""
         return self.clamp + (1 - 2 * self.clamp) * self._moved(t)
 
     def sigma(self, t):

@@ -11,10 +11,12 @@ from sedd.schedules.base import NoiseSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class Geometric(NoiseSchedule):
-    """σ = sigma_min^(1-t) · sigma_max^t. arXiv:2310.16834, section 3.3."""
+    """σ = sigma_min^(1-t) · sigma_max^t: log σ is linear in t. arXiv:2310.16834, section 3.3."""
 
     sigma_min: float = 1e-4
+    """Total noise at t = 0, above 0."""
     sigma_max: float = 20.0
+    """Total noise at t = 1."""
 
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max:

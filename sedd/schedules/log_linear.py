@@ -13,6 +13,7 @@ class LogLinear(NoiseSchedule):
     """1 - exp(-σ) = (1 - eps)·t: tokens are touched at a constant rate. arXiv:2310.16834, 3.3."""
 
     eps: float = 1e-3
+    """Share of tokens that are untouched at t = 1, in (0, 1); it keeps σ finite there."""
 
     def __post_init__(self):
         if not 0 < self.eps < 1:

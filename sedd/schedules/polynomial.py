@@ -1,4 +1,4 @@
-"""MD4's polynomial schedule."""
+"""MD4's polynomial schedule: the share of touched tokens is a power of the time."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ class Polynomial(Clamped):
     """exp(-σ) = 1 - t^power before the clamp. arXiv:2406.04329, section 3."""
 
     power: float = 2.0
+    """Exponent, at least 1; above 1, more of the time is spent at low noise."""
 
     def __post_init__(self):
         super().__post_init__()
