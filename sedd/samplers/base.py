@@ -1,4 +1,10 @@
-"""The base of samplers, and the loop of those that proceed round by round."""
+"""The base of samplers, and the loop of samplers that proceed round by round.
+
+A ``Sampler`` is a function of a denoiser, keys and given tokens. A ``SteppedSampler`` is one that
+is written as ``start``, ``advance`` and ``active`` on a ``State``; most samplers are. The loop that
+runs these three methods is here. Samplers that wrap another one (blocks, particles) run the methods
+of the inner sampler themselves.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,38 +27,39 @@ class Samples:
 
     tokens_BL: Int[Array, "B L"]
     calls_B: Int[Array, " B"]  # network calls that each sequence needed; guidance doubles them
-    trace_TBL: Int[Array, "T B L"] | None = None  # the state at first and after every round
-    rounds: Int[Array, ""] | None = None  # how many there were: the rest of the trace repeats
+    trace_TBL: Int[Array, "T B L"] | None = None  # tokens at the start and after every round
+    rounds: Int[Array, ""] | None = None  # number of rounds; later frames of the trace repeat
     times_T: Float[Array, " T"] | None = None  # diffusion times of the trace's frames, 1 to 0
-    score_B: Float[Array, " B"] | None = None  # the verifier's, where there is one
+    score_B: Float[Array, " B"] | None = None  # scores of a search's verifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """Draws sequences from a denoiser, under one jit with static shapes; a key a sequence.
+    """Draws sequences from a denoiser in one compiled program with static shapes.
 
-    The options are the fields with a default; ``schedule`` comes from the model. A sampler is
-    hashable, so that jit takes it as a static argument.
+    Fields with a default are the options of a sampler; ``schedule`` comes from the model. A sampler
+    is hashable, because jit takes it as a static argument. Every subclass states the law of its
+    samples in its docstring.
     """
 
     schedule: NoiseSchedule
 
     needs_absorbing: ClassVar[bool] = False
     needs_time_independent: ClassVar[bool] = False
-    caveat: ClassVar[str] = ""  # a warning for users: in what way the law is biased
+    caveat: ClassVar[str] = ""  # a warning for users, if the law is biased at any number of steps
 
     @property
     def left_to_right(self) -> bool:
-        """Whether each position is drawn given those before it: for autoregressive models."""
+        """Whether positions are drawn one by one from left to right, as causal models need."""
         return False
 
     @property
     def width(self) -> int:
-        """How many sequences are held in memory for each one that is returned."""
+        """Sequences that are held in memory for each returned sequence."""
         return 1
 
     def check(self, denoiser: Denoiser) -> None:
-        """Raise UserError if the model is not of the kind that this sampler needs."""
+        """Raise UserError if this sampler cannot draw from the model, naming one that can."""
         name = type(self).__module__.rpartition(".")[2]
         if self.needs_absorbing and not denoiser.process.absorbing:
             raise UserError(
@@ -94,28 +101,36 @@ class Sampler(ABC):
         *,
         trace: bool = False,
     ) -> Samples:
-        """Draw one sequence a key; where ``fixed_BL``, the token of ``tokens_BL`` is kept.
+        """Draw one sequence for each key.
 
-        On an absorbing process the other positions follow the conditional given the fixed tokens,
-        as the steps grow. On a uniform process they do not: its score takes given tokens for noisy
-        ones. A fixed mask stays a mask, and carries no information.
+        On an absorbing process the free positions follow the model's conditional given the fixed
+        tokens, with an error that vanishes as the steps grow. On a uniform process they do not: the
+        score of such a model regards the fixed tokens as noisy. A fixed mask stays a mask.
 
-        Each sampler states its law in its docstring. Raises UserError as ``check`` does.
+        Args:
+            denoiser: the model.
+            keys_B: a key for each sequence.
+            tokens_BL: the given tokens; ignored at free positions.
+            fixed_BL: positions that keep their token of ``tokens_BL``.
+            trace: also return the tokens after every round.
+
+        Raises:
+            UserError: as ``check`` does.
         """
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """A sampler by name with its options, to be built with a model's schedule.
+    """The name of a sampler with its options, to be built later with a model's schedule.
 
-    ``values`` may hold ``inner``: the name, the options or the instance of another sampler.
+    ``values`` may hold ``inner``: another sampler, as a name, as options or built.
     """
 
     name: str
     values: Mapping[str, Any]
 
     def updated(self, changes: Mapping[str, Any]) -> "SamplerOptions":
-        """These options with some changed; a mapping in place of ``inner`` changes those within."""
+        """Return a copy with some options changed; a mapping for ``inner`` changes its options."""
         values = {**self.values, **changes}
         inner = self.values.get("inner")
         if isinstance(inner, SamplerOptions) and isinstance(values["inner"], Mapping):
@@ -124,9 +139,11 @@ class SamplerOptions:
 
 
 def options(name: str, /, **values: Any) -> SamplerOptions:
-    """The sampler of that name with options of its own, for ``sedd.sample`` and as ``inner``.
+    """Name a sampler and set its options, for ``sedd.sample`` or as the ``inner`` of another.
 
-    Names and values are checked when the sampler is built.
+    Args:
+        name: the name of the sampler.
+        values: its options. They are checked when the sampler is built.
 
     Example:
         >>> import sedd
@@ -140,21 +157,27 @@ def options(name: str, /, **values: Any) -> SamplerOptions:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """The state between two rounds. Every leaf has a row a sequence.
+    """The state of a ``SteppedSampler`` between two rounds. Every leaf has a row for each sequence.
 
-    Rows can therefore be copied and exchanged, which blocks and particles do. Each sequence counts
-    its own rounds, and its count stops once it is done.
+    Rows can therefore be copied and exchanged, which particles and blocks do. Every sequence counts
+    its own rounds and stops by itself.
     """
 
-    x_BL: Int[Array, "B L"]
+    x_BL: Int[Array, "B L"]  # current tokens
     free_BL: Bool[Array, "B L"]  # positions to draw; the others are given
     keys_B: Key[Array, " B"]
-    calls_B: Int[Array, " B"]
-    round_B: Int[Array, " B"]
-    plan: Any  # decisions made in advance, such as an order
+    calls_B: Int[Array, " B"]  # network calls so far, without those of guidance
+    round_B: Int[Array, " B"]  # rounds in which the sequence was active
+    plan: Any  # a pytree of decisions made at the start, such as an order
 
     def moved(self, x_BL: Int[Array, "B L"], called_B: Bool[Array, " B"], active_B) -> "State":
-        """The state one round later: active sequences take the new tokens at free positions."""
+        """Return the state one round later, with new tokens at free positions of active rows.
+
+        Args:
+            x_BL: new tokens; ignored at given positions and in sequences that are not active.
+            called_B: sequences for which the network was called in this round.
+            active_B: sequences that took part in this round.
+        """
         return replace(
             self,
             x_BL=jnp.where(self.free_BL & active_B[:, None], x_BL, self.x_BL),
@@ -167,8 +190,7 @@ class State:
 class SteppedSampler(Sampler):
     """A sampler that proceeds in rounds of at most one network call.
 
-    Calling it runs ``start``, then ``advance`` while any sequence is ``active``. Samplers that wrap
-    another one (blocks, particles) run these three methods themselves.
+    A call runs ``start``, and then ``advance`` while any sequence is ``active``.
     """
 
     @abstractmethod
@@ -179,7 +201,7 @@ class SteppedSampler(Sampler):
         tokens_BL: Int[Array, "B L"],
         fixed_BL: Bool[Array, "B L"],
     ) -> State:
-        """The state before the first round."""
+        """The state before the first round; arguments as of ``Sampler.__call__``."""
 
     @abstractmethod
     def active(self, denoiser: Denoiser, state: State) -> Bool[Array, " B"]:
@@ -191,14 +213,14 @@ class SteppedSampler(Sampler):
 
     @abstractmethod
     def max_rounds(self, length: int) -> int:
-        """An upper bound on the rounds for ``length`` free positions; the trace has that size."""
+        """An upper bound on the rounds for ``length`` free positions, the size of a trace."""
 
     def sigma(self, state: State) -> Float[Array, " B"]:
-        """The total noise given to the network in the next round, if it is time-conditioned."""
+        """The total noise of the next round, for networks that are conditioned on it."""
         return jnp.zeros(state.round_B.shape)
 
     def times(self) -> Float[Array, " T"] | None:
-        """Diffusion times of the trace's frames, if all sequences share them."""
+        """Diffusion times of the trace's frames; None if sequences differ in their times."""
         return None
 
     def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
@@ -231,11 +253,11 @@ class SteppedSampler(Sampler):
 
 
 def record(frames, index, x_BL):
-    """The frames with frame ``index`` set to ``x_BL``; None if no trace is kept."""
+    """Set frame ``index`` to ``x_BL``; None stays None, for calls without a trace."""
     return None if frames is None else frames.at[index].set(x_BL)
 
 
 def fill(frames_TBL: Int[Array, "T B L"], rounds: Int[Array, ""]) -> Int[Array, "T B L"]:
-    """The frames, with those after the last round set to the last round's."""
+    """Set the frames after the last round to the frame of the last round."""
     later_T = jnp.arange(frames_TBL.shape[0]) > rounds
     return jnp.where(later_T[:, None, None], frames_TBL[rounds][None], frames_TBL)

@@ -15,11 +15,12 @@ from sedd.samplers.verifier import Verifier, verify
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfN(Sampler):
-    """Draws ``n`` sequences by ``inner`` and returns the one of the highest score.
+    """Draw ``n`` sequences by ``inner`` and return the one with the highest score.
 
-    Where scores are distinct, x comes out with probability F(x)^n - F(x-)^n, F(x) being the
-    inner sampler's probability of a score of at most x's, and F(x-) of a lower one: as n grows, the
-    best of what the inner sampler can draw. Ties go to the first drawn. Calls are those of all n.
+    If scores are distinct, the probability of x is F(x)^n - F(x-)^n, where F(x) is the inner
+    sampler's probability of a score of at most the score of x, and F(x-) of a lower one. As n grows
+    the law concentrates on the best sequence that the inner sampler can draw. Of equal scores the
+    first drawn is returned. Network calls are those of all n.
     """
 
     inner: Sampler
@@ -46,6 +47,7 @@ class BestOfN(Sampler):
         self.inner.check(denoiser)
 
     def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
+        # The inner sampler draws a batch in which row b·n + i is candidate i of request b.
         self.check(denoiser)
         batch, n = len(keys_B), self.n
         candidates = denoiser.repeat(n)

@@ -1,6 +1,6 @@
 """Surest position first: for imperfect models, easy before hard; exact at one position a call.
 
-By the position's whole distribution, whatever is then drawn there. arXiv:2502.06768, section 4.
+The order is that of arXiv:2502.06768, section 4.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ Score = Literal["entropy", "margin", "max_probability"]
 
 @dataclass(frozen=True, kw_only=True)
 class Confidence(Ranked):
-    """The positions of least entropy first, or of largest margin or largest probability.
+    """Draw the position of least entropy first, or of largest margin or largest probability.
 
-    Position and token are two decisions: the position is chosen by its distribution alone, and the
-    token is then drawn. At one position a call that is exact for any order, this one included; with
-    ``steps`` the positions of one call do not see each other.
+    The position is chosen by its whole distribution, before its token is drawn. With one position a
+    call the law is the model's own, as it is for every order that does not look at the drawn token.
+    With ``steps`` several positions are drawn in one call, independently of each other.
     """
 
     by: Score = "entropy"
@@ -49,7 +49,7 @@ class Confidence(Ranked):
 
 
 def entropy(log_probs):
-    """Of each row, in nats."""
+    """Entropy of each row of log probabilities, in nats."""
     return -(jnp.exp(log_probs) * log_probs).sum(-1)
 
 

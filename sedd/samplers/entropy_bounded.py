@@ -15,15 +15,17 @@ from sedd.samplers.reveal import Ranked
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyBounded(Ranked):
-    """As many of the least entropy at a call as their entropies but the largest sum to ``gamma``.
+    """Draw as many positions a call as an error bound of ``gamma`` nats allows.
 
-    That sum bounds, in nats, what the positions of one call can know of each other: the error of
-    drawing them at once. ``gamma`` 0 draws one at a call, and several only where they are certain:
-    exact. Larger ones take fewer calls, as many as the text allows.
+    Masked positions are sorted by entropy. A call draws the longest run of the least entropies
+    whose sum, without the largest of them, is at most ``gamma``. That sum bounds the mutual
+    information of the positions, which is the error of drawing them independently (a KL
+    divergence). With ``gamma`` 0 the law is the model's own: one position a call, and several only
+    if all but one of them are certain. A larger ``gamma`` takes fewer calls.
     """
 
     gamma: float = 0.1
-    """Bound, in nats, on what the positions of one call may know of each other; 0 is exact."""
+    """Bound on the error of one call, in nats; 0 is exact."""
 
     def __post_init__(self):
         if not 0 <= self.gamma < math.inf:
@@ -33,7 +35,9 @@ class EntropyBounded(Ranked):
         return -jnp.maximum(entropy(prediction.log_probs(rows)), 0.0)
 
     def count(self, state, falling_BL):
-        entropy_BL = -falling_BL  # infinite where there is nothing to reveal
+        # Entropies in ascending order, infinite at positions that are not masked, and for each the
+        # sum of the smaller ones.
+        entropy_BL = -falling_BL
         before_BL = jnp.cumsum(jnp.pad(entropy_BL[:, :-1], ((0, 0), (1, 0))), axis=1)
         return (before_BL <= self.gamma).sum(1)
 

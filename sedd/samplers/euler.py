@@ -10,9 +10,10 @@ from sedd.samplers.tau_leaping import TauLeaping
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(TauLeaping):
-    """p(y) = 1[y = x] + Δt·rate(t)·(reverse rate x → y), independently at every position.
+    """Step with p(y) = 1[y = x] + Δt·rate(t)·(reverse rate from x to y) at every position.
 
-    Negative probabilities, which too long a step makes, are clipped and the rest renormalised.
+    A step that is too long makes the probability of x negative. It is then set to 0, and the others
+    are normalised.
     """
 
     def step_probs(self, process, log_score, x, t, s):

@@ -1,6 +1,6 @@
 """Event-jump: τ-leaping in the fewest calls, for time-independent models; exact without steps.
 
-Only the steps in which something is revealed. arXiv:2406.03736, arXiv:2409.02908.
+It skips the steps in which nothing is revealed. arXiv:2406.03736, arXiv:2409.02908.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,17 @@ from sedd.samplers.reveal import Revealing, check_steps, dense_rank, revealed_sh
 
 @dataclass(frozen=True, kw_only=True)
 class EventJump(Revealing):
-    """Jumps from reveal to reveal: the samples of all ``steps``, and few of their network calls.
+    """τ-leaping over ``steps`` intervals, with network calls only where positions are revealed.
 
-    When a position is revealed does not depend on the network. Each position's interval of
-    t = 1 - k/steps is drawn first, with its probability under the schedule, and every sequence
-    visits the distinct ones that it drew: the same law, and from the same keys the same samples, as
-    stepping through all of them. m free positions take n(1 - (1 - 1/n)^m) calls on average over n
-    steps that reveal equally, at most m. Positions of one interval do not see each other.
+    The time at which a position is revealed does not depend on the network. The interval between
+    two times t = 1 - k/steps is therefore drawn for every position in advance, with its probability
+    under the schedule. Each sequence then visits only the intervals that it drew. The samples are
+    those of stepping through all intervals. Positions of one interval are drawn independently of
+    each other. Over n intervals of equal probability, m free positions take n(1 - (1 - 1/n)^m)
+    network calls on average, at most m.
 
-    Without ``steps`` it is first hitting, the limit of infinitely many: one position a call in
-    random order, and the model's own law exactly.
+    Without ``steps`` this is first hitting, the limit of infinitely many steps: one position a call
+    in random order. Its law is the model's own.
     """
 
     steps: int | None = None
@@ -38,13 +39,14 @@ class EventJump(Revealing):
         return dense_rank(self.intervals(keys_B, free_BL.shape[1]), free_BL)
 
     def intervals(self, keys_B, length):
-        """The interval in 0..steps-1 in which each position is revealed, [B, L]."""
+        """Draw the interval in 0..steps-1 in which each position is revealed, [B, L]."""
         assert self.steps is not None
         uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
         k_BL = jnp.zeros(uniform_BL.shape, jnp.int32)
-        # A position is revealed in interval k if its uniform draw lies between the shares revealed
-        # by the interval's ends. The largest k that begins at or below the draw is found bit by
-        # bit, from the highest: log2(steps) evaluations of the schedule, and no table of all steps.
+        # A position is revealed in interval k if its uniform draw lies between the shares of
+        # positions that are revealed at the beginning and at the end of the interval. The largest k
+        # whose interval begins at or below the draw is found bit by bit, from the highest: this
+        # takes log2(steps) evaluations of the schedule, and no table of all steps.
         for bit in reversed(range(self.steps.bit_length())):
             later_BL = k_BL + (1 << bit)
             begins_BL = revealed_share(self.schedule, 1 - later_BL / self.steps)

@@ -1,7 +1,8 @@
-"""Random draws of samplers, exact in float32; each depends on its request and position alone.
+"""Random draws of samplers, exact in float32, each with noise of its request and position only.
 
-The key of a draw is that of the request with the position folded in, so that a token does not
-depend on when it is drawn, nor on which other positions are drawn with it.
+The key of a draw is the key of the sequence with the position folded in. The noise of a position
+therefore does not depend on the batch, on the padding, on the order of positions or on which other
+positions are drawn in the same call.
 """
 
 import jax
@@ -13,22 +14,23 @@ from sedd.types import Array, Bool, Float, Int, Key
 
 
 def fold(keys_B: Key[Array, " B"], number: Int[Array, "..."] | int) -> Key[Array, " B"]:
-    """Each key with a number folded in: one number a key, or the same for all."""
+    """Fold a number into each key: one number for each key, or the same for all."""
     return jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(number, keys_B.shape))
 
 
 def tokens_at(
     keys_B: Key[Array, " B"], rows: Rows, log_probs_RN: Float[Array, "R N"]
 ) -> Int[Array, " R"]:
-    """A token of each row."""
+    """Draw a token for each row from its log probabilities; ``NAN`` from a row with nan."""
     return jax.vmap(categorical)(_row_keys(keys_B, rows), log_probs_RN)
 
 
 def random_rank(keys_B: Key[Array, " B"], select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """Ranks of a uniformly random order of each sequence's selected positions; the others are last.
+    """Rank the selected positions of each sequence in a uniformly random order, from 0.
 
-    The order of the selected positions does not depend on how many positions follow: padding
-    changes nothing. Positions are sorted by two words of noise, since one float32 would tie.
+    Positions that are not selected have the last ranks. Each position is sorted by its own noise,
+    so that padding does not change the order of the others. The noise is two words of 32 bits,
+    because single float32 numbers would tie in long sequences.
     """
     length = select_BL.shape[1]
     words_BL2 = jax.vmap(lambda key: jax.random.bits(key, (length, 2), jnp.uint32))(keys_B)
@@ -44,7 +46,10 @@ def random_rank(keys_B: Key[Array, " B"], select_BL: Bool[Array, "B L"]) -> Int[
 def coins(
     keys_B: Key[Array, " B"], rows: Rows, probability_R: Float[Array, " R"]
 ) -> Bool[Array, " R"]:
-    """True with the probability of each row, clipped to [0, 1]; resolves probabilities of 1e-14."""
+    """Draw a Bernoulli for each row with its probability, clipped to [0, 1].
+
+    The noise resolves probabilities of 1e-14, where JAX's default stops at 1e-7.
+    """
     return jax.vmap(lambda key, p: jax.random.bernoulli(key, p, mode="high"))(
         _row_keys(keys_B, rows), jnp.clip(probability_R, 0.0, 1.0)
     )
@@ -53,10 +58,20 @@ def coins(
 def leap(
     keys_B: Key[Array, " B"], rows: Rows, x_R: Int[Array, " R"], probs_RV: Float[Array, "R V"]
 ) -> Int[Array, " R"]:
-    """A state of each row, by its probabilities clipped at 0 and normalised. ``NAN`` if one is nan.
+    """Draw the next state of each row from probabilities clipped at 0 and normalised.
 
-    Drawn in two stages: whether the row leaves x, then where it goes. In a single draw, x has
-    nearly all of the mass, and the float32 noise of the other states would be lost beside it.
+    The draw has two stages: whether the row leaves x, and then where it goes. In a short step x has
+    nearly all of the mass, and one categorical draw in float32 could not resolve the small
+    probabilities of the other states beside it.
+
+    Args:
+        keys_B: a key for each sequence.
+        rows: the positions of the rows.
+        x_R: current states.
+        probs_RV: unnormalised probabilities of the next state; they may be slightly negative.
+
+    Returns:
+        States [R]; ``NAN`` for a row with nan.
     """
     probs_RV = jnp.maximum(probs_RV, 0.0)
     away_RV = put(probs_RV, x_R, jnp.zeros(x_R.shape, probs_RV.dtype))
@@ -68,4 +83,5 @@ def leap(
 
 
 def _row_keys(keys_B: Key[Array, " B"], rows: Rows) -> Key[Array, " R"]:
+    """The key of each row: that of its sequence with its position folded in."""
     return jax.vmap(jax.random.fold_in)(keys_B[rows.sequence_R], rows.position_R)

@@ -14,12 +14,12 @@ from sedd.samplers.reveal import Revealing, check_steps, dense_rank, group_of
 
 @dataclass(frozen=True, kw_only=True)
 class Ordered(Revealing):
-    """Positions in a fixed order: forward, backward, random, or given such as 3,0,2.
+    """Draw positions in a fixed order: forward, backward, random, or a list such as 3,0,2.
 
-    One position a call is the joint of that order's conditionals, exactly: an any-order model's own
-    law. With ``steps`` the positions are spread over that many calls, and those of one call do not
-    see each other. Positions that a given order leaves out follow from left to right. Forward, one
-    position a call, is also the law of an autoregressive model, given what stands before.
+    With one position a call the law is the product of the model's conditionals in that order, the
+    joint distribution of an any-order model. With ``steps`` several positions are drawn in one
+    call, independently of each other. Positions that a list leaves out follow from left to right.
+    Autoregressive models need the order forward with one position a call.
     """
 
     order: str = "forward"
@@ -44,7 +44,7 @@ class Ordered(Revealing):
 
     @property
     def positions(self) -> list[int]:
-        """Those of a given order."""
+        """The positions of a listed order; ValueError if ``order`` is no list of numbers."""
         return [int(word) for word in self.order.split(",")]
 
     @property
@@ -59,6 +59,7 @@ class Ordered(Revealing):
             if self.order == "backward":
                 place_L = -place_L
             elif self.order != "forward":
+                # Listed positions sort before all others: they get the places -k to -1.
                 listed = jnp.asarray(self.positions)
                 first = jnp.arange(len(listed)) - len(listed)
                 place_L = place_L.at[listed].set(first, mode="drop")

@@ -23,38 +23,38 @@ Strategy = Literal["cap", "rescale", "loop", "confidence"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReMDM(SteppedSampler):
-    """Reveals and masks again over ``steps`` intervals of t = 1 - k/steps, to mend early mistakes.
+    """Reveal masked tokens and mask revealed ones again, so that early mistakes can be redrawn.
 
-    A token is masked with probability ς and a mask is revealed with (a' - (1 - ς)a)/(1 - a), where
-    a and a' are the shares revealed before and after: the share at every time is that of the
-    schedule, whatever ς is up to ς_max = min(1, (1 - a')/a). At ς = 0 it is event_jump's law. By
-    ``strategy``, ς is
+    In each of ``steps`` intervals of t = 1 - k/steps, a revealed token is masked with probability ς
+    and a mask is revealed with probability (a' - (1 - ς)a)/(1 - a). Here a and a' are the shares of
+    revealed positions before and after the interval. The expected share then follows the schedule
+    for every ς up to ς_max = min(1, (1 - a')/a). With ς = 0 the law is that of event_jump. The
+    ``strategy`` sets ς:
 
     - cap: min(eta, ς_max);
     - rescale: eta·ς_max;
-    - loop: min(eta, ς_max) while the share stays at ``alpha_on``, between the times ``t_on`` and
-      ``t_off``, and 0 before and after, while it rises in proportion to time;
-    - confidence: eta·ς_max·softmax(-ψ), over the revealed positions, of the probability ψ that the
-      token had when it was drawn. Here the share is kept only roughly.
+    - loop: from time 1 down to ``t_on`` the share rises linearly to ``alpha_on`` with ς = 0; it
+      stays there until ``t_off`` with ς = min(eta, ς_max); then it rises linearly to 1 with ς = 0;
+    - confidence: eta·ς_max·softmax(-ψ) over the revealed positions, where ψ is the probability that
+      the token had when it was drawn. The share then follows the schedule only roughly.
 
-    What flips does not wait for the network: every sequence goes straight to its own next step that
-    reveals something. Those steps are its network calls, at most ``steps``.
+    Steps in which nothing is revealed take no network call: a sequence takes at most ``steps``.
     """
 
     needs_absorbing: ClassVar[bool] = True
 
     steps: int = 128
-    """Intervals of time; those in which nothing is revealed take no network call."""
+    """Intervals of time. Intervals in which nothing is revealed take no network call."""
     strategy: Strategy = "cap"
     """Rule for the probability ς that a token is masked again."""
     eta: float = 0.02
-    """Remasking strength in [0, 1]: the largest ς under cap and loop, its share of ς_max else."""
+    """Remasking strength in [0, 1]: the largest ς under cap and loop, else a factor of ς_max."""
     t_on: float = 0.55
     """Strategy loop: the time, falling from 1 to 0, at which remasking begins."""
     t_off: float = 0.05
     """Strategy loop: the time at which remasking ends, at most t_on."""
     alpha_on: float = 0.9
-    """Strategy loop: the share of positions that stays revealed meanwhile."""
+    """Strategy loop: the share of revealed positions between t_on and t_off, in (0, 1)."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -74,7 +74,7 @@ class ReMDM(SteppedSampler):
             raise FieldError("alpha_on", f"must be in (0, 1), got {self.alpha_on}")
 
     def share(self, step):
-        """Of the positions, how many are revealed when a step begins."""
+        """Expected share of positions that are revealed when a step begins."""
         t = 1 - jnp.minimum(step / self.steps, 1.0)
         if self.strategy != "loop":
             return revealed_share(self.schedule, t)
@@ -83,7 +83,12 @@ class ReMDM(SteppedSampler):
         return jnp.where(t > self.t_on, rising, jnp.where(t < self.t_off, finishing, self.alpha_on))
 
     def remask_probability(self, step, psi):
-        """ς of a position at a step [B, 1]; ``psi`` [B, L] is infinite where it is masked."""
+        """The probability ς that a revealed token is masked again.
+
+        Args:
+            step: number of the step, [B, 1].
+            psi: probability of each token when it was drawn, [B, L]; infinite at masks.
+        """
         before, after = self.share(step), self.share(step + 1)
         limit = jnp.minimum(1.0, (1 - after) / jnp.maximum(before, 1e-30))
         if self.strategy == "rescale":
@@ -98,11 +103,12 @@ class ReMDM(SteppedSampler):
         return jnp.where((before == self.alpha_on) & (after == self.alpha_on), capped, 0.0)
 
     def reveal_probability(self, step, remask):
-        """Of a masked position, given the ς that it would have."""
+        """The probability that a masked position is revealed, given the probability ς."""
         before, after = self.share(step), self.share(step + 1)
         return (after - (1 - remask) * before) / (1 - before)
 
     def sigma(self, state):
+        # The noise at which the schedule has the expected share of visible tokens of this step.
         last, first = (jnp.exp(-self.schedule.sigma(jnp.asarray(t, float))) for t in (0, 1))
         return -jnp.log(first + self.share(state.round_B) * (last - first))
 
@@ -126,11 +132,11 @@ class ReMDM(SteppedSampler):
     def advance(self, denoiser, state):
         """Run each sequence to its own next step that reveals a position, and make that step.
 
-        Whether a position flips in a step depends on coins and on probabilities known by then, not
-        on the network's next output. An inner loop therefore draws the flips step by step, and
-        applies steps that only mask without a network call; each sequence stops at its first step
-        that reveals something. One call then serves those steps of all sequences, although they
-        may be at different times.
+        Which positions are revealed or masked in a step depends on coins, and on probabilities that
+        earlier calls have computed, but not on the next network output. An inner loop therefore
+        draws the flips step by step. Steps that only mask are applied without a network call, and
+        each sequence stops at its first step that reveals something. One network call then serves
+        these steps of all sequences, which may be at different times.
         """
         nowhere_BL = jnp.zeros(state.x_BL.shape, bool)
 
@@ -181,10 +187,13 @@ class ReMDM(SteppedSampler):
         )
 
     def flips(self, denoiser: Denoiser, state: State) -> tuple[Array, Array]:
-        """Which masks are revealed and which tokens are masked in each sequence's step, [B, L]."""
+        """Draw the flips of the next step of each sequence.
+
+        Returns the masked positions that are revealed and the tokens that are masked, both [B, L].
+        """
         masked_BL, step_B1 = masked(denoiser, state), state.round_B[:, None]
         remask = self.remask_probability(step_B1, state.plan)
-        # A masked position has no token whose confidence could mask it again.
+        # Under ``confidence`` ς depends on a drawn token, which a masked position does not have.
         of_mask = 0.0 if self.strategy == "confidence" else remask
         reveal = self.reveal_probability(step_B1, of_mask)
         reveal_keys_B, remask_keys_B = (
@@ -202,7 +211,7 @@ class ReMDM(SteppedSampler):
         )
 
     def masked_again(self, denoiser: Denoiser, state: State, where_BL: Array) -> State:
-        """The state with the tokens at ``where_BL`` masked."""
+        """Mask the tokens at ``where_BL`` and forget their probabilities."""
         return replace(
             state,
             x_BL=jnp.where(where_BL, denoiser.mask_id, state.x_BL),

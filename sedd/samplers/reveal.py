@@ -1,4 +1,10 @@
-"""The base of samplers that reveal masked positions by the conditional of clean tokens."""
+"""The base of samplers that reveal masked positions by the conditional of clean tokens.
+
+In each round the network is called once for every sequence with masks, the sampler chooses some of
+the masked positions, and their tokens are drawn from the conditionals. ``Revealing`` chooses from a
+plan that was made in advance; ``Ranked`` chooses by a score of the network's output. The helper
+functions below translate a number of steps into groups of positions.
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -14,24 +20,28 @@ from sedd.samplers.noise import fold, tokens_at
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
-PROPOSAL = 2**31 - 2  # folded into a round's keys for a constraint's; no position is that large
+PROPOSAL = 2**31 - 2  # folded into a round's keys for constraints; larger than any position
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """The conditionals of clean tokens that one network call predicts, and draws from them.
 
-    Positions that a constraint governs take the tokens of its proposal.
+    Positions under a constraint take the tokens of the constraint's proposal, once ``proposing``
+    has made one. The others are drawn from their own conditionals.
     """
 
     denoiser: Denoiser
-    hidden: tuple[Array, ...]
+    hidden: tuple[Array, ...]  # of ``denoiser.hidden(x_BL)``
     x_BL: Int[Array, "B L"]
-    keys_B: Key[Array, " B"]
-    proposal_BL: Int[Array, "B L"] | None = None  # -1 where there is none
+    keys_B: Key[Array, " B"]  # of the draws; the position is folded in
+    proposal_BL: Int[Array, "B L"] | None = None  # -1 at positions without a constraint
 
     def proposing(self, keys_B: Key[Array, " B"], commit_BL: Bool[Array, "B L"]) -> "Prediction":
-        """With the constraint's proposal, if there is one; ``commit_BL`` of it will be kept."""
+        """Return a copy with the constraint's proposal, or itself without a constraint.
+
+        ``commit_BL`` are the positions that the sampler is going to reveal.
+        """
         if self.denoiser.constraint is None:
             return self
         none_BL = jnp.full_like(self.x_BL, -1)
@@ -52,7 +62,7 @@ class Prediction:
         return self.denoiser.log_conditional_rows(self.hidden, self.x_BL, rows)
 
     def tokens(self, rows: Rows, log_probs_RN: Float[Array, "R N"]) -> Int[Array, " R"]:
-        """A token of each row, given the log conditionals."""
+        """A token for each row, from the proposal or drawn from the row's log conditionals."""
         drawn_R = tokens_at(self.keys_B, rows, log_probs_RN)
         if self.proposal_BL is None:
             return drawn_R
@@ -60,7 +70,7 @@ class Prediction:
         return jnp.where(proposal_R >= 0, proposal_R, drawn_R)
 
     def draw(self, select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-        """Tokens at the selected positions; elsewhere 0, or any token."""
+        """Draw the selected positions; entries elsewhere have no meaning."""
         if self.proposal_BL is not None:
             select_BL = select_BL & (self.proposal_BL < 0)
         drawn_BL = self.denoiser.map_rows(
@@ -73,27 +83,33 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Revealing(SteppedSampler):
-    """A network call a round for each sequence, after which some masked positions are drawn.
+    """A sampler that reveals the masked positions that ``choose`` selects in each round.
 
-    A sequence needs as many rounds as its own masked positions take, and only positions that are
-    drawn pass through the output layer. A sequence without masks needs no call.
+    A sequence takes as many rounds as its own masked positions need, and none if it has no masks.
+    Only chosen positions pass through the output layer.
+
+    ``redraws`` is set where a position may be drawn in several rounds. Each round then has its own
+    noise; otherwise the noise of a position is the same in whichever round it is drawn.
     """
 
     needs_absorbing: ClassVar[bool] = True
     needs_time_independent: ClassVar[bool] = True
-    redraws: ClassVar[bool] = False  # whether a position may be drawn in several rounds
+    redraws: ClassVar[bool] = False
 
     @abstractmethod
     def make_plan(
         self, keys_B: Key[Array, " B"], free_BL: Bool[Array, "B L"]
     ) -> Int[Array, " B *l"]:
-        """The plan made before the first call; its leaves have a row a sequence."""
+        """Make the plan before the first round: an array with a row for each sequence."""
 
     @abstractmethod
     def choose(
         self, state: State, masked_BL: Bool[Array, "B L"], prediction: Prediction
     ) -> Bool[Array, "B L"]:
-        """The masked positions to reveal in this round: at least one if a sequence has any."""
+        """Choose the masked positions to reveal in this round.
+
+        At least one of every sequence that has masks must be chosen, or the loop would not end.
+        """
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         free_BL = ~fixed_BL
@@ -131,17 +147,19 @@ class Revealing(SteppedSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Revealing):
-    """Reveals masked positions by a score of the network's output, highest first."""
+    """A sampler that reveals masked positions by a score of the network's output, highest first."""
 
     @abstractmethod
     def score(self, prediction: Prediction, rows: Rows) -> Float[Array, " R"]:
-        """The score of some masked rows, finite."""
+        """A finite score of each row; the rows are masked positions."""
 
     @abstractmethod
     def count(self, state: State, falling_BL: Float[Array, "B L"]) -> Int[Array, " B"]:
-        """How many of the highest scores to reveal, given the scores in falling order.
+        """How many positions to reveal in this round.
 
-        ``state.plan`` is the number of free positions. A position that is not masked scores -inf.
+        Args:
+            state: the state; its ``plan`` is the number of free positions, [B].
+            falling_BL: the scores in falling order; -inf for positions that are not masked.
         """
 
     def make_plan(self, keys_B, free_BL):
@@ -162,12 +180,12 @@ class Ranked(Revealing):
 
 
 def masked(denoiser: Denoiser, state: State) -> Bool[Array, "B L"]:
-    """The free positions that are still masked."""
+    """The free positions that are still masked; a given mask is not free."""
     return state.free_BL & (state.x_BL == denoiser.mask_id)
 
 
 def check_steps(steps: int | None) -> None:
-    """Raise ``FieldError`` where ``steps`` is below 1; None means one position a call."""
+    """Raise FieldError if ``steps`` is below 1; None stands for one position a call."""
     if steps is not None and steps < 1:
         raise FieldError("steps", f"must be at least 1, got {steps}")
 
@@ -175,10 +193,10 @@ def check_steps(steps: int | None) -> None:
 def group_size(
     total_B: Int[Array, " B"], steps: int | None, round_B: Int[Array, " B"]
 ) -> Int[Array, " B"]:
-    """How many of ``total_B`` positions to reveal in a round if they are spread over ``steps``.
+    """How many of ``total_B`` positions to reveal in round ``round_B`` of ``steps``.
 
-    Sizes differ by at most 1, and the larger groups come last. One position a round if ``steps`` is
-    None or exceeds the positions.
+    The numbers of two rounds differ by at most 1, and the larger ones come last. If ``steps`` is
+    None, or larger than the number of positions, every round reveals one position.
     """
     groups_B = jnp.maximum(total_B if steps is None else jnp.minimum(total_B, steps), 1)
     return total_B // groups_B + (round_B >= groups_B - total_B % groups_B)
@@ -187,7 +205,7 @@ def group_size(
 def group_of(
     rank_BL: Int[Array, "B L"], total_B: Int[Array, " B"], steps: int | None
 ) -> Int[Array, "B L"]:
-    """The round in which the position of each rank is revealed, in groups of ``group_size``."""
+    """The round that reveals the position of each rank, in rounds of the sizes ``group_size``."""
     total_B1 = total_B[:, None]
     groups_B1 = jnp.maximum(total_B1 if steps is None else jnp.minimum(total_B1, steps), 1)
     small_B1, larger_B1 = total_B1 // groups_B1, total_B1 % groups_B1
@@ -200,14 +218,19 @@ def group_of(
 
 
 def revealed_share(schedule: NoiseSchedule, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The share of positions revealed by time t; exactly 0 at t = 1 and 1 at t = 0."""
+    """The expected share of positions that are revealed by time t, falling in t.
+
+    It is exp(-σ(t)), scaled to be exactly 0 at t = 1 and 1 at t = 0 for every schedule: all
+    positions are masked at the start, and none at the end.
+    """
     alpha, first, last = (jnp.exp(-schedule.sigma(jnp.asarray(x, float))) for x in (t, 1, 0))
     return (alpha - first) / (last - first)
 
 
 def dense_rank(values_BL: Int[Array, "B L"], select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """Rank of each selected position's value among the distinct ones of its sequence, from 0.
+    """Rank each selected value among the distinct selected values of its sequence, from 0.
 
+    Equal values have equal ranks, and no rank is left out: [7, 3, 7, 9] gives [1, 0, 1, 2].
     Positions that are not selected rank last.
     """
     values_BL = jnp.where(select_BL, values_BL, jnp.iinfo(jnp.int32).max)

@@ -13,17 +13,18 @@ from sedd.errors import FieldError
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold
 
-NEXT_BLOCK = 2**31 - 1  # folded into a block's keys for the next block's; no position is that large
+NEXT_BLOCK = 2**31 - 1  # folded into the keys for those of the next block; larger than any position
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemiAutoregressive(SteppedSampler):
-    """Blocks of ``block_length`` free positions from left to right; ``inner`` fills each of them.
+    """Fill blocks of ``block_length`` free positions from left to right, each by ``inner``.
 
-    The law is the product over blocks of the inner sampler's, given all before (and what is given
-    after): exact where the inner one is. Later blocks are masks until their turn. Every sequence
-    has its own block. A model that depends on the noise level is told that of the block alone,
-    which makes it approximate.
+    The law is a product over blocks. Each factor is the law of the inner sampler for that block,
+    given all tokens before it and the given tokens after it, with later blocks masked. It is exact
+    if the inner sampler's law is. The sequences of a batch may be in different blocks. A model that
+    depends on the noise level is told the noise of the current block only, although later blocks
+    are masked entirely: for such a model the law is approximate.
     """
 
     needs_absorbing: ClassVar[bool] = True
@@ -59,6 +60,8 @@ class SemiAutoregressive(SteppedSampler):
         return later_B | self.inner.active(denoiser, self._block(state))
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
+        # The plan: the block of each position, the current block of each sequence, and the plan of
+        # the inner sampler.
         free_BL = ~fixed_BL
         block_BL = (jnp.cumsum(free_BL, axis=1) - 1) // self.block_length
         first = self.inner.start(
@@ -71,10 +74,11 @@ class SemiAutoregressive(SteppedSampler):
         return replace(first, free_BL=free_BL, plan=plan)
 
     def advance(self, denoiser, state):
-        """Advance the inner sampler on each sequence's block, and start the next block where done.
+        """Advance the inner sampler on each sequence's block, and start the next block if done.
 
-        Blocks of different sequences end in different rounds. The inner sampler is restarted for
-        the whole batch, and each sequence takes the restarted or the running state, row by row.
+        Blocks of different sequences end in different rounds. The inner sampler is therefore
+        started anew for the whole batch in every round, and each sequence takes its row of the new
+        state if its block is done, and of the running state otherwise.
         """
         block_BL, block_B, _ = state.plan
         active_B = self.active(denoiser, state)
@@ -90,13 +94,14 @@ class SemiAutoregressive(SteppedSampler):
         fresh = replace(fresh, calls_B=here.calls_B)
 
         def select(new, old):
+            """Rows of ``new`` for sequences whose block is done, of ``old`` for the others."""
             return jnp.where(done_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         merged = jax.tree.map(select, fresh, here)
         return replace(merged, free_BL=state.free_BL, plan=(block_BL, block_B, merged.plan))
 
     def _block(self, state: State) -> State:
-        """The state as the inner sampler sees it: only the current block is free."""
+        """The state for the inner sampler, in which only the current block is free."""
         block_BL, block_B, plan = state.plan
         here_BL = state.free_BL & (block_BL == block_B[:, None])
         return replace(state, free_BL=here_BL, plan=plan)

@@ -1,4 +1,9 @@
-"""The base of τ-leaping samplers, which work on any process. arXiv:2310.16834, section 4."""
+"""The base of τ-leaping samplers, which work on any process. arXiv:2310.16834, section 4.
+
+τ-leaping integrates the reverse process in steps of time. In each step the network is called once,
+and every position moves by itself as if the others stood still. Subclasses give the probabilities
+of a position's next state (``step_probs``): Euler's, or Tweedie's.
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -13,15 +18,16 @@ from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold, leap, tokens_at
 from sedd.types import Array, Float, Int
 
-T_MIN = 1e-5  # where the steps on the score end and the denoising call begins
+T_MIN = 1e-5  # time at which the last step ends; at t = 0 scores can be infinite
 
 
 @dataclass(frozen=True, kw_only=True)
 class TauLeaping(SteppedSampler):
-    """All positions move at once in each of ``steps`` equal intervals of time, from t = 1 to 1e-5.
+    """Move all positions at once in each of ``steps`` equal intervals of time, from t = 1 to 1e-5.
 
-    A last call draws clean tokens, so that no mask is left: ``steps`` + 1 network calls a sequence.
-    The law tends to the model's own as the steps grow: the distance halves when they double.
+    One more call then draws clean tokens by ``Process.denoise``, so that no mask is left. A
+    sequence takes ``steps`` + 1 network calls. The law tends to the model's own as the steps grow,
+    and its distance halves when they double.
     """
 
     steps: int = 128
@@ -40,10 +46,20 @@ class TauLeaping(SteppedSampler):
         t: Float[Array, "..."],
         s: Float[Array, "..."],
     ) -> Float[Array, "*b V"]:
-        """Unnormalised probabilities of the state at time s < t given x at t; may be negative."""
+        """Unnormalised probabilities of every state at time s, given x at time t > s.
+
+        Args:
+            process: the forward process.
+            log_score: log scores of the rows, at time t.
+            x: current states of the rows.
+            t: time of each row.
+            s: earlier diffusion time, to which the step leads.
+
+        Entries may be negative if the score is inexact or the step too long; they count as 0.
+        """
 
     def time(self, step):
-        """The time at which a step begins; 1e-5 after the last one."""
+        """The diffusion time at which a step begins; ``T_MIN`` from step ``steps`` on."""
         done = jnp.minimum(step / self.steps, 1.0)
         return (1 - done) + done * T_MIN
 
@@ -72,6 +88,12 @@ class TauLeaping(SteppedSampler):
         )
 
     def advance(self, denoiser, state):
+        """Move every free position by one step, or in the last round draw its clean token.
+
+        The sequences of a batch may be in different rounds. The last round is therefore not a
+        separate program: each chunk of rows computes the step, and also the clean tokens if one of
+        its rows is in its last round.
+        """
         process, x_BL, sigma_B = denoiser.process, state.x_BL, self.sigma(state)
         t_B, s_B = self.time(state.round_B), self.time(state.round_B + 1)
         active_B, last_B = self.active(denoiser, state), state.round_B >= self.steps
@@ -79,9 +101,11 @@ class TauLeaping(SteppedSampler):
         hidden = denoiser.hidden(x_BL, sigma_B)
 
         def clean(rows, log_score_RV):
+            """Log probabilities of the clean tokens of some rows."""
             return process.denoise(log_score_RV, rows.pick(x_BL), rows.pick(sigma_B))
 
         def move(rows):
+            """The next states of some rows."""
             x_R, last_R = rows.pick(x_BL), rows.pick(last_B)
             log_score_RV = denoiser.log_score_rows(hidden, x_BL, sigma_B, rows)
             probs_RV = self.step_probs(process, log_score_RV, x_R, rows.pick(t_B), rows.pick(s_B))
@@ -102,7 +126,8 @@ class TauLeaping(SteppedSampler):
             log_probs_RV = clean(rows, denoiser.log_score_rows(hidden, x_BL, sigma_B, rows))
             return log_probs_RV[:, : process.num_tokens].reshape(*positions_BK.shape, -1)
 
-        # Positions that leave the mask take the constraint's tokens, where it governs them.
+        # A position under a constraint leaves the mask when its own step does, but takes the token
+        # that the constraint proposes.
         leaves_BL = moved_BL != x_BL
         moved_BL = denoiser.propose(fold(keys_B, 3), x_BL, leaves_BL, read, moved_BL)
         moved_BL = jnp.where(leaves_BL, moved_BL, x_BL)

@@ -1,6 +1,6 @@
 """Surest token first: to compare with MaskGIT and LLaDA; biased at any number of steps.
 
-Their decoder. arXiv:2202.04200, arXiv:2502.09992.
+The decoder of both papers: arXiv:2202.04200 and arXiv:2502.09992.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from sedd.samplers.reveal import Ranked, check_steps, group_size
 
 @dataclass(frozen=True, kw_only=True)
 class TokenConfidence(Ranked):
-    """Draws every masked position and keeps the likeliest tokens. Biased, even one at a call.
+    """Draw a token at every masked position and keep the most probable ones; biased.
 
-    Tokens compete after they are drawn, so likely ones are kept more often than they should be:
-    even with a perfect network the law is another one (total variation .4 to .6 on small examples),
-    less diverse, at any number of steps. ``threshold`` keeps all tokens of at least that
-    probability instead, one at the least (arXiv:2505.22618).
+    Which token is kept depends on the tokens that were drawn, so that probable tokens are kept more
+    often than the model's law allows. The samples are less diverse than the model at any number of
+    steps and with a perfect network: on small examples the total variation distance is .4 to .6.
+    ``threshold`` keeps all tokens of at least that probability instead, or the most probable one if
+    there is none (arXiv:2505.22618).
     """
 
     redraws: ClassVar[bool] = True

@@ -10,10 +10,11 @@ from sedd.samplers.tau_leaping import TauLeaping
 
 @dataclass(frozen=True, kw_only=True)
 class Tweedie(TauLeaping):
-    """The exact posterior of each position by itself, at Δσ = σ(t) - σ(s), if the score is exact.
+    """Step with the posterior of each position given the tokens at t, for Δσ = σ(t) - σ(s).
 
-    The optimal step among those that change positions independently. Under absorbing log-linear
-    noise it is the same law as Euler's.
+    If the score is exact, this is the best step, in KL divergence, that changes positions
+    independently of each other. Under absorbing noise with the log-linear schedule its law is that
+    of Euler's step.
     """
 
     def step_probs(self, process, log_score, x, t, s):
