@@ -1,4 +1,9 @@
-"""A trained model: loaded, asked for its scores, and evaluated."""
+"""A trained model, and how it is loaded.
+
+A ``Model`` puts together what a checkpoint stands for: parameters, components, configuration and
+tokenizer. ``load`` reads one from the directory of a run, or from a published checkpoint. The other
+parts of the Python interface take a ``Model``: ``sedd.sampling`` and ``sedd.evaluating``.
+"""
 
 import dataclasses
 import hashlib
@@ -29,23 +34,23 @@ from sedd.training.checkpoint import find_checkpoints
 from sedd.training.distributed import leave_libtpu_alone
 from sedd.types import Array, Float, Int
 
-GPT2_TOKENS = 50257
-TRAIN_COUNTS = "token_counts.npy"  # in the directory of a run
-UNKNOWN = "unknown"  # the name of a corpus or tokenizer that a published checkpoint leaves out
+GPT2_TOKENS = 50257  # N of GPT-2's tokenizer
+TRAIN_COUNTS = "token_counts.npy"  # file in a run's directory: counts of the training tokens
+UNKNOWN = "unknown"  # name of a corpus or tokenizer that a published checkpoint does not state
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Model:
-    """A trained model; ``load`` makes one.
+    """A trained model, as ``load`` returns it.
 
     Args:
-        denoiser: the network with its parameters, as log scores and log conditionals.
-        parts: the other components, built from the configuration.
+        denoiser: the network with its parameters, which gives log scores and log conditionals.
+        parts: the components of the model, built from the configuration.
         config: the configuration of the run, or one that describes a published checkpoint.
-        tokenizer: None where a published checkpoint brings none.
-        source: where the model came from, for messages.
-        step: the training step of the checkpoint; None for a published one.
-        train_counts: how often each token was in the training text, [N]; None if that is unknown.
+        tokenizer: the tokenizer; None for a published checkpoint without one.
+        source: path or address of the checkpoint, for messages.
+        step: training step of the checkpoint; None for a published one.
+        train_counts: occurrences of each token in the training text, [N]; None if unknown.
     """
 
     denoiser: Denoiser
@@ -58,29 +63,32 @@ class Model:
 
     @property
     def network_config(self):
-        """The network's options."""
+        """The options of the network."""
         return self.config.network
 
     @property
     def process(self):
+        """The forward process."""
         return self.parts.process
 
     @property
     def schedule(self):
+        """The noise schedule."""
         return self.parts.schedule
 
     @property
     def time_independent(self) -> bool:
+        """Whether the network takes no noise level."""
         return self.denoiser.time_independent
 
     @property
     def length(self) -> int:
-        """Tokens in a training sequence."""
+        """Tokens in a training sequence, L."""
         return self.config.data.length
 
     @property
     def digest(self) -> str:
-        """A hash of the parameters and of the configuration that gives them meaning."""
+        """A hash of the parameters and the components, the same for every copy of a model."""
         digest = hashlib.blake2b(digest_size=16)
         config = {**self.config.to_json(), "data": None, "training": None, "sampler": None}
         digest.update(json.dumps(config, sort_keys=True).encode())
@@ -90,7 +98,7 @@ class Model:
 
     @property
     def text_reader(self) -> TextReader:
-        """Makes rows of text as the model was trained on them.
+        """A reader that tokenises and cuts text as in the model's training.
 
         Raises:
             UserError: if the model has no tokenizer.
@@ -120,7 +128,10 @@ class Model:
         )
 
     def check_ids(self, ids: Any, *, mask: bool = False) -> None:
-        """Raise UserError on an id that is no token, or with ``mask`` no state, of the model."""
+        """Raise UserError if an id is not that of a real token.
+
+        ``mask`` also allows the id of the mask. Traced arrays have no values and are not checked.
+        """
         if isinstance(ids, Tracer) or not np.size(ids):
             return
         ids, size = np.asarray(ids), self.process.num_states if mask else self.process.num_tokens
@@ -131,9 +142,14 @@ class Model:
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]
     ) -> Float[Array, "B L V"]:
-        """Log score of each token at each position at noise σ; see ``Denoiser.log_score``.
+        """Log score of each token at each position; see ``Denoiser.log_score``.
 
-        Raises UserError on an id out of range.
+        Args:
+            x_BL: token ids, masks included.
+            sigma_B: total noise of each sequence, above 0.
+
+        Raises:
+            UserError: if an id is out of range.
 
         Example:
             >>> import numpy as np, sedd
@@ -151,7 +167,12 @@ class Model:
     ) -> Float[Array, "B L N"]:
         """Log p(x0 at i | x) of each real token; see ``Denoiser.log_conditional``.
 
-        Raises UserError on an id out of range.
+        Args:
+            x_BL: token ids, masks included.
+            sigma_B: total noise of each sequence; only a time-dependent model needs it.
+
+        Raises:
+            UserError: if an id is out of range.
 
         Example:
             >>> import jax, numpy as np, sedd
@@ -175,9 +196,9 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
 
     Args:
         path: the directory of a run or of a published checkpoint, or ``hf://OWNER/NAME`` or
-            ``hf://OWNER/NAME@REVISION``, a checkpoint on the Hugging Face hub.
-        step: which checkpoint of a run: the newest whole one by default, that of a step, or
-            ``"best"``, the one with the lowest validation bound.
+            ``hf://OWNER/NAME@REVISION`` for a checkpoint on the Hugging Face hub.
+        step: which checkpoint of a run: a training step, or ``"best"`` for the lowest validation
+            bound. Default: the newest one that is complete.
 
     Raises:
         UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration.
@@ -225,7 +246,7 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
 
 
 def _from_published(published: Published, path: Path, source: str) -> Model:
-    """A published checkpoint as the model of a configuration that describes it."""
+    """Build a model from a published checkpoint, with a configuration that describes it."""
     network, what = published.network, published.description
     tokenizer = _published_tokenizer(path, what.num_tokens)
     conditional = what.parameterization == "conditional"
@@ -260,10 +281,14 @@ def _from_published(published: Published, path: Path, source: str) -> Model:
 
 
 def _published_tokenizer(path: Path, num_tokens: int) -> Tokenizer | None:
-    """That of the directory, or GPT-2's where the vocabulary is of its size, or None."""
+    """The tokenizer of a published checkpoint.
+
+    It is read from ``tokenizer.json``. Without this file, a vocabulary of GPT-2's size means
+    GPT-2's tokenizer, and any other size gives None.
+    """
     file = path / "tokenizer.json"
     if file.is_file():
-        # Ours, or as Hugging Face's library writes it.
+        # The file of a run has the key "kind"; other files are of Hugging Face's tokenizers.
         tokenizer = _read_json(
             file,
             lambda data: (
@@ -285,12 +310,13 @@ def _published_tokenizer(path: Path, num_tokens: int) -> Tokenizer | None:
 
 
 def read_config(workdir: Path) -> Config | None:
-    """The configuration that a run was started with, or None where there is no run."""
+    """Read the configuration of a run; None if the directory has no ``config.json``."""
     path = workdir / "config.json"
     return _read_json(path, _run_config) if path.exists() else None
 
 
 def _run_config(data: dict[str, Any]) -> Config:
+    """The configuration of a run; UserError if no key is one of a run's configuration."""
     if data and not data.keys() & {field.name for field in dataclasses.fields(Config)}:
         raise UserError(
             f"an unknown layout, with the keys {', '.join(data)}: expected the configuration of a "
@@ -300,12 +326,12 @@ def _run_config(data: dict[str, Any]) -> Config:
 
 
 def read_tokenizer(workdir: Path) -> Tokenizer:
-    """The tokenizer that a run was trained with."""
+    """Read the tokenizer of a run; UserError if the file is missing or damaged."""
     return _read_json(workdir / "tokenizer.json", tokenizer_from_json)
 
 
 def read_train_counts(workdir: Path, num_tokens: int) -> np.ndarray | None:
-    """How often each token was in the training text of a run, [N]; None where it was not saved."""
+    """Read the occurrences of each token in the training text of a run, [N]; None if not saved."""
     path = workdir / TRAIN_COUNTS
     if not path.exists():
         return None
@@ -319,6 +345,7 @@ def read_train_counts(workdir: Path, num_tokens: int) -> np.ndarray | None:
 
 
 def _read_json(path: Path, reader: Callable[[Any], Any]) -> Any:
+    """``reader`` of the JSON object in a file; UserError that begins with the path."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,9 @@
-"""The interface of a corpus, corpora made of other corpora, and helpers that sources share."""
+"""The interface of a corpus, corpora made of other corpora, and helpers that sources share.
+
+A corpus is an iterator over the documents of each of its splits, and a fingerprint. Everything that
+is derived from a corpus (trained tokenizers, token files) is stored under a name that contains the
+fingerprint, and is made again when the fingerprint changes.
+"""
 
 import contextlib
 import fcntl
@@ -14,18 +19,21 @@ from typing import Any
 
 from sedd.errors import UserError
 
-HELD_OUT_EVERY = 20  # one document in 20, or the last 20th of each, validates data without splits
+HELD_OUT_EVERY = 20  # the validation split of data without splits is one twentieth of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
-    """Named text in declared splits. Nothing is read or downloaded before ``documents``."""
+    """Named text in splits. Unless a subclass says otherwise, ``documents`` is what reads it."""
 
     name: str  # as the user wrote it
-    splits: tuple[str, ...]
+    splits: tuple[str, ...]  # such as ("train", "validation")
 
     def documents(self, split: str) -> Iterator[str]:
-        """The texts of a split, always in the same order; ``UserError`` for an undeclared split."""
+        """Iterate over the texts of a split, always in the same order.
+
+        Raises UserError for a split that is not in ``splits``, and if the text cannot be read.
+        """
         if split not in self.splits:
             raise UserError(
                 f"corpus {self.name!r} has no split {split!r}: it has {', '.join(self.splits)}"
@@ -34,32 +42,33 @@ class Corpus(ABC):
 
     @property
     def evaluation_split(self) -> str:
-        """The default split of an evaluation: all, else validation, else test, else the last."""
+        """The split that is evaluated by default: all, validation, test, or else the last."""
         for split in ("all", "validation", "test"):
             if split in self.splits:
                 return split
         return self.splits[-1]
 
     @abstractmethod
-    def _documents(self, split: str) -> Iterator[str]: ...
+    def _documents(self, split: str) -> Iterator[str]:
+        """The documents of a split that has been checked."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when the documents may have changed."""
+        """A hash that changes when the documents may have changed; cheap to compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Corpus):
     """Several corpora one after the other, in the splits that all of them have.
 
-    A tokenizer that the parts share is trained on it. The loader, not the mixture, has weights.
+    It serves to train one tokenizer on all parts. The weights of a mixture belong to the loader.
     """
 
     parts: tuple[Corpus, ...]
 
     @classmethod
     def of(cls, parts: Iterable[Corpus]) -> "Mixture":
-        """The mixture of ``parts``, at least one; the name joins theirs with ``+``."""
+        """Join at least one corpus; the name joins the names of the parts with ``+``."""
         parts = tuple(parts)
         if not parts:
             raise ValueError("a mixture needs at least one corpus")
@@ -75,14 +84,11 @@ class Mixture(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class MappedCorpus(Corpus):
-    """A corpus with a function applied to each document, such as a detokenizer.
-
-    ``label`` names the function in the fingerprint: change it whenever the function changes.
-    """
+    """A corpus with a function applied to each document, such as a detokenizer."""
 
     source: Corpus
     function: Callable[[str], str]
-    label: str
+    label: str  # stands for the function in the fingerprint: change it with the function
 
     def _documents(self, split: str) -> Iterator[str]:
         return map(self.function, self.source.documents(split))
@@ -93,20 +99,20 @@ class MappedCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class WithHeldOut(Corpus):
-    """A corpus that declares no validation split, with one held out of its training split."""
+    """A corpus with a validation split that is held out of its training split; see ``hold_out``."""
 
     source: Corpus
 
     @classmethod
     def of(cls, corpus: Corpus) -> Corpus:
-        """``corpus`` itself where it has a validation split, or nothing to hold out of."""
+        """Add a validation split; a corpus that has one, or no training split, is unchanged."""
         if "validation" in corpus.splits or "train" not in corpus.splits:
             return corpus
         return cls(name=corpus.name, splits=(*corpus.splits, "validation"), source=corpus)
 
     @property
     def evaluation_split(self) -> str:
-        """The source's, unless that is what it trains on."""
+        """That of the source, but the held-out split instead of the training split."""
         declared = self.source.evaluation_split
         return "validation" if declared == "train" else declared
 
@@ -120,10 +126,14 @@ class WithHeldOut(Corpus):
 
 
 def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
-    """The documents of a split (train, validation or all) of a corpus that declares none.
+    """Divide the documents of a corpus without splits into training and validation text.
 
-    With 20 documents or more, every 20th is validation. With fewer, the last twentieth of each
-    document is, cut after a line or a word where there is one.
+    Of 20 documents or more, every 20th is validation. Of fewer, the last twentieth of each document
+    is validation, cut after a line or a word if possible.
+
+    Args:
+        documents: all documents.
+        split: "train", "validation" or "all".
     """
     if split == "all":
         yield from documents
@@ -142,6 +152,7 @@ def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
 
 
 def _cut(text: str) -> int:
+    """Where the last twentieth begins: after the last newline or else space before that place."""
     last = len(text) - len(text) // HELD_OUT_EVERY
     for mark in ("\n", " "):
         at = text.rfind(mark, last // 2, last)
@@ -151,17 +162,21 @@ def _cut(text: str) -> int:
 
 
 def digest(value: Any) -> str:
-    """Hash of a JSON value."""
+    """A hash of a JSON value, 32 hexadecimal digits; equal values have equal hashes."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
 def exclusive(name: Path) -> Iterator[bool]:
-    """Hold the lock file ``name.lock``, so that one process at a time builds ``name``.
+    """Hold the lock file ``name.lock`` in a block that builds ``name``.
 
-    The kernel releases the lock of a killed process. Yields whether the lock is held: False on a
-    file system without locks, where several processes may be in the block at once.
+    One process at a time is in the block; others wait. The kernel releases the lock of a process
+    that is killed.
+
+    Yields:
+        True if the lock is held. False on a file system without locks, where several processes may
+        be in the block at once.
     """
     name.parent.mkdir(parents=True, exist_ok=True)
     with (name.parent / f"{name.name}.lock").open("w") as lock:
@@ -174,5 +189,5 @@ def exclusive(name: Path) -> Iterator[bool]:
 
 
 def say(message: str) -> None:
-    """Print a note on standard error, for what was skipped or repeated."""
+    """Print a note on standard error, for example that files were skipped."""
     print(f"note: {message}", file=sys.stderr, flush=True)

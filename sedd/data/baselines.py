@@ -1,4 +1,8 @@
-"""Baselines that any model should beat: training frequencies, and a character trigram model."""
+"""Baselines that any model should beat: training frequencies, and a character trigram model.
+
+Reports show them beside a model's figures, so that a reader can tell a model that has learned
+something from one that has not.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,11 +13,15 @@ CODE_POINTS = 0x110000  # of Unicode: the base distribution is uniform over all 
 
 
 def unigram_nats(train_counts_N: np.ndarray, counts_N: np.ndarray) -> float:
-    """Cross entropy, in nats per token, of tokens with ``counts_N`` under training frequencies.
+    """Cross entropy of evaluated tokens under the training frequencies, in nats per token.
 
-    Half a count is added to every token (Krichevsky and Trofimov), so that a token that the
-    training text lacks has a probability. Unlike the entropy of the tokens' own frequencies, this
-    is what a model without context attains that has not seen them.
+    It is attained by a model without context that was fitted to the training text. The entropy of
+    the evaluated tokens' own frequencies would be lower, because it is fitted to these tokens.
+
+    Args:
+        train_counts_N: occurrences of each token in the training text. Half a count is added to
+            each (Krichevsky and Trofimov, 1981), so that no token has probability 0.
+        counts_N: occurrences of each token in the evaluated text.
     """
     smoothed_N = train_counts_N + 0.5
     log_probs_N = np.log(smoothed_N) - np.log(smoothed_N.sum())
@@ -24,10 +32,10 @@ def unigram_nats(train_counts_N: np.ndarray, counts_N: np.ndarray) -> float:
 class CharacterTrigram:
     """A trigram model of characters with Witten-Bell smoothing (Witten and Bell, 1991).
 
-    p(c | context) = (n(context, c) + d(context)·p(c | shorter)) / (n(context) + d(context)), where
-    n counts the training text, d(context) is the number of distinct characters that follow the
-    context there, and ``shorter`` is the context without its first character. The
-    shortest context backs off to the uniform distribution over code points.
+    p(c | context) = (n(context, c) + d(context)·p(c | shorter)) / (n(context) + d(context)). Here
+    n counts occurrences in the training text, d(context) is the number of distinct characters that
+    follow the context in it, and ``shorter`` is the context without its first character. The empty
+    context backs off to the uniform distribution over code points.
     """
 
     orders: tuple["_Counts", ...]  # of contexts of 0, 1 and 2 characters
@@ -39,7 +47,11 @@ class CharacterTrigram:
         return cls(orders=tuple(_Counts.of(points, length) for length in range(3)))
 
     def nats(self, texts: Iterable[str]) -> tuple[float, int]:
-        """Total −log p of the texts, each without context at its beginning, and its characters."""
+        """Score texts, each from its first character on without earlier context.
+
+        Returns:
+            The total of −log p in nats, and the number of characters.
+        """
         total, characters = 0.0, 0
         for text in texts:
             points = _points(text)
@@ -53,17 +65,19 @@ class CharacterTrigram:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Counts:
-    """Counts of the n-grams of one length, as sorted keys, and of their contexts."""
+    """Counts of the n-grams of one length and of their contexts, looked up by binary search."""
 
     length: int  # characters of context
-    grams: np.ndarray
-    gram_counts: np.ndarray
-    contexts: np.ndarray
-    context_counts: np.ndarray
+    grams: np.ndarray  # sorted keys of the n-grams (``_keys``)
+    gram_counts: np.ndarray  # occurrences of each n-gram
+    contexts: np.ndarray  # sorted keys of the contexts
+    context_counts: np.ndarray  # n-grams that begin with each context
     followers: np.ndarray  # distinct characters after each context
 
     @classmethod
     def of(cls, points: np.ndarray, length: int) -> "_Counts":
+        """Count the n-grams of a text, with ``length`` characters of context each."""
+        # The keys are sorted, so that the n-grams of one context are adjacent.
         grams, gram_counts = np.unique(_keys(points, length + 1), return_counts=True)
         contexts, first, followers = np.unique(
             grams // CODE_POINTS, return_index=True, return_counts=True
@@ -79,7 +93,10 @@ class _Counts:
         )
 
     def interpolated(self, points: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-        """p(character | context) of the n-grams of a text, given p under the shorter context."""
+        """p(character | context) for the n-grams of a text.
+
+        ``shorter`` has the probability of each of these characters under the shorter context.
+        """
         keys = _keys(points, self.length + 1)
         gram_count = _look_up(self.grams, self.gram_counts, keys)
         context_count = _look_up(self.contexts, self.context_counts, keys // CODE_POINTS)
@@ -90,11 +107,15 @@ class _Counts:
 
 
 def _points(text: str) -> np.ndarray:
+    """The code points of a text, int64."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
 
 
 def _keys(points: np.ndarray, length: int) -> np.ndarray:
-    """Every run of ``length`` (at most 3) characters as one number: 3·21 bits fit in 63."""
+    """Each run of ``length`` characters as one number in base ``CODE_POINTS``.
+
+    Three code points of 21 bits fit into the 63 bits of a positive int64.
+    """
     count = max(len(points) - length + 1, 0)
     keys = np.zeros(count, np.int64)
     for offset in range(length):
@@ -103,7 +124,7 @@ def _keys(points: np.ndarray, length: int) -> np.ndarray:
 
 
 def _look_up(sorted_keys: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The value of each key, 0 for keys that are not there."""
+    """The value of each key, and 0 for a key that is not in ``sorted_keys``."""
     if not len(sorted_keys):
         return np.zeros(len(keys), np.int64)
     place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
@@ -111,5 +132,5 @@ def _look_up(sorted_keys: np.ndarray, values: np.ndarray, keys: np.ndarray) -> n
 
 
 def joined_text(pieces: Sequence[bytes | None], ids: np.ndarray) -> str:
-    """The text that tokens spell, from the bytes of each; tokens without bytes are skipped."""
+    """Decode ids by the bytes of each token; special tokens, which have none, are skipped."""
     return b"".join([pieces[i] or b"" for i in ids.tolist()]).decode("utf-8", "replace")

@@ -1,9 +1,9 @@
 """TensorFlow Datasets builders for the published benchmarks that its catalogue lacks.
 
-The builders write ArrayRecord files, which ``as_data_source`` reads without TensorFlow. Archives
-are read in place and never unpacked. Examples keep the order of the file, because published
-protocols join consecutive ones. ``lambada`` is built here because the catalogue's version has no
-training text.
+A builder downloads a data set once and writes it as ArrayRecord files, which ``as_data_source``
+reads without TensorFlow. Archives are read in place and never unpacked. Examples keep the order of
+the source, because published protocols join consecutive ones. ``lambada`` is built here because the
+catalogue's version has no training text.
 """
 
 import io
@@ -27,13 +27,13 @@ Examples = Iterator[tuple[int, dict[str, Any]]]
 class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set with the single feature ``text``, made from files at fixed addresses.
 
-    ``downloads`` is a folder of copies: a file there, named like the last part of an address, is
-    read instead of downloading that address.
+    A file in the folder ``downloads`` that is named like the last part of an address is read
+    instead of downloading that address.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # No recorded checksums of downloads. TFDS 4.9.10 would look for them with importlib_resources,
-    # which it does not require.
+    # There are no recorded checksums of downloads. TFDS 4.9.10 would look for them with the package
+    # importlib_resources, which it does not require.
     url_infos: ClassVar[None] = None
     homepage: ClassVar[str] = ""
     downloads: Path
@@ -48,6 +48,11 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _fetch(self, manager: Any, url: str) -> Path:
+        """The path of a copy of ``url``: one in ``downloads``, or a new download.
+
+        UserError says where a copy can be put if the download fails. The server is asked before the
+        download, whose retries would take minutes.
+        """
         own = self.downloads / url.rsplit("/", 1)[-1]
         if own.exists():
             return own
@@ -57,7 +62,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
         try:
             return Path(manager.download(url))
-        # The manager raises its own errors, those of requests and those of the file system.
+        # Errors of the manager, of the library ``requests`` and of the file system.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -66,6 +71,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             ) from error
 
     def _generate_examples(self, texts: Iterator[str]) -> Examples:
+        """Number the texts, as TFDS wants its examples."""
         return ((number, {"text": text}) for number, text in enumerate(texts))
 
 
@@ -89,7 +95,7 @@ class Text8(TextBuilder, skip_registration=True):
 
 
 class Wikitext2(TextBuilder, skip_registration=True):
-    """WikiText-2, raw: each line with its newline is an example, empty lines included."""
+    """WikiText-2, raw: each line with its newline is an example, and so are empty lines."""
 
     name = "wikitext2"
     homepage = "https://wikitext.smerity.com"
@@ -105,13 +111,14 @@ class Wikitext2(TextBuilder, skip_registration=True):
 
     @staticmethod
     def _rows(path: Path, member: str) -> Iterator[str]:
+        """Lines with their newline, except that a line of white space is an empty example."""
         for line in io.BytesIO(_read_zip(path, member)):
             row = line.decode()
             yield row if row.strip() else ""
 
 
 class Wikitext103(Wikitext2, skip_registration=True):
-    """WikiText-103, raw: each line with its newline is an example, empty lines included."""
+    """WikiText-103, raw: each line with its newline is an example, and so are empty lines."""
 
     name = "wikitext103"
     url: ClassVar[str] = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
@@ -153,6 +160,7 @@ class Lambada(TextBuilder, skip_registration=True):
 
     @staticmethod
     def _passages(path: Path, member: str) -> Iterator[str]:
+        """The lines of a file in the archive, one passage each."""
         for text in _read_tar(path, within=member):
             yield from text.rstrip("\n").split("\n")
 
@@ -160,8 +168,9 @@ class Lambada(TextBuilder, skip_registration=True):
 class OpenWebText(TextBuilder, skip_registration=True):
     """OpenWebText: 8 million web pages, 38 GB, in the order of the archive.
 
-    Three or more newlines in a row become two and surrounding whitespace is removed, as in the
-    Hugging Face copy. The last 100,000 documents are the validation split, as in published models.
+    Three or more newlines in a row become two, and white space around a document is removed, as in
+    the copy on the Hugging Face hub. Everything is one split here; ``catalogue`` takes the last
+    100,000 documents for validation, as published models do.
     """
 
     name = "openwebtext"
@@ -175,6 +184,7 @@ class OpenWebText(TextBuilder, skip_registration=True):
 
 
 def _read_zip(path: Path, ending: str) -> bytes:
+    """The first file of a zip archive whose name ends with ``ending``."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -186,7 +196,10 @@ def _read_zip(path: Path, ending: str) -> bytes:
 
 
 def _read_tar(path: Path, within: str = "") -> Iterator[str]:
-    """The ``.txt`` files of an archive and of the archives in it whose path contains ``within``."""
+    """The texts of the ``.txt`` files of a tar archive whose path contains ``within``.
+
+    Archives within the archive are read too. UserError if there is no such file.
+    """
     found = False
     try:
         with path.open("rb") as file:
@@ -201,7 +214,11 @@ def _read_tar(path: Path, within: str = "") -> Iterator[str]:
 
 
 def _members(file: Any, prefix: str) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=file, mode="r|*") as archive:  # a stream: read once, nothing kept
+    """Path and content of each ``.txt`` file of a tar archive, archives in the archive included.
+
+    The mode ``r|*`` reads the archive once from beginning to end and keeps nothing in memory.
+    """
+    with tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             content = archive.extractfile(member) if member.isfile() else None
             if content is None:

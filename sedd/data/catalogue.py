@@ -1,4 +1,8 @@
-"""Corpora that are downloaded once: benchmarks, the TFDS catalogue and the Hugging Face hub."""
+"""Corpora that are downloaded once: benchmarks, the TFDS catalogue and the Hugging Face hub.
+
+Published benchmarks that TFDS lacks are built by ``sedd.data.builders``. TFDS and ``datasets`` are
+imported only when such a corpus is opened.
+"""
 
 import contextlib
 import importlib
@@ -13,9 +17,10 @@ from sedd.data.base import Corpus, digest, exclusive
 from sedd.data.network import why_hub_unreachable
 from sedd.errors import UserError
 
+# For each split of a benchmark, the TFDS expression that reads it.
 WHOLE = {"train": "train", "validation": "validation", "test": "test"}
 OPENWEBTEXT = {"train": "train[:-100000]", "validation": "train[-100000:]"}
-# name: (class in ``builders``, for each split the TFDS expression that reads it)
+# name: (class in ``builders``, its splits)
 BENCHMARKS = {
     "text8": ("Text8", WHOLE),
     "wikitext2": ("Wikitext2", WHOLE),
@@ -25,7 +30,7 @@ BENCHMARKS = {
     "openwebtext": ("OpenWebText", OPENWEBTEXT),
 }
 
-# Further benchmarks of published zero-shot evaluations, with the corpus that has their text.
+# Other benchmarks of published zero-shot evaluations, with the corpus that holds their text.
 ELSEWHERE = {
     "ag_news": "hf:fancyzhx/ag_news:text",
     "pubmed": "tfds:scientific_papers/pubmed:article",
@@ -37,12 +42,12 @@ ELSEWHERE = {
 class BenchmarkCorpus(Corpus):
     """A data set of ``builders``, downloaded and converted when it is first read.
 
-    A file in ``cache_dir/downloads``, named like the last part of an address, is read instead of
-    downloading that address.
+    A file in ``cache_dir/downloads`` that is named like the last part of an address is read instead
+    of downloading that address.
     """
 
-    builder: str
-    reads: tuple[tuple[str, str], ...]
+    builder: str  # name of the class in ``builders``
+    reads: tuple[tuple[str, str], ...]  # (split, TFDS expression that reads it)
     cache_dir: Path
 
     @classmethod
@@ -58,6 +63,7 @@ class BenchmarkCorpus(Corpus):
         )
 
     def _class(self) -> Any:
+        """The builder class; imported here, because its module imports TFDS."""
         return getattr(importlib.import_module("sedd.data.builders"), self.builder)
 
     def _documents(self, split: str) -> Iterator[str]:
@@ -77,15 +83,25 @@ class BenchmarkCorpus(Corpus):
 class CatalogueCorpus(Corpus):
     """A data set of the TFDS catalogue.
 
-    It is downloaded and converted when it is opened, because only then its splits are known.
+    It is downloaded and converted when it is opened, because its splits are not known before.
     """
 
-    builder: Any
-    key: str
+    builder: Any  # of TFDS, prepared
+    key: str  # name of the feature that is the text
 
     @classmethod
     def of(cls, name: str, spec: str, cache_dir: Path) -> "CatalogueCorpus":
-        """Open ``NAME[/config][:text_key]``; ``UserError`` where it cannot be prepared."""
+        """Open a data set of the catalogue.
+
+        Args:
+            name: the name that the user wrote, for messages.
+            spec: ``NAME[/config][:text_key]``.
+            cache_dir: directory for downloads and converted data.
+
+        Raises:
+            UserError: if a package is missing, or the data set is unknown, cannot be downloaded or
+                has no text called ``text_key``.
+        """
         import tensorflow_datasets as tfds
 
         dataset, _, key = spec.partition(":")
@@ -103,8 +119,8 @@ class CatalogueCorpus(Corpus):
             raise UserError(
                 f"corpus {name!r} needs {missing}, which is not installed: pip install {package}"
             ) from error
-        # TFDS reports unknown names, configurations, and failures of a data set's own code each
-        # with a class of its own.
+        # TFDS has an error class of its own for each of unknown names, unknown configurations and
+        # failures in a data set's code.
         except Exception as error:
             raise UserError(f"corpus {name!r}: {_one_line(error)}") from error
         features = builder.info.features
@@ -125,7 +141,7 @@ class CatalogueCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class BillionWords(CatalogueCorpus):
-    """The One Billion Word Benchmark; its held-out set is both the validation and the test split.
+    """The One Billion Word Benchmark, whose held-out set is both the validation and the test split.
 
     Published models train on the whole training set and report figures on the held-out set.
     """
@@ -134,7 +150,7 @@ class BillionWords(CatalogueCorpus):
 
     @classmethod
     def of(cls, name: str, spec: str, cache_dir: Path) -> "BillionWords":
-        """Open ``lm1b:text``; ``UserError`` without TensorFlow, which its builder needs."""
+        """Open ``lm1b:text``; UserError without TensorFlow, which TFDS needs to build it."""
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(f"corpus {name!r} needs TensorFlow to be built: pip install -e '.[tf]'")
         entry = CatalogueCorpus.of(name, spec, cache_dir)
@@ -148,14 +164,20 @@ class BillionWords(CatalogueCorpus):
 class HubCorpus(Corpus):
     """A data set of the Hugging Face hub, read with ``datasets`` (the extra ``hub``)."""
 
-    builder: Any
-    key: str
+    builder: Any  # of ``datasets``, prepared
+    key: str  # name of the column that is the text
 
     @classmethod
     def of(cls, name: str, spec: str, cache_dir: Path) -> "HubCorpus":
-        """Open ``OWNER/NAME[/config][:text_key]``; ``UserError`` where it cannot be read.
+        """Open a data set of the hub; without a network, a copy in the hub's cache.
 
-        Without a network the hub's cache is used.
+        Args:
+            name: the name that the user wrote, for messages.
+            spec: ``OWNER/NAME[/config][:text_key]``.
+            cache_dir: parent of the directory ``hub`` for downloads.
+
+        Raises:
+            UserError: if the package ``datasets`` is missing, or the data set cannot be read.
         """
         path, _, key = spec.partition(":")
         owner, _, rest = path.partition("/")
@@ -163,7 +185,7 @@ class HubCorpus(Corpus):
         if not owner or not dataset:
             hint = "; hf://OWNER/NAME is a checkpoint" if spec.startswith("//") else ""
             raise UserError(f"corpus {name!r}: expected hf:OWNER/NAME[/config][:text_key]{hint}")
-        unreachable = why_hub_unreachable()  # before the library reads the variable that this sets
+        unreachable = why_hub_unreachable()  # sets a variable that ``datasets`` reads on import
         try:
             datasets: Any = importlib.import_module("datasets")
         except ImportError as error:
@@ -173,7 +195,7 @@ class HubCorpus(Corpus):
                 f"{owner}/{dataset}", config or None, cache_dir=str(cache_dir / "hub")
             )
             builder.download_and_prepare()
-        # Errors of the hub, of the network and of the data set's files have no common class.
+        # Errors of the hub, of the network and of damaged files have no common class.
         except Exception as error:
             if unreachable:
                 raise UserError(
@@ -200,11 +222,12 @@ class HubCorpus(Corpus):
         return digest(["hub", self.name, str(self.builder.cache_dir), sizes, self.key])
 
 
-STRINGS = ("string", "large_string")
-RETRIES = 4  # of a download, within 3 s
+STRINGS = ("string", "large_string")  # the types of text columns
+RETRIES = 4  # of a download; they take 3 s
 
 
 def _text_key(name: str, key: str, texts: list[str]) -> str:
+    """Choose the text among the features ``texts``: ``key``, else "text", else the only one."""
     if key and key not in texts:
         raise UserError(f"corpus {name!r} has no text called {key!r}: it has {', '.join(texts)}")
     if key:
@@ -221,9 +244,10 @@ def _text_key(name: str, key: str, texts: list[str]) -> str:
 
 
 def _prepare(builder: Any, downloads: Path) -> None:
-    """Download and convert a data set, unless that has been done.
+    """Download and convert a data set unless this was done before, one process at a time.
 
-    TFDS tries each download ten times with growing pauses, 205 s in all, and has no option for it.
+    TFDS would try each download ten times with growing pauses, 205 s in all. It has no option for
+    the number of tries, so that its constant is changed.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
@@ -235,17 +259,19 @@ def _prepare(builder: Any, downloads: Path) -> None:
 
 
 def _texts(builder: Any, read: str, key: str) -> Iterator[str]:
+    """The texts of a prepared data set, in its own order."""
     for example in builder.as_data_source(split=read):
         yield example[key].decode()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Send the output of TFDS to standard error: standard output is for results."""
+    """Send the output of TFDS to standard error, because standard output is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def _one_line(error: Exception) -> str:
+    """The class and the message of an error in one line of bounded length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

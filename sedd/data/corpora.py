@@ -1,4 +1,4 @@
-"""Corpora by name: what the user writes and what it opens."""
+"""Corpora by name: the built-in ones, those of two catalogues, and the user's own files."""
 
 import difflib
 import math
@@ -20,19 +20,32 @@ from sedd.errors import UserError
 
 __all__ = ["NAMES", "Corpus", "MappedCorpus", "Mixture", "open_corpus", "parse_mixture"]
 
-NAMES = ("sotu", "stdlib", *BENCHMARKS, "lm1b", *ELSEWHERE)
+NAMES = ("sotu", "stdlib", *BENCHMARKS, "lm1b", *ELSEWHERE)  # the built-in corpora
 FORMS = "tfds:NAME, hf:OWNER/NAME, or the path of a file, a folder or a pattern"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf"
 WEIGHTED = re.compile(rf"(?P<name>.*)\*\s*(?P<weight>{NUMBER})", re.IGNORECASE)
 
 
 def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
-    """The corpus of a name in ``NAMES`` (``corpus:NAME`` too) or of one of the other forms.
+    """Open the corpus that ``spec`` names.
 
-    ``tfds:NAME[/config][:text_key]`` is of the TensorFlow Datasets catalogue,
-    ``hf:OWNER/NAME[/config][:text_key]`` of the Hugging Face hub; both are prepared here. Anything
-    else is a path (``open_files``). Where one of these declares a train split and no validation,
-    that is held out of it (``hold_out``). ``UserError`` where there is nothing of that name.
+    ======================================  ====================================================
+    a name in ``NAMES``                     a built-in corpus, also written as ``corpus:NAME``
+    ``tfds:NAME[/config][:text_key]``       a data set of the TensorFlow Datasets catalogue
+    ``hf:OWNER/NAME[/config][:text_key]``   a data set of the Hugging Face hub
+    anything else                           a file, a folder or a pattern, see ``open_files``
+    ======================================  ====================================================
+
+    Data sets of the two catalogues are downloaded here, and other corpora when they are read. If
+    files or a data set have a training split and no validation split, one is held out of it (see
+    ``hold_out``).
+
+    Args:
+        spec: one of the forms above.
+        cache_dir: directory for downloads.
+
+    Raises:
+        UserError: if there is no such corpus, or it cannot be downloaded.
 
     Example:
         >>> from pathlib import Path
@@ -67,11 +80,17 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
-    """The parts and weights of ``sotu*0.7+stdlib*0.3``; a part without a weight has weight 1.
+    """Read the parts and weights of a mixture such as ``sotu*0.7+stdlib*0.3``.
 
-    Weights are positive and relative to each other. Files, folders and patterns that exist are
-    taken as they stand, whatever characters are in them: of ``a+b.txt+stdlib`` the first part is
-    the file ``a+b.txt`` where there is one.
+    Weights are positive and relative to each other; a part without a weight has weight 1. A part
+    may be a path that contains ``+`` or ``*`` if it exists: ``a+b.txt+stdlib`` begins with the file
+    ``a+b.txt`` if there is one.
+
+    Returns:
+        A corpus specification and a weight for each part.
+
+    Raises:
+        UserError: if a part is empty, or a weight is not positive and finite.
     """
     pieces = re.split(r"(?<!\d[eE])\+", spec)
     parts = []
@@ -93,7 +112,7 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
 
 
 def _weighted(part: str) -> tuple[str, float]:
-    """A part's name and weight; a path that exists keeps what looks like a weight."""
+    """Split ``NAME*WEIGHT``; the whole part is the name if a path of that name exists."""
     if exists(part):
         return part, 1.0
     match = WEIGHTED.fullmatch(part.strip())

@@ -1,8 +1,8 @@
-"""Text as its authors wrote it, from data sets that come as separated words.
+"""Restore running text from data sets whose words and punctuation are separated by spaces.
 
-Published perplexities of models of running text are on data sets cleaned by these rules, whose
-order matters. Where they do something odd (wikitext's stand-alone N becomes 1) it is kept: figures
-are compared on the same text.
+Published perplexities of models of running text are computed on data sets that were cleaned by
+these rules. Figures can be compared only on equal text. The rules and their order are therefore
+those of the published code, mistakes included: for example, a word N of WikiText becomes 1.
 """
 
 import re
@@ -12,13 +12,14 @@ Detokenizer = Callable[[str], str]
 
 
 def _replace(text: str, pairs: dict[str, str]) -> str:
+    """Replace each key by its value, one key after the other."""
     for old, new in pairs.items():
         text = text.replace(old, new)
     return text
 
 
 def wikitext(text: str) -> str:
-    """WikiText: ``@-@`` and its like, spaces before punctuation and within brackets and quotes."""
+    """WikiText: join ``@-@``, ``@,@`` and ``@.@``, punctuation, brackets, quotes and headings."""
     text = _replace(text, {"s '": "s'", " @-@ ": "-", " @,@ ": ",", " @.@ ": "."})
     text = _replace(text, {f" {mark} ": f"{mark} " for mark in ":;.!?,"})
     for begin, end in ("()", "[]", "{}", '""', "''"):
@@ -31,15 +32,15 @@ def wikitext(text: str) -> str:
 
 
 def ptb(text: str) -> str:
-    """Penn Treebank: contractions joined, the number N as 1, a rare word as a question mark."""
+    """Penn Treebank: join contractions, write a number N as 1 and a rare word as ``?``."""
     text = _replace(text, {" 's": "'s", "s ' ": "s' ", " n't": "n't", " \n ": "\n", "\\/": "/"})
-    while " N " in text:  # neighbours share a space: "N N" takes two rounds
+    while " N " in text:  # in " N N " the words share a space: one pass replaces only the first
         text = text.replace(" N ", " 1 ")
     return _replace(text, {"$ 1": "$1", "# 1": "#1", "<unk>": "?"})
 
 
 def lm1b(text: str) -> str:
-    """One Billion Words: addresses, contractions, punctuation, brackets, quotes and currencies."""
+    """One Billion Words: join addresses, contractions, punctuation, brackets and currencies."""
     text = _replace(text, {"http : / / ": "http://", "https : / / ": "https://"})
     text = re.sub(r" '(\w+)", r"'\1", text)
     text = re.sub(r" (\w+) \. ", r" \1. ", text)
@@ -54,7 +55,7 @@ def lm1b(text: str) -> str:
 
 
 def lambada(text: str) -> str:
-    """LAMBADA: straight quotation marks; a passage begins a line."""
+    """LAMBADA: write straight quotation marks, and begin each passage on a new line."""
     return "\n" + _replace(text, {"“": '"', "”": '"'}).strip()
 
 
@@ -72,4 +73,4 @@ DETOKENIZERS: dict[str, Detokenizer] = {
     "pubmed": scientific_papers,
     "arxiv": scientific_papers,
 }
-"""By data set; ``ag_news`` and the others are written as they are read."""
+"""The detokenizer of each benchmark; other data sets, such as ``ag_news``, need none."""

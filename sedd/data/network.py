@@ -1,4 +1,8 @@
-"""Whether a server answers, asked once before a library's downloads retry for minutes."""
+"""Check whether a server answers before a download.
+
+Libraries repeat failed downloads for minutes. One short request beforehand lets a command without a
+network fail in seconds.
+"""
 
 import functools
 import http.client
@@ -6,14 +10,14 @@ import os
 import urllib.error
 import urllib.request
 
-SECONDS = 5  # a server that has said nothing for so long counts as unreachable
+SECONDS = 5  # a server that does not answer within this time counts as unreachable
 
 
 def why_unreachable(url: str, *, seconds: float = SECONDS) -> str | None:
-    """Ask a server for the header of ``url``, through the proxy of the environment if there is one.
+    """Request the header of ``url``, through the proxy of the environment if there is one.
 
     Returns:
-        Why no connection was made; None where the server answered anything, errors included.
+        None if the server answered, even with an error; otherwise why there was no connection.
     """
     try:
         request = urllib.request.Request(url, method="HEAD")
@@ -27,10 +31,11 @@ def why_unreachable(url: str, *, seconds: float = SECONDS) -> str | None:
 
 @functools.cache
 def why_hub_unreachable() -> str | None:
-    """Why the Hugging Face hub cannot be reached; None where it answers.
+    """Why the Hugging Face hub cannot be reached; None if it can.
 
-    The hub is asked once in a process. Where it does not answer, ``HF_HUB_OFFLINE`` is set for the
-    libraries that read it when they are imported: they then use their cache and fail at once.
+    The hub is asked once in a process. If it does not answer, ``HF_HUB_OFFLINE`` is set. The hub's
+    libraries, which read this variable when they are imported, then use their cache and do not try
+    to download.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"

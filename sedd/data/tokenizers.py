@@ -1,4 +1,10 @@
-"""Tokenizers: text to ids and back, each of them a value that a checkpoint holds whole."""
+"""Tokenizers: text to ids and back.
+
+A run saves its tokenizer as JSON with everything that it needs (``to_json``), so that a checkpoint
+can be used without the corpus or the files that the tokenizer was made from. Ids are 0..N-1; the
+mask of an absorbing process is not among them. ``sedd.data.tokenizer_sources`` builds tokenizers by
+name.
+"""
 
 import base64
 import json
@@ -14,19 +20,20 @@ import numpy as np
 from sedd.data.base import digest
 from sedd.errors import UserError
 
-EOS_TEXT = "<|endoftext|>"  # how the end of a document is written where it is shown
-# GPT-2's pattern, in the possessive form that tiktoken uses: the same pieces, found faster.
+EOS_TEXT = "<|endoftext|>"  # shown for the end of a document
+# GPT-2's pattern, with the possessive quantifiers of tiktoken: equal pieces, found faster.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# A piece of that pattern never holds a space after something else, so a cut there changes no id.
+# No piece of the pattern has white space after another character: cutting there changes no id.
 CUT = re.compile(r"(?<=\S)(?=\s)")
-# The 256 bytes in the order that GPT-2 numbers them: printable ones, then the rest.
+# The 256 bytes in the order of their ids in GPT-2: printable ones first.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_ORDER = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
-# GPT-2 writes a printable byte as its character and the k-th other byte as chr(256 + k).
+# GPT-2's files write a printable byte as its character, and the k-th other byte as chr(256 + k).
 BYTE_OF_CHARACTER = {
     chr(byte if rank < len(PRINTABLE) else 256 + rank - len(PRINTABLE)): byte
     for rank, byte in enumerate(BYTE_ORDER)
 }
+# Special tokens by their names in common tokenizers; of several names the first found counts.
 END_NAMES = (EOS_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "[SEP]")
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]")
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>")
@@ -34,39 +41,47 @@ PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>")
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer(ABC):
-    """Text to ids in 0..N-1 and back.
-
-    ``num_tokens`` is N: it counts the end of a document, ``eos_id``, and no mask. ``pad_id`` fills
-    rows, unscored. ``unit`` is what a token stands for: a character, a byte or a token.
-    """
+    """Text to ids in 0..N-1 and back."""
 
     name: str
-    num_tokens: int
-    eos_id: int | None
-    unit: str
+    num_tokens: int  # N, the end of a document included
+    eos_id: int | None  # the id of the end of a document; None without one
+    unit: str  # "character", "byte" or "token", for reports
 
     @property
     def pad_id(self) -> int:
-        """The id that fills a row after its text: the end of a document, or 0 where none is."""
+        """The id that fills a row after its text: the end of a document, or 0 without one."""
         return 0 if self.eos_id is None else self.eos_id
 
     @property
     def bos_id(self) -> int | None:
-        """The id that opens a row where one is wanted: as in GPT-2, the end of a document."""
+        """The id that opens a row in protocols that ask for one; by default, ``eos_id``."""
         return self.eos_id
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The int32 ids of each text, without special tokens; threads may call it at once."""
+        """Encode each text as int32 ids without special tokens; safe to call in threads."""
 
     def split(self, text: str, size: int) -> list[str]:
-        """Parts of about ``size`` characters whose ids, one after the other, are the text's."""
+        """Cut a text into parts of about ``size`` characters without changing its ids.
+
+        The ids of the parts, joined, are the ids of the text. A tokenizer that cannot cut safely
+        returns the whole text as one part.
+        """
         return [text]
 
     def decode(self, ids: Sequence[int], *, keep_eos: bool = False) -> str:
-        """The text of ids; those of specials are dropped, or the end written as ``EOS_TEXT``.
+        """Decode ids to text.
 
-        Bytes that are not UTF-8 become U+FFFD. ``ValueError`` for an id outside 0..N-1.
+        Args:
+            ids: token ids.
+            keep_eos: write the end of a document as ``EOS_TEXT`` instead of dropping it.
+
+        Returns:
+            The text. Other special tokens are dropped, and bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: if an id is not in 0..N-1.
         """
         array = np.asarray(ids, np.int64)
         if array.size and not (array.min() >= 0 and array.max() < self.num_tokens):
@@ -80,33 +95,35 @@ class Tokenizer(ABC):
         return EOS_TEXT.join(texts)
 
     @abstractmethod
-    def _decode(self, ids: np.ndarray) -> str: ...
+    def _decode(self, ids: np.ndarray) -> str:
+        """Decode ids without ``eos_id``."""
 
     @abstractmethod
     def token_bytes(self) -> list[bytes | None]:
-        """The bytes that each id stands for, None for specials.
+        """The bytes of each id, None for special tokens.
 
-        Those of a text's ids, joined, are its UTF-8. ``UserError`` where a tokenizer is lossy.
+        The bytes of the ids of a text, joined, are the text in UTF-8. Constraints and counts of
+        characters need this. Raises UserError for a tokenizer that changes the text.
         """
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """All of the tokenizer; ``tokenizer_from_json`` undoes it."""
+        """Describe the whole tokenizer in JSON, for ``tokenizer_from_json``."""
 
     def fingerprint(self) -> str:
-        """A hash of what ids mean."""
+        """A hash of the JSON description: tokenizers with equal ones assign equal ids."""
         return digest(self.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Characters(Tokenizer):
-    """A character an id, in the order of ``alphabet``."""
+    """One id for each character of ``alphabet``, in its order."""
 
-    alphabet: str
+    alphabet: str  # distinct characters
 
     @classmethod
     def of(cls, name: str, alphabet: str, *, eos: bool) -> "Characters":
-        """The tokenizer of distinct characters; the end of a document, if any, is the last id."""
+        """Build the tokenizer of an alphabet; with ``eos`` the last id is the end of a document."""
         if len(set(alphabet)) != len(alphabet):
             raise ValueError("the characters of an alphabet must be distinct")
         size = len(alphabet)
@@ -120,6 +137,7 @@ class Characters(Tokenizer):
 
     @cached_property
     def _id_of_code(self) -> np.ndarray:
+        """The id of each code point up to the largest one, -1 for others; the last entry is -1."""
         codes = _code_points(self.alphabet)
         table = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
         table[codes] = np.arange(len(codes))
@@ -156,7 +174,7 @@ class Characters(Tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(Tokenizer):
-    """A byte of UTF-8 an id; the end of a document is 256."""
+    """One id for each byte of UTF-8; the end of a document is 256."""
 
     name: str = "bytes"
     num_tokens: int = 257
@@ -181,17 +199,17 @@ class Bytes(Tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class BytePairs(Tokenizer):
-    """Byte-level BPE with GPT-2's pattern, lossless on any text; the end of a document is last.
+    """Byte-level byte-pair encoding with GPT-2's pattern; the last id is the end of a document.
 
-    A text that spells out a special token is ordinary text here.
+    It is lossless on any text. A special token's name in a text is encoded as ordinary text.
     """
 
-    vocabulary: tuple[bytes, ...]  # in the order of the merges
-    encoding: Any = field(repr=False, compare=False)
+    vocabulary: tuple[bytes, ...]  # the bytes of each id; ids are in the order of the merges
+    encoding: Any = field(repr=False, compare=False)  # of tiktoken
 
     @classmethod
     def of(cls, name: str, vocabulary: Sequence[bytes]) -> "BytePairs":
-        """The tokenizer of distinct byte strings, the single bytes among them."""
+        """Build the tokenizer of distinct byte strings, which must include all single bytes."""
         import tiktoken
 
         ranks = {token: rank for rank, token in enumerate(vocabulary)}
@@ -234,21 +252,27 @@ class BytePairs(Tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained(Tokenizer):
-    """Any tokenizer of Hugging Face's ``tokenizers`` library, from its JSON file."""
+    """A tokenizer of Hugging Face's ``tokenizers`` library, from its JSON file."""
 
-    source: str = field(repr=False)  # the file's text
-    backend: Any = field(repr=False, compare=False)
-    padding: int | None
-    begin: int | None = None
-    end: str | None = None  # the token that ends a document, where the user named it
+    source: str = field(repr=False)  # content of the file
+    backend: Any = field(repr=False, compare=False)  # the library's tokenizer
+    padding: int | None  # id of the tokenizer's own padding
+    begin: int | None = None  # id of the tokenizer's own begin of text
+    end: str | None = None  # the token that ends a document, if the user named it
 
     @classmethod
     def of(cls, name: str, source: str, *, end: str | None = None) -> "Pretrained":
-        """The tokenizer of a ``tokenizer.json``.
+        """Build the tokenizer of a ``tokenizer.json``.
 
-        ``end`` is the token that ends a document; by default it is the first of ``END_NAMES`` that
-        the vocabulary has. The padding token is found by its name. UserError where the vocabulary
-        has no token ``end``.
+        Args:
+            name: name of the tokenizer.
+            source: content of the file.
+            end: the token that ends a document; by default the first of ``END_NAMES`` in the
+                vocabulary. Padding and begin of text are found by their names, too.
+
+        Raises:
+            UserError: if ``source`` is not such a file, its vocabulary has no token ``end``, or it
+                lacks some of the 256 bytes and would drop them from texts.
         """
         import tokenizers
 
@@ -260,7 +284,7 @@ class Pretrained(Tokenizer):
             ) from error
         backend.no_padding()
         backend.no_truncation()
-        backend.encode_special_tokens = True  # a text that spells out a special is ordinary text
+        backend.encode_special_tokens = True  # a special token's name in a text is ordinary text
         ids = backend.get_vocab(with_added_tokens=True)
         data = json.loads(source)
         byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
@@ -292,12 +316,12 @@ class Pretrained(Tokenizer):
 
     @property
     def pad_id(self) -> int:
-        """The tokenizer's own padding where it has one."""
+        """The tokenizer's own padding if it has one, else as for any tokenizer."""
         return super().pad_id if self.padding is None else self.padding
 
     @property
     def bos_id(self) -> int | None:
-        """The tokenizer's own beginning where it has one."""
+        """The tokenizer's own begin of text if it has one, else ``eos_id``."""
         return super().bos_id if self.begin is None else self.begin
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -330,7 +354,7 @@ class Pretrained(Tokenizer):
 
 
 def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``to_json`` described; ``UserError`` where it describes none."""
+    """Rebuild a tokenizer from ``Tokenizer.to_json``; UserError for any other JSON object."""
     readers: dict[str, Callable[[dict[str, Any]], Tokenizer]] = {
         "characters": lambda d: Characters.of(d["name"], d["alphabet"], eos=d["eos"]),
         "bytes": lambda d: Bytes(),
@@ -349,9 +373,10 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
 
 
 def _code_points(text: str) -> np.ndarray:
+    """The Unicode code points of a text, uint32."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def gpt2_bytes(token: str) -> bytes:
-    """The bytes of a token written with GPT-2's character for each byte."""
+    """The bytes of a token that is written with one character a byte, as in GPT-2's files."""
     return bytes(BYTE_OF_CHARACTER[character] for character in token)
