@@ -98,7 +98,7 @@ def open_files(spec: str) -> FileCorpus | None:
 
 
 def exists(spec: str) -> bool:
-    """Whether ``spec`` is a path that exists or a pattern that matches, with or without ``:KEY``."""
+    """Whether ``spec`` is an existing path or a matching pattern, with or without ``:KEY``."""
     for place, _ in _with_and_without_key(spec):
         path = str(Path(place).expanduser())
         if os.path.exists(path) or (glob.has_magic(path) and glob.glob(path, recursive=True)):

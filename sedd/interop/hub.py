@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub, by ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``."""
+"""Download checkpoints from the Hugging Face hub: ``hf://OWNER/NAME`` with or without @REVISION."""
 
 import os
 import re
@@ -10,17 +10,21 @@ from sedd.errors import UserError
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?")
 SAFE = ["config.json", "tokenizer.json", "model.safetensors"]
-PICKLED = "pytorch_model.bin"  # downloaded only if there is no safetensors file
+PICKLED = "pytorch_model.bin"  # a pickle: downloaded only if there is no safetensors file
 
 
 def fetch(path: str) -> Path:
-    """Return the directory of a checkpoint; ``hf://…`` is downloaded into the hub's own cache.
+    """Find the directory of a checkpoint, downloading it if it is on the hub.
 
     Args:
-        path: a directory (``~`` is the home directory), or hf://OWNER/NAME[@REVISION].
+        path: a directory (``~`` is the home directory), or ``hf://OWNER/NAME[@REVISION]``.
+
+    Returns:
+        The directory. It need not exist, unless it was downloaded.
 
     Raises:
-        UserError: it cannot be downloaded. Without a network the hub's cache is used.
+        UserError: if the checkpoint cannot be downloaded. Without a network, a copy in the hub's
+            own cache is used.
     """
     if path.startswith("hf:") and not path.startswith(SCHEME) and not Path(path).exists():
         raise UserError(
@@ -40,6 +44,7 @@ def fetch(path: str) -> Path:
     unreachable = why_hub_unreachable()
 
     def download(files: list[str]) -> Path:
+        """Download those of the files that the repository has; return their directory."""
         try:
             return Path(
                 hub.snapshot_download(

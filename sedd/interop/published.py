@@ -1,8 +1,12 @@
 """Published PyTorch checkpoints of SEDD, RADD and MDLM, read and written without PyTorch.
 
-A checkpoint is a directory with a configuration (see ``sedd.interop.layouts``) and its tensors: as
-the hub serves ``louaaron/sedd-small``, ``JingyangOu/radd-lambda-dce`` or
-``kuleshov-group/mdlm-owt``, or as the published training code leaves it.
+A checkpoint is a directory with a configuration (see ``sedd.interop.layouts``) and a file of
+tensors. It comes from the hub (``louaaron/sedd-small``, ``JingyangOu/radd-lambda-dce``,
+``kuleshov-group/mdlm-owt``) or from a run of the published training code.
+
+Reading has three steps: the configuration gives the network and the names of its tensors; the
+tensors are compared with these names and shapes, so that no mistake stays unnoticed; and each
+tensor is transposed and stacked into our parameters. Writing is the reverse.
 """
 
 import dataclasses
@@ -38,7 +42,7 @@ from sedd.interop.torch_file import Tensor, read_torch
 from sedd.networks.ddit import DDiT, sigma_features
 from sedd.types import Params
 
-# Where the tensors are, the safest first: on the hub, and beside a run of SEDD, RADD and MDLM.
+# Files of tensors on the hub and in runs of SEDD, RADD and MDLM; the first that exists is read.
 WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -51,23 +55,26 @@ WEIGHTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published checkpoint in this library's terms; ``params`` are float32 arrays of the host."""
+    """A published checkpoint in the terms of this package."""
 
     network: DDiT
-    params: Params
+    params: Params  # float32 numpy arrays
     description: Description
 
 
 def load_published(path: str | os.PathLike) -> Published:
     """Read the checkpoint in the directory ``path``.
 
-    The network computes in float32; ``dataclasses.replace(network, dtype="bfloat16")`` does as the
-    published code does on a GPU. Raises ``UserError`` where keys of the configuration are missing
-    or not understood, and where tensors are missing, unexpected, transposed or of the wrong shape:
-    all of them are listed.
+    The network computes in float32. The published code computes in bfloat16 on a GPU, as does
+    ``dataclasses.replace(network, dtype="bfloat16")``.
 
-    MDLM without ``time_conditioning`` holds a network that is conditioned on σ but always runs at
-    σ = 0. It is returned as the equal network without a condition (see ``at_constant_sigma``).
+    An MDLM checkpoint without ``time_conditioning`` holds a network that is conditioned on σ but
+    always runs at σ = 0. It is returned as the equal network without a condition (see
+    ``at_constant_sigma``).
+
+    Raises:
+        UserError: if keys of the configuration are missing or not understood, or if tensors are
+            missing, unexpected, transposed or of a wrong shape; the message lists all of them.
 
     Example:
         >>> from sedd.interop.published import load_published
@@ -88,15 +95,24 @@ def load_published(path: str | os.PathLike) -> Published:
 
 
 def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT, Params]:
-    """The unconditioned network that computes what ``network`` does at one σ; exact up to rounding.
+    """Fold a constant σ into the parameters of a conditioned network.
 
-    At a constant σ the modulations are constants. The scale and shift of a norm are then a weight
-    and a bias of that norm, and a gate is a factor of the matrix (and bias) that ends its branch.
+    At a constant σ all modulations are constants. The modulation of a norm then is a change of its
+    weight and bias, and the gate of a branch is a factor of the matrix and bias at its end.
+
+    Args:
+        network: a time-conditioned network without ``norm_bias``; ValueError for another one.
+        params: its parameters.
+        sigma: the total noise.
+
+    Returns:
+        An unconditioned network and its parameters, with equal outputs up to rounding.
     """
     if not network.time_conditioned or network.norm_bias:
         raise ValueError("network must be time_conditioned and have no norm_bias")
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     trunk = params["trunk"]
+    # The condition, as in the network: two linear layers with SiLU.
     condition_C = np.asarray(sigma_features(jnp.full(1, sigma, jnp.float32))[0], np.float64)
     for name in ("in", "out"):
         condition_C = condition_C @ trunk["sigma_map"][name]["kernel"]
@@ -104,10 +120,12 @@ def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT
         condition_C = condition_C / (1 + np.exp(-condition_C))
 
     def modulation(layer, parts):
+        """The constant shifts, scales and gates; for stacked blocks, one row a layer."""
         out = np.einsum("c,...cd->...d", condition_C, layer["kernel"]) + layer["bias"]
         return np.split(out, parts, axis=-1)
 
     def norm(layer, shift, scale):
+        """The parameters of a norm followed by x·(1 + scale) + shift."""
         return {"scale": layer["scale"] * (1 + scale), "bias": shift}
 
     blocks = trunk["blocks"]
@@ -135,10 +153,18 @@ def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT
 def save_published(
     path: Path, layout: Layout, params: Params, *, beside: Mapping[str, str]
 ) -> None:
-    """Write a checkpoint to the directory ``path``, whole or not at all.
+    """Write a checkpoint to the directory ``path``, complete or not at all.
 
-    ``beside`` are further files, name to text. ``UserError`` where there is something already, and
-    where it cannot be written.
+    The files are written into a temporary directory beside ``path``, which is then renamed.
+
+    Args:
+        path: the directory; it must be empty or not exist.
+        layout: the layout to write, see ``layout_for``.
+        params: parameters of ``layout.network``.
+        beside: texts of other files, by name.
+
+    Raises:
+        UserError: if ``path`` is not free or cannot be written.
     """
     check_free(path)
     tensors = {}
@@ -154,9 +180,10 @@ def save_published(
                 (partial / name).write_text(text, encoding="utf-8")
             umask = os.umask(0)
             os.umask(umask)
-            partial.chmod(0o777 & ~umask)  # what mkdtemp and save_file make is the owner's alone
+            # mkdtemp and save_file allow access to the owner only: give the usual permissions.
+            partial.chmod(0o777 & ~umask)
             (partial / "model.safetensors").chmod(0o666 & ~umask)
-            partial.replace(path)  # an empty directory is replaced, any other is an error
+            partial.replace(path)  # replaces an empty directory, and fails for any other
         except BaseException:
             shutil.rmtree(partial)
             raise
@@ -174,12 +201,13 @@ def check_free(path: Path) -> None:
 
 
 def with_norm_bias(network: DDiT, params: Params) -> tuple[DDiT, Params]:
-    """An equal network whose norms have biases: 0 if it had none."""
+    """Return an equal network whose norms have biases; added biases are 0."""
     if network.norm_bias:
         return network, params
     trunk, blocks = params["trunk"], params["trunk"]["blocks"]
 
     def biased(norm):
+        """The parameters of a norm with a bias of 0."""
         return {**norm, "bias": np.zeros_like(norm["scale"])}
 
     blocks = blocks | {name: biased(blocks[name]) for name in ("norm_attention", "norm_mlp")}
@@ -188,7 +216,7 @@ def with_norm_bias(network: DDiT, params: Params) -> tuple[DDiT, Params]:
 
 
 def _flat(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves by name, as in ``layouts.TENSORS``."""
+    """The leaves of a tree of parameters with their names, as in ``layouts.base.TENSORS``."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -196,6 +224,7 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _read_params(path: Path, layout: Layout) -> Params:
+    """Read our parameters from a file of tensors; UserError lists everything that does not fit."""
     tensors = {
         name: tensor for name, tensor in _read_tensors(path).items() if not name.endswith(IGNORED)
     }
@@ -231,17 +260,18 @@ def _read_params(path: Path, layout: Layout) -> Params:
 
 
 def _tensor_names(path: Path) -> list[str]:
-    """The names of the tensors of a safetensors file, from its header; none of other files."""
+    """The names in the header of a safetensors file; an empty list for other files."""
     if path.suffix != ".safetensors":
         return []
     try:
         with safe_open(path, "np") as tensors:
             return list(tensors.keys())
-    except (OSError, SafetensorError):  # ``_read_tensors`` says what is wrong
+    except (OSError, SafetensorError):  # ``_read_tensors`` will report it
         return []
 
 
 def _read_tensors(path: Path) -> Mapping[str, np.ndarray | Tensor]:
+    """The tensors of a file by name, averaged (EMA) if the checkpoint holds an average."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -250,22 +280,23 @@ def _read_tensors(path: Path) -> Mapping[str, np.ndarray | Tensor]:
     saved = read_torch(path)
     tensors = saved
     if isinstance(saved, dict):
-        # SEDD's and RADD's training code, Lightning, or a state dict itself.
+        # A checkpoint of SEDD's and RADD's code ("model") or of Lightning ("state_dict"), or the
+        # state dict itself.
         tensors = next((saved[key] for key in ("model", "state_dict") if key in saved), saved)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise UserError(f"{path}: it holds no tensors by name, nor a training run's checkpoint")
-    if tensors is saved or not saved.get("ema"):  # MDLM's code can train without an average
+    if tensors is saved or not saved.get("ema"):  # MDLM's code can be run without an average
         return tensors
     return _averaged(path, tensors, saved["ema"])
 
 
 def _averaged(path: Path, tensors: dict[str, Tensor], ema: Any) -> dict[str, Tensor]:
-    """The averaged parameters under their names.
+    """The averaged (EMA) parameters by name.
 
-    The average is a list in the order of PyTorch's parameters, which is that of the state dict
-    without its buffers.
+    The checkpoint holds them as a list without names, in the order of PyTorch's ``parameters()``.
+    This is the order of the state dict without its buffers.
     """
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     names = [name for name in tensors if not name.endswith(IGNORED)]

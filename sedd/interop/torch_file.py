@@ -1,11 +1,13 @@
 """Read files of ``torch.save`` without PyTorch and without running code from them.
 
-Such a file is a zip archive of ``data.pkl``, a pickle of what was saved, and one entry of raw bytes
-for each storage. A pickle is a program that may call any function by name. The unpickler here knows
-only the classes below (tensors, parameters, ordered dictionaries) and refuses every other name.
+Such a file is a zip archive. Its entry ``data.pkl`` is a pickle of the saved object, and every
+storage (the memory behind tensors) is another entry of raw bytes. A pickle is a program that can
+call any function by its name. The unpickler here resolves only the names in ``CLASSES`` and
+``STORAGES`` (tensors, parameters, ordered dictionaries) and refuses all others.
 
-Training checkpoints of Lightning also hold the run's configuration and tokenizer, as objects of the
-libraries in ``PASSED_OVER``. Each of them is replaced by an ``_Inert``, whose methods do nothing.
+Training checkpoints of Lightning also contain the configuration and the tokenizer of the run, as
+objects of the libraries in ``PASSED_OVER``. Each of these objects is replaced by an ``_Inert``,
+whose methods do nothing.
 """
 
 import io
@@ -19,7 +21,7 @@ import numpy as np
 
 from sedd.errors import UserError
 
-STORAGES = {
+STORAGES = {  # name in the pickle: type of the numbers
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
@@ -31,8 +33,8 @@ STORAGES = {
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
 }
-PASSED_OVER = ("omegaconf", "transformers", "tokenizers")
-# What the objects of those libraries are made of in a pickle of protocol 2.
+PASSED_OVER = ("omegaconf", "transformers", "tokenizers")  # libraries of objects to ignore
+# Python's own classes and functions that occur in the pickles of these objects (protocol 2).
 BUILTINS = ("dict", "list", "tuple", "set", "int", "long", "float", "str", "unicode")
 PASSED_OVER_NAMES = {
     "typing.Any",
@@ -40,31 +42,35 @@ PASSED_OVER_NAMES = {
     "_codecs.encode",
     *(f"__builtin__.{name}" for name in BUILTINS),
 }
-LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # how files before 1.6 begin
+LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # start of files before 1.6
 
 
 def read_torch(path: Path) -> Any:
-    """Read the saved object: dictionaries, lists, numbers and text; tensors become ``Tensor``.
+    """Read the saved object.
 
-    Tensors are read when they are converted to arrays. Raises ``UserError`` where the file is
-    damaged, is not of ``torch.save``'s zip format, or names anything but tensors and what holds
-    them.
+    Returns:
+        Dictionaries, lists, numbers and strings as they were saved, with a ``Tensor`` for each
+        tensor. Its numbers are read from the file when it is converted to an array.
+
+    Raises:
+        UserError: if the file is damaged, is not of the zip format of ``torch.save``, or its pickle
+            names any function or class beside those of tensors and their containers.
     """
     try:
         archive = _Archive(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError):  # of a version that there is not yet
+    except (zipfile.BadZipFile, NotImplementedError):  # NotImplementedError: of a later zip version
         _refuse(path)
     return _unpickle(_Unpickler(io.BytesIO(archive.read("data.pkl")), path, archive), path)
 
 
-# The pickle's BUILD sets attributes of whatever object or class it is given, unless that has a
-# __setstate__: hence one in each of these. None has a __dict__ that it could fill.
+# The instruction BUILD of a pickle sets attributes of any object or class that it is given, unless
+# that has a method __setstate__. Each class below therefore has one, and none has a __dict__.
 
 
 class Tensor:
-    """A tensor whose numbers are still in the file. ``np.asarray`` reads them, into a new array."""
+    """A tensor whose numbers are still in the file; ``np.asarray`` reads them into a new array."""
 
     __slots__ = ("_offset", "_storage", "_strides", "shape")
 
@@ -80,6 +86,7 @@ class Tensor:
         raise pickle.UnpicklingError("a tensor has a state")
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """Read the numbers; UserError if the tensor reaches beyond its storage."""
         path, kind = self._storage.archive.path, self._storage.dtype
         data = self._storage.archive.read(f"data/{self._storage.key}")
         strides = [stride * kind.itemsize for stride in self._strides]
@@ -91,7 +98,7 @@ class Tensor:
 
 
 class _Storage:
-    """Numbers of one type, by the name of their entry."""
+    """Numbers of one type in the entry ``data/KEY`` of the archive."""
 
     __slots__ = ("archive", "dtype", "key")
 
@@ -103,7 +110,7 @@ class _Storage:
 
 
 class _Parameter:
-    """Constructor of a parameter in a pickle; it returns the tensor."""
+    """Stands for PyTorch's parameter, whose constructor gets a tensor; returns that tensor."""
 
     __slots__ = ()
 
@@ -115,7 +122,7 @@ class _Parameter:
 
 
 class _Dict(dict):
-    """An ordered dictionary; a state dict's has attributes, which say nothing of its tensors."""
+    """An ordered dictionary; the attributes that PyTorch adds to a state dict are ignored."""
 
     __slots__ = ()
 
@@ -124,7 +131,7 @@ class _Dict(dict):
 
 
 class _Inert:
-    """Placeholder for an object of ``PASSED_OVER``."""
+    """Placeholder for an object of a library in ``PASSED_OVER``; ignores all operations."""
 
     __slots__ = ()
 
@@ -153,14 +160,17 @@ CLASSES: dict[str, Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
+    """An unpickler that resolves only the names of tensors and their containers."""
+
     def __init__(self, stream, path: Path, archive: "_Archive | None" = None):
         super().__init__(stream)
         self.path, self.archive = path, archive
 
     def find_class(self, module_name: str, global_name: str) -> Any:
+        """Resolve a name in the pickle; UserError for any name that is not expected."""
         name = f"{module_name}.{global_name}"
         if name in STORAGES:
-            return name  # a string: nothing can be done to it, unlike to a numpy dtype
+            return name  # a string, which a pickle cannot change, unlike a numpy dtype
         if name in CLASSES:
             return CLASSES[name]
         if name in PASSED_OVER_NAMES or module_name.split(".")[0] in PASSED_OVER:
@@ -171,6 +181,7 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> Any:
+        """Resolve a reference to a storage, (kind, type, key, device, size)."""
         kind, name, key, _, _, *_ = pid
         if kind != "storage" or name not in STORAGES or self.archive is None:
             raise pickle.UnpicklingError(f"it refers to {kind!r} of {name!r}")
@@ -178,6 +189,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(unpickler: _Unpickler, path: Path) -> Any:
+    """Load the pickle; UserError for everything that a damaged one can raise."""
     try:
         return unpickler.load()
     except UserError:
@@ -188,16 +200,20 @@ def _unpickle(unpickler: _Unpickler, path: Path) -> Any:
 
 
 def _refuse(path: Path):
-    """UserError for a file that is no zip archive; one that names a global is refused for that."""
+    """Raise the UserError for a file that is not a zip archive.
+
+    A plain pickle or a file of PyTorch before 1.6 is read by the restricted unpickler first. If it
+    names a function or class, the error says which one was refused.
+    """
     with path.open("rb") as file:
         legacy = file.read(len(LEGACY)) == LEGACY
         file.seek(0)
-        for _ in range(4 if legacy else 1):  # two numbers and a description come before the object
+        for _ in range(4 if legacy else 1):  # the object is the fourth pickle of a file before 1.6
             try:
                 _Unpickler(file, path).load()
             except UserError:
                 raise
-            except Exception:  # whatever else it is, it is refused below
+            except Exception:  # no pickle, or a damaged one: refused below
                 break
     if legacy:
         raise UserError(
@@ -208,9 +224,9 @@ def _refuse(path: Path):
 
 
 class _Archive:
-    """The entries of a zip archive, read whole and checked by its checksums.
+    """The entries of a zip archive, each read completely and compared with its checksum.
 
-    The last one is kept: tensors may share a storage, and then they come one after the other.
+    The entry that was read last is cached, because tensors that share a storage follow each other.
     """
 
     def __init__(self, path: Path):
@@ -228,12 +244,13 @@ class _Archive:
             raise UserError(f"{path} was written on a big-endian machine, which is not read")
 
     def read(self, name: str, default: bytes | None = None) -> bytes:
+        """The content of an entry; UserError if it is missing and there is no ``default``."""
         if self._last[0] == name:
             return self._last[1]
         try:
             with zipfile.ZipFile(self.path) as archive:
                 info = archive.getinfo(self._top + name)
-                if info.compress_type != zipfile.ZIP_STORED:  # it could be of any size
+                if info.compress_type != zipfile.ZIP_STORED:  # could unpack to any size
                     raise UserError(
                         f"{self.path}: {info.filename} is compressed, which is not read"
                     )

@@ -1,15 +1,16 @@
 """Published layouts, one module each: how a project writes its configuration and its tensors.
 
-A module is a layout if it defines ``matches``, and then has all of
+A module that defines ``matches`` is a layout. It must define all of these:
 
-- ``NAME`` and ``CODE``: the layout's name, and what else reads it;
-- ``matches(config, names) -> bool``: whether a configuration and the names of its tensors (empty
-  where they are not known yet) are of this layout;
-- ``read(config) -> Layout``: the network and the description; UserError on what is missing;
-- ``refusals(network, description) -> list of reasons or None``: why the layout cannot hold a model,
-  none if it can; None if the model is of another kind;
-- ``tensors(network) -> {our parameter: published name}``, ``{}`` standing for a block's number;
-- ``write(network, description) -> dict``: the ``config.json`` that ``read`` reads.
+- ``NAME`` and ``CODE``: the name of the layout, and the code that reads it;
+- ``matches(config, names) -> bool``: whether a configuration is of this layout; ``names`` are the
+  names of its tensors, empty if they are not known;
+- ``read(config) -> Layout``: read the configuration; UserError if keys are missing;
+- ``refusals(network, description)``: a list of reasons why the layout cannot hold a model, empty if
+  it can; None if the model is of another kind;
+- ``tensors(network)``: a dictionary from our parameters to published names, in which ``{}`` stands
+  for the number of a block;
+- ``write(network, description) -> dict``: the content of the ``config.json``.
 """
 
 import lazy_loader

@@ -1,4 +1,9 @@
-"""What layouts share: finding and reading configurations, naming tensors, choosing a layout."""
+"""Shared by all layouts: find and read configurations, name tensors, choose a layout.
+
+SEDD, RADD and MDLM have the same network code, so that their tensors have the same names
+(``TENSORS``). SEDD and RADD also share a nested configuration written by Hydra; the functions
+``hydra_…`` read and write the keys that both have.
+"""
 
 import functools
 import importlib
@@ -16,13 +21,13 @@ from sedd.errors import UserError
 from sedd.networks.ddit import DDiT
 
 CONFIGS = ("config.json", ".hydra/config.yaml")
-MARKS = ("model", "model_type", "architectures")  # one of them is in every published config.json
-SCHEDULES = {"loglinear": "log_linear", "geometric": "geometric"}  # theirs: ours
-PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}
-LOG_LINEAR_EPS = 1e-3  # fixed in the code of SEDD, RADD and MDLM
-MLP_RATIO = 4  # likewise
+MARKS = ("model", "model_type", "architectures")  # every published config.json has one of them
+SCHEDULES = {"loglinear": "log_linear", "geometric": "geometric"}  # published name: ours
+PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}  # published name: ours
+LOG_LINEAR_EPS = 1e-3  # constant in the code of SEDD, RADD and MDLM
+MLP_RATIO = 4  # constant in the code of SEDD, RADD and MDLM
 
-# Our parameters under the names of SEDD's code, which RADD and MDLM keep; {} is a block's number.
+# Our parameter: its name in the code of SEDD, RADD and MDLM, with {} for the number of the block.
 TENSORS = {
     "trunk/embed/embedding": "vocab_embed.embedding",
     "trunk/sigma_map/in/kernel": "sigma_map.mlp.0.weight",
@@ -48,9 +53,9 @@ TENSORS = {
     "head/kernel": "output_layer.linear.weight",
     "head/bias": "output_layer.linear.bias",
 }
-IGNORED = "rotary_emb.inv_freq"  # a constant that PyTorch saved along
+IGNORED = "rotary_emb.inv_freq"  # a constant among the saved tensors
 
-# Our field: (the published key, its kind), of SEDD's and RADD's code.
+# Our field: (key in SEDD's and RADD's configuration, its kind; see ``PublishedConfig.read``).
 SIZES = {
     "hidden_dim": ("model.hidden_size", "size"),
     "num_layers": ("model.n_blocks", "size"),
@@ -62,37 +67,37 @@ HYDRA = {"num_tokens": ("tokens", "size"), "length": ("model.length", "size")}
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A published model apart from its network, in this library's terms."""
+    """A published model without its network, in the terms of this package."""
 
     process: str  # "absorbing" or "uniform"
-    parameterization: str  # "score" or "conditional"; of the time where the network is conditioned
-    schedule: dict[str, Any]  # its name and its options
+    parameterization: str  # "score" or "conditional"
+    schedule: dict[str, Any]  # its name under "name", and its options
     num_tokens: int  # N, the real tokens, without the mask
-    length: int  # of the training sequences
-    corpus: str | None  # what it was trained on, where the configuration says so
+    length: int  # tokens in a training sequence
+    corpus: str | None  # training data; None if the configuration does not state it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A published checkpoint's network, its description, and the names of its tensors.
+    """The network of a published checkpoint, its description, and the names of its tensors.
 
-    ``tensors`` maps our parameters to published names, with ``{}`` for the number of a block.
-    PyTorch's linear weights are [out, in] and our kernels [in, out]. ``constant_sigma`` is given if
-    the network is conditioned on σ but always runs at this one.
+    Our parameters of the blocks are stacked, and published ones are one tensor a block. Our kernels
+    are [in, out], and PyTorch's linear weights [out, in].
     """
 
     name: str
     network: DDiT
     description: Description
+    # Our parameter: its published name, with {} for the number of the block.
     tensors: Mapping[str, str] = field(default_factory=lambda: TENSORS)
-    constant_sigma: float | None = None
+    constant_sigma: float | None = None  # the σ at which a conditioned network always runs
 
 
 def find_config(directory: Path) -> Path | None:
-    """The published configuration in a directory, or None.
+    """Find the published configuration in a directory; None if there is none.
 
-    A ``config.json`` that cannot be read counts as none, since a run has one too. ``UserError`` if
-    ``.hydra/config.yaml`` cannot be read: only published code writes it.
+    A ``config.json`` that cannot be read counts as none, because it may be that of a run. Only
+    published code writes ``.hydra/config.yaml``: UserError if that file cannot be read.
     """
     for path in (directory / name for name in CONFIGS):
         if path.is_file():
@@ -109,10 +114,14 @@ def find_config(directory: Path) -> Path | None:
 
 
 def read_layout(path: Path, names: Collection[str] = ()) -> Layout:
-    """The layout of a configuration; ``names`` are those of its tensors, if they are known.
+    """Read a configuration in the first layout that matches.
 
-    Raises ``UserError`` if no layout matches, or if keys are missing or not understood; all of them
-    are named.
+    Args:
+        path: the configuration.
+        names: names of the checkpoint's tensors, if they are known.
+
+    Raises:
+        UserError: if no layout matches, or keys are missing or not understood; lists all of them.
     """
     try:
         data = _parse(path)
@@ -132,7 +141,7 @@ def read_layout(path: Path, names: Collection[str] = ()) -> Layout:
 
 @functools.cache
 def layouts() -> dict[str, Any]:
-    """The modules of ``sedd.interop.layouts`` that are a layout, by their ``NAME``."""
+    """Every layout, a module of ``sedd.interop.layouts``, by its ``NAME``."""
     package = importlib.import_module("sedd.interop.layouts")
     modules = [
         importlib.import_module(f"{package.__name__}.{info.name}")
@@ -142,12 +151,13 @@ def layouts() -> dict[str, Any]:
 
 
 def _names() -> str:
+    """The names of all layouts, as a part of a sentence."""
     *most, last = sorted(layouts())
     return f"{', '.join(most)} or {last}"
 
 
 def reason(error: Exception) -> str:
-    """The error in one line, without the path that an ``OSError`` repeats."""
+    """The message of an error in one line, without the path that an ``OSError`` adds."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200]
@@ -163,12 +173,13 @@ def _parse(path: Path) -> Any:
 
 
 class PublishedConfig:
-    """A configuration, whose keys are asked for by their dotted name."""
+    """A published configuration, with access to nested keys by dotted names (``model.length``)."""
 
     def __init__(self, path: Path, data: dict[str, Any]):
         self.path, self.data = path, data
 
     def has(self, name: str) -> bool:
+        """Whether the key ``name`` is there."""
         value = self.data
         for part in name.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -177,10 +188,10 @@ class PublishedConfig:
         return True
 
     def read(self, **keys: Any) -> dict[str, Any]:
-        """The values of keys, each given as (dotted name, kind).
+        """Read keys, each given as ``our_field=(dotted name, kind)``; returns values by our fields.
 
-        A kind is a type, "size" for a positive integer, or a dictionary of choices to what they
-        are here.
+        A kind is ``bool``, ``float``, "size" for a positive integer, or a dictionary from published
+        choices to ours. UserError lists all keys that are missing or have a wrong value.
         """
         values, problems = {}, []
         for ours, (name, kind) in keys.items():
@@ -193,6 +204,7 @@ class PublishedConfig:
         return values
 
     def _get(self, name: str, kind: Any) -> Any:
+        """The value of one key; ValueError if it is missing or not of its kind."""
         if not self.has(name):
             raise ValueError(f"the key {name} is missing")
         value: Any = self.data
@@ -206,7 +218,7 @@ class PublishedConfig:
             raise ValueError(f"{name} must be true or false, got {value!r}")
         if kind is float:
             try:
-                return float(value)  # YAML reads 1e-4 as text, and configurations kept it so
+                return float(value)  # YAML reads 1e-4 as a string, and some files contain that
             except (TypeError, ValueError):
                 raise ValueError(f"{name} must be a number, got {value!r}") from None
         if kind == "size" and not (type(value) is int and value > 0):
@@ -214,6 +226,7 @@ class PublishedConfig:
         return value
 
     def network(self, **options) -> DDiT:
+        """Build the network; UserError that names the configuration if a field is out of range."""
         try:
             return DDiT(**options)
         except ValueError as error:
@@ -221,7 +234,7 @@ class PublishedConfig:
 
 
 def hydra_noise(config: PublishedConfig) -> dict[str, Any]:
-    """The keys of the schedule. A configuration may leave it out: log-linear is the default."""
+    """Arguments of ``read`` for the schedule; none if it is not stated, which means log-linear."""
     if not config.has("noise"):
         return {}
     keys: dict[str, Any] = {"schedule": ("noise.type", SCHEDULES)}
@@ -233,7 +246,7 @@ def hydra_noise(config: PublishedConfig) -> dict[str, Any]:
 def hydra_description(
     config: PublishedConfig, values: dict[str, Any], *, parameterization: str
 ) -> Description:
-    """The description, taken out of ``values``; the network's fields stay there."""
+    """Move the fields of a description out of ``values``; the fields of the network stay there."""
     schedule = {"name": values.pop("schedule", "log_linear")}
     for name in ("sigma_min", "sigma_max"):
         if name in values:
@@ -250,7 +263,7 @@ def hydra_description(
 
 
 def layout_for(network: DDiT, description: Description) -> Layout:
-    """The published layout that holds a model; UserError with all reasons if none does."""
+    """Choose the layout that can hold a model; UserError with all reasons if there is none."""
     refused = {}
     for name, layout in layouts().items():
         refused[name] = layout.refusals(network, description)
@@ -267,14 +280,17 @@ def layout_for(network: DDiT, description: Description) -> Layout:
 
 
 def config_of(layout: Layout) -> dict[str, Any]:
-    """The ``config.json`` that ``read_layout`` reads as this layout."""
+    """The content of a ``config.json`` from which ``read_layout`` makes this layout."""
     return layouts()[layout.name].write(layout.network, layout.description)
 
 
 def common_refusals(
     network: DDiT, description: Description, schedules: Collection[str], *, norm_bias: bool
 ) -> list[str]:
-    """Reasons why the code of SEDD, RADD and MDLM cannot build this network or schedule."""
+    """Why the code of SEDD, RADD and MDLM cannot build this network or schedule.
+
+    ``schedules`` and ``norm_bias`` say which schedules, and whether biased norms, a layout allows.
+    """
     problems = []
     if network.mlp_ratio != MLP_RATIO:
         problems.append(f"network.mlp_ratio must be {MLP_RATIO}, got {network.mlp_ratio}")
@@ -289,8 +305,9 @@ def common_refusals(
 
 
 def hydra_config(network: DDiT, description: Description) -> dict[str, Any]:
-    """What the configurations of SEDD's and RADD's code have in common."""
-    schedule = {"sigma_min": 1e-4, "sigma_max": 20.0, **description.schedule}  # SEDD's own, unused
+    """The part of a configuration that SEDD's and RADD's code have in common."""
+    # The log-linear schedule does not use the two bounds, but the configuration must have them.
+    schedule = {"sigma_min": 1e-4, "sigma_max": 20.0, **description.schedule}
     theirs = {ours: name for name, ours in SCHEDULES.items()}
     config: dict[str, Any] = {
         "tokens": description.num_tokens,
@@ -311,7 +328,10 @@ def hydra_config(network: DDiT, description: Description) -> dict[str, Any]:
 
 
 def names_of(layout: Layout, key: str, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
-    """The published names of one of our parameters, one for each block, and the shape of each."""
+    """The published names of one of our parameters, and the shape of each of these tensors.
+
+    A parameter of the blocks has one name for each block; its first axis is the block.
+    """
     template = layout.tensors[key]
     stacked = "{}" in template
     names = [template.format(i) for i in range(shape[0])] if stacked else [template]
@@ -320,7 +340,7 @@ def names_of(layout: Layout, key: str, shape: tuple[int, ...]) -> tuple[list[str
 
 
 def to_published(layout: Layout, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    """The published tensors of one of our parameters."""
+    """Split and transpose one of our parameters into its published tensors, by name."""
     names, shape = names_of(layout, key, array.shape)
     each = array if array.ndim > len(shape) else [array]
     kernel = key.endswith("kernel")
@@ -331,6 +351,6 @@ def to_published(layout: Layout, key: str, array: np.ndarray) -> dict[str, np.nd
 
 
 def from_published(layout: Layout, key: str, arrays: list[np.ndarray]) -> np.ndarray:
-    """One of our parameters from its published tensors, in the order of their names."""
+    """Transpose and stack published tensors, in the order of ``names_of``, into our parameter."""
     values = [array.T if key.endswith("kernel") else array for array in arrays]
     return np.stack(values) if "{}" in layout.tensors[key] else values[0]

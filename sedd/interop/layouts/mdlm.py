@@ -1,6 +1,7 @@
 """The layout of MDLM's code: conditional models whose network takes a time. arXiv:2406.07524.
 
-``config.json`` is flat. Without ``time_conditioning`` the network always runs at σ = 0.
+The keys of ``config.json`` are not nested. The network always has a time input; without
+``time_conditioning`` the code runs it at σ = 0 (``Layout.constant_sigma``).
 """
 
 from sedd.interop.layouts.base import TENSORS, Description, Layout, common_refusals
@@ -8,7 +9,7 @@ from sedd.interop.layouts.base import TENSORS, Description, Layout, common_refus
 NAME = "MDLM"
 CODE = "the code of MDLM (arXiv:2406.07524)"
 
-KEYS = {
+KEYS = {  # our field: (key, kind)
     "num_states": ("vocab_size", "size"),
     "hidden_dim": ("hidden_dim", "size"),
     "condition_dim": ("cond_dim", "size"),
@@ -19,10 +20,12 @@ KEYS = {
 
 
 def matches(config, names):
+    """Whether ``model_type`` is "mdlm"."""
     return config.has("model_type") and config.data["model_type"] == "mdlm"
 
 
 def read(config):
+    """Read the flat configuration; the mask is the last of the ``vocab_size`` states."""
     values = config.read(
         length=("model_length", "size"), conditioned=("time_conditioning", bool), **KEYS
     )
@@ -46,16 +49,19 @@ def read(config):
 
 
 def refusals(network, description):
+    """Why MDLM's code cannot hold a model; None unless it is a time-dependent conditional one."""
     if description.parameterization != "conditional" or not network.time_conditioned:
         return None
     return common_refusals(network, description, ["log_linear"], norm_bias=False)
 
 
 def tensors(network):
+    """The names of SEDD's code below ``backbone``."""
     return {ours: f"backbone.{name}" for ours, name in TENSORS.items()}
 
 
 def write(network, description):
+    """The flat configuration of a time-dependent model."""
     return {
         "model_type": "mdlm",
         "architectures": ["MDLM"],

@@ -1,6 +1,6 @@
 """The layout of RADD's code: conditional models without a time. arXiv:2406.03736.
 
-The whole configuration is ``config.json`` on the hub, and ``.hydra/config.yaml`` beside a run.
+The same nested configuration is ``config.json`` on the hub, and ``.hydra/config.yaml`` in a run.
 """
 
 from sedd.interop.layouts.base import (
@@ -20,10 +20,12 @@ CODE = "the code of RADD (arXiv:2406.03736)"
 
 
 def matches(config, names):
+    """Whether ``use_checkpoint`` is there, a key of RADD's code only, or no graph is named."""
     return config.has("model") and (not config.has("graph") or config.has("model.use_checkpoint"))
 
 
 def read(config):
+    """Read the nested configuration; the process is always absorbing."""
     values = config.read(**SIZES, **HYDRA, **hydra_noise(config)) | {"process": "absorbing"}
     description = hydra_description(config, values, parameterization="conditional")
     network = config.network(
@@ -33,16 +35,19 @@ def read(config):
 
 
 def refusals(network, description):
+    """Why RADD's code cannot hold a model; None unless it is a time-independent conditional one."""
     if description.parameterization != "conditional" or network.time_conditioned:
         return None
     return common_refusals(network, description, list(SCHEDULES.values()), norm_bias=True)
 
 
 def tensors(network):
+    """The names of SEDD's code."""
     return TENSORS
 
 
 def write(network, description):
+    """The nested configuration, with the name of RADD's network."""
     config = hydra_config(network, description)
     config["model"] |= {
         "name": "exported",

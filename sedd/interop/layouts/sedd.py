@@ -1,6 +1,6 @@
 """The layout of SEDD's code: score models of either process. arXiv:2310.16834.
 
-The whole configuration is ``config.json`` on the hub, and ``.hydra/config.yaml`` beside a run.
+The same nested configuration is ``config.json`` on the hub, and ``.hydra/config.yaml`` in a run.
 """
 
 from sedd.errors import UserError
@@ -22,11 +22,13 @@ CODE = "the code of SEDD (arXiv:2310.16834)"
 
 
 def matches(config, names):
-    # RADD's configurations may name a graph too; use_checkpoint is a key of RADD's code alone.
+    """Whether a graph is named, and no key of RADD's code is there."""
+    # RADD's configurations may name a graph too; only they have the key use_checkpoint.
     return config.has("model") and config.has("graph") and not config.has("model.use_checkpoint")
 
 
 def read(config):
+    """Read the nested configuration; with an absorbing graph the mask is one more state."""
     values = config.read(
         process=("graph.type", PROCESSES),
         scaled=("model.scale_by_sigma", bool),
@@ -49,16 +51,19 @@ def read(config):
 
 
 def refusals(network, description):
+    """Why SEDD's code cannot hold a model; None unless it is a score model."""
     if description.parameterization != "score":
         return None
     return common_refusals(network, description, list(SCHEDULES.values()), norm_bias=False)
 
 
 def tensors(network):
+    """The names of SEDD's code."""
     return TENSORS
 
 
 def write(network, description):
+    """The nested configuration, with the graph and the name of SEDD's network."""
     config = hydra_config(network, description)
     absorbing = description.process == "absorbing"
     config["graph"] = {"type": "absorb" if absorbing else "uniform"}
