@@ -128,8 +128,8 @@ class Denoiser:
     ) -> tuple[Float[Array, "B L D"], ...]:
         """Call the network: the hidden states at which positions 0..L-1 are read.
 
-        Returns a tuple with one array, or under guidance two: the second one is that of x with the
-        given tokens masked. Raises ValueError if a time-dependent model gets no ``sigma``.
+        Returns a tuple with one array, or under guidance two; for the second one the given tokens
+        are masked. Raises ValueError if a time-dependent model gets no ``sigma``.
         """
         if self.time_independent:
             sigma = None

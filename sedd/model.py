@@ -1,6 +1,6 @@
 """A trained model, and how it is loaded.
 
-A ``Model`` puts together what a checkpoint stands for: parameters, components, configuration and
+A ``Model`` holds everything that a checkpoint defines: parameters, components, configuration and
 tokenizer. ``load`` reads one from the directory of a run, or from a published checkpoint. The other
 parts of the Python interface take a ``Model``: ``sedd.sampling`` and ``sedd.evaluating``.
 """
@@ -128,7 +128,7 @@ class Model:
         )
 
     def check_ids(self, ids: Any, *, mask: bool = False) -> None:
-        """Raise UserError if an id is not that of a real token.
+        """Raise UserError if an id is not the id of a real token.
 
         ``mask`` also allows the id of the mask. Traced arrays have no values and are not checked.
         """

@@ -86,15 +86,16 @@ def sample(
     Args:
         model: from ``sedd.load``.
         key: an integer seed or one key, from which each sequence derives its own, or a key for each
-            sequence. Keys are those of ``jax.random.key`` or ``jax.random.PRNGKey``.
-        num: number of sequences; by default that of the keys or the lists, or 1.
+            sequence. ``jax.random.key`` and ``jax.random.PRNGKey`` make keys.
+        num: number of sequences; by default the number of keys, the length of the lists, or 1.
         length: tokens in a sequence, the given ones included; by default the training length.
         sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. Default: event_jump;
             tweedie for a time-dependent model, ordered for an autoregressive one.
         prompt: text at the start.
         suffix: text at the end.
         infill: text with gaps such as ``{mask:12}``.
-        regex: regex that the free text must match, or a list with one, or None, for each gap.
+        regex: regex that the free text must match; for one sequence it may be a list with a regex
+            or None for each gap.
         json_schema: a JSON Schema of the free text, in the same form; excludes ``regex``.
         clamp: the given tokens as a ``Clamp``, instead of texts.
         constraint: compiled automata, instead of ``regex`` and ``json_schema``.

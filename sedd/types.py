@@ -5,8 +5,8 @@ A suffix such as ``_BL`` in the name of an array lists its axes in order, one le
 ==========  =====================================================================
 ``B``       batch (sequences)
 ``L``       length (positions)
-``V``       states of the process: the real tokens, and the mask where there is one
-``N``       real tokens; the mask, where there is one, is the id ``N``
+``V``       states of the process: the real tokens, and the mask if there is one
+``N``       real tokens; the mask, if there is one, has the id ``N``
 ``D``       width of the model
 ``R``       rows: selected positions of a batch, or replicates of an estimate
 ``S``       sequences of a data set

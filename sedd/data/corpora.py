@@ -1,4 +1,4 @@
-"""Corpora by name: the built-in ones, those of two catalogues, and the user's own files."""
+"""Corpora by name: built in, from two catalogues of data sets, or the user's own files."""
 
 import difflib
 import math

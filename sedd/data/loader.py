@@ -129,7 +129,7 @@ class Batches:
         }
 
     def _rows(self, part: int, rank: np.ndarray) -> np.ndarray:
-        """Row numbers of the examples with numbers ``rank`` among those of a part."""
+        """Row numbers of the examples of a part, given by their rank among its examples."""
         num_rows = self._parts[part].num_rows
         epoch, place = np.divmod(rank, num_rows)
         rows = np.empty_like(rank)

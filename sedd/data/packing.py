@@ -29,8 +29,8 @@ class TooShortError(UserError):
 class Packed:
     """Rows of ``length`` tokens, read from a memory map.
 
-    The counts are those of the scored tokens. With joined documents these are all tokens but the
-    dropped remainders; with separate documents, all tokens but the ends of documents. The text that
+    All counts are of scored tokens. With joined documents these are all tokens except the dropped
+    remainders; with separate documents, all tokens except the ends of documents. The text that
     the scored tokens spell has ``text_characters`` characters and ``text_bytes`` bytes of UTF-8, so
     nats per character are nats per token times ``num_tokens_total / text_characters``. For a
     tokenizer that does not tell the bytes of its tokens, both sizes are the whole text's times the
@@ -268,7 +268,8 @@ def _open(folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer, c
             f"{len(ends):,} ends of documents included"
             + (f", and no {cut.drop_every:,} documents fill a row" if cut.drop_every else "")
         )
-    # Scored tokens: those of the files, without unscored ends and dropped tokens, with ``around``.
+    # The scored tokens are all tokens of the files without unscored ends and dropped tokens, and
+    # the ids of ``around`` once a row.
     counts = np.array(meta["counts"], np.int64)
     if eos_id is not None and not cut.wrap:
         counts[eos_id] -= len(ends)

@@ -44,7 +44,7 @@ def fetch(path: str) -> Path:
     unreachable = why_hub_unreachable()
 
     def download(files: list[str]) -> Path:
-        """Download those of the files that the repository has; return their directory."""
+        """Download the files that exist in the repository; return their directory."""
         try:
             return Path(
                 hub.snapshot_download(

@@ -60,7 +60,7 @@ def attention(
 
     Args:
         q_BLHK: queries.
-        k_BLHK: keys; their number may differ from that of the queries.
+        k_BLHK: keys; there may be more or fewer keys than queries.
         v_BLHK: values, as many as keys.
         attend: which queries see which keys; None lets all see all.
         backend: one of ``BACKENDS``; see ``choose`` for "auto".

@@ -32,7 +32,7 @@ class Rows:
 
     @classmethod
     def at(cls, positions_BK: Int[Array, "B K"]) -> "Rows":
-        """Rows of K positions of each sequence: B·K rows, those of sequence 0 first."""
+        """B·K rows: K positions of sequence 0, then K positions of sequence 1, and so on."""
         batch, count = positions_BK.shape
         return cls(
             sequence_R=jnp.repeat(jnp.arange(batch), count), position_R=positions_BK.reshape(-1)
@@ -68,9 +68,8 @@ def over_chunks(
 
     The selected indices are listed in ascending order. Chunks of the first size are taken from the
     list while they can be filled, then chunks of the next size. The last chunk of the smallest size
-    may be incomplete: its unused entries of ``index_R`` are M, which a scatter with
-    ``mode="drop"`` ignores, and those of ``safe_R`` repeat a selected index, so that a gather stays
-    in range.
+    may be incomplete. In its unused entries, ``index_R`` is M, which a scatter with ``mode="drop"``
+    ignores, and ``safe_R`` repeats a selected index, so that a gather stays in range.
 
     Args:
         select_M: which of the indices 0..M-1 are selected.

@@ -1,4 +1,4 @@
-"""Parameterizations: what the raw output of a network means."""
+"""Parameterizations: the meaning of a network's raw output."""
 
 import lazy_loader
 

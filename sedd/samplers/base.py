@@ -166,7 +166,7 @@ class State:
     x_BL: Int[Array, "B L"]  # current tokens
     free_BL: Bool[Array, "B L"]  # positions to draw; the others are given
     keys_B: Key[Array, " B"]
-    calls_B: Int[Array, " B"]  # network calls so far, without those of guidance
+    calls_B: Int[Array, " B"]  # network calls so far; guidance is not counted here
     round_B: Int[Array, " B"]  # rounds in which the sequence was active
     plan: Any  # a pytree of decisions made at the start, such as an order
 

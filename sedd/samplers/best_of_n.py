@@ -20,7 +20,7 @@ class BestOfN(Sampler):
     If scores are distinct, the probability of x is F(x)^n - F(x-)^n, where F(x) is the inner
     sampler's probability of a score of at most the score of x, and F(x-) of a lower one. As n grows
     the law concentrates on the best sequence that the inner sampler can draw. Of equal scores the
-    first drawn is returned. Network calls are those of all n.
+    first drawn is returned. The network calls of all n are counted.
     """
 
     inner: Sampler

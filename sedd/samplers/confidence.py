@@ -1,6 +1,6 @@
 """Surest position first: for imperfect models, easy before hard; exact at one position a call.
 
-The order is that of arXiv:2502.06768, section 4.
+arXiv:2502.06768, section 4.
 """
 
 from dataclasses import dataclass

@@ -19,9 +19,9 @@ class EventJump(Revealing):
     The time at which a position is revealed does not depend on the network. The interval between
     two times t = 1 - k/steps is therefore drawn for every position in advance, with its probability
     under the schedule. Each sequence then visits only the intervals that it drew. The samples are
-    those of stepping through all intervals. Positions of one interval are drawn independently of
-    each other. Over n intervals of equal probability, m free positions take n(1 - (1 - 1/n)^m)
-    network calls on average, at most m.
+    the same as if it stepped through all intervals. Positions of one interval are drawn
+    independently of each other. Over n intervals of equal probability, m free positions take
+    n(1 - (1 - 1/n)^m) network calls on average, at most m.
 
     Without ``steps`` this is first hitting, the limit of infinitely many steps: one position a call
     in random order. Its law is the model's own.

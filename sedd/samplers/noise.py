@@ -83,5 +83,5 @@ def leap(
 
 
 def _row_keys(keys_B: Key[Array, " B"], rows: Rows) -> Key[Array, " R"]:
-    """The key of each row: that of its sequence with its position folded in."""
+    """The key of each row: the key of its sequence with its position folded in."""
     return jax.vmap(jax.random.fold_in)(keys_B[rows.sequence_R], rows.position_R)

@@ -42,7 +42,7 @@ class Particle(Sampler):
     the end one particle is drawn by its weight. With finitely many particles the law lies between p
     and the tilted law: 1 particle draws from p.
 
-    Network calls are those of all particles and of their completions.
+    The network calls of all particles and of their completions are counted.
     """
 
     inner: SteppedSampler

@@ -13,7 +13,7 @@ from sedd.errors import FieldError
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.noise import fold
 
-NEXT_BLOCK = 2**31 - 1  # folded into the keys for those of the next block; larger than any position
+NEXT_BLOCK = 2**31 - 1  # folded into the keys for the next block; larger than any position
 
 
 @dataclass(frozen=True, kw_only=True)

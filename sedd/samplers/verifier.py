@@ -36,7 +36,7 @@ def verify(
 ) -> Float[Array, " B"]:
     """Call ``verifier`` on the host; nan for every sequence if one score is not finite.
 
-    The real positions are those of a segment above 0 in ``denoiser.attend``; without segments, all.
+    Real positions have a segment above 0 in ``denoiser.attend``; without segments all are real.
     """
     attend = denoiser.attend
     segment_BL = None if attend is None else attend.segment_BL

@@ -96,8 +96,8 @@ class Layout:
 def find_config(directory: Path) -> Path | None:
     """Find the published configuration in a directory; None if there is none.
 
-    A ``config.json`` that cannot be read counts as none, because it may be that of a run. Only
-    published code writes ``.hydra/config.yaml``: UserError if that file cannot be read.
+    A ``config.json`` that cannot be read counts as none, because a run has a file of this name too.
+    Only published code writes ``.hydra/config.yaml``: UserError if that file cannot be read.
     """
     for path in (directory / name for name in CONFIGS):
         if path.is_file():
