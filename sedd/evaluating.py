@@ -88,7 +88,7 @@ def _data_set(
         num_tokens = model.process.num_tokens
         return token_data_set(data, scored_BL, num_tokens=num_tokens, max_sequences=max_sequences)
     if scored_BL is not None:
-        raise UserError("scored_BL belongs to token ids: of a corpus the protocol decides")
+        raise UserError("scored_BL goes with token ids: the protocol decides for a corpus")
     reader = model.text_reader
     check_fit(name, protocol, tokenizer=reader.tokenizer.name, length=model.length)
     return reader.open(data, protocol, name=name, split=split, max_sequences=max_sequences)

@@ -347,8 +347,8 @@ def _rule(rule: Rule, reshape: Reshape, constrained: bool) -> Rule:
         return rule
     if not zero_B.all():
         raise UserError(
-            "temperature 0 takes the most likely string under a constraint, which is another "
-            "program: draw those sequences in a call of their own"
+            "temperature 0 takes the most likely string under a constraint, which needs another "
+            "program: draw sequences at temperature 0 and the others in separate calls"
         )
     return "most_likely"
 

@@ -78,8 +78,8 @@ class Sampler(ABC):
             )
         if denoiser.causal and (denoiser.guided or denoiser.constraint is not None):
             raise UserError(
-                "guidance and constraints read positions that follow masks, of which this model, "
-                "an autoregressive one, knows nothing"
+                "guidance and constraints need predictions at positions after a mask, which this "
+                "model, an autoregressive one, cannot make"
             )
         for what, given in (
             ("temperature, top-k, top-p, guidance and logit processors", denoiser.reshape),
@@ -88,7 +88,7 @@ class Sampler(ABC):
             if given is not None and not denoiser.process.absorbing:
                 raise UserError(
                     f"{what} act on the conditional of clean tokens, which exists on the absorbing "
-                    "process only: this model's is another"
+                    "process only; this model is of another process"
                 )
 
     @abstractmethod

@@ -119,7 +119,7 @@ def text_verifier(
         name: used in error messages; by default the function's own.
     """
     if tokenizer is None:
-        raise UserError("a verifier reads text, and this model has no tokenizer to make it")
+        raise UserError("a verifier scores text, and this model has no tokenizer to decode it")
     # The verifier refers to its tokenizer: while the entry exists, the id is not used again.
     key = (function, id(tokenizer))
     verifier = _VERIFIERS.get(key)
