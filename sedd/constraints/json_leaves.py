@@ -1,7 +1,7 @@
-"""Conjunctions of plain keywords, and lists of them: the normal form of a JSON Schema.
+"""The normal form of a JSON Schema: alternatives, each of which is a conjunction of plain keywords.
 
-A schema is a disjunction of conjunctions (``Leaves`` of ``Leaf``). ``json_reader`` finds them,
-``json_schema`` writes a regex for each, and ``json_check`` tests constants against them.
+A conjunction is a ``Leaf``, the disjunction of them ``Leaves``. ``json_reader`` finds the leaves of a
+schema, ``json_converter`` writes a regex for each, and ``json_check`` tests constants against them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -10,7 +10,7 @@ recursive reference, which is followed to a limited depth, and the values that v
 whose negation is not supported. ``Leaves.exact`` states that nothing is missing. Only exact lists
 can prove that two branches of a ``oneOf`` have no value in common.
 
-Schemas below a plain keyword (``properties``, ``items``) stay as they are: ``json_schema`` reads
+Schemas below a plain keyword (``properties``, ``items``) stay as they are. ``json_converter`` reads
 them when it writes the regex of that property or item.
 """
 
@@ -55,12 +55,17 @@ MAX_NESTING = 64
 class Reader:
     """Reads the schemas of one document.
 
-    The same target of a recursive reference can be entered again inside itself ``depth`` times.
-    ``open`` is the stack of the targets that are entered at the moment; ``json_schema`` extends it
-    while it reads the schemas within a leaf. Results are cached by path and by the open targets,
-    because they depend on both.
+    The target of a recursive reference is read again inside itself, up to ``depth`` times; then
+    the reference allows no value. Results therefore depend on the targets that are being read, and
+    are cached by path and by these.
+
+    Args:
+        root: the document.
+        depth: how often a target is read inside itself.
 
     Attributes:
+        open: the stack of the targets that are being read. ``json_converter`` extends it while it
+            reads the schemas within a leaf.
         conflict: path and reason of the last list without leaves, for the message of a schema that
             allows no value.
         lost: path and reason of the last list that is not exact.
@@ -77,7 +82,7 @@ class Reader:
         self._apart: dict[tuple[Any, ...], tuple[Any, bool]] = {}
 
     def _reference(self, reference: Any, path: Path, negated: bool) -> Leaves:
-        """The leaves of a reference's target; none where the target is open ``depth`` + 1 times."""
+        """The leaves of a reference's target; none if the target is open ``depth`` + 1 times."""
         if not isinstance(reference, str):
             refuse((*path, "$ref"), f"expected a reference (#/$defs/name), got {show(reference)}")
         where = self.references.find(reference, path)

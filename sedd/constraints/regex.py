@@ -44,10 +44,11 @@ MAX_DEPTH = 100  # of nested groups: functions on the tree recurse, and Python's
 SHOWN = 40  # characters of a pattern that a message shows
 
 CONTROLS = {"a": 0x07, "f": 0x0C, "n": 0x0A, "r": 0x0D, "t": 0x09, "v": 0x0B}
-COUNT = re.compile(r"\{([0-9]*)(?:(,)([0-9]*))?\}")
+COUNT = re.compile(r"\{([0-9]*)(?:(,)([0-9]*))?\}")  # {2}, {2,}, {,3} or {2,3}
 SPACED_COUNT = re.compile(r"\{ *[0-9]+ *(?:, *(?:[0-9]+ *)?)?\}")
 HEXADECIMAL = {"x": 2, "u": 4, "U": 8}  # digits that must follow
-GROUPS = {  # why a group that begins with "(?" and this is refused; longer beginnings first
+# Why a group is refused, by what follows its "(?". Longer beginnings come first.
+GROUPS = {
     "<=": "look-behind is not supported",
     "<!": "look-behind is not supported",
     "=": "look-ahead is not supported",
@@ -139,8 +140,8 @@ def _branches(node: Node) -> list[Node]:
 class _Parser:
     """A cursor in a pattern. With ``portable`` it refuses what ECMAScript reads differently.
 
-    Methods take ``start``, the index of the construct being read, for messages; ``index`` is the
-    cursor, at the next character to read.
+    ``index`` is the cursor, the place of the next character to read. Methods take ``start``, the
+    index at which the construct begins that they read, for its node and for messages.
     """
 
     def __init__(self, pattern: str, *, portable: bool = False):
@@ -151,8 +152,8 @@ class _Parser:
     def parse(self) -> Node:
         """The tree of the pattern, anchors included.
 
-        Open groups are a stack of this method, so that a deeply nested pattern gets a message and
-        no RecursionError.
+        Open groups are on a stack here, and not on Python's, so that too deep a nesting is refused
+        with a message and never raises RecursionError.
         """
         pattern = self.pattern
         groups = [_Group(0, [], [], 0)]
@@ -249,7 +250,7 @@ class _Parser:
             raise self.error(start, reason, end)
 
     def count(self, start: int) -> re.Match[str] | None:
-        """The count at ``start``, such as ``{2,}``. Any other brace is a literal character."""
+        """The match of a count at ``start``, such as ``{2,}``; None for a literal brace."""
         found = COUNT.match(self.pattern, start)
         if found is None and (spaced := SPACED_COUNT.match(self.pattern, start)):
             right = spaced.group().replace(" ", "")
@@ -260,7 +261,10 @@ class _Parser:
         return None if found is None or found.group() == "{}" else found
 
     def repeat(self, group: _Group, start: int, character: str) -> Node:
-        """The last part of the group, repeated by the quantifier at ``start``."""
+        """Remove the last part of the group and return it repeated by the quantifier at ``start``.
+
+        ``character`` is the first character of the quantifier.
+        """
         if character == "{":
             least, most = self.bounds(start)
         else:
@@ -273,7 +277,7 @@ class _Parser:
             self.index += 1
             raise self.error(start, "possessive quantifiers are not supported")
         if self.pattern.startswith("?", self.index):
-            self.index += 1  # lazy: the same language
+            self.index += 1  # a lazy quantifier matches the same texts
         node = group.parts.pop()
         return Repeat(start=node.start, end=self.index, node=node, least=least, most=most)
 
@@ -344,7 +348,7 @@ class _Parser:
             name = pattern[start:].partition("}")[0] + "}"
             reason = f"Unicode properties (\\{letter}{{…}}) are not supported: list the characters"
             raise self.error(start, reason, start + len(name))
-        null = letter == "0" and not self.octal(index + 1, 1)
+        null = letter == "0" and not self.octal(index + 1, 1)  # "\0" alone means the same in both
         if self.portable and letter in "aUN01234567" and not null:
             raise self.error(start, "ECMAScript reads this escape differently")
         if letter in CONTROLS:
@@ -383,7 +387,7 @@ class _Parser:
         if self.portable and self.pattern.startswith("]", first):
             raise self.error(start, "ECMAScript ends the set here: write \\] for the character")
         ranges: list[tuple[int, int]] = []
-        differing: list[tuple[int, int]] = []  # in a category in one language only
+        differing: list[tuple[int, int]] = []  # in a category in one language only: never matched
         while not (self.pattern.startswith("]", self.index) and self.index > first):
             here = self.index
             self.check_operator(here, first)
