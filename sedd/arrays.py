@@ -26,13 +26,16 @@ def log_expm1(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_jvp
 def expm1_minus(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """exp(x) - 1 - x, by its Taylor series near 0, where the difference cancels."""
+    """exp(x) - 1 - x, by its Taylor series near 0, where the difference cancels.
+
+    The derivative, exp(x) - 1, cancels as well. Its custom rule uses its own series near 0, and
+    elsewhere the exponential that the value computes.
+    """
     return jnp.where(jnp.abs(x) < 0.3, x**2 / 2 * _series(x, 3), jnp.exp(x) - 1 - x)
 
 
 @expm1_minus.defjvp
 def _expm1_minus_jvp(primals, tangents):
-    # The derivative exp(x) - 1, written such that the compiler shares exp(x) with the value.
     (x,), (dx,) = primals, tangents
     return expm1_minus(x), jnp.where(jnp.abs(x) < 0.3, x * _series(x, 2), jnp.exp(x) - 1) * dx
 

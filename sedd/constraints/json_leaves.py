@@ -1,7 +1,7 @@
 """The normal form of a JSON Schema: alternatives, each of which is a conjunction of plain keywords.
 
-A conjunction is a ``Leaf``, the disjunction of them ``Leaves``. ``json_reader`` finds the leaves of a
-schema, ``json_converter`` writes a regex for each, and ``json_check`` tests constants against them.
+A conjunction is a ``Leaf``, the disjunction of them ``Leaves``. ``json_reader`` finds the leaves of
+a schema, ``json_converter`` writes a regex for each, and ``json_check`` tests constants.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

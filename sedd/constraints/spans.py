@@ -107,7 +107,7 @@ class Spans(Constraint):
         inside_SW = offset_W < length_S[:, None]
 
         def of_spans(values_BL):
-            """Values of each sequence at the positions of its spans: [B, L] to [B·K, W]."""
+            """The values at the positions of the spans: [B, L] to [S, W]."""
             by_span = values_BL[:, None].repeat(count, 1).reshape(batch * count, length)
             return jnp.take_along_axis(by_span, place_SW, 1)
 
@@ -138,10 +138,11 @@ class Spans(Constraint):
             start = jnp.zeros((), jnp.int32)
             return walk(table, noisy_WC, draws.token_WC, value_WS, start, length)
 
+        # Under the rule dingo, positions that are not revealed now have masses of 1.
         wild_SW = masked_SW & ~commit_SW if self.rule == "dingo" else jnp.zeros_like(masked_SW)
         drawn_SW = jax.vmap(one)(table_S, length_S, x_SW, masked_SW, wild_SW, draws)
         drawn_SW = jnp.where(masked_SW, jnp.where(draws.nan_W, NAN, drawn_SW), x_SW)
-        into_SW = jnp.where(inside_SW, place_SW, length)
+        into_SW = jnp.where(inside_SW, place_SW, length)  # out of range, and dropped, as padding
         rows_S1 = (jnp.arange(batch * count) // count)[:, None]
         return x_BL.at[rows_S1, into_SW].set(drawn_SW, mode="drop")
 
@@ -153,7 +154,7 @@ class Spans(Constraint):
 
 
 class Draws(NamedTuple):
-    """All that the walk needs of a span's log conditionals, which are dropped after it is taken.
+    """The log conditionals of a span, reduced to token classes; both passes need no more of them.
 
     Attributes:
         mass_WC: the log mass of each token class at each position.
