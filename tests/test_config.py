@@ -185,7 +185,7 @@ def test_a_cross_entropy_is_refused_where_it_would_leave_the_score_untrained(obj
 
 
 def test_a_corpus_that_has_changed_is_not_resumed():
-    from sedd.commands import train
+    from sedd.commands.train_start import check_same_data
 
     class Now:
         def state(self):
@@ -194,7 +194,7 @@ def test_a_corpus_that_has_changed_is_not_resumed():
     def check(*part):
         parts = [["my.txt (train)", *part]]
         restored = Restored(state=None, step=1, data={"parts": parts}, pending={})  # pyright: ignore
-        train.check_same_data(Path("run"), restored, Now())  # pyright: ignore
+        check_same_data(Path("run"), restored, Now())  # pyright: ignore
 
     check(12, 96, "digest")
     check(12, 96)  # as older versions recorded it

@@ -1,4 +1,17 @@
-"""Bound the perplexity of a trained model on data sets or files, with its standard errors."""
+"""``sedd evaluate``: bound the perplexity of a model on data sets, with standard errors.
+
+The command works in this order, so that no mistake shows after hours of computing:
+
+1. Read the flags and check that every file to be written can be written.
+2. Load the model, and check that the protocol fits it.
+3. Read what the flags ask to compare with (samples, a judge), and open all data sets. A data set
+   that cannot be had is noted, and the others are evaluated.
+4. Score every sequence of each data set. Finished sequences are appended to a journal, from which
+   an interrupted evaluation goes on.
+5. Compare the samples with real text, and test the consistency of the conditionals, if asked for.
+6. Write the files (report, table, JSON), and then print the tables, which are printed even if a
+   file cannot be written.
+"""
 
 import dataclasses
 import json
@@ -26,13 +39,18 @@ from sedd.model import Model
 from sedd.progress import Activity, track
 
 ALL = "zeroshot"  # stands for these data sets among the values of --data
-NO_TERMINAL_WIDTH = 160  # columns, where standard output is a file or a pipe
+NO_TERMINAL_WIDTH = 160  # columns of the tables if standard output is a file or a pipe
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Evaluate, print the tables and write the files; returns 2 if a data set cannot be had.
+    """Evaluate, write the files and print the tables.
 
-    Everything that can be wrong with the flags is checked before the first figure is computed.
+    Returns:
+        0, or 2 if a data set of ``--data`` could not be had.
+
+    Raises:
+        UserError: a flag does not fit the model or the data; nothing has been computed then. Or a
+            file cannot be written; the tables have been printed then.
     """
     command = read_command(arguments)
     with Activity(f"loading {command.checkpoint}"):
@@ -52,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
             figures["failed"] = failed
         try:
             write_files(command, model, results, figures, sections, whole=not failed)
-        finally:  # figures that cannot be written are shown all the same
+        finally:  # print the figures even if they cannot be written
             show(results, sections)
     for message in failed:
         fail(message)
@@ -60,8 +78,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(results: Sequence[EvaluationResult], sections: Sequence[Section]) -> None:
-    """Print the table of the results, and those of the sections."""
-    # Without a terminal no column is cut.
+    """Print the tables to standard output.
+
+    Args:
+        results: the figures of the data sets. One is printed in detail, several as a summary with
+            a row each.
+        sections: the comparisons, each printed as its title and its tables.
+    """
+    # Into a file or a pipe rich would assume 80 columns and cut the wider tables.
     width = None if sys.stdout.isatty() else NO_TERMINAL_WIDTH
     console = Terminal(width=width, markup=True, soft_wrap=False)
     console.print(summary_table(results) if len(results) > 1 else detail_table(results[0]))
@@ -73,7 +97,12 @@ def show(results: Sequence[EvaluationResult], sections: Sequence[Section]) -> No
 
 
 def checked_estimate(command: EvaluateCommand, model: Model) -> Estimate:
-    """How sequences are scored; UserError if the model does not fit the flags."""
+    """Choose how sequences are scored: by a bound, or exactly (``--order``, causal models).
+
+    Raises:
+        UserError: the protocol does not fit the model's tokenizer or length, or the estimator does
+            not exist for this kind of model.
+    """
     reader = model.text_reader
     check_fit(
         command.protocol_name,
@@ -89,7 +118,13 @@ def checked_estimate(command: EvaluateCommand, model: Model) -> Estimate:
 
 
 def open_data(command: EvaluateCommand, model: Model) -> tuple[list[DataSet], list[str]]:
-    """The data sets of ``--data``, and a line for each that cannot be had."""
+    """Open the data sets of ``--data``, cut and packed as the protocol says.
+
+    ``zeroshot`` among the values stands for the eight data sets of the published tables.
+
+    Returns:
+        The data sets, and one message for each that cannot be had (no network, no such file).
+    """
     reader = model.text_reader
     if command.cache_dir is not None:
         reader = dataclasses.replace(reader, cache_dir=command.cache_dir.expanduser())
@@ -109,9 +144,14 @@ def open_data(command: EvaluateCommand, model: Model) -> tuple[list[DataSet], li
 def evaluate_all(
     command: EvaluateCommand, model: Model, estimate: Estimate, opened: Sequence[DataSet]
 ) -> list[EvaluationResult]:
-    """The figures of each data set; finished sequences are kept in the command's journal."""
+    """Score every data set, and return its figures.
+
+    The nats of each finished sequence are appended to the command's journal. A second run of the
+    same command reads them from there and scores only the others.
+    """
     journal = None
     if command.journal is not None:
+        # The figures of a sequence depend on these values. A journal of other values is refused.
         depends_on = {
             "evaluation": 1,
             "model": model.digest,
@@ -145,7 +185,7 @@ def evaluate_all(
 
 
 def about(command: EvaluateCommand, model: Model) -> dict[str, Any]:
-    """What was evaluated and how: the head of the JSON file."""
+    """Describe what was evaluated and how: the first fields of the JSON file."""
     return {
         "checkpoint": command.checkpoint,
         "step": model.step,
@@ -160,18 +200,34 @@ def about(command: EvaluateCommand, model: Model) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that figures depend on."""
+    """Return the versions of the packages that the figures depend on."""
     return {"sedd": sedd.__version__, "jax": jax.__version__, "numpy": np.__version__}
 
 
 def by_data_set(results: Sequence[EvaluationResult]) -> dict[str, Any]:
-    """The figures of one data set, or of several as a list ``results``."""
+    """The results in the form of the JSON file.
+
+    The figures of a single data set are top-level fields; those of several are a list ``results``.
+    """
     each = [result.to_json() for result in results]
     return each[0] if len(each) == 1 else {"results": each}
 
 
 def write_files(command, model, results, figures, sections, *, whole: bool) -> None:
-    """Write the files that flags ask for; ``whole`` if no data set failed."""
+    """Write the files that the flags ask for: report, table and JSON.
+
+    Args:
+        command: the flags.
+        model: the evaluated model, for the report.
+        results: the figures of the data sets.
+        figures: the content of the JSON file.
+        sections: the comparisons, for the report.
+        whole: whether every data set was evaluated. The journal beside ``--json`` is removed only
+            then, since the next start is to evaluate the others.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     if command.report is not None:
         write_report(command, results, sections, model=model, versions=versions())
     if command.table is not None:

@@ -1,4 +1,10 @@
-"""The flags of ``evaluate.py``."""
+"""The flags of ``sedd evaluate``.
+
+``--protocol NAME`` names a set of defaults (how text is cut, the estimator, the number of draws)
+with which published figures were computed. Its fields are flags as well, so that one of them can be
+changed. ``read_command`` therefore looks at ``--protocol`` first, and parses the other flags with
+that protocol as default.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,31 +23,37 @@ SUFFIXES = {"table": (".md", ".tex"), "report": (".html", ".htm")}
 
 
 def unset(metavar: str) -> Any:
-    """An optional flag whose help shows its kind of value and no default."""
+    """Mark an optional flag: its help shows ``metavar`` as the value, and no default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """The flags of ``evaluate.py``; the protocol's fields (--draws) are among them."""
+    """The flags of ``sedd evaluate``; the fields of the protocol, such as --draws, are flags too.
+
+    Raises:
+        ValueError: a value is out of range, two flags exclude each other, or the name of a file to
+            be written has the wrong suffix.
+    """
 
     checkpoint: str
     """The directory of a run or of a published checkpoint, or hf://OWNER/NAME."""
     step: Annotated[int | Literal["best"] | None, unset("INT|best")] = None
-    """Checkpoint of a run: of this step, or the best by validation; the newest by default."""
+    """Checkpoint of a run: the one of this step, or the best by validation; by default the newest.
+    """
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STR [STR ...]")]
     """Corpora by name, tfds:NAME, hf:OWNER/NAME, files or folders of text. NAME=FILE reads the
     known data set NAME from FILE; zeroshot is the eight data sets of the published tables."""
     split: Annotated[str | None, unset("STR")] = None
     """By default all of a file, the protocol's split of a data set, else the validation split."""
     max_sequences: Annotated[int | None, unset("INT")] = None
-    """Evaluate so many sequences, evenly spread over the split; by default all."""
+    """Number of sequences to evaluate, evenly spread over the split; by default all."""
     batch_size: int = 32
-    """Sequences side by side, over all devices."""
+    """Sequences that are scored at the same time, over all devices. It changes no figure."""
     seed: int = 0
-    """Seed of the noise; equal seeds give equal figures."""
+    """Seed of the Monte-Carlo noise. The same seed gives the same figures."""
     json: Annotated[Path | None, unset("FILE.json")] = None
-    """Write every figure to this file."""
+    """Write every figure to this file, as one JSON object."""
     order: Annotated[Order | None, unset("forward|backward|random")] = None
     """Instead of a bound, compute the exact likelihood of the tokens in this order, with one
     network call for each token."""
@@ -84,17 +96,23 @@ class EvaluateCommand:
 
     @property
     def journal(self) -> Path | None:
-        """The file of finished sequences."""
+        """The file of finished sequences: that of ``--resume``, or one beside ``--json``.
+
+        None without both flags. An interrupted evaluation then starts again.
+        """
         if self.resume is not None or self.json is None:
             return self.resume
         return self.json.with_name(self.json.name + ".partial")
 
 
 def read_command(arguments: Sequence[str]) -> EvaluateCommand:
-    """Parse the flags; the fields of the protocol that ``--protocol`` names are their defaults.
+    """Parse the flags, with the protocol named by ``--protocol`` as the default of its fields.
+
+    The result also records which flags were spelled out: a published protocol is refused on a model
+    that it does not fit, unless the field in question was given explicitly.
 
     Raises:
-        UserError: on a wrong flag, and if a file to be written cannot be.
+        UserError: a flag is wrong, or a file that is to be written cannot be written.
     """
     name, rest = take(arguments, "--protocol")
     name = "default" if name is None else name

@@ -1,4 +1,12 @@
-"""What ``evaluate.py`` adds to perplexity: tests of samples, consistency, and the HTML report."""
+"""The parts of ``sedd evaluate`` beside perplexity: comparisons, and the HTML report.
+
+``Comparisons`` holds the tests that the flags ask for. They compare with the first data set only:
+
+- ``--samples``: statistics of samples against as many real texts of the same length.
+- ``--judge``: generative perplexity of both under another model, and MAUVE of its features.
+- ``--consistency``: whether the model's conditionals at pairs of positions belong to one joint
+  distribution.
+"""
 
 import datetime
 import json
@@ -26,14 +34,19 @@ from sedd.evaluation.statistics import compare
 from sedd.evaluation.tables import detail_table, summary_table, title
 from sedd.model import Model, load
 
-EXACT_GRID = 512  # with at most so many tokens all are compared; beyond it, the 128 most likely
+# Consistency is computed on all pairs of tokens if the vocabulary has at most this many tokens, and
+# on the 128 most likely tokens otherwise.
+EXACT_GRID = 512
 MAUVE_TEXTS = 50  # fewer would make at most five buckets, and a score that is mostly noise
 SHOWN = 3  # samples printed in the report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparisons:
-    """The tests that the flags ask for beside perplexity, with their inputs read and checked.
+    """The tests that the flags ask for beside perplexity.
+
+    ``of`` reads their inputs, ``check`` finds what is wrong with them before hours of scoring, and
+    ``compute`` runs them afterwards.
 
     Args:
         command: the flags.
@@ -49,17 +62,22 @@ class Comparisons:
 
     @classmethod
     def of(cls, command: EvaluateCommand, model: Model) -> "Comparisons":
-        """Read the samples and load the judge, before any figure is computed.
+        """Read the file of samples and load the judge.
 
         Raises:
-            UserError: if there are no such samples, or no such judge.
+            UserError: the file cannot be read, or there is no such judge.
         """
         samples = None if command.samples is None else read_samples(command.samples)
         judge = None if command.judge is None else judge_of(command.judge)
         return cls(command=command, model=model, samples=samples, judge=judge)
 
     def check(self, data: DataSet) -> None:
-        """Raise UserError if ``data`` has too few texts or pairs of positions for the flags."""
+        """Check that there are enough texts and pairs of positions for the tests.
+
+        Raises:
+            UserError: there are fewer than 2 samples or rows of ``data``, or fewer pairs of
+                neighbouring scored positions than ``--consistency`` asks for.
+        """
         if self.samples is not None and min(len(self.samples), len(data.chosen)) < 2:
             raise UserError(
                 f"--samples {self.command.samples}: at least 2 samples and 2 rows of text are "
@@ -74,7 +92,14 @@ class Comparisons:
                 raise UserError(f"--consistency {pairs}: {error}") from error
 
     def compute(self, data: DataSet) -> tuple[list[Section], dict[str, Any]]:
-        """All tests against the text of ``data``: sections of the report, and figures as JSON."""
+        """Run all tests against the text of ``data``.
+
+        Returns:
+            The sections of the report with their tables, and the figures for the JSON file.
+
+        Raises:
+            UserError: a test cannot be computed from these samples.
+        """
         sections, figures = [], {}
         if self.samples is not None:
             try:
@@ -92,6 +117,7 @@ class Comparisons:
     def _of_samples(
         self, samples: list[str], data: DataSet, figures: dict[str, Any]
     ) -> list[Section]:
+        """Compare the samples with as many real texts, also by the judge; adds to ``figures``."""
         real = real_texts(self.model, data, len(samples))
         compared = compare(samples, real, seed=self.command.seed)
         figures["samples"] = {"file": str(self.command.samples), **compared.to_json()}
@@ -103,7 +129,7 @@ class Comparisons:
         return [*sections, Section(title="Samples", samples=samples[:SHOWN])]
 
     def _of_conditionals(self, data: DataSet, pairs: int, figures: dict[str, Any]) -> Section:
-        """Whether the conditionals belong to one joint, at pairs of adjacent positions."""
+        """Test at pairs of adjacent positions whether the conditionals belong to one joint."""
         x0_BL, scored_BL = data.spread(pairs)
         found = consistency(
             self.model.denoiser,
@@ -120,7 +146,18 @@ class Comparisons:
 def mauve_section(
     judge: Judge, samples: Sequence[str], real: Sequence[str], figures: dict[str, Any]
 ) -> Section:
-    """MAUVE of the judge's states; with too few texts, a section that says so."""
+    """Compute MAUVE (arXiv:2102.01454) between samples and real texts, on the judge's features.
+
+    Args:
+        judge: its last hidden state at the last token of a text is the feature.
+        samples: the model's texts.
+        real: texts to compare with.
+        figures: the result is added to it under ``mauve``.
+
+    Returns:
+        A section with the score; if either side has fewer than ``MAUVE_TEXTS`` texts, one that says
+        so, and ``figures`` is left as it is.
+    """
     if min(len(samples), len(real)) < MAUVE_TEXTS:
         text = f"Needs {MAUVE_TEXTS} samples and as many real texts: there are {len(samples)} and "
         return Section(title="MAUVE", text=f"{text}{len(real)}.")
@@ -134,7 +171,11 @@ def mauve_section(
 
 
 def read_samples(path: Path) -> list[str]:
-    """The texts of a file of ``sample.py --output``; UserError naming a bad line."""
+    """Read the texts of a file that ``sedd sample --output`` wrote.
+
+    Raises:
+        UserError: the file cannot be read, or a line, which is named, has no text.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -153,7 +194,10 @@ def read_samples(path: Path) -> list[str]:
 
 
 def real_texts(model: Model, data: DataSet, number: int) -> list[str]:
-    """The text of ``number`` evaluated rows, evenly spread: real text of the samples' length."""
+    """Decode ``number`` evaluated rows, evenly spread over the data set.
+
+    They have the length of the samples, on which most statistics of text depend.
+    """
     tokenizer = model.text_reader.tokenizer
     x0_BL, scored_BL = data.spread(number)
     return [
@@ -162,10 +206,15 @@ def real_texts(model: Model, data: DataSet, number: int) -> list[str]:
 
 
 def judge_of(name: str) -> Judge:
-    """The judge of that name: smollm2, hf:NAME, or the directory of an autoregressive run.
+    """Load a judge: an autoregressive model that scores texts and gives their features.
+
+    Args:
+        name: ``smollm2``, ``hf:NAME`` for a causal model of the Hugging Face hub, or the directory
+            of an autoregressive run.
 
     Raises:
-        UserError: if there is none; a name of neither form gets a hint.
+        UserError: there is no such model, or it is not autoregressive; the message says which names
+            are judges.
     """
     if name == "smollm2":
         return load_smollm2().judge()
@@ -187,12 +236,12 @@ def judge_of(name: str) -> Judge:
     tokenizer = model.tokenizer
 
     def hidden(ids_BL):
-        # The input of position i + 1 is token i, so that the state there is the one that has seen
-        # tokens 0..i. One column of padding would do, but cuDNN wants an even length.
+        # The network sees token i at position i + 1, so the state there has seen tokens 0 to i.
+        # One column of padding is needed for that; the second one gives cuDNN an even length.
         return model.denoiser.hidden(jnp.pad(ids_BL, ((0, 0), (0, 2))))[0][:, 1:-1]
 
     def nats(ids_BL, scored_BL):
-        keys_B = jax.random.split(jax.random.key(0), len(ids_BL))  # nothing is drawn
+        keys_B = jax.random.split(jax.random.key(0), len(ids_BL))  # unused: the value is exact
         scored = sequence_nats(
             model.denoiser, model.schedule, keys_B, ids_BL, scored_BL, draws=REPLICATES
         )
@@ -216,7 +265,16 @@ def write_report(
     model: Model,
     versions: dict[str, str],
 ) -> None:
-    """Write one HTML page: the tables, how they were computed, the run's curves, and ``more``."""
+    """Write the report of ``--report``, one HTML page without other files.
+
+    Args:
+        command: the flags.
+        results: the figures of the data sets. The page begins with their tables and the command
+            that computed them.
+        more: the comparisons, at the end of the page.
+        model: the evaluated model; the curves of its training run are shown if they are there.
+        versions: packages and their versions.
+    """
     assert command.report is not None
     curves = Path(command.checkpoint) / "curves.png"
     step = "" if model.step is None else f", step {model.step}"

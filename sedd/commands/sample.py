@@ -1,4 +1,17 @@
-"""Draw text from a trained model: from nothing, after a prompt, or into gaps."""
+"""``sedd sample``: draw text from a model, with or without given text and constraints.
+
+The command works in this order:
+
+1. Read the flags, and check what shows without the model: numbers, files, the user's functions.
+2. Load the model, and build and check the sampler.
+3. Read all requests once, of ``--requests`` or of the flags (``Survey``), and keep none of them.
+   This finds every bad line before anything is drawn, and the sizes that let batches share
+   compiled programs.
+4. Read the requests again and draw them in batches (``Answering``). Each batch is written to
+   ``--output`` and printed when it is done, so that memory does not grow with the number of
+   requests and an interruption loses none of the finished batches.
+5. Write the page of ``--trace`` at the end.
+"""
 
 import contextlib
 import json
@@ -24,7 +37,14 @@ from sedd.progress import Activity
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer the requests of the flags; returns 2 where one of them was refused, else 0."""
+    """Draw a text for every request, print the texts and write the files.
+
+    Returns:
+        0, or 2 if a line of ``--requests`` was refused; the other lines are answered.
+
+    Raises:
+        UserError: a flag or a function of the user is wrong, or a file cannot be written.
+    """
     command = read_command(arguments)
     with Activity(f"loading {command.checkpoint}"):
         model = sedd.load(command.checkpoint, step=command.step)
@@ -78,9 +98,15 @@ def deliver(
 ) -> None:
     """Write and print each batch when it is done, and the trace page at the end.
 
-    An error or an interruption leaves what was drawn before in the files. A batch that cannot be
-    written is printed before the error ends the command; where the reader of standard output goes
-    away, the files are still completed.
+    An error or an interruption leaves all finished batches in the files. If a batch cannot be
+    written, it is printed before the error ends the command. If the reader of standard output goes
+    away (``| head``), the files are still completed.
+
+    Args:
+        command: the flags.
+        model: the model, whose tokenizer shows the tokens.
+        batches: the answers, a list for each batch; drawn while they are iterated over.
+        processor: the user's logit processor, which reports bad values after each batch; or None.
     """
     traced: list[Answer] = []
     output, count = None, 0
@@ -110,7 +136,19 @@ def deliver(
 
 
 def printed(batch: Sequence[Answer], model: sedd.Model, *, goes_on: Any) -> bool:
-    """Print a batch; False where the reader of standard output is gone and files ``goes_on``."""
+    """Print a batch.
+
+    Args:
+        batch: the answers.
+        model: the model, for its tokenizer.
+        goes_on: whether files are to be written even if nobody reads the output.
+
+    Returns:
+        Whether to print the next batch: False after the reader of standard output has gone away.
+
+    Raises:
+        BrokenPipeError: it has gone away, and there is no file to complete.
+    """
     try:
         for one in batch:
             show(one, model.tokenizer)
@@ -123,12 +161,15 @@ def printed(batch: Sequence[Answer], model: sedd.Model, *, goes_on: Any) -> bool
 
 
 def is_stdout(path: Path) -> bool:
-    """Whether a file is standard output, in which samples in plain text would disturb JSON."""
+    """Whether ``--output`` is standard output: then no plain text may be printed between JSON."""
     return path == STDOUT or os.path.realpath(path) == os.path.realpath("/dev/stdout")
 
 
 def show(one: Answer, tokenizer: Any) -> None:
-    """Print a sample: given text dim, drawn text bold where there is both."""
+    """Print a sample below a line with its id, seed, calls and entropy.
+
+    On a terminal given text is dim and, beside given text, drawn text is bold.
+    """
     about = (
         f"{printable(str(one.request.id))} · seed {one.request.seed} · {one.calls} network calls · "
         f"entropy {one.entropy:.2f} nats"
@@ -144,9 +185,10 @@ def show(one: Answer, tokenizer: Any) -> None:
     text, before = Text(), ""
     ends = [*(np.flatnonzero(np.diff(fixed_L)) + 1).tolist(), len(fixed_L)]
     for start, end in zip([0, *ends], ends, strict=False):
-        # Decoded from the start: alone, a stretch may lose its leading space.
+        # Decode from the start of the text and cut off what was shown: many tokenizers drop the
+        # leading space of tokens that are decoded by themselves.
         whole = tokenizer.decode(one.tokens[:end])
-        alone = not whole.startswith(before)  # a character was cut at the boundary
+        alone = not whole.startswith(before)  # the boundary cuts a character of several tokens
         stretch = tokenizer.decode(one.tokens[start:end]) if alone else whole[len(before) :]
         text.append(printable(stretch), style="dim" if fixed_L[start] else drawn)
         before = whole
@@ -156,9 +198,16 @@ def show(one: Answer, tokenizer: Any) -> None:
 def write_page(
     path: Path, command: SampleCommand, model: sedd.Model, answers: Sequence[Answer]
 ) -> None:
-    """Write the trace page of some answers."""
+    """Write the page of ``--trace``.
+
+    Args:
+        path: the HTML file.
+        command: the flags, for the sampler's options above the texts.
+        model: the model, whose tokenizer shows the tokens.
+        answers: the sequences to play; each has its frames.
+    """
     tokenizer = model.tokenizer
-    assert tokenizer is not None  # there would be no requests
+    assert tokenizer is not None  # ``Asking.of`` refuses a model without one
     write_trace(
         path,
         [

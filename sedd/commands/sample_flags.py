@@ -1,4 +1,10 @@
-"""The flags of ``sample.py``, and which of them go with each other."""
+"""The flags of ``sedd sample``, and the checks that need no model.
+
+The options of samplers are flags too, and which ones there are depends on the sampler. Parsing has
+two stages: ``--sampler``, ``--inner`` and ``--inner.inner`` pick the samplers, by default the one
+that goes with the model of ``--checkpoint``; then all other flags are parsed with the options of
+these samplers among them.
+"""
 
 import dataclasses
 import json
@@ -30,36 +36,41 @@ TITLE = "Draw text from a trained model: from nothing, after a prompt, or into g
 
 
 def unset(metavar: str) -> Any:
-    """The help of a flag that may be left out: its value, and no default."""
+    """Mark an optional flag: its help shows ``metavar`` as the value, and no default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleCommand:
-    """The flags of ``sample.py``; those of the picked sampler (``--steps``) are among them."""
+    """The flags of ``sedd sample``; the options of the sampler, such as ``--steps``, are flags too.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
 
     checkpoint: Annotated[str, unset("DIR|hf://OWNER/NAME")]
     """Directory of a run or of a published checkpoint."""
     step: Annotated[int | Literal["best"] | None, unset("INT|best")] = None
-    """Checkpoint of a step, or the best by validation; the newest by default."""
+    """Checkpoint of a run: the one of this step, or the best by validation; by default the newest.
+    """
     num: int = 1
-    """Number of sequences; the i-th, from 0 on, has seed + i."""
+    """Number of sequences to draw. The i-th, counted from 0, has the seed --seed + i."""
     length: Annotated[int | None, unset("INT")] = None
     """Tokens in a sequence, the prompt included; the training length by default."""
     seed: int = 0
-    """Seed of the noise; a sequence depends on its own seed, not on its batch."""
+    """Seed of the noise. A sequence depends on its own seed alone, not on the rest of its batch."""
     prompt: Annotated[str, unset("TEXT")] = ""
-    """Text at the start."""
+    """Given text at the start of the sequence."""
     suffix: Annotated[str, unset("TEXT")] = ""
-    """Text at the end."""
+    """Given text at the end of the sequence."""
     infill: Annotated[str | None, unset("TEXT")] = None
-    """Text with gaps: "text with {mask:12} gaps" leaves twelve tokens free."""
+    """Given text with gaps to fill: "The {mask:12} said no." leaves twelve tokens free."""
     requests: Annotated[Path | None, unset("FILE.jsonl")] = None
-    """One request a line, an object: id, prompt or infill, suffix, length, seed, regex, or
-    json_schema and json_schema_depth, temperature, top_k, top_p, guidance, and sampler, options
-    that differ."""
+    """Draw one sequence for each line, a JSON object with any of the fields id, prompt, suffix,
+    infill, length, seed, regex, json_schema, json_schema_depth, temperature, top_k, top_p,
+    guidance, and sampler (an object of the sampler's options). The flags are the defaults."""
     regex: Annotated[tuple[str, ...], unset("REGEX")] = ()
-    """Regex that the free text must match: one for all of it, or one for each gap."""
+    """Regular expression that the free text must match: one for all of it, or one for each gap."""
     json_schema: Annotated[tuple[str, ...], unset("FILE.json|'{…}'")] = ()
     """JSON Schema of the free text, a file or inline: one for all of it, or one for each gap."""
     json_schema_depth: Annotated[int | None, unset("INT")] = None
@@ -68,25 +79,28 @@ class SampleCommand:
     rule: Literal["joint", "dingo"] = "joint"
     """How a step draws under a regex: jointly by the model, or by DINGO's rule."""
     temperature: float = 1.0
-    """Below 1 sharpens the distributions, above 1 flattens them; 0 takes the most likely token."""
+    """Divides the log probabilities: below 1 sharpens the distributions, above 1 flattens them;
+    0 takes the most likely token."""
     top_k: Annotated[int | None, unset("INT")] = None
-    """Draw from the k most likely tokens only."""
+    """Draw only from the k most likely tokens of each position."""
     top_p: Annotated[float | None, unset("FLOAT")] = None
-    """Draw from the most likely tokens whose probabilities sum to p."""
+    """Draw only from the most likely tokens of each position whose probabilities sum to p."""
     guidance: float = 0.0
-    """Weight of the given text (classifier-free guidance); 0 is off, above 0 doubles the calls."""
+    """Weight w of classifier-free guidance by the given text: p(with)^(1+w) / p(without)^w. 0 is
+    off; above 0 the network calls double."""
     logit_processor: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
-    """A function of (log_probs, tokens, positions), in JAX, that returns log_probs."""
+    """A JAX function of (log_probs [B, K, N], tokens [B, L], positions [B, K]) that returns changed
+    log_probs."""
     verifier: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
-    """A function from a list of texts to a score each, higher is better; for the samplers
+    """A function from a list of texts to one score each, higher is better; for the samplers
     best_of_n and particle."""
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
-    """JSON Lines file, or - for standard output; each batch is written when it is done. A line
-    has id, text, tokens, calls, entropy, seed and the verifier's score."""
+    """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
+    id, text, tokens, calls, entropy, seed and, of a search, score."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
-    """Page that plays the denoising of the first 64 sequences."""
+    """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32
-    """Sequences drawn side by side, the candidates of a search included."""
+    """Sequences that are drawn at the same time; the candidates of a search count."""
     sampler: Annotated[Options, tyro.conf.arg(name="")]
 
     def __post_init__(self):
@@ -100,9 +114,11 @@ class SampleCommand:
 
 
 def read_command(arguments: Sequence[str]) -> SampleCommand:
-    """Parse the flags, those of the picked samplers among them.
+    """Parse the flags, the options of the picked samplers among them.
 
-    Raises UserError on a mistake that shows without the model.
+    Raises:
+        UserError: a flag is wrong or does not go with another one, a file cannot be written, or a
+            function of the user cannot be loaded.
     """
     name, rest = take(arguments, "--sampler")
     inner, rest = take(rest, "--inner")
@@ -122,7 +138,11 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
 
 
 def sampler_for(arguments: Sequence[str]) -> str:
-    """The default sampler of the model named by --checkpoint, if its configuration can be read."""
+    """Choose the default sampler by the configuration of the model that --checkpoint names.
+
+    The help has to show the options of the sampler that will be used, so this happens before the
+    flags are parsed and reads no weights. If the configuration cannot be read, it is ``DEFAULT``.
+    """
     checkpoint, _ = take(arguments, "--checkpoint")
     if checkpoint is None:
         return DEFAULT
@@ -141,7 +161,13 @@ def sampler_for(arguments: Sequence[str]) -> str:
 
 
 def check_files(command: SampleCommand) -> None:
-    """Raise UserError where an output cannot be written, or flags exclude each other."""
+    """Check the files of the flags, and flags that exclude each other.
+
+    Raises:
+        UserError: two flags name the same file, an output cannot be written or has the wrong
+            suffix, a schema cannot be read, or ``--requests`` is combined with flags that its lines
+            replace.
+    """
     files = {"--requests": command.requests, "--output": command.output, "--trace": command.trace}
     taken: dict[Path, str] = {}
     for flag, path in files.items():
@@ -179,7 +205,11 @@ def check_files(command: SampleCommand) -> None:
 
 
 def read_schema(given: str) -> Any:
-    """The JSON object of a file, or of the flag itself where it begins with a brace."""
+    """Read a JSON schema from a file, or from the flag itself if it begins with a brace.
+
+    Raises:
+        UserError: the file cannot be read, or it holds no JSON object.
+    """
     text, where = given, "--json-schema"
     if not given.lstrip().startswith("{"):
         where = f"--json-schema {given}"
@@ -200,12 +230,17 @@ def read_schema(given: str) -> Any:
 
 
 def one_or_each(values: Sequence[Any]) -> Any:
-    """The values of a flag in the form of a request: one for all gaps, or a list for each gap."""
+    """Convert the values of a flag to a request's form: one for all gaps, or a list of one each."""
     return (values[0] if len(values) == 1 else list(values)) if values else None
 
 
 def check_functions(command: SampleCommand) -> None:
-    """Raise UserError where the user's functions cannot be loaded, or a number is out of range."""
+    """Check the user's functions and the numbers that change the conditionals.
+
+    Raises:
+        UserError: a function cannot be loaded, the sampler needs or takes no verifier, or a number
+            is out of range.
+    """
     name = command.sampler.name
     takers = [n for n in makers("samplers") if "verifier" in fields_of(n)]
     if command.verifier is not None:
@@ -226,7 +261,11 @@ def check_functions(command: SampleCommand) -> None:
 
 
 def reshape_numbers(command: SampleCommand) -> dict[str, Any]:
-    """Temperature, top_k, top_p and guidance of the flags; FieldError on a bad one."""
+    """Return temperature, top_k, top_p and guidance of the flags.
+
+    Raises:
+        FieldError: one of them is out of range.
+    """
     numbers = {name: getattr(command, name) for name in NUMBERS}
     reshape_of(1, numbers)
     return numbers

@@ -1,4 +1,16 @@
-"""Train a discrete diffusion language model; run again, it goes on where it stopped."""
+"""``sedd train``: train a model, or go on with a run.
+
+The command works in this order, so that a mistake costs neither time nor a file:
+
+1. Read the flags. They change the recipe of --config, or the configuration that the run has saved.
+2. Check everything that needs no data (components, batch size, devices, directory), and lock the
+   directory against a second run.
+3. Read the corpus, build the model, and restore the newest whole checkpoint if there is one.
+4. Write ``config.json``, ``tokenizer.json`` and the token counts, which ``sedd.load`` needs.
+5. Train. The loop writes ``checkpoints/``, ``metrics.jsonl``, ``samples/``, ``tensorboard/`` and
+   ``curves.png``, and prints its progress.
+6. Print the last validation beside two baselines on the same tokens.
+"""
 
 import dataclasses
 import io
@@ -16,56 +28,40 @@ import tyro
 
 import sedd
 from sedd.commands.cli import console, note, parse_config, take
-from sedd.configuration.build import (
-    Data,
-    Parts,
-    ValidationRows,
-    build_data,
-    build_parallel,
-    build_parts,
-    build_step,
-)
-from sedd.configuration.components import values
-from sedd.configuration.config import Config, differences
+from sedd.commands.train_start import Prepared, check_is_run, is_complete, prepare
+from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
+from sedd.configuration.config import Config
 from sedd.data.baselines import CharacterTrigram, joined_text, unigram_nats
-from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
-from sedd.model import TRAIN_COUNTS, read_config, read_tokenizer
-from sedd.progress import Activity
-from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
+from sedd.model import TRAIN_COUNTS, read_config
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
 from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_schedule
-from sedd.training.parallel import (
-    DataParallel,
-    FullySharded,
-    check_batch_size,
-    check_mesh,
-)
+from sedd.training.parallel import check_batch_size, check_mesh
 from sedd.training.signals import leave_on_signals
-from sedd.training.state import TrainState, init_state
 
 SAMPLES = 4  # texts drawn each time during training
-TRIGRAM_TOKENS = 8_000_000  # of each part of the training text
-FREE = ("dropout", "remat", "dtype", "attention")  # options that change no parameter
+TRIGRAM_TOKENS = 8_000_000  # of each part of the training text, to fit the trigram baseline to
+TITLE = "Train a discrete diffusion language model; run again, it goes on where it stopped."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """The flags of ``sedd train``, those of the configuration among them."""
+    """The flags of ``sedd train``; every field of the configuration is one of them."""
 
     workdir: Path
-    """Directory of the run. A run that is there already is resumed, with its configuration where no
-    --config is given."""
+    """Directory of the run. If it holds a run already, that run is resumed; without --config, with
+    the configuration that it has saved."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     profile: int | None = None
-    """Record so many steps for a profiler's viewer, into WORKDIR/profile."""
+    """Number of steps to record for a profiler (TensorBoard, XProf, Perfetto), from the tenth step
+    on, into WORKDIR/profile. By default none."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
 
     def __post_init__(self):
@@ -75,16 +71,28 @@ class TrainCommand:
 
 @leave_on_signals()
 def main(arguments: Sequence[str]) -> None:
-    """Check everything that can be checked before any work, lock the directory, and train."""
+    """Read the flags, check what can be checked before any work, lock the directory, and train.
+
+    SIGTERM or Ctrl-C before the first step ends the command with code 0; during training the loop
+    answers them with a checkpoint.
+
+    Raises:
+        UserError: a flag is wrong, the directory belongs to something else or to a run that is
+            under way, or training cannot go on (a diverged loss, a full disk).
+    """
+    # Only without --config does the saved configuration of the directory matter here. It is read
+    # from the raw arguments, since it gives the defaults of the flags that are still to be parsed.
     saved = None
     if take(arguments, "--config")[0] is None:
         workdir, _ = take(arguments, "--workdir")
         saved = None if workdir is None else read_config(Path(workdir).expanduser())
-    command = parse_config(arguments, TrainCommand, __doc__ or "", saved=saved)
+    command = parse_config(arguments, TrainCommand, TITLE, saved=saved)
     connect(command.processes)
-    console.quiet = jax.process_index() > 0  # one of several speaks for all
+    console.quiet = jax.process_index() > 0  # of several processes the first one prints
     config, workdir = command.config, command.workdir
-    build_parts(config, num_tokens=2)  # mistakes in the configuration come before any work
+    # The real vocabulary is known only after the corpus was read, which may take hours. Components
+    # for two tokens show every other mistake at once.
+    build_parts(config, num_tokens=2)
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
     check_mesh(jax.device_count(), config.training.fsdp or 1)
     check_is_run(workdir)
@@ -124,84 +132,6 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
         conclude(workdir, data, rows, frequencies, exact=exact)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The objects of a run that is about to begin or to go on.
-
-    Args:
-        config: the configuration; of a resumed run, with the weights that it was started from.
-        data: the tokenizer and the packed corpus.
-        parts: the components of the model.
-        parallel: the training step on the devices.
-        checkpoints: the checkpoints of the run.
-        restored: the newest whole checkpoint; None for a new run.
-        state: the first state, on the devices.
-        batches: the batches from the state's step on.
-    """
-
-    config: Config
-    data: Data
-    parts: Parts
-    parallel: DataParallel | FullySharded
-    checkpoints: Checkpoints
-    restored: Restored | None
-    state: TrainState
-    batches: Batches
-
-
-def prepare(workdir: Path, config: Config) -> Prepared:
-    """Build everything that the configuration names, and make or restore the first state.
-
-    Writes nothing into ``workdir``.
-
-    Raises:
-        UserError: the directory holds a run of another configuration or corpus, the weights of
-            ``init_from`` do not fit, or something cannot be read.
-    """
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
-    tokenizer = source = None
-    if checkpoints.steps():
-        config, tokenizer = check_same_run(workdir, config)
-    elif config.init_from is not None:
-        source = source_of(config.init_from, config)
-        tokenizer = source.tokenizer
-
-    data = read_data(config, tokenizer)
-    parts = build_parts(config, data.tokenizer.num_tokens)
-    step = build_step(config, parts)
-    parallel = build_parallel(config, step)
-    make_state = partial(init_state, step.network, step.optimizer, config.seed)
-    restored = checkpoints.restore_latest(jax.eval_shape(make_state))
-    if restored:
-        state = parallel.place(restored.state)
-    elif source is not None:
-        expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
-        require_same(f"--init-from {config.init_from}", kinds_of(source.denoiser.params), expected)
-        state = parallel.place(make_state(params=source.denoiser.params))
-    else:
-        state = parallel.init(make_state)
-    batches = Batches(
-        data.train,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        start_step=restored.step if restored else 0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    if restored:
-        check_same_data(workdir, restored, batches)
-    return Prepared(
-        config=config,
-        data=data,
-        parts=parts,
-        parallel=parallel,
-        checkpoints=checkpoints,
-        restored=restored,
-        state=state,
-        batches=batches,
-    )
-
-
 def run_of(
     workdir: Path,
     prepared: Prepared,
@@ -237,121 +167,12 @@ def run_of(
     )
 
 
-def is_complete(workdir: Path, prepared: Prepared) -> bool:
-    """Whether nothing is left to do: no step, no validation and no plot of the curves.
-
-    A run that was killed between its last checkpoint and the plot has no ``curves.png``, or one
-    that is older than its last record: it goes on, and draws the plot.
-    """
-    restored = prepared.restored
-    if restored is None or restored.step < prepared.config.training.steps:
-        return False
-    if restored.pending.get("held") is not None:  # the last validation failed or was interrupted
-        return False
-    curves, records = workdir / "curves.png", workdir / "metrics.jsonl"
-    return curves.is_file() and (
-        not records.is_file() or curves.stat().st_mtime_ns >= records.stat().st_mtime_ns
-    )
-
-
-def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
-    """Read, tokenise and pack the corpus, and show how far it is."""
-    if console.quiet:  # the first process speaks
-        return build_data(config, tokenizer=tokenizer)
-    with Activity("reading the corpus") as activity:
-
-        def progress(documents: int, tokens: int) -> None:
-            activity.update(f"tokenising: {documents:,} documents, {tokens:,} tokens")
-
-        return build_data(config, tokenizer=tokenizer, progress=progress)
-
-
-def check_is_run(workdir: Path) -> None:
-    """UserError where ``workdir`` belongs to something else, whose files a run would overwrite."""
-    where = f"--workdir {workdir}"
-    resolved = workdir.resolve()
-    roots = {Path(resolved.anchor), Path.home().resolve(), *map(Path, ("/tmp", "/home", "/root"))}
-    system = [Path(p) for p in ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sys", "/usr")]
-    if resolved in roots or any(p == resolved or p in resolved.parents for p in system):
-        raise UserError(f"{where}: it is a directory of the system; name a new one in it or beside")
-    if (workdir / "checkpoints").is_dir():
-        return
-    try:
-        is_run = read_config(workdir) is not None
-    except UserError:
-        is_run = False  # the config.json of something else
-    weights = ("model.safetensors", "pytorch_model.bin")
-    names = weights if is_run else ("config.json", "tokenizer.json", *weights)
-    if found := [name for name in names if (workdir / name).exists()]:
-        raise UserError(
-            f"{where}: it holds {' and '.join(found)} and no run of this project; a run would "
-            "overwrite files there: choose another directory"
-        )
-
-
-def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
-    """The configuration to go on with, and the run's tokenizer.
-
-    UserError where the run in ``workdir`` was started with another configuration. The run keeps the
-    weights it was initialised from on record.
-    """
-    saved = read_config(workdir)
-    if saved is None:
-        raise UserError(f"--workdir {workdir}: it holds checkpoints but no config.json")
-    if found := differences(saved, config):
-        raise UserError(
-            f"--workdir {workdir}: it holds a run of another configuration: {'; '.join(found)}. "
-            "Choose another directory, or the same values"
-        )
-    if config.init_from not in (None, saved.init_from):
-        note("--init-from is read when a run begins; this one has begun, and is resumed")
-    config = dataclasses.replace(config, init_from=saved.init_from)
-    return config, read_tokenizer(workdir)
-
-
-def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None:
-    """UserError where the corpus is not the one that the checkpoint's position belongs to."""
-    here = json.loads(json.dumps(batches.state()["parts"]))
-    for there, now in zip(restored.data["parts"], here, strict=True):
-        if there != now[: len(there)]:  # runs of older versions recorded no digest
-            sizes = (
-                "its size is the same, its text is not"
-                if there[:3] == now[:3]
-                else f"{there[0]} had {there[1]:,} sequences of {there[2]:,} tokens, {now[0]} has "
-                f"{now[1]:,} of {now[2]:,}"
-            )
-            raise UserError(
-                f"--workdir {workdir}: the corpus has changed since this run began: {sizes}. Bring "
-                f"it back, or use another directory and --init-from {workdir}"
-            )
-
-
-def source_of(init_from: str, config: Config) -> sedd.Model:
-    """The model to start from; UserError where its tokenizer or its network is another one."""
-    where = f"--init-from {init_from}"
-    try:
-        source = sedd.load(init_from)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    there = source.config.data.tokenizer
-    if source.tokenizer is None or there != config.data.tokenizer:
-        raise UserError(
-            f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
-            "weights go with their tokenizer"
-        )
-    here = values(config.network)
-    other = [
-        f"its network.{name} is {value} and --network.{name.replace('_', '-')} is {here[name]}"
-        for name, value in values(source.config.network).items()
-        if name in here and here[name] != value and name not in FREE
-    ]
-    if other:
-        raise UserError(f"{where} is of another configuration: {'; '.join(other)}")
-    return source
-
-
 def save_description(workdir: Path, config: Config, data: Data) -> None:
-    """Write the configuration, the tokenizer and the token counts, which ``sedd.load`` reads."""
+    """Write ``config.json``, ``tokenizer.json`` and the token counts, which ``sedd.load`` reads.
+
+    The counts (``train_frequencies``, as a numpy file) are a baseline in ``sedd evaluate``. Of
+    several processes the first one writes.
+    """
     if jax.process_index() == 0:
         described = (("config", config.to_json()), ("tokenizer", data.tokenizer.to_json()))
         for name, content in described:
@@ -386,7 +207,17 @@ def introduce(workdir: Path, prepared: Prepared, *, complete: bool) -> None:
 
 
 def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: ValidationRows):
-    """The function from averaged parameters to the figures of the validation bound."""
+    """Make the loop's ``validate``: a function from averaged parameters to the bound's figures.
+
+    Every validation uses the same rows and the same noise, so that its figures differ by the
+    parameters alone.
+
+    Args:
+        config: for the number of draws and the seed.
+        parts: the components of the model.
+        tokenizer: to count characters and bytes, for bits per character and per byte.
+        held_out: the rows to validate on.
+    """
     count_text = text_counter(tokenizer)
 
     def validate(params) -> dict[str, Any]:
@@ -406,7 +237,10 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
 
 
 def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
-    """The function from averaged parameters to a few texts."""
+    """Make the loop's ``sample``: a function from averaged parameters to ``SAMPLES`` texts.
+
+    The key is the run's seed each time, so that texts of different steps can be compared.
+    """
 
     def sample(params) -> list[str]:
         model = sedd.Model(
@@ -423,7 +257,11 @@ def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
 
 
 def train_frequencies(data: Data):
-    """Expected counts of the tokens in as many training examples as there are rows, [N]."""
+    """Counts of each token in the training text, [N], with the weights of the mixture.
+
+    A part of the mixture with weight w contributes its relative counts times w / Σw, and the sum is
+    scaled to the number of rows of all parts. For one corpus these are its plain counts.
+    """
     total = sum(weight for _, weight in data.train)
     rows = sum(packed.num_rows for packed, _ in data.train)
     shares = (
@@ -435,8 +273,9 @@ def train_frequencies(data: Data):
 def trigram_bits(data: Data, rows: ValidationRows) -> float | None:
     """Bits per character of a character trigram model on the validation rows.
 
-    It is fitted to the beginning of the training text, ``TRIGRAM_TOKENS`` tokens of each part. None
-    where the tokenizer does not say which text its tokens spell.
+    The baseline beside the model's own bits per character: text of which only the two previous
+    characters are known. It is fitted to the first ``TRIGRAM_TOKENS`` tokens of each part of the
+    training text. Returns None if the tokenizer does not tell the bytes of its tokens.
     """
     try:
         pieces = data.tokenizer.token_bytes()
@@ -455,10 +294,14 @@ def trigram_bits(data: Data, rows: ValidationRows) -> float | None:
 def conclude(
     workdir: Path, data: Data, rows: ValidationRows, frequencies: float, *, exact: bool
 ) -> None:
-    """Print the last validation beside two baselines on the same tokens, and the files.
+    """Print the last validation beside two baselines on the same tokens, and list the files.
 
-    ``frequencies`` are the nats per token of the training frequencies. ``exact`` says that the
-    figures are likelihoods, not bounds.
+    Args:
+        workdir: the directory of the run, whose ``metrics.jsonl`` holds the validation.
+        data: the corpus, for the trigram model.
+        rows: the validation rows.
+        frequencies: nats per validation token of the training frequencies, the first baseline.
+        exact: whether the figures are likelihoods (of an autoregressive model) or upper bounds.
     """
     files = f"written to {workdir}: checkpoints/, curves.png, metrics.jsonl, samples/, tensorboard/"
     validated = [r for r in read_metrics(workdir) if r.get("validation_nats_per_token") is not None]

@@ -1,0 +1,260 @@
+"""What ``sedd train`` does before the first step: checks of the directory, and the run's objects.
+
+``prepare`` reads and builds everything and writes nothing. A directory with checkpoints is resumed:
+its configuration, its corpus and its parameters have to be those that the flags name. Without
+checkpoints a new run begins, from random weights or from those of ``--init-from``.
+"""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+
+import sedd
+from sedd.commands.cli import console, note
+from sedd.configuration.build import (
+    Data,
+    Parts,
+    build_data,
+    build_parallel,
+    build_parts,
+    build_step,
+)
+from sedd.configuration.components import values
+from sedd.configuration.config import Config, differences
+from sedd.data.loader import Batches
+from sedd.data.tokenizers import Tokenizer
+from sedd.errors import UserError
+from sedd.model import read_config, read_tokenizer
+from sedd.progress import Activity
+from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
+from sedd.training.parallel import DataParallel, FullySharded
+from sedd.training.state import TrainState, init_state
+
+# Options of a network that change neither the number nor the shape of its parameters: --init-from
+# accepts weights of a network that differs in these.
+FREE = ("dropout", "remat", "dtype", "attention")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The objects of a run that is about to begin or to go on.
+
+    Args:
+        config: the configuration; of a resumed run, with the weights that it was started from.
+        data: the tokenizer and the packed corpus.
+        parts: the components of the model.
+        parallel: the training step on the devices.
+        checkpoints: the checkpoints of the run.
+        restored: the newest whole checkpoint; None for a new run.
+        state: the first state, on the devices.
+        batches: the batches from the state's step on.
+    """
+
+    config: Config
+    data: Data
+    parts: Parts
+    parallel: DataParallel | FullySharded
+    checkpoints: Checkpoints
+    restored: Restored | None
+    state: TrainState
+    batches: Batches
+
+
+def prepare(workdir: Path, config: Config) -> Prepared:
+    """Build everything that the configuration names, and make or restore the first state.
+
+    Writes nothing into ``workdir``.
+
+    Raises:
+        UserError: the directory holds a run of another configuration or corpus, the weights of
+            ``init_from`` do not fit, or something cannot be read.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.training.keep)
+    tokenizer = source = None
+    if checkpoints.steps():
+        config, tokenizer = check_same_run(workdir, config)
+    elif config.init_from is not None:
+        source = source_of(config.init_from, config)
+        tokenizer = source.tokenizer
+
+    data = read_data(config, tokenizer)
+    parts = build_parts(config, data.tokenizer.num_tokens)
+    step = build_step(config, parts)
+    parallel = build_parallel(config, step)
+    make_state = partial(init_state, step.network, step.optimizer, config.seed)
+    restored = checkpoints.restore_latest(jax.eval_shape(make_state))
+    if restored:
+        state = parallel.place(restored.state)
+    elif source is not None:
+        expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
+        require_same(f"--init-from {config.init_from}", kinds_of(source.denoiser.params), expected)
+        state = parallel.place(make_state(params=source.denoiser.params))
+    else:
+        state = parallel.init(make_state)
+    batches = Batches(
+        data.train,
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        start_step=restored.step if restored else 0,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if restored:
+        check_same_data(workdir, restored, batches)
+    return Prepared(
+        config=config,
+        data=data,
+        parts=parts,
+        parallel=parallel,
+        checkpoints=checkpoints,
+        restored=restored,
+        state=state,
+        batches=batches,
+    )
+
+
+def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
+    """Read, tokenise and pack the corpus, with its progress on the terminal.
+
+    Args:
+        config: the configuration; its ``data`` is used.
+        tokenizer: the tokenizer of the run that is resumed or started from; None to build one.
+    """
+    if console.quiet:  # of several processes the first one prints
+        return build_data(config, tokenizer=tokenizer)
+    with Activity("reading the corpus") as activity:
+
+        def progress(documents: int, tokens: int) -> None:
+            activity.update(f"tokenising: {documents:,} documents, {tokens:,} tokens")
+
+        return build_data(config, tokenizer=tokenizer, progress=progress)
+
+
+def check_is_run(workdir: Path) -> None:
+    """Check that a run may write into ``workdir``: a new, an empty or a run's directory.
+
+    Other files may be there, as long as the run would not overwrite them.
+
+    Raises:
+        UserError: it is a directory of the system, or holds a model or a configuration that is not
+            a run's.
+    """
+    where = f"--workdir {workdir}"
+    resolved = workdir.resolve()
+    roots = {Path(resolved.anchor), Path.home().resolve(), *map(Path, ("/tmp", "/home", "/root"))}
+    system = [Path(p) for p in ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sys", "/usr")]
+    if resolved in roots or any(p == resolved or p in resolved.parents for p in system):
+        raise UserError(f"{where}: it is a directory of the system; name a new one in it or beside")
+    if (workdir / "checkpoints").is_dir():
+        return
+    try:
+        is_run = read_config(workdir) is not None
+    except UserError:
+        is_run = False  # the config.json of something else
+    weights = ("model.safetensors", "pytorch_model.bin")
+    names = weights if is_run else ("config.json", "tokenizer.json", *weights)
+    if found := [name for name in names if (workdir / name).exists()]:
+        raise UserError(
+            f"{where}: it holds {' and '.join(found)} and no run of this project; a run would "
+            "overwrite files there: choose another directory"
+        )
+
+
+def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
+    """Check that ``config`` may go on with the run in ``workdir``.
+
+    Fields that change only speed, memory or output may differ: those of ``RESUMABLE``.
+
+    Returns:
+        The configuration with the run's own ``init_from``, and the run's tokenizer.
+
+    Raises:
+        UserError: the run was started with another configuration, or has saved none.
+    """
+    saved = read_config(workdir)
+    if saved is None:
+        raise UserError(f"--workdir {workdir}: it holds checkpoints but no config.json")
+    if found := differences(saved, config):
+        raise UserError(
+            f"--workdir {workdir}: it holds a run of another configuration: {'; '.join(found)}. "
+            "Choose another directory, or the same values"
+        )
+    if config.init_from not in (None, saved.init_from):
+        note("--init-from is read when a run begins; this one has begun, and is resumed")
+    config = dataclasses.replace(config, init_from=saved.init_from)
+    return config, read_tokenizer(workdir)
+
+
+def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None:
+    """Check that the corpus is the one that the run was trained on.
+
+    A checkpoint records the position in the data by numbers of rows, which mean something else in
+    another corpus. Compared are the name, the number of rows, the length and the digest of the
+    packed tokens of each part of the mixture.
+
+    Raises:
+        UserError: one of these differs.
+    """
+    # Through JSON, as the checkpoint's were: tuples become lists.
+    here = json.loads(json.dumps(batches.state()["parts"]))
+    for there, now in zip(restored.data["parts"], here, strict=True):
+        if there != now[: len(there)]:  # runs of older versions recorded no digest
+            sizes = (
+                "its size is the same, its text is not"
+                if there[:3] == now[:3]
+                else f"{there[0]} had {there[1]:,} sequences of {there[2]:,} tokens, {now[0]} has "
+                f"{now[1]:,} of {now[2]:,}"
+            )
+            raise UserError(
+                f"--workdir {workdir}: the corpus has changed since this run began: {sizes}. Bring "
+                f"it back, or use another directory and --init-from {workdir}"
+            )
+
+
+def source_of(init_from: str, config: Config) -> sedd.Model:
+    """Load the model of ``--init-from``: a run, a published checkpoint, or hf://OWNER/NAME.
+
+    Raises:
+        UserError: it cannot be loaded, its tokenizer is another one, or its network differs in an
+            option that changes the parameters.
+    """
+    where = f"--init-from {init_from}"
+    try:
+        source = sedd.load(init_from)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    there = source.config.data.tokenizer
+    if source.tokenizer is None or there != config.data.tokenizer:
+        raise UserError(
+            f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
+            "weights go with their tokenizer"
+        )
+    here = values(config.network)
+    other = [
+        f"its network.{name} is {value} and --network.{name.replace('_', '-')} is {here[name]}"
+        for name, value in values(source.config.network).items()
+        if name in here and here[name] != value and name not in FREE
+    ]
+    if other:
+        raise UserError(f"{where} is of another configuration: {'; '.join(other)}")
+    return source
+
+
+def is_complete(workdir: Path, prepared: Prepared) -> bool:
+    """Whether nothing is left to do: no step, no validation and no plot of the curves.
+
+    A run that was killed between its last checkpoint and the plot has no ``curves.png``, or one
+    that is older than its last record: it goes on, and draws the plot.
+    """
+    restored = prepared.restored
+    if restored is None or restored.step < prepared.config.training.steps:
+        return False
+    if restored.pending.get("held") is not None:  # the last validation failed or was interrupted
+        return False
+    curves, records = workdir / "curves.png", workdir / "metrics.jsonl"
+    return curves.is_file() and (
+        not records.is_file() or curves.stat().st_mtime_ns >= records.stat().st_mtime_ns
+    )
