@@ -1,4 +1,7 @@
-"""Diversity and repetition of samples, counted on token ids; see ``docs/sample_quality.md``."""
+"""Diversity and repetition of samples, counted on token ids; see ``docs/sample_quality.md``.
+
+These figures stand beside a generative perplexity, which falls when samples repeat themselves.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +16,21 @@ from sedd.evaluation.report import Cell
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """Of S samples, in tokens of ``tokenization``.
+    """Diversity of S samples. Figures with an error are means over samples.
 
-    ``entropy`` is that of a sample's own token frequencies, in nats, at most log of its length.
-    ``distinct[n - 1]`` is the share of distinct n-grams among those of all samples together
-    (arXiv:1510.03055); it falls as samples are added. ``repeated_4grams`` is the share of a
-    sample's 4-grams that it has had before (arXiv:1908.04319). ``longest_repeat`` is the length of
-    the longest stretch that occurs twice in a sample, as a share of it; the two may overlap.
+    Args:
+        tokenization: the name of the tokenizer whose tokens are counted.
+        num_samples: S.
+        num_tokens: tokens of all samples.
+        length: tokens of a sample.
+        entropy: of the frequencies of a sample's own tokens, in nats; at most log of its length.
+        distinct: entry n - 1 is the share of distinct n-grams among the n-grams of all samples
+            together (arXiv:1510.03055), for n = 1..4. It falls as samples are added.
+        repeated_4grams: the share of a sample's 4-grams that have occurred before in the sample
+            (arXiv:1908.04319).
+        longest_repeat: the length of the longest stretch that occurs twice in a sample, divided by
+            the length of the sample; the two occurrences may overlap.
+        entropy_S: the entropy of each sample.
     """
 
     tokenization: str
@@ -33,7 +44,7 @@ class Diversity:
     entropy_S: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; an estimate is [mean over samples, its standard error]."""
+        """Return plain numbers; an estimate is [mean over samples, standard error]."""
         return {
             "tokenization": self.tokenization,
             "num_samples": self.num_samples,
@@ -46,7 +57,7 @@ class Diversity:
         }
 
     def rows(self) -> list[tuple[Cell, ...]]:
-        """The name of each figure, and its value."""
+        """Return a row of a table for each figure: its name and its value."""
         return [
             ("length, tokens", self.length),
             ("entropy of a sample, nats", self.entropy),
@@ -57,19 +68,31 @@ class Diversity:
 
 
 def measure_diversity(sequences: Sequence[np.ndarray], *, tokenization: str) -> Diversity:
-    """Count n-grams, repeats and entropy on the ids of each sample; ValueError without samples."""
+    """Count n-grams, repeats and entropy on the token ids of each sample.
+
+    An n-gram is represented by a number below the number of tokens: the number of its first n - 1
+    ids and its last id are joined and renumbered. All samples are counted in one pass per n.
+
+    Args:
+        sequences: the token ids of each sample.
+        tokenization: the name of their tokenizer.
+
+    Raises:
+        ValueError: if there is no sample.
+    """
     if not sequences:
         raise ValueError("there is no sample")
     length_S = np.array([len(ids) for ids in sequences])
     flat = np.concatenate([np.asarray(ids, np.int64) for ids in sequences])
     owner = np.repeat(np.arange(len(sequences)), length_S)
-    left = np.repeat(np.cumsum(length_S), length_S) - np.arange(len(flat))  # to the sample's end
+    # Tokens from each place to the end of its sample.
+    left = np.repeat(np.cumsum(length_S), length_S) - np.arange(len(flat))
     code, distinct, repeated_S = np.zeros(len(flat), np.int64), [], np.zeros(len(sequences))
     ids = np.unique(flat, return_inverse=True)[1]
     for n in range(1, 5):
         following = ids[n - 1 :]
         pair = code[: len(following)] * (len(flat) + 1) + following
-        code = np.unique(pair, return_inverse=True)[1]  # of the n-gram that starts here
+        code = np.unique(pair, return_inverse=True)[1]  # the number of the n-gram from each place
         within = left[: len(code)] >= n
         distinct.append(len(np.unique(code[within])) / max(within.sum(), 1))
         if n == 4:
@@ -95,8 +118,13 @@ def measure_diversity(sequences: Sequence[np.ndarray], *, tokenization: str) -> 
 
 
 def longest_repeat(ids: np.ndarray) -> int:
-    """The length of the longest stretch of ids that occurs at two places, which may overlap."""
-    # ranks[k][i] names the 2^k ids from i on; any length is two of these, overlapping.
+    """Return the length of the longest stretch of ids that occurs at two places.
+
+    The two occurrences may overlap. Stretches are compared by doubling: ``ranks[k][i]`` numbers the
+    2^k ids from i on, equal stretches having equal numbers, and a stretch of any length is two
+    overlapping ones of these. Every part of a repeated stretch is repeated, so that bisection finds
+    the longest: O(n log² n) for n ids.
+    """
     ranks = [np.unique(ids, return_inverse=True)[1].astype(np.int64)]
 
     def occurs_twice(length):
@@ -108,11 +136,12 @@ def longest_repeat(ids: np.ndarray) -> int:
         return len(np.unique(pairs)) < len(pairs)
 
     low, high = 0, max(len(ids) - 1, 0)
-    while low < high:  # every part of a repeated stretch is repeated, so that bisection works
+    while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if occurs_twice(middle) else (low, middle - 1)
     return low
 
 
 def _pairs(rank, shift, size):
+    """A number for each pair of ranks that are ``shift`` apart."""
     return rank[: len(rank) - shift] * size + rank[shift:]

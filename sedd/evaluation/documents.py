@@ -1,4 +1,4 @@
-"""Counts of words, sentences and symbols of each document, for the tests of ``statistics``.
+"""Counts the words, sentences and symbols of documents, for the tests of ``statistics``.
 
 Words are runs of letters, digits and underscores with apostrophes inside them, in lower case. A
 sentence ends at ``. ! ?`` followed by white space (after closing quotes or brackets), at an empty
@@ -24,35 +24,50 @@ _STOP_WORDS = """
     them then there these they this those through to too under until up upon us very was we were
     what when where which while who whom whose why will with would you your yours"""
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-LONGEST = 200  # words in a sentence or a run; longer ones are counted with it
+LONGEST = 200  # words of a sentence or of a run of stop words; longer ones count as this long
+# Lengths in words at which the number of distinct words is recorded.
 CHECKPOINTS = np.unique(np.round(8 * 2 ** (np.arange(23) / 2)).astype(int))  # 8, 11, 16, … 16384
 
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Counts of S documents. The growth curves are nan beyond the end of a document."""
+    """Counts of S documents.
 
-    num_types: int  # distinct words in all of them, V
-    counts_SV: sparse.csr_array  # of each word
-    types_SG: np.ndarray  # distinct words among the first CHECKPOINTS
-    bigram_types_SG: np.ndarray  # distinct pairs of neighbours among as many words
-    sentences_SK: np.ndarray  # how many sentences of 1..LONGEST words
-    stop_runs_SK: np.ndarray  # how many runs of 1..LONGEST stop words, between other words
+    Args:
+        num_types: V, the distinct words of all documents.
+        counts_SV: how often each word occurs in each document.
+        types_SG: distinct words among a document's first words, at each of ``CHECKPOINTS``; nan
+            beyond its end.
+        bigram_types_SG: distinct pairs of neighbouring words among as many words; nan beyond.
+        sentences_SK: the number of sentences of 1..LONGEST words.
+        stop_runs_SK: the number of runs of 1..LONGEST stop words between other words.
+        words_S: words of each document.
+        stop_share_S: the share of stop words among a document's words.
+        symbol_share_S: the share of symbols among its characters other than white space.
+    """
+
+    num_types: int
+    counts_SV: sparse.csr_array
+    types_SG: np.ndarray
+    bigram_types_SG: np.ndarray
+    sentences_SK: np.ndarray
+    stop_runs_SK: np.ndarray
     words_S: np.ndarray
-    stop_share_S: np.ndarray  # of the words
-    symbol_share_S: np.ndarray  # of the characters that are not white space
+    stop_share_S: np.ndarray
+    symbol_share_S: np.ndarray
 
     @property
     def size(self) -> int:
+        """The number of documents, S."""
         return len(self.words_S)
 
     def counts(self, chosen_S: np.ndarray) -> np.ndarray:
-        """Counts [V] of each word in the chosen documents together."""
+        """Return how often each word occurs in the chosen documents together, [V]."""
         return np.asarray(self.counts_SV.T @ chosen_S.astype(np.float32))
 
 
 def measure(texts: Sequence[str]) -> Documents:
-    """Count words, sentences, stop words and symbols; each text is one document."""
+    """Count the words, sentences, stop words and symbols of texts, each one document."""
     ids: dict[str, int] = {}
     rows, types, bigrams, sentences, runs, symbols = [], [], [], [], [], []
     for text in texts:
@@ -86,10 +101,12 @@ def measure(texts: Sequence[str]) -> Documents:
 
 
 def _lengths(lengths: np.ndarray) -> np.ndarray:
+    """How often each length of 1..LONGEST occurs."""
     return np.bincount(np.minimum(lengths, LONGEST), minlength=LONGEST + 1)[1:]
 
 
 def _growth(row: np.ndarray, length: int) -> np.ndarray:
+    """Distinct entries among the first ones of a row, at each of ``CHECKPOINTS``."""
     first = np.sort(np.unique(row, return_index=True)[1])
     distinct = np.searchsorted(first, CHECKPOINTS).astype(float)
     distinct[length < CHECKPOINTS] = np.nan

@@ -1,7 +1,8 @@
 """Perplexity of samples under another model (the judge), with their diversity beside it.
 
-Repetitive text has a low perplexity, so that the figure alone can be improved by making samples
-worse. See ``docs/sample_quality.md``.
+Repetitive text has a low perplexity, so the perplexity alone can be improved by making samples
+worse. It is therefore shown beside diversity, and beside real text under the same judge. See
+``docs/sample_quality.md``.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,14 @@ from sedd.evaluation.report import Cell, Section, Table
 class JudgedTexts:
     """Perplexities of S texts, with standard errors over texts, and their diversity.
 
-    ``mean_of_nats`` is exp(all nats / all tokens), the perplexity of the texts as one corpus;
-    ``mean_of_perplexities`` is the mean of the texts' own perplexities, which is larger and which a
-    few bad texts dominate. Texts without a scored token are left out of both.
+    Args:
+        mean_of_nats: exp(all nats / all tokens), the perplexity of the texts as one corpus.
+        mean_of_perplexities: the mean of the texts' own perplexities. It is larger, and a few bad
+            texts dominate it.
+        num_tokens: scored tokens of all texts.
+        num_unscored: texts without a scored token, which are left out of both perplexities.
+        judgement: the nats and the tokens of each text.
+        diversity: repetition and entropy of the texts, in tokens of the judge.
     """
 
     mean_of_nats: Measured
@@ -35,12 +41,12 @@ class JudgedTexts:
 
     @property
     def perplexities(self) -> np.ndarray:
-        """The perplexity of each text; nan without a scored token."""
+        """The perplexity of each text; nan for a text without a scored token."""
         tokens_S = np.where(self.judgement.tokens_S, self.judgement.tokens_S, np.nan)
         return np.exp(self.judgement.nats_S / tokens_S)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; an estimate is [value, standard error]."""
+        """Return plain numbers; an estimate is [value, standard error]."""
         return {
             "mean_of_nats": list(self.mean_of_nats),
             "mean_of_perplexities": list(self.mean_of_perplexities),
@@ -50,7 +56,7 @@ class JudgedTexts:
         }
 
     def rows(self) -> list[tuple[Cell, ...]]:
-        """The name of each figure, and its value."""
+        """Return a row of a table for each figure: its name and its value."""
         return [
             ("perplexity, mean of nats", self.mean_of_nats),
             ("perplexity, mean of perplexities", self.mean_of_perplexities),
@@ -60,7 +66,15 @@ class JudgedTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativePerplexity:
-    """Samples under a judge, with real text under the same judge where it was given."""
+    """Samples under a judge, and real text under the same judge.
+
+    Args:
+        judge: the judge's name.
+        first_token: how the judge treats the first token of a text, for reports.
+        samples: the figures of the samples.
+        reference: the figures of real text; None if none was given.
+        warnings: sentences on what makes the figures misleading.
+    """
 
     judge: str
     first_token: str
@@ -69,7 +83,7 @@ class GenerativePerplexity:
     warnings: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure, and the warnings."""
+        """Return every figure and the warnings, ready for ``json.dump``."""
         return {
             "judge": self.judge,
             "first_token": self.first_token,
@@ -79,7 +93,7 @@ class GenerativePerplexity:
         }
 
     def section(self) -> Section:
-        """A table with both texts, and a picture of perplexity against entropy."""
+        """Make a part of a report: a table, and a plot of perplexity against entropy."""
         about = (
             f"Judged by {self.judge}; the first token of a text is {self.first_token}. Entropy, "
             f"n-grams and lengths are of tokens of {self.samples.diversity.tokenization}. Standard "
@@ -93,7 +107,7 @@ class GenerativePerplexity:
         )
 
     def table(self) -> Table:
-        """A row a figure."""
+        """Make a table with a row for each figure, and a column for each set of texts."""
         columns, rows = ["", "samples ± s.e."], self.samples.rows()
         if self.reference is not None:
             columns.append("real text ± s.e.")
@@ -101,7 +115,7 @@ class GenerativePerplexity:
         return Table(columns=columns, rows=rows)
 
     def figure(self):
-        """A point for each text by entropy and perplexity; repetitive text lies on the left."""
+        """Plot each text as a point by entropy and perplexity; repetitive text is on the left."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
@@ -135,9 +149,15 @@ class GenerativePerplexity:
 def generative_perplexity(
     samples: Sequence[str], judge: Judge, *, reference: Sequence[str] | None = None
 ) -> GenerativePerplexity:
-    """Judge samples, and real text (``reference``, cut to the samples' length) beside them.
+    """Compute the perplexity of samples under a judge.
 
-    ``ValueError`` where no sample has a token that the judge scores.
+    Args:
+        samples: the texts.
+        judge: the model that computes their likelihood.
+        reference: real text, cut to the length of the samples.
+
+    Raises:
+        ValueError: if the judge scores no token of the samples, or of the real text.
     """
     judged = judge_texts(samples, judge)
     real = None if reference is None else judge_texts(reference, judge)
@@ -151,7 +171,11 @@ def generative_perplexity(
 
 
 def judge_texts(texts: Sequence[str], judge: Judge) -> JudgedTexts:
-    """The perplexities of texts, and their diversity in the judge's tokens."""
+    """Compute the perplexities of texts, and their diversity in the judge's tokens.
+
+    Raises:
+        ValueError: if the judge scores no token of the texts.
+    """
     judgement = judge.judge(texts)
     scored_S = judgement.tokens_S > 0
     if not scored_S.any():
@@ -168,13 +192,18 @@ def judge_texts(texts: Sequence[str], judge: Judge) -> JudgedTexts:
 
 
 def pooled_perplexity(nats_S: np.ndarray, tokens_S: np.ndarray) -> Measured:
-    """exp(all nats / all tokens), with the error of a ratio of sums over texts carried through."""
+    """Return exp(all nats / all tokens) and its standard error over texts, to first order."""
     rate, error = ratio_of(nats_S, tokens_S)
     perplexity = float(np.exp(rate))
     return Measured(perplexity, None if error is None else perplexity * error)
 
 
 def _warnings(judge, samples, reference, judged, real) -> list[str]:
+    """Sentences on texts that were left out, on different lengths, and on a low entropy.
+
+    Entropy grows with the length of a text, so it is compared over as many tokens of each text as
+    half of the texts of either set have.
+    """
     found = []
     if judged.num_unscored:
         found.append(f"{judged.num_unscored} samples have no token to score and are left out")
@@ -204,4 +233,5 @@ def _warnings(judge, samples, reference, judged, real) -> list[str]:
 
 
 def _entropy(ids: np.ndarray) -> float:
+    """Entropy of the frequencies of a text's own tokens, in nats."""
     return unigram_entropy(np.unique(ids, return_counts=True)[1])

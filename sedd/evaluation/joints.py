@@ -1,14 +1,15 @@
-"""Joint distributions of two tokens, derived from their conditionals by seven constructions.
+"""Joint distributions of two tokens, constructed from their conditionals in seven ways.
 
-All but the independent joint and the two products are right for conditionals of one joint. See
-arXiv:2305.15501, section 2, and ``docs/consistency.md``.
+If the conditionals are those of one joint, all constructions return that joint, except for the
+independent joint and the two products. See arXiv:2305.15501, section 2, and
+``docs/consistency.md``.
 """
 
 import numpy as np
 
 from sedd.types import Float
 
-JOINTS = {  # every joint, as it is named for a reader
+JOINTS = {  # the constructions, and their names in reports
     "independent": "independent",
     "chain_ab": "chain, a first",
     "chain_ba": "chain, b first",
@@ -27,12 +28,20 @@ def pair_joints(
     *,
     logits: tuple[Float[np.ndarray, "A B"], Float[np.ndarray, "A B"]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Name → log joint [A, B] on a grid of tokens a, b, in float64; each sums to 1 there.
+    """Construct all joints of two tokens a, b on a grid of A × B tokens.
 
-    ``log_a_given_b[a, b]`` = log p(a | b), ``log_b_given_a[a, b]`` = log p(b | a); ``log_a`` and
-    ``log_b`` are with both masked; ``logits`` are the first two before their normalisation. All
-    may be normalised over more tokens than the grid's: every joint but Arnold–Gokhale's is then
-    that of all tokens, given that the pair is on the grid.
+    The arguments may be normalised over more tokens than those of the grid. Every joint except for
+    Arnold–Gokhale's is then the joint of all tokens, conditional on the pair being on the grid.
+
+    Args:
+        log_a_given_b: log p(a | b), at [a, b].
+        log_b_given_a: log p(b | a), at [a, b].
+        log_a: log p(a) while both tokens are masked.
+        log_b: log p(b) while both tokens are masked.
+        logits: the first two arguments before their normalisation.
+
+    Returns:
+        The log of each joint, [A, B] in float64, normalised on the grid, by name:
 
     ==================  ===================================================================
     ``independent``     p(a) p(b), what is drawn when both are revealed at once
@@ -62,10 +71,18 @@ def pair_joints(
 def besag(
     log_a_given_b: Float[np.ndarray, "A B"], log_b_given_a: Float[np.ndarray, "A B"], pivot: int
 ) -> Float[np.ndarray, "A B"]:
-    """p(a, b) ∝ p(a | b) / p(a* | b) · p(b | a*), a* the pivot (Hammersley–Clifford–Besag).
+    """Construct p(a, b) ∝ p(a | b) / p(a* | b) · p(b | a*) (Hammersley–Clifford–Besag).
 
-    For conditionals of one joint it is that joint, whatever the pivot; if it is the same for
-    all pivots, they are. Log, and normalised.
+    For conditionals of one joint the result is that joint for every pivot a*. Conversely, if the
+    result is the same for all pivots, the conditionals are those of one joint.
+
+    Args:
+        log_a_given_b: log p(a | b), at [a, b].
+        log_b_given_a: log p(b | a), at [a, b].
+        pivot: the place of a* on the grid.
+
+    Returns:
+        The log of the joint, normalised.
     """
     joint = log_a_given_b - log_a_given_b[pivot] + log_b_given_a[pivot]
     return joint - log_sum(joint)
@@ -78,14 +95,23 @@ def arnold_gokhale(
     tolerance: float = 1e-12,
     max_iterations: int = 100,
 ) -> Float[np.ndarray, "A B"]:
-    """The joint whose conditionals are closest to the given ones. Log, and normalised.
+    """Find the joint whose conditionals are closest to the given ones.
 
-    Closest: Σ_b KL(p(· | b) ‖ joint's) + Σ_a KL(p(· | a) ‖ joint's) is least, a convex function of
-    the joint's log. At its minimum the joint is weight / (1/α_a + 1/β_b), weight = p(a | b) +
-    p(b | a), with marginals α and β. That is a Bradley–Terry model, in which a beats b p(a | b)
-    times and b beats a p(b | a) times, of strengths α and β: Newton's method on their logs takes
-    some ten steps, where the fixed point of ``arnold_gokhale_step`` is not reached in 10,000. Ends
-    where that iteration would move the joint by less than ``tolerance`` in total variation.
+    The joint minimises Σ_b KL(p(· | b) ‖ its own) + Σ_a KL(p(· | a) ‖ its own), which is convex in
+    the log of the joint. At the minimum it has the form weight / (1/α_a + 1/β_b), where weight is
+    p(a | b) + p(b | a) and α, β are its marginals. This is a Bradley–Terry model: token a of
+    strength α_a beats token b of strength β_b p(a | b) times, and loses to it p(b | a) times.
+    Newton's method on the logs of the strengths takes about ten steps; the published iteration,
+    ``arnold_gokhale_step``, does not converge in 10,000.
+
+    Args:
+        log_a_given_b: log p(a | b), at [a, b].
+        log_b_given_a: log p(b | a), at [a, b].
+        tolerance: stop if one published iteration would move the joint by less, in total variation.
+        max_iterations: stop after so many steps of Newton's method.
+
+    Returns:
+        The log of the joint, normalised.
     """
     wins, losses = _normalised(log_a_given_b, 0), _normalised(log_b_given_a, 1)
     weight, split = wins + losses, len(wins)
@@ -105,12 +131,13 @@ def arnold_gokhale(
         a_wins = 1 / (1 + np.exp(strength[split:] - strength[:split, None]))
         surplus, curvature = wins - weight * a_wins, weight * a_wins * (1 - a_wins)
         gradient = np.concatenate([surplus.sum(1), -surplus.sum(0)])
-        # Scaled to a diagonal of ones: curvatures of rare tokens are many orders smaller.
+        # Scale to a diagonal of ones, since the curvatures of rare tokens are orders smaller.
         root = np.sqrt(np.concatenate([curvature.sum(1), curvature.sum(0)]) + 1e-300)
         hessian = np.eye(len(root))
         hessian[:split, split:] = -curvature / root[:split, None] / root[split:]
         hessian[split:, :split] = hessian[:split, split:].T
-        # Strengths are known up to a constant; the outer product fixes it and nothing else.
+        # A constant added to all log strengths changes nothing, so the matrix is singular in that
+        # direction. The outer product fixes the constant and does not change the rest.
         hessian += np.outer(root, root) / (root @ root)
         step = np.linalg.solve(hessian, gradient / root) / root
         size, now = 1.0, objective(strength)
@@ -123,25 +150,31 @@ def arnold_gokhale(
 def arnold_gokhale_step(
     weight: Float[np.ndarray, "A B"], joint: Float[np.ndarray, "A B"]
 ) -> Float[np.ndarray, "A B"]:
-    """The published fixed-point iteration, on probabilities; weight = p(a | b) + p(b | a).
+    """Return the joint after one published fixed-point iteration, on probabilities.
 
-    The objective is Σ log joint(a) + Σ log joint(b) - Σ weight·log joint up to a constant. Tangents
-    of its first two terms, which are concave, bound it from above, and this minimises the bound:
-    it never rises.
+    Up to a constant the objective is Σ log joint(a) + Σ log joint(b) - Σ weight·log joint. The
+    first two terms are concave, so their tangents bound the objective from above. The iteration
+    minimises this bound; the objective never rises.
+
+    Args:
+        weight: p(a | b) + p(b | a).
+        joint: the joint before the iteration, normalised.
     """
     joint = weight / (1 / joint.sum(1, keepdims=True) + 1 / joint.sum(0, keepdims=True))
     return joint / joint.sum()
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Return the total variation of joints, in [0, 1], over the last two axes."""
     return np.asarray(0.5 * np.abs(p - q).sum((-2, -1)))
 
 
 def _normalised(log_probs: np.ndarray, axis: int) -> np.ndarray:
+    """Probabilities that sum to 1 over the axis."""
     return np.exp(log_probs - log_sum(log_probs, axis))
 
 
 def log_sum(log_probs: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """log Σ exp, over all entries or with the axis kept."""
+    """Return log Σ exp over an axis, or over all; summed axes stay with length 1."""
     highest = log_probs.max(axis, keepdims=True)
     return highest + np.log(np.exp(log_probs - highest).sum(axis, keepdims=True))

@@ -1,4 +1,8 @@
-"""A file of finished sequences, from which an interrupted evaluation resumes."""
+"""A file of finished sequences, from which an interrupted evaluation resumes.
+
+The draws of a sequence depend only on the key and on its place in the data set. The figures after a
+resume are therefore those of an evaluation without interruption.
+"""
 
 import json
 from dataclasses import fields
@@ -12,17 +16,17 @@ from sedd.evaluation.bound import Scored
 
 
 class Journal:
-    """A file of JSON lines: first what is evaluated, then a line for each finished sequence.
+    """A file of JSON lines: a description of the evaluation, then a line per finished sequence.
 
-    A last line that was cut off, as by a kill, is removed.
+    A truncated last line, as a killed process leaves it, is removed.
 
     Args:
         path: the file; it is created if missing.
-        about: everything that the figures depend on.
+        about: everything that the figures depend on, such as model, protocol and data. A file with
+            another description is refused.
 
     Raises:
-        UserError: if the file holds the results of another evaluation or of something else, or
-            cannot be written.
+        UserError: if the file is that of another evaluation, is no journal, or cannot be written.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]):
@@ -41,7 +45,7 @@ class Journal:
             self._write([about])
 
     def _read(self, about: dict[str, Any]) -> int:
-        """Read the finished sequences; returns the size of the whole lines in bytes."""
+        """Read the finished sequences; returns the size in bytes of the complete lines."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -65,7 +69,7 @@ class Journal:
         return whole
 
     def done(self, data: str) -> Scored | None:
-        """The finished sequences of a data set, in order; None if there are none."""
+        """Return the finished sequences of a data set in their order; None if there are none."""
         records = self._done.get(data)
         if not records:
             return None
@@ -74,20 +78,19 @@ class Journal:
         )
 
     def add(self, data: str, scored: Scored) -> None:
-        """Append finished sequences of a data set; they are written when this returns."""
+        """Append finished sequences of a data set; they are in the file when this returns."""
         columns = {f.name: getattr(scored, f.name).tolist() for f in fields(Scored)}
         rows = zip(*columns.values(), strict=True)
         self._write([{"data": data, **dict(zip(columns, row, strict=True))} for row in rows])
 
     def _write(self, records: list[dict[str, Any]]) -> None:
+        """Append lines and flush them."""
         try:
             self._file.write(b"".join(json.dumps(r).encode() + b"\n" for r in records))
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def close(self, *, remove: bool = False) -> None:
-        """Close the file, and with ``remove`` delete it."""
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
-        if remove:
-            self.path.unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""Judges: autoregressive models that compute the likelihood of texts."""
+"""Judges: autoregressive models that compute the likelihood of texts, and features for MAUVE.
+
+``Judge`` is the interface. ``WindowJudge`` makes a judge of two functions on rows of token ids, and
+``hugging_face_judge`` one of a model of the Hugging Face hub.
+"""
 
 import pickle
 from collections.abc import Callable, Sequence
@@ -11,13 +15,13 @@ from safetensors import SafetensorError
 from sedd.arrays import bucket
 from sedd.errors import UserError
 
-# What transformers lets through: no such model, a pickle that PyTorch refuses, damaged weights.
+# Exceptions of transformers: no such model, a pickle that PyTorch refuses, damaged weights.
 LOADING = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """For each of S texts: its -log p in nats, and the number of scored tokens."""
+    """For each of S texts: -log p of its scored tokens in nats, and the number of these tokens."""
 
     nats_S: np.ndarray
     tokens_S: np.ndarray
@@ -25,36 +29,52 @@ class Judgement:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Computes nats of texts. ``first_token`` says whether the first token of a text is scored."""
+    """A model that computes the likelihood of texts."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the judge, for reports."""
+        ...
 
     @property
-    def first_token(self) -> str: ...
+    def first_token(self) -> str:
+        """How the first token of a text is treated, for reports: "given, not scored"."""
+        ...
 
     def encode(self, texts: Sequence[str], /) -> list[np.ndarray]:
-        """The judge's own ids of each text, without special tokens."""
+        """Return the ids of each text in the judge's tokens, without special tokens."""
         ...
 
     def judge(self, texts: Sequence[str]) -> Judgement:
-        """Nats of each text; an empty text has 0 nats and 0 tokens."""
+        """Compute the nats of each text; an empty text has 0 nats and 0 tokens."""
         ...
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
-        """A feature vector for each text, [S, D]: the judge's last hidden state."""
+        """Return a feature vector for each text, [S, D]: the judge's last hidden state."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowJudge:
-    """A judge made of two functions on rows of ids: exact likelihoods, and hidden states.
+    """A judge made of two functions on rows of token ids.
 
-    ``nats(ids_BL, scored_BL) -> nats_B`` is -log p of the scored tokens of each row, each given all
-    that is before it in the row; ``hidden(ids_BL) -> h_BLD`` are the last hidden states, of which
-    the i-th has seen the tokens up to i and none after it. A text of more than ``context`` tokens
-    is cut into windows that are scored independently. ``scores_first``: whether the model scores
-    the first token of a row; if not, that token is conditioned on and not counted.
+    A text of more than ``context`` tokens is cut into windows, which are scored independently.
+
+    Args:
+        name: the name of the judge, for reports.
+        encode: returns the ids of each text, without special tokens.
+        nats: ``nats(ids_BL, scored_BL) -> nats_B``, -log p of the scored tokens of each row, each
+            given the tokens before it in the row.
+        hidden: ``hidden(ids_BL) -> h_BLD``, the last hidden states; state i depends on the tokens
+            up to i.
+        context: the most tokens of a row, at least 2.
+        scores_first: whether the model scores the first token of a row. If not, that token is
+            conditioned on and not counted.
+        pad_id: the id that fills short rows.
+        batch_size: rows of a call.
+
+    Raises:
+        ValueError: if ``context`` or ``batch_size`` is too small.
     """
 
     name: str
@@ -79,7 +99,7 @@ class WindowJudge:
         return "scored" if self.scores_first else "given, not scored"
 
     def judge(self, texts: Sequence[str]) -> Judgement:
-        """Nats of each text, summed over its windows."""
+        """Compute the nats of each text, summed over its windows."""
         windows, owner = [], []
         for text, ids in enumerate(self.encode(texts)):
             for start in range(0, len(ids), self.context):
@@ -103,19 +123,19 @@ class WindowJudge:
         return Judgement(nats_S=nats_S, tokens_S=tokens_S)
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
-        """The last hidden state [S, D] at the last of a text's first ``context`` tokens."""
+        """Return the last hidden state [S, D] of each text, cut to ``context`` tokens."""
         rows = [ids[: self.context] for ids in self.encode(texts)]
         length = min(bucket(max([1, *map(len, rows)])), self.context)
         found = []
         for first in range(0, len(rows), self.batch_size):
             batch = rows[first : first + self.batch_size]
             ids_BL = self._padded(batch, length)
-            last = [max(len(ids), 1) - 1 for ids in batch]  # of an empty text, padding
+            last = [max(len(ids), 1) - 1 for ids in batch]  # padding, for an empty text
             found.append(np.asarray(self.hidden(ids_BL)[np.arange(len(batch)), np.array(last)]))
         return np.concatenate(found)
 
     def _padded(self, batch: Sequence[np.ndarray], length: int) -> np.ndarray:
-        """A batch of full size and length, also for the last rows, so that nothing recompiles."""
+        """Pad a batch to the full size and length, so that one compiled program serves all."""
         ids_BL = np.full((self.batch_size, length), self.pad_id, np.int32)
         for row, ids in enumerate(batch):
             ids_BL[row, : len(ids)] = ids
@@ -129,27 +149,22 @@ def hugging_face_judge(
     batch_size: int = 8,
     device: str | None = None,
 ) -> WindowJudge:
-    """A causal language model of the Hugging Face hub, or of a folder in its format.
+    """Load a causal language model of the Hugging Face hub, or of a folder in its format.
 
-    The first token is given and not scored, as in the published evaluations: no beginning of text
-    is put before it. ``context`` is the model's own by default, ``device`` a GPU where there is
-    one. ``UserError`` where the extra is not installed, there is no such model, or its files are
-    damaged or refused.
+    The first token of a text is given and not scored, as in published evaluations: no token for the
+    beginning of a text is put before it.
+
+    Args:
+        name: the model's name on the hub, or the folder.
+        context: the most tokens of a row; by default the model's own limit.
+        batch_size: rows of a call.
+        device: PyTorch's name of a device; by default a GPU if there is one.
+
+    Raises:
+        UserError: if PyTorch is not installed, if there is no such model, or if its files are
+            damaged or refused.
     """
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        from transformers import (  # pyright: ignore[reportMissingImports]
-            AutoModelForCausalLM,
-            AutoTokenizer,
-        )
-    except ImportError as error:
-        raise UserError(f"judge {name!r} needs PyTorch: pip install -e '.[judge]'") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except LOADING as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"judge {name!r} cannot be loaded: {reason}") from error
+    torch, tokenizer, model = _load_pretrained(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
 
@@ -160,7 +175,7 @@ def hugging_face_judge(
     @torch.no_grad()
     def nats(ids_BL, scored_BL):
         ids = torch.from_numpy(ids_BL).long().to(device)
-        logits = model(ids).logits[:, :-1].float()  # padding comes last: nothing looks at it
+        logits = model(ids).logits[:, :-1].float()  # no token attends to the padding at the end
         log_probs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         return -(log_probs * torch.from_numpy(scored_BL[:, 1:]).to(device)).sum(-1).cpu().numpy()
 
@@ -178,3 +193,22 @@ def hugging_face_judge(
         scores_first=False,
         batch_size=batch_size,
     )
+
+
+def _load_pretrained(name: str) -> tuple[Any, Any, Any]:
+    """PyTorch, and the tokenizer and the model called ``name``; raises UserError."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        from transformers import (  # pyright: ignore[reportMissingImports]
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )
+    except ImportError as error:
+        raise UserError(f"judge {name!r} needs PyTorch: pip install -e '.[judge]'") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except LOADING as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"judge {name!r} cannot be loaded: {reason}") from error
+    return torch, tokenizer, model

@@ -1,10 +1,11 @@
-"""MAUVE: how far the laws of samples and of real text differ, from features of each text.
+"""MAUVE: the difference between the distributions of samples and of real text.
 
-Pillutla et al., arXiv:2102.01454. Both sets of features are quantised by one k-means; the two
-histograms P and Q are compared through their mixtures R = λP + (1 − λ)Q by the curve of
-(exp(−c·KL(Q‖R)), exp(−c·KL(P‖R))), whose area is 1 for equal histograms and near 0 for disjoint
-ones. A figure depends on the features, the number of texts and the number of buckets: only figures
-for which these are the same can be compared, and they say nothing next to published ones.
+Pillutla et al., arXiv:2102.01454. Each text has a feature vector; k-means divides the vectors of
+both sets into buckets. The two histograms P and Q are compared by their mixtures R = λP + (1 − λ)Q:
+the score is the area under the curve of (exp(−c·KL(Q‖R)), exp(−c·KL(P‖R))), which is 1 for equal
+histograms and near 0 for disjoint ones. A score depends on the features, on the number of texts and
+on the number of buckets. Only scores for which all of these are the same can be compared, so that
+scores of this module cannot be compared with published ones.
 """
 
 from dataclasses import dataclass
@@ -15,14 +16,24 @@ import numpy as np
 from sedd.evaluation.report import Section, Table
 
 SCALE = 5.0  # c, as published
-VARIANCE = 0.9  # the share that principal components keep
-POINTS = 101  # of the curve
-RESTARTS = 5
+VARIANCE = 0.9  # the share of the variance that the principal components keep
+POINTS = 101  # points of the curve between its ends
+RESTARTS = 5  # starts of k-means, of which the best is taken
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mauve:
-    """``score`` in (0, 1], 1 for equal histograms; what it depends on beside it."""
+    """A MAUVE score, and everything that it depends on.
+
+    Args:
+        score: in (0, 1]; 1 for equal histograms.
+        features: the name of the features.
+        num_samples: the number of samples.
+        num_reference: the number of real texts.
+        num_buckets: clusters of k-means.
+        num_components: principal components that the clusters are found in.
+        curve: [POINTS + 2, 2], the divergence curve from (1, 0) to (0, 1).
+    """
 
     score: float
     features: str
@@ -30,10 +41,10 @@ class Mauve:
     num_reference: int
     num_buckets: int
     num_components: int
-    curve: np.ndarray  # [POINTS + 2, 2] from (1, 0) to (0, 1)
+    curve: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return every figure except for the curve, ready for ``json.dump``."""
         return {
             "score": self.score,
             "features": self.features,
@@ -44,7 +55,7 @@ class Mauve:
         }
 
     def section(self) -> Section:
-        """The score and its curve."""
+        """Make a part of a report: the score and its curve."""
         columns = ("MAUVE", "features", "samples", "real texts", "buckets", "components")
         sizes = (self.num_samples, self.num_reference, self.num_buckets, self.num_components)
         return Section(
@@ -56,7 +67,7 @@ class Mauve:
         )
 
     def figure(self):
-        """The divergence curve over the area that is the score."""
+        """Plot the divergence curve, with the area below it shaded."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(4.6, 4.4), dpi=150, layout="constrained")
@@ -82,10 +93,18 @@ def mauve(
     num_buckets: int | None = None,
     seed: int = 0,
 ) -> Mauve:
-    """Compare two sets of features, a row a text; ``features`` names them in the result.
+    """Compute the MAUVE score of samples against real text.
 
-    A tenth as many buckets as the smaller set has texts, at least 2, unless told. ``ValueError``
-    for fewer than 2 texts in a set, another width, or more buckets than texts.
+    Args:
+        samples_SD: a feature vector for each sample.
+        reference_SD: a feature vector for each real text.
+        features: the name of the features, for the result.
+        num_buckets: clusters of k-means; by default a tenth of the smaller set's size, at least 2.
+        seed: of k-means.
+
+    Raises:
+        ValueError: if a set has fewer than 2 texts, if the widths differ, or if there are more
+            buckets than texts.
     """
     sizes = (len(samples_SD), len(reference_SD))
     if min(sizes) < 2 or samples_SD.shape[1:] != reference_SD.shape[1:]:
@@ -115,7 +134,14 @@ def mauve(
 
 
 def divergence_curve(p_K: np.ndarray, q_K: np.ndarray) -> np.ndarray:
-    """(exp(−c·KL(q‖r)), exp(−c·KL(p‖r))) for mixtures r from q to p, and its ends on the axes."""
+    """Return the points (exp(−c·KL(q‖r)), exp(−c·KL(p‖r))) for mixtures r of p and q.
+
+    The first and the last point are the ends of the curve on the axes, (1, 0) and (0, 1).
+
+    Args:
+        p_K: the histogram of the samples over K buckets, which sums to 1.
+        q_K: the histogram of the real texts.
+    """
     weight = np.linspace(0, 1, POINTS + 2)[1:-1, None]
     mixed = weight * p_K + (1 - weight) * q_K
     points = [np.exp(-SCALE * _kl(law, mixed)) for law in (q_K, p_K)]
@@ -123,12 +149,13 @@ def divergence_curve(p_K: np.ndarray, q_K: np.ndarray) -> np.ndarray:
 
 
 def _kl(law_K, mixed_PK):
-    there = law_K > 0  # and then the mixture is above 0, too
+    """KL(law ‖ mixture) in nats, for each of P mixtures."""
+    there = law_K > 0  # the mixtures are then above 0 as well
     return (law_K[there] * np.log(law_K[there] / mixed_PK[:, there])).sum(1)
 
 
 def _components(x_SD: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, in as many principal components as hold the share of variance."""
+    """Scale rows to length 1, and keep the components that hold ``VARIANCE`` of the variance."""
     x_SD = x_SD / np.maximum(np.linalg.norm(x_SD, axis=1, keepdims=True), 1e-12)
     x_SD = x_SD - x_SD.mean(0)
     u, s, _ = np.linalg.svd(x_SD, full_matrices=False)
@@ -137,9 +164,16 @@ def _components(x_SD: np.ndarray) -> np.ndarray:
 
 
 def k_means(x_SD: np.ndarray, num_clusters: int, *, seed: int, rounds: int = 100) -> np.ndarray:
-    """The cluster of each row: Lloyd's algorithm from k-means++ starts, the best of several.
+    """Return the cluster of each row: the best of several runs of Lloyd's algorithm.
 
-    A cluster that runs empty stays where it was.
+    Each run starts from k-means++. The best run has the smallest sum of squared distances to the
+    centres. The centre of a cluster that becomes empty stays in place.
+
+    Args:
+        x_SD: the rows.
+        num_clusters: the number of clusters.
+        seed: determines the starts.
+        rounds: the most rounds of Lloyd's algorithm.
     """
     rng = np.random.default_rng(seed)
     best, best_cost = np.zeros(len(x_SD), int), np.inf
@@ -167,6 +201,7 @@ def k_means(x_SD: np.ndarray, num_clusters: int, *, seed: int, rounds: int = 100
 
 
 def _squares(x_SD, centres_KD):
+    """Squared distances of rows and centres, [S, K]; rounding may not make them negative."""
     return np.maximum(
         (x_SD**2).sum(1)[:, None] - 2 * x_SD @ centres_KD.T + (centres_KD**2).sum(1), 0
     )

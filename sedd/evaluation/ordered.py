@@ -1,4 +1,8 @@
-"""The exact NLL of one order of the tokens, by the chain rule, with a network call a token."""
+"""The exact NLL of tokens that are revealed in one order, by the chain rule.
+
+A time-independent absorbing model is an autoregressive model for every order of the positions. The
+likelihood of one order takes a network call for each token.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +21,22 @@ def ordered_nats(
     x0_BL: Int[Array, "B L"],
     scored_BL: Bool[Array, "B L"],
 ) -> Float[Array, " B"]:
-    """Nats of each sequence, -log p of its scored tokens given the rest, revealed in a given order.
+    """Compute -log p of each sequence's scored tokens, revealed in a given order, in nats.
 
-    ``order_BL`` holds the positions of each sequence, the first to be revealed first; those that
-    are not scored are given from the start, wherever they stand in it. Its mean over uniformly
-    random orders is what k-DCE estimates. arXiv:2406.03736, section 3.3.
+    The mean over uniformly random orders is the quantity that k-DCE estimates (arXiv:2406.03736,
+    section 3.3). Network calls: as many as the most scored positions of a sequence.
 
-    Network calls: as many as the most scored positions of a sequence. Raises ValueError where the
-    model has no such law: on a process without a mask, on a time-dependent model, and on an
-    autoregressive one, whose only order takes one call (evaluate_bound).
+    Args:
+        denoiser: the model.
+        order_BL: the positions of each sequence, the first to be revealed first. Positions that are
+            not scored are given from the start, wherever they stand in the order.
+        x0_BL: clean tokens.
+        scored_BL: positions whose tokens are counted.
+
+    Raises:
+        ValueError: if the model has no likelihood of an order: on a process that is not absorbing,
+            on a time-dependent model, and on an autoregressive model, whose only order takes one
+            call (``evaluate_bound``).
     """
     if not denoiser.process.absorbing:
         raise ValueError("an order of reveals needs a process on which a visible token is certain")
@@ -62,10 +73,16 @@ def ordered_nats(
 def make_order(
     name: str, keys_B: Key[Array, " B"], scored_BL: Bool[Array, "B L"]
 ) -> Int[Array, "B L"]:
-    """The positions of each sequence from left to right, from right to left, or as its key says.
+    """Return the positions of each sequence in an order, for ``ordered_nats``.
 
-    A random order is uniform over those of the scored positions, which come first; padding behind
-    them changes nothing of it. ValueError on another name.
+    Args:
+        name: "forward" (left to right), "backward" or "random". A random order is uniform over the
+            orders of the scored positions, which come first; padding at the end does not change it.
+        keys_B: one key a sequence, for the random order.
+        scored_BL: the scored positions.
+
+    Raises:
+        ValueError: on another name.
     """
     if name == "random":
         return jnp.argsort(random_rank(keys_B, scored_BL), axis=1)

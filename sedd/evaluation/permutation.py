@@ -1,7 +1,9 @@
 """Permutation tests of two sets of documents, by the distances of arXiv:2106.00085.
 
-Labels "sample" and "real" are permuted over whole documents. The tests are exact however words
-within a document depend on each other, if documents are exchangeable.
+The labels "sample" and "real" are permuted over whole documents. Under the hypothesis that samples
+and real documents are exchangeable, the tests are exact, however words within a document depend on
+each other. A distance is a function of labels [P, S]: it evaluates P labellings of S documents at
+once, as a product of matrices where it can.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +12,10 @@ import numpy as np
 
 from sedd.evaluation.documents import Documents
 
-CELLS = 1 << 22  # entries of an array of labellings at once: 16 MB in float32
+CELLS = 1 << 22  # the most entries of an array for a block of labellings: 16 MB in float32
 
 
-Distance = Callable[[np.ndarray], np.ndarray]  # labels [P, S] of 0 and 1 -> [P]
+Distance = Callable[[np.ndarray], np.ndarray]  # labels [P, S], 1 for a sample -> distances [P]
 
 
 def permutation_test(
@@ -24,18 +26,21 @@ def permutation_test(
     *,
     width: int,
 ) -> tuple[list[float], list[float]]:
-    """Each distance under the true labels, and its p-value (1 + #) / (1 + permutations).
+    """Compute each distance under the true labels, and its p-value by random labellings.
 
-    # counts the random labellings whose distance is at least the observed one: for exchangeable
-    documents, p is at most α with probability at most α. Labellings are drawn and tested in
-    blocks, so that memory does not grow with their number.
+    The p-value is (1 + n) / (1 + permutations), where n random labellings have at least the
+    observed distance. For exchangeable documents p is at most α with probability at most α.
+    Labellings are drawn and tested in blocks, so that memory does not grow with their number.
 
     Args:
-        distances: functions of labels [P, S]; the keys of the results' order.
+        distances: the distances by name.
         is_sample_S: the true labels.
-        permutations: how many random labellings.
-        seed: of the labellings.
-        width: the most columns that a distance makes for each labelling, such as distinct words.
+        permutations: the number of random labellings.
+        seed: determines the labellings.
+        width: the most columns of an array that a distance makes, such as the distinct words.
+
+    Returns:
+        The observed distances and the p-values, in the order of ``distances``.
     """
     rng = np.random.default_rng(seed)
     rows = max(1, CELLS // max(width, len(is_sample_S)))
@@ -45,7 +50,7 @@ def permutation_test(
         size = min(rows, permutations - first)
         labels_PS = _labels(rng.permuted(np.tile(is_sample_S, (size, 1)), axis=1))
         for name, distance in distances.items():
-            # Sums in another order may differ in the last bit of float32.
+            # Equal distances may differ by rounding: float32 sums depend on their order.
             at_least[name] += int((distance(labels_PS) >= observed[name] * (1 - 1e-6)).sum())
     return (
         [float(found[0]) for found in observed.values()],
@@ -54,11 +59,16 @@ def permutation_test(
 
 
 def _labels(is_sample: np.ndarray) -> np.ndarray:
+    """Labels as float32 [P, S], for products of matrices."""
     return np.atleast_2d(is_sample).astype(np.float32)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """P-values corrected for the number of tests, to compare with a family-wise level (Holm)."""
+    """Correct p-values for the number of tests by Holm's method.
+
+    If the tests with a corrected p-value of at most α are rejected, the probability of any false
+    rejection is at most α.
+    """
     order = np.argsort(p)
     steps = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
     corrected = np.empty(len(p))
@@ -67,7 +77,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def distances_of(documents: Documents) -> dict[str, Distance]:
-    """The test statistics: functions of which documents are samples, for many labellings."""
+    """Return the distances that are tested, by the name of the statistic that they compare."""
 
     def of_counts(distance):
         return lambda labels_PS: distance(*_both(labels_PS, documents.counts_SV))
@@ -86,30 +96,35 @@ def distances_of(documents: Documents) -> dict[str, Distance]:
 
 
 def _both(labels_PS, values_SG):
-    """Sums over samples and over reference, exact: the values are counts below 2^24."""
-    a_PG = np.ascontiguousarray(labels_PS @ values_SG)  # rows are sorted next
+    """Sums of the values over samples and over real documents; exact for counts below 2^24."""
+    a_PG = np.ascontiguousarray(labels_PS @ values_SG)  # callers sort and sum along rows
     return a_PG, np.asarray(values_SG.sum(0)) - a_PG
 
 
 def _shares(a_PG):
+    """Counts divided by the sum of their row."""
     return a_PG / np.maximum(a_PG.sum(1, keepdims=True), 1)
 
 
 def descending(a_PG: np.ndarray) -> np.ndarray:
-    """Each row in descending order."""
+    """Return each row in descending order."""
     return np.sort(a_PG, axis=1)[:, ::-1]
 
 
 def _ks(a_PG, b_PG):
-    """The largest difference of two cumulative laws, given the counts of their G values."""
+    """Kolmogorov–Smirnov distance: the largest difference of two cumulative distributions.
+
+    The arguments are the counts of G ordered values in each distribution.
+    """
     return np.abs(np.cumsum(_shares(a_PG) - _shares(b_PG), axis=1)).max(1)
 
 
 def _ks_of_values(values_S: np.ndarray) -> Distance:
-    """Kolmogorov–Smirnov of one number for each document.
+    """Kolmogorov–Smirnov distance of one number per document.
 
-    The difference of the two cumulative laws at the last document of each distinct value, from
-    running sums over the documents in ascending order: no table of documents by values.
+    The documents are sorted by their number. A running sum of the labels then gives both cumulative
+    distributions, which are compared at the last document of each distinct value. This needs no
+    table of documents by values.
     """
     order = np.argsort(values_S, kind="stable")
     ordered = values_S[order]
@@ -118,7 +133,7 @@ def _ks_of_values(values_S: np.ndarray) -> Distance:
     def distance(labels_PS: np.ndarray) -> np.ndarray:
         a_PS = labels_PS[:, order]
         number_a = a_PS.sum(1, keepdims=True)
-        below_PS = np.cumsum(a_PS, axis=1)[:, last]  # whole numbers, exact in float32
+        below_PS = np.cumsum(a_PS, axis=1)[:, last]  # integers, exact in float32
         total = np.arange(1, len(order) + 1, dtype=np.float32)[last]
         share_a = below_PS / np.maximum(number_a, 1)
         share_b = (total - below_PS) / np.maximum(len(order) - number_a, 1)
@@ -128,9 +143,10 @@ def _ks_of_values(values_S: np.ndarray) -> Distance:
 
 
 def _standardised(curve_SG) -> Distance:
-    """The largest difference of two mean curves in units of its standard error.
+    """The largest difference of two mean curves, in units of its standard error.
 
-    The standard deviation is of all documents, so that it does not depend on the labels.
+    A curve is nan beyond the end of its document, and means are over the documents that reach a
+    point. The standard deviation is that of all documents: it does not depend on the labels.
     """
     there_SG = ~np.isnan(curve_SG)
     enough = there_SG.sum(0) > 1

@@ -1,8 +1,7 @@
 """Evaluation protocols: how text is cut and which estimate is computed, as in published tables.
 
-The same model has another perplexity under each protocol. Fields that a protocol does not set are
-taken from the model: its tokenizer, its length, its way of cutting text. See
-``docs/evaluation.md``.
+The perplexity of a model depends on the protocol. Fields that a protocol does not set are taken
+from the model: its tokenizer, its length, its way of cutting text. See ``docs/evaluation.md``.
 """
 
 import dataclasses
@@ -13,18 +12,19 @@ from typing import Any, Literal
 from sedd.errors import UserError, did_you_mean
 from sedd.evaluation.monte_carlo import Estimator, check_draws
 
+# The data sets of the published zero-shot tables.
 ZEROSHOT = ("lambada", "wikitext2", "ptb", "wikitext103", "lm1b", "ag_news", "pubmed", "arxiv")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is evaluated, and how."""
+    """How a text is cut into rows, and how these are evaluated."""
 
     estimator: Estimator = "auto"
     """auto: k_dce (mean over orders) for time-independent absorbing models, else score_entropy."""
     outer_terms: bool = True
-    """Add the prior and the reconstruction to a score entropy. Without them the figure is no bound:
-    it is the mean of the loss over t in [t_min, 1]."""
+    """Add the prior and the reconstruction to a score entropy. Without them the figure is no bound,
+    but the mean of the loss over t in [t_min, 1]."""
     t_min: float = 1e-3
     """The smallest time of a score entropy, in (0, 1)."""
     draws: int = 64
@@ -34,15 +34,17 @@ class Protocol:
     tokenizer: str | None = None
     """The name of the tokenizer that the model must have; any by default."""
     cut: Literal["as_trained", "wrapped", "whole", "truncated"] = "as_trained"
-    """wrapped: documents joined, each followed by its end, cut into rows, the remainder dropped.
-    whole: the same, but the remainder is a last row, padded: every token is scored exactly once.
-    truncated: one row for each document, the rest of it dropped."""
+    """as_trained: as in the model's training. wrapped: documents, each followed by its end token, are
+    joined and cut into rows; the remainder is dropped. whole: the same, but the remainder becomes a
+    padded last row, so that every token is scored exactly once. truncated: one row for each
+    document, whose rest is dropped."""
     drop_every: int | None = None
-    """Drop the remainder after each so many documents (wrapped); by default once, at the end."""
+    """With cut wrapped: drop the remainder after each so many documents, not only at the end."""
     specials: bool = False
-    """Begin every row with the beginning of a document, end it with the end, and score both."""
+    """Begin every row with the token for the beginning of a document and end it with the token for
+    the end; both are scored."""
     detokenize: bool = False
-    """Undo the data set's separation of words, where the project has a detokenizer for it."""
+    """Undo the data set's tokenisation into words, if the project has a detokenizer for it."""
 
     def __post_init__(self):
         check_draws(self.draws)
@@ -56,7 +58,7 @@ class Protocol:
             raise ValueError(f"drop_every needs cut wrapped, got cut {self.cut}")
 
     def to_json(self) -> dict[str, Any]:
-        """All fields by name."""
+        """Return all fields by name."""
         return dataclasses.asdict(self)
 
 
@@ -72,7 +74,7 @@ PROTOCOLS = {
     "text8": Protocol(tokenizer="text8", length=256, cut="wrapped"),
     "lm1b": Protocol(tokenizer="bert-base-uncased", length=128, cut="truncated", detokenize=True),
 }
-# Which split of a data set was published; elsewhere the one that validates.
+# The split of each data set in the published tables; others use their validation split.
 SPLITS = {
     "sedd": {
         **dict.fromkeys(("lambada", "ptb", "wikitext103", "lm1b", "ag_news", "text8"), "test"),
@@ -85,7 +87,7 @@ SPLITS = {
 
 
 def protocol(name: str) -> Protocol:
-    """The protocol called ``name``, one of ``PROTOCOLS``.
+    """Return the protocol called ``name``, one of ``PROTOCOLS``.
 
     Raises:
         UserError: if there is none of that name; the message suggests a similar one.
@@ -97,7 +99,7 @@ def protocol(name: str) -> Protocol:
 
 
 def describe(name: str, chosen: Protocol) -> str:
-    """The protocol's name, followed by the fields that differ from it: ``sedd (draws 64)``."""
+    """Return the protocol's name and the fields that depart from it: ``sedd (draws 64)``."""
     before = PROTOCOLS[name].to_json()
     changed = [f"{k} {v}" for k, v in chosen.to_json().items() if v != before[k]]
     return f"{name} ({', '.join(changed)})" if changed else name
@@ -116,7 +118,7 @@ def check_fit(
         spelled_out: fields that the user set explicitly; a length among them is not checked.
 
     Raises:
-        UserError: if they differ; the message gives the flags that accept the difference.
+        UserError: if they differ; the message names flags that accept the difference.
     """
     wrong = []
     if chosen.tokenizer not in (None, tokenizer):

@@ -1,4 +1,8 @@
-"""The quantities of two texts that are shown beside the tests: exponents, means, curves."""
+"""Quantities of two sets of documents that are shown beside the tests: exponents, means, curves.
+
+The tests of ``permutation`` compare whole distributions by a distance, which says whether two sets
+differ but not how. These numbers, with standard errors over documents, say how.
+"""
 
 from typing import Any
 
@@ -8,12 +12,17 @@ from sedd.evaluation.documents import CHECKPOINTS, LONGEST, Documents
 from sedd.evaluation.measured import Measured, mean_of, ratio_of
 from sedd.evaluation.permutation import CELLS, descending
 
-ZIPF_RANKS = 1000  # Zipf's law holds for the most frequent words; the tail falls faster
+ZIPF_RANKS = 1000  # Zipf's law holds for the most frequent words; beyond, frequencies fall faster
 
+# The name of a quantity, and its value for the samples and for real text.
 Quantity = tuple[str, Measured | None, Measured | None]
 
 
 def quantities_of(documents: Documents, is_sample_S: np.ndarray) -> dict[str, Quantity]:
+    """Return a quantity for each statistic of ``permutation.distances_of``, by its name.
+
+    A value is None if it cannot be estimated, for example from texts that are too short.
+    """
     sets = (is_sample_S, ~is_sample_S)
     num_types = [int((documents.counts(s) > 0).sum()) for s in sets]
     ranks = max(min(ZIPF_RANKS, *num_types), 2)
@@ -50,10 +59,12 @@ def _ratio_or_none(top_S: np.ndarray, bottom_S: np.ndarray) -> Measured | None:
 
 
 def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> Measured | None:
-    """The exponent s of p(r) ∝ r^-s over the first ranks, by maximum likelihood.
+    """The exponent s of p(r) ∝ r^-s over the first ranks r, by maximum likelihood.
 
-    The error is the jackknife's over documents: words of one document are not independent. Ranks
-    are those of the same counts, which biases s upwards a little, in both texts alike.
+    The likelihood is highest where the expected log rank equals the observed one, so s is read from
+    a table of expected log ranks. The error is that of a jackknife over documents, since words of
+    one document are not independent. The ranks come from the same counts as the frequencies, which
+    biases s slightly upwards, in both sets alike.
     """
     total = documents.counts(chosen_S)
     if not total.any():
@@ -61,7 +72,7 @@ def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> Measured | 
     log_rank = np.log(np.arange(1, ranks + 1))
     s = np.linspace(0, 5, 501)
     law = np.exp(-s[:, None] * log_rank)
-    expected = (law * log_rank).sum(1) / law.sum(1)  # falls with s
+    expected = (law * log_rank).sum(1) / law.sum(1)  # decreasing in s
 
     def fit(counts_PV):
         head = descending(counts_PV)[:, :ranks].astype(float)
@@ -81,10 +92,10 @@ def _zipf(documents: Documents, chosen_S: np.ndarray, ranks: int) -> Measured | 
 
 
 def _heaps(curve_SG, reached_G) -> Measured | None:
-    """The mean over documents of the exponent β of types ∝ words^β, by least squares of logarithms.
+    """The mean over documents of the exponent β of (distinct words) ∝ words^β.
 
-    Over lengths that at least half of the documents of either text reach, and documents that reach
-    them all, so that both texts are fitted at the same places.
+    β is the slope of a line through the logarithms, by least squares. Only documents that reach all
+    lengths of ``reached_G`` count, so that both sets are fitted at the same lengths.
     """
     curve = curve_SG[:, reached_G]
     curve = curve[~np.isnan(curve).any(1)]
@@ -96,6 +107,11 @@ def _heaps(curve_SG, reached_G) -> Measured | None:
 
 
 def curves_of(documents: Documents, chosen_S: np.ndarray) -> dict[str, Any]:
+    """Return the curves of the chosen documents that the report plots.
+
+    ``rank_frequency`` and the cumulative distributions are pairs (x, y). ``growth`` has the mean
+    numbers of distinct words and of distinct pairs after so many words, with standard errors.
+    """
     counts = descending(documents.counts(chosen_S)[None])[0]
     counts = counts[counts > 0]
     growth: dict[str, Any] = {}
@@ -105,12 +121,13 @@ def curves_of(documents: Documents, chosen_S: np.ndarray) -> dict[str, Any]:
     ):
         curve = curve_SG[chosen_S]
         number = (~np.isnan(curve)).sum(0)
-        kept = number > max(1, len(curve) // 10)  # a mean of a few long documents wobbles
+        kept = number > max(1, len(curve) // 10)  # means over a few long documents are too noisy
         growth["words"] = CHECKPOINTS[kept].tolist()
         growth[name] = np.nanmean(curve[:, kept], 0).tolist()
         error = np.nanstd(curve[:, kept], 0, ddof=1) / np.sqrt(number[kept])
         growth[f"{name}_error"] = error.tolist()
 
+    # Cumulative distributions of lengths, given how many have each length, and of values.
     def of_lengths(numbers_SK):
         numbers = numbers_SK[chosen_S].sum(0)
         return np.arange(LONGEST + 1), np.append(0, np.cumsum(numbers)) / max(numbers.sum(), 1)

@@ -1,4 +1,8 @@
-"""Tables and sections of results: for a terminal, a paper, or one HTML page without other files."""
+"""Tables and sections of results: for a terminal, for a paper, or as one self-contained HTML page.
+
+An evaluation makes ``Table``s and ``Section``s, and the place where they are shown decides about
+their form. Cells are numbers, not text, so that one rule rounds them all (``show``).
+"""
 
 import base64
 import html
@@ -20,10 +24,13 @@ Cell = str | int | float | Measured | None
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of cells under column names.
+    """Rows of cells under column names, with an optional title.
 
-    A float is shown to four digits, a measured value as ``2.370 ± 0.022``: both to two digits of
-    the error. ``None`` is a dash.
+    A float is shown to four digits, a measured value as ``2.370 ± 0.022`` with two digits of the
+    error, and None as a dash.
+
+    Raises:
+        ValueError: if a row does not have a cell for each column.
     """
 
     columns: Sequence[str]
@@ -36,7 +43,7 @@ class Table:
                 raise ValueError(f"a row of {len(row)} cells under {len(self.columns)} columns")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        """Print on a terminal; where it is too narrow, each row becomes a table of two columns."""
+        """Print on a terminal; if it is too narrow, each row becomes a table of two columns."""
         wide = self._rich(self.columns, self.rows, self._numeric(), self.title)
         natural = console.measure(wide, options=options.update(max_width=10_000)).maximum
         if natural <= options.max_width or len(self.columns) < 3:
@@ -49,6 +56,7 @@ class Table:
 
     @staticmethod
     def _rich(columns, rows, numeric, title) -> RichTable:
+        """A table of rich; numeric columns are aligned to the right."""
         table = RichTable(title=_literal(title) or None, title_justify="left")
         for name, right in zip(columns, numeric, strict=True):
             table.add_column(_literal(name), justify="right" if right else "left", overflow="fold")
@@ -57,7 +65,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """GitHub's form, below the title."""
+        """Return the table in GitHub's Markdown, below its title."""
         rule = ["---:" if numeric else "---" for numeric in self._numeric()]
         lines = [list(self.columns), rule, *([show(cell) for cell in row] for row in self.rows)]
         title = f"{self.title}\n\n" if self.title else ""
@@ -66,7 +74,7 @@ class Table:
         )
 
     def latex(self) -> str:
-        """A ``tabular`` with the rules of ``booktabs``, in a captioned ``table`` if titled."""
+        """Return a LaTeX ``tabular`` with rules of ``booktabs``; a title makes it a ``table``."""
         form = "".join("r" if numeric else "l" for numeric in self._numeric())
         lines = [self.columns, *([show(cell) for cell in row] for row in self.rows)]
         head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in lines)
@@ -83,7 +91,7 @@ class Table:
         )
 
     def html(self) -> str:
-        """A ``<table>``."""
+        """Return an HTML ``<table>``."""
         numeric = self._numeric()
 
         def line(cells, tag):
@@ -100,7 +108,7 @@ class Table:
         )
 
     def _numeric(self) -> list[bool]:
-        """Whether each column holds numbers alone; such columns are aligned to the right."""
+        """Whether each column has only numbers and dashes; these are aligned to the right."""
         return [
             all(isinstance(row[i], int | float | Measured | None) for row in self.rows)
             for i in range(len(self.columns))
@@ -127,14 +135,20 @@ class Section:
 
 
 def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> None:
-    """Write one page with all sections, figures and style inside: opening it fetches nothing."""
+    """Write one page with all sections, figures and styles inside, which loads no other file.
+
+    Args:
+        path: the file; it is replaced as a whole.
+        title: the heading.
+        sections: the parts in their order.
+    """
     parts = "\n".join(map(_section, sections))
     page = PAGE.format(title=html.escape(title), style=STYLE, sections=parts)
     write_whole(Path(path), page.encode())
 
 
 def show(cell: Cell) -> str:
-    """A cell as text."""
+    """Return a cell as text."""
     if cell is None:
         return "–"
     if isinstance(cell, Measured):
@@ -147,16 +161,16 @@ def _show_measured(cell: Measured) -> str:
     value, error = cell
     if not error or not math.isfinite(value) or not math.isfinite(error):
         return f"{value:.4g}"
-    last = 1 - math.floor(
-        math.log10(float(f"{error:.1e}"))
-    )  # the decimal place of the second digit
-    if last > 6 or abs(value) >= 1e6:  # where plain notation would be long
+    # The decimal place of the error's second digit. The error is rounded first: 0.0996 is 0.10.
+    last = 1 - math.floor(math.log10(float(f"{error:.1e}")))
+    if last > 6 or abs(value) >= 1e6:  # plain notation would be long
         return f"{value:.4g} ± {error:.1e}"
     places = max(last, 0)
     return f"{round(value, last):,.{places}f} ± {round(error, last):,.{places}f}"
 
 
 def _section(section: Section) -> str:
+    """The HTML of a section."""
     paragraphs = "".join(f"<p>{html.escape(p)}</p>" for p in section.text.split("\n\n") if p)
     tables = "".join(table.html() for table in section.tables)
     figures = "".join(_figure(figure, section.title) for figure in section.figures)
@@ -168,6 +182,7 @@ def _section(section: Section) -> str:
 
 
 def _figure(figure: Any, description: str) -> str:
+    """An HTML image that contains its own data."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if isinstance(figure, Path):
@@ -181,11 +196,12 @@ def _figure(figure: Any, description: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text in which rich finds no markup."""
+    """Escape text so that rich finds no markup in it."""
     return text.replace("[", "\\[")
 
 
 def _latex(text: str) -> str:
+    """Escape text for LaTeX, and write the symbols of tables as commands."""
     plain = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     math = {"≤": r"$\le$", "±": r"$\pm$", "–": "--", "σ": r"$\sigma$", "λ": r"$\lambda$"}
     escaped = {c: f"\\{c}" for c in "&%$#_{}"}

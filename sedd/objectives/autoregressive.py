@@ -7,11 +7,11 @@ from sedd.objectives.base import Corrupted, DenoisingCrossEntropy
 
 @dataclass(frozen=True, kw_only=True)
 class Autoregressive(DenoisingCrossEntropy):
-    """-Σ log p(x0_i | x0_<i) over the scored positions. Nothing is drawn or corrupted.
+    """The loss -Σ log p(x0_i | x0_<i) over the scored positions, without any corruption.
 
-    Each position is conditioned on the positions before it only. If positions that are not scored
-    precede the scored ones (a prompt) or are independent of them (padding at the end), the sum is
-    the NLL of the scored tokens given the rest.
+    Each position is conditioned on the positions before it only. If the positions that are not
+    scored precede the scored ones (a prompt) or are independent of them (padding at the end), the
+    sum is the NLL of the scored tokens given the rest.
     """
 
     causal = True

@@ -1,4 +1,10 @@
-"""The base of training objectives: a corruption, and a loss in nats for each position."""
+"""The base of training objectives: a corruption, and a loss in nats for each position.
+
+The loss of a sequence is the sum over its positions of weight · nats. ``corrupt`` draws the
+corrupted tokens and decides the weights, ``row_nats`` gives the nats of a position from the raw
+output there, and ``summed_nats`` evaluates the network and sums. Losses are not averaged here: the
+training step divides the sum by the batch size, once, and an evaluation by the number of tokens.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -18,25 +24,37 @@ from sedd.types import Array, Bool, Float, Int, Key, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Corrupted:
-    """A corrupted batch, and the weight of each position's loss."""
+    """A corrupted batch.
+
+    Args:
+        xt_BL: the corrupted tokens.
+        weight_BL: the weight of each position's loss; 0 where the position has no loss.
+        sigma: total noise, [B] or [B, L]; None if the objective has no time.
+    """
 
     xt_BL: Int[Array, "B L"]
     weight_BL: Float[Array, "B L"]
-    sigma: Float[Array, "..."] | None = None  # [B] or [B, L]; None if the objective has no time
+    sigma: Float[Array, "..."] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A loss whose mean over its draws is a bound on -log p(x0), or a term of one, in nats.
+    """A training loss in nats, whose mean over draws is a bound on -log p(x0) or a term of one.
 
-    Positions that are not scored are conditioned on: never corrupted, and without a loss.
+    Positions that are not scored are conditioned on: they are never corrupted and have no loss.
+
+    Args:
+        schedule: the noise schedule, σ(t) and its derivative.
+        parameterization: the meaning of the network's raw output; it holds the process.
+
+    Raises:
+        ValueError: if the objective cannot train the parameterization. Subclasses check more.
     """
 
     schedule: NoiseSchedule
     parameterization: Parameterization
-    causal: ClassVar[bool] = (
-        False  # whether it trains causal parameterizations; it trains no others then
-    )
+    causal: ClassVar[bool] = False
+    """Whether the objective trains causal parameterizations, and only these."""
 
     def __post_init__(self):
         if self.causal and not self.parameterization.causal:
@@ -49,6 +67,7 @@ class Objective(ABC):
 
     @property
     def process(self):
+        """The forward process, which the parameterization holds."""
         return self.parameterization.process
 
     @abstractmethod
@@ -59,7 +78,14 @@ class Objective(ABC):
         x0_BL: Int[Array, "B L"],
         scored_BL: Bool[Array, "B L"],
     ) -> Corrupted:
-        """Corrupt x0; ``u_B``, uniform in [0, 1), determines the noise level."""
+        """Corrupt a batch and weight its positions.
+
+        Args:
+            keys_B: one key a sequence, for the corruption.
+            u_B: uniform draws in [0, 1), which determine the noise levels.
+            x0_BL: clean tokens.
+            scored_BL: positions that may be corrupted and have a loss.
+        """
 
     @abstractmethod
     def row_nats(
@@ -69,24 +95,29 @@ class Objective(ABC):
         xt_R: Int[Array, "*r"],
         sigma_R: Float[Array, "*r"] | None,
     ) -> Float[Array, "*r"]:
-        """Unweighted nats of single positions, from the raw output there.
+        """Return the unweighted nats of single positions (rows) from the raw output there.
 
-        ``sigma_R`` is the total noise that ``corrupt`` returned, or None if it returned none.
+        Args:
+            raw_RV: the raw output of the network.
+            x0_R: the clean tokens.
+            xt_R: the corrupted tokens.
+            sigma_R: the total noise that ``corrupt`` returned; None if it returned none.
         """
 
     def nats(self, network: Network, params: Params, corrupted: Corrupted, x0_BL, **kwargs):
-        """Weighted nats of every position, [B, L]; not differentiable.
+        """Return the weighted nats of every position, [B, L]; not differentiable.
 
-        The sum over L is the loss of a sequence. ``keys_B``, one key a sequence, turns dropout on.
+        The sum over L is the loss of a sequence. ``keys_B``, one key a sequence, turns on dropout.
         """
         rows = self._rows(network, params, corrupted, x0_BL, **kwargs)
         return row_nats(self._nats_of, *rows).reshape(x0_BL.shape)
 
     def summed_nats(self, network: Network, params: Params, corrupted: Corrupted, x0_BL, **kwargs):
-        """The sum of ``nats`` over the batch; differentiable in ``params``."""
+        """Return the sum of ``nats`` over the batch; differentiable in ``params``."""
         return summed_nats(self._nats_of, *self._rows(network, params, corrupted, x0_BL, **kwargs))
 
     def _nats_of(self, raw_RV: Array, leaves: tuple[Array, ...]) -> Array:
+        """``row_nats`` with the arguments of ``RowNats``."""
         x0_R, xt_R, *sigma = leaves
         return self.row_nats(raw_RV, x0_R, xt_R, sigma[0] if sigma else None)
 
@@ -99,7 +130,7 @@ class Objective(ABC):
         *,
         keys_B: Key[Array, " B"] | None = None,
     ):
-        """The arguments of ``summed_nats``, with a row for each position of the batch."""
+        """Run the network, and return the arguments of ``rows.summed_nats`` for all positions."""
         xt_BL, sigma = corrupted.xt_BL, corrupted.sigma
         inputs = self.parameterization.inputs(xt_BL)
         hidden_BLD = inputs.read(
@@ -126,10 +157,16 @@ class Objective(ABC):
 def draw_uniform(
     key: Key[Array, ""], index_B: Int[Array, " B"], total: int, *, stratified: bool
 ) -> Float[Array, " B"]:
-    """One draw in [0, 1) for each example, from its index in the global batch of ``total``.
+    """Draw a number in [0, 1) for each example of a batch.
 
-    Stratified draws are (u + index / total) mod 1 with one u for the batch: they cover the interval
-    evenly, and each of them is uniform.
+    Stratified draws are (u + index / total) mod 1 with one u for the batch. Each draw is uniform,
+    and together they cover the interval evenly, which reduces the variance of the batch's loss.
+
+    Args:
+        key: the key of the global batch.
+        index_B: each example's place in the global batch.
+        total: the size of the global batch.
+        stratified: whether the draws are stratified, or independent.
     """
     if not stratified:
         return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index_B)
@@ -138,7 +175,10 @@ def draw_uniform(
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingCrossEntropy(Objective):
-    """-log p(x0_i | xt) at masked positions, with the weights of the subclass's ``corrupt``."""
+    """The base of losses -log p(x0_i | xt) at masked positions; a subclass decides the weights.
+
+    A subclass implements ``corrupt`` alone, usually with ``_masked``.
+    """
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,6 +196,7 @@ class DenoisingCrossEntropy(Objective):
         return jax.nn.logsumexp(logits_RN, -1) - picked_R
 
     def _masked(self, masked_BL, x0_BL, weight_B, sigma=None) -> Corrupted:
+        """Mask the chosen positions, and give each of them the weight of its sequence."""
         return Corrupted(
             xt_BL=jnp.where(masked_BL, self.process.mask, x0_BL),
             weight_BL=jnp.where(masked_BL, weight_B[:, None], 0.0),
@@ -163,5 +204,6 @@ class DenoisingCrossEntropy(Objective):
         )
 
     def _require_time_independent(self) -> None:
+        """Raise ValueError if the network needs a noise level; the objective draws none."""
         if not self.parameterization.time_independent:
             raise ValueError("it has no time: it needs a time-independent conditional network")

@@ -10,10 +10,12 @@ from sedd.objectives.base import DenoisingCrossEntropy
 
 @dataclass(frozen=True, kw_only=True)
 class KDCE(DenoisingCrossEntropy):
-    """-(L/k)·Σ_masked log c(x0), k uniform in 1..L, a uniformly random k-subset masked.
+    """The loss -(L/k)·Σ_masked log c(x0), where a uniformly random set of k positions is masked.
 
-    L is the number of scored positions. The mean over draws is the expected NLL over all orders.
-    arXiv:2406.03736, equation 3.10.
+    L is the number of scored positions, and k is uniform in 1..L. The mean over draws is the NLL
+    under any-order autoregression, averaged over all orders of the positions: the j-th token of an
+    order is predicted from the j - 1 before it, and a random order with a random j is a random
+    subset with a random position of it. arXiv:2406.03736, equation 3.10.
     """
 
     def __post_init__(self):
@@ -23,7 +25,7 @@ class KDCE(DenoisingCrossEntropy):
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         total_B = scored_BL.sum(-1)
         k_B = jnp.minimum(1 + jnp.floor(u_B * total_B).astype(jnp.int32), total_B)
-        # Ranks of a permutation: uniform float32 draws would tie at long lengths.
+        # Ranks of a random permutation; float32 uniform draws would tie in long sequences.
         order_BL = jax.vmap(lambda key: jax.random.permutation(key, x0_BL.shape[1]))(keys_B)
         order_BL = jnp.where(scored_BL, order_BL, x0_BL.shape[1])
         rank_BL = jnp.argsort(jnp.argsort(order_BL, -1), -1)

@@ -1,15 +1,14 @@
 """Losses of single rows of the output layer, with their gradients, a chunk of rows at a time.
 
-The raw output of a batch, [B, L, V], would be the largest array of a training step, and on the
-absorbing process half of it has the weight 0. Only rows with a weight are read out, in the chunks
-of ``sedd.networks.rows``.
+A row is one position of one sequence. The raw output of a batch, [B, L, V], would be the largest
+array of a training step, and on the absorbing process half of its rows have the weight 0. Here the
+output layer runs only at rows with a weight, in the chunks of ``sedd.networks.rows``.
 
-The usual backward pass would need the raw output of every chunk again: kept, or computed twice.
-``summed_nats`` avoids both. A sum of nats has a scalar output, so its gradient is known up to one
-factor, the cotangent, before the backward pass begins. The forward pass therefore forms the
-gradients of a chunk, with respect to the hidden states and the head, while the chunk's raw output
-is in memory, adds them up, and keeps the sums alone; the backward pass multiplies them by the
-cotangent.
+The usual backward pass needs the raw output of every chunk again, stored or computed twice.
+``summed_nats`` avoids both. Its output is a scalar, so its gradient is known up to one factor, the
+cotangent, before the backward pass begins. The forward pass therefore computes the gradients with
+respect to the hidden states and the head while a chunk's raw output is in memory, and stores their
+sums alone; the backward pass multiplies the sums by the cotangent.
 """
 
 from collections.abc import Callable
@@ -22,16 +21,20 @@ from sedd.networks.base import read_out
 from sedd.networks.rows import CHUNK_BYTES, over_chunks
 from sedd.types import Array, Float
 
-LEAST_ROWS = 256
+LEAST_ROWS = 256  # of a long chunk: shorter products leave an accelerator idle
 
-# (raw [R, V], leaves [R, …]) -> nats [R]; ``leaves`` is what else a row has: its tokens, its sigma.
+# (raw [R, V], leaves [R, …]) -> nats [R]; the leaves are a row's tokens and its σ.
 RowNats = Callable[[Array, tuple[Array, ...]], Array]
 
 
 def chunk_rows(num_rows: int, num_states: int, copies: int = 1) -> tuple[int, ...]:
-    """Rows that are read out together: long chunks, and short ones for the rest.
+    """Return the sizes of chunks in rows: a long one, and a short one for what remains.
 
-    ``CHUNK_BYTES`` bounds ``copies`` arrays of float32 logits. Accelerators need long products.
+    Args:
+        num_rows: rows of the batch.
+        num_states: entries of a row, V.
+        copies: float32 arrays of a chunk's size in memory at once, which together stay within
+            ``CHUNK_BYTES``.
     """
     most = 1 << max((CHUNK_BYTES // (4 * num_states * copies)).bit_length() - 1, 0)
     long = min(num_rows, max(LEAST_ROWS, min(most, num_rows // 16)))
@@ -46,9 +49,14 @@ def row_nats(
     weight_M: Float[Array, " M"],
     leaves: tuple[Array, ...],
 ) -> Float[Array, " M"]:
-    """Weighted nats of every row, 0 where the weight is 0; not differentiable.
+    """Return the weighted nats of every row, 0 where the weight is 0; not differentiable.
 
-    ``leaves`` are the further arguments of ``nats_of``, one entry a row.
+    Args:
+        nats_of: the loss of rows, given their raw output and their leaves.
+        hidden_MD: the hidden states of M rows.
+        head: the kernel and the bias of the output layer.
+        weight_M: the weights, not negative; rows with the weight 0 cost nothing.
+        leaves: arrays with one entry a row, for ``nats_of``.
     """
     wide = jnp.promote_types(head[0].dtype, jnp.float32)
 
@@ -69,15 +77,15 @@ def summed_nats(
     weight_M: Float[Array, " M"],
     leaves: tuple[Array, ...],
 ) -> Float[Array, ""]:
-    """The sum of ``row_nats``, differentiable in ``hidden_MD`` and ``head``.
+    """Return the sum of ``row_nats``, differentiable in ``hidden_MD`` and ``head``.
 
-    Rows with a weight of 0 cost nothing. The number of chunks follows from the batch, so that all
-    rows with a weight are counted.
+    As many chunks run as the rows with a weight need. The module's docstring explains the gradient.
     """
     return row_nats(nats_of, hidden_MD, head, weight_M, leaves).sum()
 
 
 def _forward(nats_of, hidden_MD, head, weight_M, leaves):
+    """The sum of nats, and as residuals its gradients for a cotangent of 1."""
     wide = jnp.promote_types(head[0].dtype, jnp.float32)
     narrow = hidden_MD.dtype
     weight_DV = head[0].astype(narrow)
@@ -90,14 +98,14 @@ def _forward(nats_of, hidden_MD, head, weight_M, leaves):
             return _weighted(weight_R, nats_of(raw_RV, leaves_R)).sum()
 
         more, raw_grad_RV = jax.value_and_grad(nats)(read_out(hidden_RD, *head))
-        # In the network's precision, as all other products of the backward pass.
+        # In the network's precision, like all other products of the backward pass.
         narrow_RV = raw_grad_RV.astype(narrow)
         hidden_grad_RD = product(narrow_RV, weight_DV.T).astype(narrow)
         return (
             total + more,
             grad_MD.at[index_R].set(hidden_grad_RD, mode="drop"),
             grad_DV + product(hidden_RD.T, narrow_RV).astype(grad_DV.dtype),
-            # As a product: on a CPU, XLA's sum over rows takes as long as the products.
+            # A product, since on a CPU XLA's sum over rows takes as long as the products above.
             grad_V + product(jnp.ones_like(weight_R), raw_grad_RV).astype(grad_V.dtype),
         )
 
@@ -108,6 +116,7 @@ def _forward(nats_of, hidden_MD, head, weight_M, leaves):
 
 
 def _backward(nats_of, grads, cotangent):
+    """Scale the gradients by the cotangent; weights and leaves have none."""
     hidden_MD, *head = (grad * cotangent.astype(grad.dtype) for grad in grads)
     return hidden_MD, tuple(head), None, None
 
@@ -131,6 +140,10 @@ def _over_chunks(chunk, hidden_MD, weight_M, leaves, sizes: tuple[int, ...], car
 
 
 def _weighted(weight_R: Array, nats_R: Array) -> Array:
-    """weight · nats, and 0 where the weight is 0: nats may be infinite there, and 0·inf is nan."""
+    """weight · nats, and 0 where the weight is 0.
+
+    Nats may be infinite there, and 0·∞ is nan. The nats are masked before the product as well:
+    otherwise its gradient would be nan.
+    """
     counts_R = weight_R > 0
     return jnp.where(counts_R, weight_R * jnp.where(counts_R, nats_R, 0.0), 0.0)

@@ -11,9 +11,13 @@ from sedd.objectives.base import DenoisingCrossEntropy
 
 @dataclass(frozen=True, kw_only=True)
 class TDCE(DenoisingCrossEntropy):
-    """-(rate/expm1(σ))·Σ_masked log c(x0) at t uniform in [t_min, 1]. arXiv:2406.03736, eq. 3.6.
+    """The loss -(rate/expm1(σ))·Σ_masked log c(x0), with t uniform in [t_min, 1].
 
-    The published code adds a term that is constant in the parameters.
+    The published code adds a term that does not depend on the parameters. arXiv:2406.03736,
+    equation 3.6.
+
+    Args:
+        t_min: the smallest time, in (0, 1).
     """
 
     t_min: float = 1e-3
