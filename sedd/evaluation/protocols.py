@@ -35,9 +35,9 @@ class Protocol:
     """The name of the tokenizer that the model must have; any by default."""
     cut: Literal["as_trained", "wrapped", "whole", "truncated"] = "as_trained"
     """as_trained: as in the model's training. wrapped: documents, each followed by its end token,
-    are joined and cut into rows; the remainder is dropped. whole: the same, but the remainder becomes a
-    padded last row, so that every token is scored exactly once. truncated: one row for each
-    document, whose rest is dropped."""
+    are joined and cut into rows; the remainder is dropped. whole: the same, but the remainder
+    becomes a padded last row, so that every token is scored exactly once. truncated: one row for
+    each document, whose rest is dropped."""
     drop_every: int | None = None
     """With cut wrapped: drop the remainder after each so many documents, not only at the end."""
     specials: bool = False
