@@ -26,6 +26,7 @@ from sedd.configuration.config import Config
 from sedd.errors import UserError
 from sedd.files import check_writable, write_whole
 from sedd.networks.attention import refusal
+from sedd.progress import Activity
 from sedd.training.flops import step_flops
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import init_state
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     num_tokens = command.num_tokens or vocabulary_of(config)
     devices = devices_of(command.topology)
-    with console.status(f"compiling for {len(devices)} devices"):
+    with Activity(f"compiling for {len(devices)} devices"):
         compiled = compile_step(config, num_tokens, devices)
     if command.program is not None:
         write_whole(command.program, compiled.text.encode())

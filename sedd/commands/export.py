@@ -18,6 +18,7 @@ from sedd.interop.layouts.base import Description, Layout, layout_for, layouts
 from sedd.interop.published import check_free, save_published, with_norm_bias
 from sedd.model import UNKNOWN
 from sedd.networks.ddit import DDiT
+from sedd.progress import Activity
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.metrics import read_metrics
 
@@ -44,16 +45,14 @@ def main(arguments: Sequence[str]) -> None:
         check_free(command.output)
     except UserError as error:
         raise UserError(f"--output {error}") from error
-    model, step = load(command)
+    with Activity(f"loading {command.checkpoint}"):
+        model, step = load(command)
     layout, params, notes = publishable(model)
     tokenizer = {} if model.tokenizer is None else {"tokenizer.json": written(model.tokenizer)}
     bound = validation(Path(command.checkpoint), step)
-    save_published(
-        command.output,
-        layout,
-        params,
-        beside={**tokenizer, "README.md": card(model, layout, step, bound)},
-    )
+    beside = {**tokenizer, "README.md": card(model, layout, step, bound)}
+    with Activity(f"writing {command.output}"):
+        save_published(command.output, layout, params, beside=beside)
     for line in notes:
         note(line)
     print(f"wrote {command.output} in the layout of {layout.name}")

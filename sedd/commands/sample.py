@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     command = read_command(arguments)
     with Activity(f"loading {command.checkpoint}"):
         model = sedd.load(command.checkpoint, step=command.step)
-    asking = Asking.of(command, model)
+        asking = Asking.of(command, model)
     with contextlib.ExitStack() as stack:
         with Activity("reading the requests"):
             requests = stack.enter_context(asking.requests())

@@ -131,6 +131,11 @@ class Scored:
 
 @partial(jax.jit, static_argnames=("mesh", "schedule", "estimate"))
 def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, mesh, estimate):
+    """Estimate the rows of a batch, split over the devices of the mesh.
+
+    Each row draws with the key of its place ``index_B`` in the corpus.
+    """
+
     def on_device(denoiser, key, index_B, x0_BL, scored_BL):
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
         return estimate(denoiser, schedule, keys_B, x0_BL, scored_BL)

@@ -37,6 +37,7 @@ class TokenRows:
 
     @property
     def num_rows(self) -> int:
+        """The number of rows."""
         return len(self.x0_SL)
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ def pair_joints(
         The log of each joint, [A, B] in float64, normalised on the grid, by name:
 
     ==================  ===================================================================
-    ``independent``     p(a) p(b), what is drawn when both are revealed at once
+    ``independent``     p(a) p(b), from which both are drawn if revealed at once
     ``chain_ab``        p(a) p(b | a)
     ``chain_ba``        p(b) p(a | b)
     ``mrf``             ∝ p(a | b) p(b | a)

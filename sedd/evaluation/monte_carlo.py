@@ -128,6 +128,7 @@ class _Diffusion:
 
     @classmethod
     def of(cls, denoiser, schedule, x0_BL, scored_BL, estimator, t_min) -> "_Diffusion":
+        """Choose the objective of the estimator, and compute the range of mask probabilities."""
         common = {"schedule": schedule, "parameterization": denoiser.parameterization}
         objective = KDCE(**common) if estimator == "k_dce" else ScoreEntropy(**common, t_min=t_min)
         lowest, highest = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))

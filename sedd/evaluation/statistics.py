@@ -109,7 +109,9 @@ class Comparison:
     def section(self) -> Section:
         """Make a part of a report: the verdict, a table of the tests, and a plot."""
         found = [s.name for s in self.statistics if s.p_holm <= self.alpha]
-        verdict = f"These differ: {', '.join(found)}." if found else "None is seen to differ."
+        verdict = "No statistic differs significantly."
+        if found:
+            verdict = f"These differ significantly: {', '.join(found)}."
         return Section(
             title="Statistics of the text",
             text=f"{self.num_samples} samples against {self.num_reference} documents of real text. "
