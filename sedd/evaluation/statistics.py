@@ -116,9 +116,9 @@ class Comparison:
             title="Statistics of the text",
             text=f"{self.num_samples} samples against {self.num_reference} documents of real text. "
             f"{verdict} Tests permute whole documents ({self.permutations} times) and are "
-            f"corrected by Holm's method: of samples that were real text, any would be said to "
-            f"differ with probability {self.alpha:g} at most. Errors are standard errors over "
-            "documents.",
+            "corrected by Holm's method: if the samples were real text, the probability of any "
+            f"significant difference would be at most {self.alpha:g}. Errors are standard errors "
+            "over documents.",
             tables=[self.table()],
             figures=[self.figure()],
         )
@@ -213,8 +213,8 @@ def compare(
         samples: the samples, at least two.
         reference: real texts, at least two, cut in the same way as the samples.
         permutations: random labellings of each test.
-        alpha: the family-wise level: the probability that samples which are real text are said to
-            differ in any statistic is at most ``alpha``.
+        alpha: the family-wise level: if the samples were real text, the probability of any
+            significant difference would be at most ``alpha``.
         seed: determines the labellings.
 
     Raises:
