@@ -38,6 +38,7 @@ from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.files import check_writable, only_writer, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
+from sedd.progress import Activity
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
 from sedd.training.loop import Run, train
@@ -320,7 +321,8 @@ def conclude(
     bits = last.get("validation_bits_per_character")
     if bits is not None:
         console.print(f"  {sign} {bits:.4f} ± {bits * error / nats:.4f} bits per character")
-        trigram = trigram_bits(data, rows)
+        with Activity("fitting a trigram model"):
+            trigram = trigram_bits(data, rows)
         if trigram is not None:
             console.print(f"    {trigram:.4f} by a character trigram model of the training text")
     console.print(files)

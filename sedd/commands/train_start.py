@@ -7,6 +7,7 @@ checkpoints a new run begins, from random weights or from those of ``--init-from
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.model import read_config, read_tokenizer
 from sedd.progress import Activity
-from sedd.training.checkpoint import Checkpoints, Restored, kinds_of, require_same
+from sedd.training.checkpoint import Checkpoints, Restored
+from sedd.training.named_arrays import kinds_of, require_same
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import TrainState, init_state
 
@@ -85,15 +87,17 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
     make_state = partial(init_state, step.network, step.optimizer, config.seed)
-    restored = checkpoints.restore_latest(jax.eval_shape(make_state))
-    if restored:
-        state = parallel.place(restored.state)
-    elif source is not None:
-        expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
-        require_same(f"--init-from {config.init_from}", kinds_of(source.denoiser.params), expected)
-        state = parallel.place(make_state(params=source.denoiser.params))
-    else:
-        state = parallel.init(make_state)
+    with nullcontext() if console.quiet else Activity("making the first state"):
+        restored = checkpoints.restore_latest(jax.eval_shape(make_state))
+        if restored:
+            state = parallel.place(restored.state)
+        elif source is not None:
+            expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
+            params = source.denoiser.params
+            require_same(f"--init-from {config.init_from}", kinds_of(params), expected)
+            state = parallel.place(make_state(params=params))
+        else:
+            state = parallel.init(make_state)
     batches = Batches(
         data.train,
         batch_size=config.training.batch_size,
