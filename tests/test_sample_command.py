@@ -368,7 +368,7 @@ def nothing_drawn(monkeypatch):
             "--sampler best_of_n --inner token_confidence --verifier {code}:vowels",
             "token_confidence is approximate: it prefers",
         ),
-        ("uniform", "--prompt the", "what is given is approximate on a uniform process"),
+        ("uniform", "--prompt the", "given text is approximate on a uniform process"),
         (
             "sedd",
             "--sampler semi_autoregressive --inner remdm",
@@ -377,7 +377,7 @@ def nothing_drawn(monkeypatch):
         (
             "radd",
             "--sampler particle --particles 9 --batch-size 8 --verifier {code}:vowels",
-            "--batch-size 8: particle draws 9 sequences side by side for each that it returns",
+            "--batch-size 8: particle draws 9 sequences at the same time for each one",
         ),
     ],
 )

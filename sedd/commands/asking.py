@@ -1,4 +1,10 @@
-"""From the requests of ``sample.py`` to tokens, samplers and numbers, checked before drawing."""
+"""From requests to tokens, samplers and numbers, everything checked before drawing.
+
+A request (``sedd.requests.Request``) holds text and numbers as a user writes them. ``Asking`` turns
+it into an ``Asked``: the given tokens, the constraints as automata, the sampler, and the numbers
+with the flags as defaults. ``Survey`` is a first pass over all requests that keeps none of them: it
+collects the refused lines, and the sizes that let batches share compiled programs.
+"""
 
 import contextlib
 import dataclasses
@@ -31,15 +37,24 @@ from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import TextVerifier, text_verifier
 from sedd.sampling import NUMBERS, reshape_of
 
-TRACED = 64  # sequences on a trace page, which holds every frame of each
-REFUSALS = 20  # refused lines that are printed; a file without requests has thousands
+TRACED = 64  # sequences on a trace page, which holds every frame of each of them
+REFUSALS = 20  # printed refusals: a file that holds no requests at all may have thousands of lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asking:
     """Turns requests into tokens, samplers and numbers, with the flags as defaults.
 
-    ``samplers`` holds what was built, by the options of a request's line as JSON.
+    Calling an instance with a ``Request`` gives the ``Asked``.
+
+    Args:
+        command: the flags.
+        model: the model that will draw.
+        processor: the user's logit processor, or None.
+        verifier: the user's verifier, or None.
+        samplers: samplers that were built already, by the options of a request's line as JSON.
+            Lines with equal options must get the same object, since a sampler is part of the key of
+            a compiled program.
     """
 
     command: SampleCommand
@@ -52,7 +67,9 @@ class Asking:
     def of(cls, command: SampleCommand, model: sedd.Model) -> "Asking":
         """Load the user's functions and build the sampler of the flags.
 
-        Raises UserError where the sampler does not go with the model, and without a tokenizer.
+        Raises:
+            UserError: a function cannot be loaded, the sampler does not go with the model, or the
+                model has no tokenizer.
         """
         processor = verifier = None
         if command.logit_processor is not None:
@@ -71,7 +88,16 @@ class Asking:
         return asking
 
     def sampler(self, changes: Mapping[str, Any], numbers: Mapping[str, Any]) -> Sampler:
-        """The sampler of the flags with a line's changes, checked against the model."""
+        """Build the sampler of the flags with the changes of one line, and check it.
+
+        Args:
+            changes: the options that the line's ``sampler`` object sets.
+            numbers: temperature, top_k, top_p and guidance, with which the sampler has to go.
+
+        Raises:
+            UserError: an option is unknown or out of range, or the sampler does not go with the
+                model; the message names the flag of the inner sampler that is wrong.
+        """
         spelt = json.dumps(changes, sort_keys=True)
         if spelt not in self.samplers:
             options = sampler_options(self.command.sampler)
@@ -94,9 +120,14 @@ class Asking:
         return sampler
 
     def __call__(self, request: Request) -> Asked:
-        """The request in tokens; UserError where something of it does not fit."""
+        """Turn one request into tokens, constraints, a sampler and numbers.
+
+        Raises:
+            UserError: a field does not fit the model, the tokenizer or another field, or no token
+                is left to draw.
+        """
         tokenizer, command = self.model.tokenizer, self.command
-        assert tokenizer is not None  # of() has seen to it
+        assert tokenizer is not None  # ``of`` refuses a model without one
         length = self.model.length if command.length is None else command.length
         clamp = request.clamp(tokenizer, length)
         if clamp.fixed_L.all():
@@ -118,9 +149,13 @@ class Asking:
 
     @contextlib.contextmanager
     def requests(self) -> Iterator[Callable[[], Iterator[Asked | UserError]]]:
-        """A function that yields the requests of the file or of the flags, whenever it is called.
+        """Open the requests: those of ``--requests``, or ``--num`` equal ones of the flags.
 
-        Errors of the flags are raised; those of a line are yielded in its place.
+        The context gives a function that yields all of them from the start each time it is called.
+        An error of a line is yielded in its place, so that the other lines are answered.
+
+        Raises:
+            UserError: the flags make no valid request, or the file cannot be read.
         """
         command = self.command
         if command.requests is not None:
@@ -130,6 +165,8 @@ class Asking:
         schemas = [read_schema(given) for given in command.json_schema]
         taken = ("prompt", "suffix", "infill", "length", "json_schema_depth")
         texts = {name: getattr(command, name) for name in taken}
+        # The requests differ in id and seed only, so the text is tokenised and the constraints are
+        # compiled once.
         first = self(
             Request(
                 id=0,
@@ -146,7 +183,17 @@ class Asking:
 
 
 def check_changes(changes: Mapping[str, Any], options: SamplerOptions, prefix: str = "") -> None:
-    """Raise UserError where a line's sampler options are not those of the picked sampler."""
+    """Check the ``sampler`` object of a request's line against the picked sampler.
+
+    Args:
+        changes: the object; ``inner`` in it is an object of the inner sampler's options.
+        options: the sampler of the flags.
+        prefix: path of the object, such as ``inner.``, for the message.
+
+    Raises:
+        UserError: the sampler has no such option.
+        FieldError: a value has the wrong type.
+    """
     kind = options_type("samplers", options.name)
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, value in changes.items():
@@ -167,28 +214,39 @@ def check_changes(changes: Mapping[str, Any], options: SamplerOptions, prefix: s
 
 @dataclasses.dataclass(kw_only=True)
 class Survey:
-    """What a first pass over all requests found, so that a second one can draw them in batches."""
+    """The result of a first pass over all requests.
+
+    The second pass draws them in batches. Batches of one program are given the same shapes, which
+    depend on all requests, so that each program is compiled once.
+    """
 
     counts: Counter[Program] = dataclasses.field(default_factory=Counter)
+    """Number of requests for each compiled program."""
     refused: list[str] = dataclasses.field(default_factory=list)
-    """The first messages; a file that holds no requests has thousands."""
+    """Messages of the first ``REFUSALS`` requests that were refused."""
     num_refused: int = 0
+    """Number of all refused requests."""
     given: bool = False
-    """Whether any token is given."""
+    """Whether any request has given tokens."""
     guided: bool = False
-    """Whether a line asks for guidance of its own."""
+    """Whether any line sets ``guidance`` itself."""
     reshaped: bool = False
-    """Whether a conditional is changed."""
+    """Whether temperature, top-k, top-p, guidance or a processor changes any conditional."""
     shape: Shape | None = None
-    """The shape that holds every request's constraints."""
+    """The smallest shape into which the constraints of every request fit; None without any."""
     spanned: bool = False
-    """Whether one constraint spans several gaps."""
+    """Whether one constraint of any request spans several gaps."""
     repeated: str | int | None = None
-    """The first id that stands in two lines."""
+    """The first id that occurs twice; None if all differ."""
 
     @classmethod
     def of(cls, requests: Iterable[Asked | UserError], processor: Any) -> "Survey":
-        """Look at every request once, and keep none of them."""
+        """Read every request once and keep none of them.
+
+        Args:
+            requests: the requests, with an error in the place of each that was refused.
+            processor: the user's logit processor, or None.
+        """
         found, seen = cls(reshaped=processor is not None), set()
         for one in requests:
             if isinstance(one, UserError):
@@ -204,7 +262,7 @@ class Survey:
                 gaps = one.clamp.gaps
                 found.spanned |= any((span.start, span.length) not in gaps for span in one.spans)
             found.reshaped |= reshape_of(1, one.numbers) is not None
-            name = hash(str(one.request.id))
+            name = hash(str(one.request.id))  # 8 bytes a request instead of its id
             if found.repeated is None and name in seen:
                 found.repeated = one.request.id
             seen.add(name)
@@ -212,7 +270,7 @@ class Survey:
 
 
 def parts(sampler: Sampler) -> Iterator[Sampler]:
-    """The sampler, the one that it wraps, and so on."""
+    """Yield the sampler, the sampler that it wraps, and so on inwards."""
     part: Sampler | None = sampler
     while part is not None:
         yield part
@@ -220,7 +278,11 @@ def parts(sampler: Sampler) -> Iterator[Sampler]:
 
 
 def check_order(sampler: Sampler, length: int) -> None:
-    """Raise UserError where a listed order names a position beyond the sequence."""
+    """Check ``--order 3,0,2`` of the sampler ``ordered``, also as an inner sampler.
+
+    Raises:
+        UserError: the order names a position beyond ``length`` tokens.
+    """
     for depth, part in enumerate(parts(sampler)):
         last = max(part.positions) if isinstance(part, Ordered) and part.order[0].isdigit() else -1
         if last >= length:
@@ -231,7 +293,11 @@ def check_order(sampler: Sampler, length: int) -> None:
 
 
 def check_guidance(command: SampleCommand, survey: Survey) -> None:
-    """Raise UserError where ``--guidance`` would do nothing."""
+    """Check that ``--guidance`` has an effect.
+
+    Raises:
+        UserError: no request has given tokens, by which guidance strengthens the conditionals.
+    """
     if command.guidance and not survey.given and not survey.guided:
         raise UserError(
             f"--guidance {command.guidance}: it strengthens what is given, and nothing is; give a "
@@ -242,29 +308,29 @@ def check_guidance(command: SampleCommand, survey: Survey) -> None:
 def notes(
     command: SampleCommand, model: sedd.Model, sampler: Sampler, survey: Survey
 ) -> Iterator[str]:
-    """Warnings about the samples to come, each a sentence."""
+    """Yield warnings about the samples to come: approximations, sizes and likely mistakes."""
     if sampler.caveat:
         yield sampler.caveat
     if not model.process.absorbing and survey.given:
         yield (
-            "what is given is approximate on a uniform process: the model reads it as noisy, so "
-            "that the rest does not tend to its true conditional at any number of steps"
+            "given text is approximate on a uniform process: the model reads given tokens as noisy "
+            "ones, so that the rest does not tend to its true conditional at any number of steps"
         )
     blocks = any(isinstance(part, SemiAutoregressive) for part in parts(sampler))
     if blocks and not model.time_independent:
         yield (
             "semi_autoregressive is approximate here: this model depends on the noise level, and "
-            "is told that of a block as if it were that of the whole"
+            "is given the noise level of one block as that of the whole sequence"
         )
     if sampler.width > command.batch_size:
         yield (
             f"--batch-size {command.batch_size}: {command.sampler.name} draws {sampler.width} "
-            "sequences side by side for each that it returns, and so it does here"
+            "sequences at the same time for each one that it returns, and exceeds the batch size"
         )
     if survey.spanned:
         yield (
             "one regex or schema for several gaps spans them all and the given text between them; "
-            "a list has one for each gap"
+            "give a list for one at each gap"
         )
     if survey.repeated is not None:
         yield f"--requests {command.requests}: the id {survey.repeated!r} stands in several lines"

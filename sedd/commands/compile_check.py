@@ -6,10 +6,13 @@ The compiled program is the one that training would run on the slice; the printe
 from it. This needs the package libtpu (``pip install libtpu``) and no TPU.
 """
 
+# The docstring above is the beginning of the command's help. The step is built as ``sedd train``
+# builds it, for devices that only libtpu's description of the slice knows, and lowered with the
+# shapes of its inputs instead of arrays: no parameter is made. The memory is the compiler's own
+# analysis. ``program_text`` counts the collectives.
+
 import dataclasses
-import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.table import Table
 
 from sedd.commands.cli import console, parse_config
+from sedd.commands.program_text import GIB, collectives_of, exhausted, gib
 from sedd.configuration.build import build_parallel, build_parts, build_step
 from sedd.configuration.config import Config
 from sedd.errors import UserError
@@ -31,42 +35,56 @@ from sedd.training.flops import step_flops
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import init_state
 
-GIB = 2**30
-HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}  # a chip, by its maker
+# Memory of a chip, as its maker states it.
+HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
+# Sizes of the vocabularies of tokenizers that do not depend on the corpus.
 TOKENS = {"gpt2": 50257, "text8": 27, "bytes": 257, "bert-base-uncased": 30522}
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-KINDS = {"i1": "pred", "i8": "s8", "i32": "s32", "ui32": "u32", "i64": "s64"}  # StableHLO's names
-WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileCheckCommand:
-    """The flags, those of the configuration among them."""
+    """The flags of ``sedd compile_check``; every field of the configuration is one of them."""
 
     topology: str
-    """GENERATION:SHAPE, such as v5e:16x16, v6e:16x16, v5p:8x8x8 or v4:4x4x4."""
+    """The TPU slice as GENERATION:SHAPE, such as v5e:16x16, v6e:16x16, v5p:8x8x8 or v4:4x4x4."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     num_tokens: int | None = None
-    """Size of the vocabulary, where the tokenizer's name does not tell."""
+    """Size of the vocabulary. Needed for a tokenizer whose size depends on the corpus, such as
+    characters."""
     program: Path | None = None
-    """Write the compiled program (HLO) here."""
+    """Write the text of the compiled program (HLO) to this file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Memory, FLOPs and collectives of a compiled step; figures of one device unless noted."""
+    """The figures of a compiled training step.
+
+    Args:
+        num_devices: devices of the slice. All other figures are those of one device.
+        arguments: bytes of the state and the batch.
+        temporaries: bytes of intermediate arrays.
+        peak: the most bytes that are in use at the same time.
+        flops: FLOPs of a step as the compiler counts them: the body of a loop once.
+        collectives: for each kind, how many run in a step and the bytes of their results.
+        text: the compiled program.
+    """
 
     num_devices: int
-    arguments: int  # bytes: the state and the batch
-    temporaries: int  # bytes
-    peak: int  # bytes in use at the same time, at most
-    flops: float  # as the compiler counts them
-    collectives: dict[str, tuple[int, int]]  # kind: how many a step, and their bytes
+    arguments: int
+    temporaries: int
+    peak: int
+    flops: float
+    collectives: dict[str, tuple[int, int]]
     text: str
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compile the step and print its figures; UserError (exit code 2) if it does not fit."""
+    """Compile the step and print its figures.
+
+    Raises:
+        UserError: the step does not fit into the memory of a device (the message says what lowers
+            its use), there is no such slice, or libtpu is missing.
+    """
     command = parse_config(arguments, CompileCheckCommand, __doc__ or "")
     config = command.config
     if command.program is not None:
@@ -91,7 +109,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def vocabulary_of(config: Config) -> int:
-    """The vocabulary size, by the tokenizer's name; UserError if the name does not determine it."""
+    """Return the size of the vocabulary by the name of the tokenizer, without reading a corpus.
+
+    Raises:
+        UserError: the size depends on the corpus or on a file.
+    """
     name = config.data.tokenizer
     if name.startswith("bpe:"):
         return int(name.removeprefix("bpe:"))
@@ -103,9 +125,14 @@ def vocabulary_of(config: Config) -> int:
 
 
 def devices_of(topology: str) -> list[Any]:
-    """Descriptions of the devices of a TPU slice; UserError where there is no such slice."""
-    # No TPU is contacted: no metadata server is queried and no lock is taken. libtpu complains if
-    # the last two are missing; their values do not matter, since the topology decides.
+    """Describe the devices of a TPU slice, for which programs can be compiled but not run.
+
+    Raises:
+        UserError: libtpu knows no such slice, or is not installed.
+    """
+    # The first two keep libtpu from asking a metadata server and from taking the lock of a TPU.
+    # Without the last two it prints warnings; their values do not matter, since the topology
+    # decides.
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
@@ -127,7 +154,16 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Compiled:
-    """The configuration's step for these devices. UserError where their memory is too small."""
+    """Compile the training step of a configuration for the devices of a slice.
+
+    Args:
+        config: the configuration.
+        num_tokens: size of the vocabulary.
+        devices: descriptions of the devices, from ``devices_of``.
+
+    Raises:
+        UserError: the compiler finds no program that fits into the memory of a device.
+    """
     parts = build_parts(with_attention(config, num_tokens), num_tokens)
     step = build_step(config, parts)
     parallel = build_parallel(config, step, devices)
@@ -159,7 +195,10 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
 
 
 def with_attention(config: Config, num_tokens: int) -> Config:
-    """Replace attention ``auto`` by its choice on a TPU; here it would choose for this machine."""
+    """Replace attention ``auto`` by its choice on a TPU.
+
+    ``auto`` looks at the default backend of this process, which is the CPU.
+    """
     network: Any = config.network
     if getattr(network, "attention", None) != "auto":
         return config
@@ -170,7 +209,18 @@ def with_attention(config: Config, num_tokens: int) -> Config:
 
 
 def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state, devices):
-    """The shapes that the step is compiled for."""
+    """Describe the inputs of the step by shape, dtype and sharding, without making an array.
+
+    Args:
+        config: for batch size, micro-batches and length.
+        parallel: how the step runs on the devices; its mesh and shardings are used under fsdp.
+        state: the shapes of one copy of the training state.
+        devices: the devices of the slice.
+
+    Returns:
+        The state, and a batch. Its leading axes are (micro-batch, sequence) under fsdp, and
+        (device, micro-batch, sequence) under pmap.
+    """
     size, length = config.training.batch_size, config.data.length
     accumulate = config.training.accumulate
     if isinstance(parallel, FullySharded):
@@ -195,95 +245,6 @@ def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state
     }
 
 
-def collectives_of(text: str) -> dict[str, tuple[int, int]]:
-    """The number of collectives of each kind in a compiled program, and the bytes of their results.
-
-    A collective in a loop counts once an iteration, or once if the trip count is unknown.
-    """
-    found: dict[str, tuple[int, int]] = dict.fromkeys(COLLECTIVES, (0, 0))
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    entry = lines
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            lines = computations.setdefault(head[2], [])
-            entry = lines if head[1] else entry
-        lines.append(line)
-
-    chains = set()
-
-    def visit(lines: Sequence[str], times: int) -> None:
-        for line in lines:
-            if moved := re.search(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line):
-                if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\])", line):
-                    continue  # each device alone
-                # Beginning, middle and end of one that runs beside other work.
-                if chain := re.search(r'chain_id="(\d+)"', line):
-                    if chain[1] in chains:
-                        continue
-                    chains.add(chain[1])
-                result, kind, starts = moved.groups()
-                arrays = [size for size in sizes(result) if size]
-                if (
-                    starts and kind != "all-reduce"
-                ):  # then what goes in stands before what comes out
-                    arrays = arrays[len(arrays) // 2 :]
-                count, total = found[kind]
-                found[kind] = (count + times, total + times * sum(arrays))
-            loops = trips(line, computations) if " while(" in line else 1
-            for name in called(line):
-                visit(computations.get(name, ()), times * loops)
-
-    visit(entry, 1)
-    return {kind: figures for kind, figures in found.items() if figures[0]}
-
-
-def trips(loop: str, computations: dict[str, list[str]]) -> int:
-    """The trip count of a loop: as annotated, or the constant in its condition; 1 if unknown."""
-    if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
-        return int(said[1])
-    condition = re.search(r"condition=%?([\w.-]+)", loop)
-    lines = computations.get(condition[1], []) if condition else []
-    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
-    return int(bounds[0]) if len(bounds) == 1 else 1
-
-
-def called(line: str) -> list[str]:
-    """Names of the computations that an instruction calls, without scalar reducers."""
-    names = re.findall(r"(?:body|calls|(?:true|false)_computation)=%?([\w.-]+)", line)
-    if branches := re.search(r"branch_computations=\{(.*?)\}", line):
-        names += [name.strip().lstrip("%") for name in branches[1].split(",")]
-    if " call(" in line:
-        names += re.findall(r"to_apply=%?([\w.-]+)", line)
-    return names
-
-
-def sizes(result: str) -> list[int]:
-    """Bytes of every array in the type of a result, such as ``(f32[8,16]{1,0}, u32[])``."""
-    found = []
-    for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-        count = 1
-        for size in filter(None, shape.split(",")):
-            count *= int(size)
-        found.append(count * WIDTH.get(kind, 4))
-    return found
-
-
-def exhausted(message: str, program: str) -> str:
-    """The compiler's out-of-memory message, and the largest arrays of the program."""
-    first = " ".join(message.splitlines()[0].split()).removeprefix("RESOURCE_EXHAUSTED: ")
-    shapes = set(re.findall(r"tensor<((?:\d+x)+[a-z]+\d+)>", program))
-    largest = sorted(shapes, key=tensor_bytes, reverse=True)[:4]
-    named = ", ".join(f"{shape} ({gib(tensor_bytes(shape))})" for shape in largest)
-    return f"{first.rstrip('.')}; the largest arrays are {named}"
-
-
-def tensor_bytes(shape: str) -> int:
-    """Bytes of an array written as ``8x1024xbf16``."""
-    *dimensions, kind = shape.split("x")
-    return math.prod(map(int, dimensions)) * WIDTH.get(KINDS.get(kind, kind), 4)
-
-
 def advice(config: Config) -> str:
     """Settings that lower the memory use, in the order in which to try them."""
     options = []
@@ -297,7 +258,11 @@ def advice(config: Config) -> str:
 
 
 def show(command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
-    """The figures as a table."""
+    """Print the figures as a table.
+
+    "Model FLOPs" are those that the mathematics needs (``sedd.training.flops``), with the output
+    layer at half of the positions: on average that many are masked.
+    """
     config = command.config
     hbm = HBM[command.topology.partition(":")[0]]
     parts = build_parts(config, num_tokens)
@@ -323,8 +288,3 @@ def show(command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def gib(size: float) -> str:
-    """A number of bytes as text in MiB or GiB."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,4 +1,11 @@
-"""``sedd export``: write a run's model in the published layout that can hold it."""
+"""``sedd export``: write a model in the published layout that can hold it.
+
+The command loads the averaged parameters of a run (or of a published checkpoint), finds the layout
+of RADD, SEDD or MDLM whose network, process and schedule are the model's, and writes
+``model.safetensors``, ``config.json``, ``tokenizer.json`` and a model card. The published code of
+the layout and ``sedd.load`` read the result. Options that the layout does not hold, such as the
+dtype of the computation, are printed as notes; a model that no layout can hold is refused.
+"""
 
 import dataclasses
 import json
@@ -28,18 +35,23 @@ FIGURES = ("validation_nats_per_token", "validation_standard_error", "validation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """The flags of ``export``."""
+    """The flags of ``sedd export``."""
 
     checkpoint: str
-    """A run's directory, or a published checkpoint's."""
+    """Directory of a run or of a published checkpoint."""
     output: Path
-    """A directory that does not exist, or is empty."""
+    """Directory to write: a new one, or an empty one."""
     step: int | Literal["best"] | None = None
-    """The step of the checkpoint, or "best" by validation; the newest by default."""
+    """Checkpoint of a run: the one of this step, or the best by validation; by default the newest.
+    """
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load the model, write it in the layout that fits, and note what the layout does not keep."""
+    """Load the model, write it in the layout that fits, and print what the layout cannot hold.
+
+    Raises:
+        UserError: the directory is not empty, there is no such checkpoint, or no layout fits.
+    """
     command = parse(ExportCommand, arguments, description=TITLE)
     try:
         check_free(command.output)
@@ -59,20 +71,28 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def load(command: ExportCommand) -> tuple[sedd.Model, int | None]:
-    """The model, and its step if the checkpoint is a run's (None for a published one)."""
+    """Load the model of ``--checkpoint``.
+
+    Returns:
+        The model, and the step of its checkpoint; None for a published one, which has no steps.
+    """
     step = command.step
     if step is None or step == "best":
         try:
             checkpoints = find_checkpoints(command.checkpoint)
             step = checkpoints.latest_good() if step is None else checkpoints.best()
-        except UserError:  # a published one has none; what is wrong with others, ``sedd.load`` says
+        except UserError:  # a published checkpoint has no steps; ``sedd.load`` reports the others
             pass
     model = sedd.load(command.checkpoint, step=command.step if step is None else step)
     return model, step if isinstance(step, int) else None
 
 
 def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
-    """The layout for the model, the parameters in its form, and notes on what it does not keep.
+    """Find the layout for the model, and prepare the parameters for it.
+
+    Returns:
+        The layout, the parameters as numpy arrays of the layout's network, and notes on options
+        that the layout does not hold.
 
     Raises:
         UserError: no layout can hold the model; the message lists the reasons.
@@ -108,14 +128,22 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
 
 
 def written(tokenizer: Tokenizer) -> str:
-    """The content of ``tokenizer.json``: Hugging Face's if it was read from there, else ours."""
+    """The content of ``tokenizer.json``: Hugging Face's own if it was read so, else ours."""
     return (
         tokenizer.source if isinstance(tokenizer, Pretrained) else json.dumps(tokenizer.to_json())
     )
 
 
 def validation(directory: Path, step: int | None) -> dict[str, Any] | None:
-    """The record of a run's validation at exactly this step, if there is one."""
+    """Find the validation of a run at exactly this step, for the model card.
+
+    Args:
+        directory: the directory of the run.
+        step: the step of the exported checkpoint; None for a published one.
+
+    Returns:
+        The record of ``metrics.jsonl`` with the figures ``FIGURES``; None without a validation.
+    """
     if step is None or not (directory / "metrics.jsonl").is_file():
         return None
     for record in reversed(read_metrics(directory)):
@@ -126,7 +154,18 @@ def validation(directory: Path, step: int | None) -> dict[str, Any] | None:
 
 
 def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, Any] | None) -> str:
-    """The model card: description, training configuration, validation bound, and how to load it."""
+    """Write the model card, a Markdown text with the metadata of the Hugging Face hub.
+
+    Args:
+        model: the exported model.
+        layout: its layout.
+        step: the step of the checkpoint; None for a published one, whose training is not known.
+        bound: the record of its validation, or None.
+
+    Returns:
+        A table of the components, the validation bound, how to load the model, and the training
+        configuration.
+    """
     config = model.config
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.denoiser.params))
     rows = {
@@ -161,15 +200,15 @@ def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, A
         '## Use\n\n```python\nimport sedd\n\nmodel = sedd.load("DIRECTORY")  # or hf://OWNER/NAME\n'
         "```\n\n```\npython sample.py --checkpoint DIRECTORY\n```"
     )
-    if step is not None:  # how a published checkpoint was trained is not known
+    if step is not None:  # the configuration of a published checkpoint lacks how it was trained
         plain = config.to_json()
-        del plain["data"]["cache_dir"]  # says nothing of the model, and much of the machine
+        del plain["data"]["cache_dir"]  # a path of this machine, not a property of the model
         dump = json.dumps(plain, indent=2)
         parts.append(f"## Training configuration\n\n```json\n{dump}\n```")
     return "\n\n".join(parts) + "\n"
 
 
 def described(options: Options) -> str:
-    """A component's name and options, on a line."""
+    """A component's name and its options, on one line."""
     each = ", ".join(f"{name} {value}" for name, value in values(options).items())
     return f"{options.name} ({each})" if each else options.name

@@ -1,8 +1,9 @@
-"""A rejected command line as one line: which flag is wrong, and what would be right.
+"""Describe a rejected command line in one line: which flag is wrong, and what would be right.
 
-Tyro draws boxes for a terminal. Its hook for parse errors gives the same as data. The hook's module
-``tyro._errors`` is not public, so pyproject.toml bounds tyro's version; an event that is unknown
-here still ends as an error of one line.
+Tyro itself draws boxes for a terminal. Its hook for parse errors passes the same information as
+data, an event of a class for each kind of error, of which this module makes the line. The hook's
+module ``tyro._errors`` is not public, so pyproject.toml bounds tyro's version; an event of an
+unknown class still ends as an error of one line.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from tyro import _errors as events
 
 from sedd.errors import FieldError, UserError, fields_within
 
-SUGGESTIONS = 3  # flags named at most
+SUGGESTIONS = 3  # the most flags that "did you mean" names
 
 
 def as_flag(field: str) -> str:
@@ -25,12 +26,16 @@ def as_flag(field: str) -> str:
 
 
 def reject(event: events.ParseErrorEvent, arguments: Sequence[str], flags: Sequence[str]) -> None:
-    """Hook of tyro: raise UserError with what is wrong.
+    """Raise the error of a command line that tyro rejected; tyro calls it as its hook.
 
     Args:
-        event: what tyro rejected.
+        event: tyro's description of the error.
         arguments: the command line.
-        flags: every flag that there is.
+        flags: all flags of the command, for suggestions.
+
+    Raises:
+        FieldError: a dataclass refused the value of one field; its path names the flag.
+        UserError: every other error.
     """
     if isinstance(event, events.InstantiationFailure):
         if event.argument is None:
@@ -40,8 +45,8 @@ def reject(event: events.ParseErrorEvent, arguments: Sequence[str], flags: Seque
 
 
 def _raise_cause(error: BaseException | None) -> NoReturn:
-    """Raise the error of the dataclass that refused its values; tyro's exceptions wrap it."""
-    place = getattr(error, "arg", "")  # of the dataclass, such as "config.optimizer"
+    """Raise the error of the dataclass that refused its values, which tyro's exceptions wrap."""
+    place = getattr(error, "arg", "")  # where the dataclass is, such as "config.optimizer"
     path = place.removeprefix("config").lstrip(".") if isinstance(place, str) else ""
     while error is not None and error.__context__ is not None:
         error = error.__context__
@@ -52,6 +57,7 @@ def _raise_cause(error: BaseException | None) -> NoReturn:
 
 
 def _describe(event: events.ParseErrorEvent, flags: Sequence[str]) -> str:
+    """Write the line for an event: an unknown or missing flag, a missing value, a wrong choice."""
     help_ = "; see --help"
     if isinstance(event, events.UnrecognizedArgs):
         return _unrecognized(event.tokens[0], flags)
@@ -71,7 +77,10 @@ def _describe(event: events.ParseErrorEvent, flags: Sequence[str]) -> str:
 
 
 def _wrong_value(argument: Any, arguments: Sequence[str]) -> str:
-    """What is wrong with the value of a flag whose type does not take it."""
+    """Write the line for a value that the type of its flag does not accept.
+
+    The event does not hold the value, so that it is looked up in the command line.
+    """
     flag = argument.display_name()
     words = [word.partition("=") for word in arguments]
     value = ""
@@ -94,6 +103,7 @@ def _usage(argument: Any) -> str:
 
 
 def _unrecognized(word: str, flags: Sequence[str]) -> str:
+    """Write the line for a word that is no flag, with the flags that may have been meant."""
     word = word.partition("=")[0]
     if not word.startswith("--"):
         switch = word.lower() in ("true", "false")
@@ -106,10 +116,11 @@ def _unrecognized(word: str, flags: Sequence[str]) -> str:
 
 
 def suggestions(word: str, flags: Sequence[str]) -> list[str]:
-    """The flags that ``word`` may stand for, at most three.
+    """Find the flags that a mistyped one may stand for, at most ``SUGGESTIONS``.
 
-    They are those with the same last part (``--batch-size`` for ``--training.batch-size``), else
-    those that it abbreviates (``--optimizer.lr``), else the one that is spelt most alike.
+    The first of these rules that finds any decides: flags with the same last part (``--batch-size``
+    for ``--training.batch-size``), flags whose initials it is (``--optimizer.lr`` for
+    ``--optimizer.learning-rate``), the flag that is spelt most alike.
     """
     word = word.removeprefix("--").replace("_", "-").lower()
     path, _, leaf = word.rpartition(".")
@@ -122,13 +133,22 @@ def suggestions(word: str, flags: Sequence[str]) -> list[str]:
 
 
 def _abbreviates(word: str, name: str) -> bool:
-    """Whether a word is the initials of a name's parts: lr for learning-rate."""
+    """Whether a word consists of the initials of a name's parts, as lr of learning-rate."""
     parts = name.split("-")
     return len(parts) > 1 and word == "".join(part[:1] for part in parts)
 
 
 def flags_of(kind: type[Any], default: Any) -> Iterator[str]:
-    """Every flag that tyro makes of a dataclass: those of nested ones have the field as prefix."""
+    """Yield every flag that tyro makes of a dataclass.
+
+    The flags of a nested dataclass have the name of its field as prefix, unless the field is marked
+    to have none.
+
+    Args:
+        kind: the dataclass.
+        default: an instance, whose nested dataclasses may be of other classes than the field's; or
+            None.
+    """
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         value = getattr(default, field.name, field.default)

@@ -1,4 +1,10 @@
-"""Samplers on a command line: ``--sampler`` and ``--inner`` pick by name, options become flags."""
+"""Samplers on a command line: ``--sampler`` and ``--inner`` pick by name, options become flags.
+
+A sampler may wrap another one, which may wrap a third: ``--sampler best_of_n --inner
+semi_autoregressive --inner.inner confidence``. The option ``by`` of the third is then
+``--inner.inner.by``. The picked samplers are a list of option classes, outermost first.
+``flags_of`` nests them into one dataclass, of which tyro makes flags with these names.
+"""
 
 import dataclasses
 import inspect
@@ -15,14 +21,20 @@ from sedd.configuration.components import Options, maker, makers, options_type, 
 from sedd.errors import FieldError, UserError
 from sedd.samplers.base import SamplerOptions
 
-DEFAULT = "tweedie"  # for a model of which nothing is known yet: works on every diffusion model
+DEFAULT = "tweedie"  # if the model is not known yet: it works on every diffusion model
 INNER = "event_jump"  # default of --inner
 
 
 def pick(name: str | None, inner: str | None, innermost: str | None) -> list[type[Options]]:
-    """The option classes of ``--sampler``, ``--inner`` and ``--inner.inner``, outermost first.
+    """Find the option classes of the named samplers, outermost first.
 
-    Raises UserError on an unknown sampler, and where one does not wrap the other.
+    Args:
+        name: the value of ``--sampler``; ``DEFAULT`` for None.
+        inner: the value of ``--inner``; if the sampler wraps another one, ``INNER`` for None.
+        innermost: the value of ``--inner.inner``, likewise.
+
+    Raises:
+        UserError: a sampler is unknown, or does not wrap the one that is named as its inner one.
     """
     kinds = [_options_type("--sampler", DEFAULT if name is None else name)]
     for flag, wanted in (("--inner", inner), ("--inner.inner", innermost)):
@@ -41,13 +53,16 @@ def pick(name: str | None, inner: str | None, innermost: str | None) -> list[typ
 
 
 def _wraps(outer: str, inner: str, nested: bool) -> bool:
-    """Whether ``outer`` may wrap ``inner``; at the second level, where nothing is wrapped again."""
+    """Whether ``outer`` may wrap ``inner``; if ``nested``, ``inner`` may not wrap a further one.
+
+    A search is no inner sampler, since it has no verifier there.
+    """
     fields = fields_of(inner)
     return inner != outer and "verifier" not in fields and not (nested and "inner" in fields)
 
 
 def fields_of(name: str) -> set[str]:
-    """The names of a sampler's fields: options, and what a model or a user supplies."""
+    """The names of a sampler's fields: its options, and those that a model or a user supplies."""
     return {field.name for field in dataclasses.fields(maker("samplers", name))}
 
 
@@ -61,7 +76,19 @@ def _options_type(flag: str, name: str) -> type[Options]:
 def refuse_flags_of_others(
     arguments: Sequence[str], command: type, kinds: Sequence[type[Options]]
 ) -> None:
-    """Raise UserError on a sampler's flag that the picked samplers do not have at that place."""
+    """Check that every flag of a sampler belongs to a picked one, at the right depth.
+
+    Tyro would call such a flag unrecognised. This error names the samplers that have the flag, or
+    its right spelling, such as ``--inner.by`` for ``--by``.
+
+    Args:
+        arguments: the command line.
+        command: the dataclass of the command, whose own flags are left alone.
+        kinds: the picked samplers, outermost first.
+
+    Raises:
+        UserError: a flag is that of another sampler or another depth.
+    """
     names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
     own = {field.name for field in dataclasses.fields(command)}
     owners: dict[str, list[str]] = {}
@@ -88,9 +115,13 @@ def refuse_flags_of_others(
 
 
 def flags_of(kinds: Sequence[type[Options]]) -> type[Options]:
-    """The option class of the outermost sampler as tyro shows it, with the inner ones nested.
+    """Make the dataclass whose fields tyro shows as flags.
 
-    The help of a flag is the attribute docstring of the sampler's field.
+    Its fields are the options of the outermost sampler, and ``inner``, a dataclass made in the same
+    way of the rest. The help of a flag is the string below the field in the sampler's own class.
+
+    Args:
+        kinds: the picked samplers, outermost first.
     """
     kind, *wrapped = kinds
     make = maker(kind.family, kind.name)
@@ -121,7 +152,7 @@ def flags_of(kinds: Sequence[type[Options]]) -> type[Options]:
 
 
 def sampler_options(flags: Options) -> SamplerOptions:
-    """The parsed flags as options that ``build_sampler`` takes, the inner sampler's nested."""
+    """Convert the parsed flags to the nested options that ``build_sampler`` takes."""
     given = values(flags)
     if isinstance(given.get("inner"), Options):
         given["inner"] = sampler_options(given["inner"])
@@ -129,7 +160,7 @@ def sampler_options(flags: Options) -> SamplerOptions:
 
 
 def flat(options: SamplerOptions, prefix: str = "") -> dict[str, Any]:
-    """Every option by its path, such as ``inner.steps``."""
+    """Flatten nested options: the value of each by its path, such as ``inner.steps``."""
     found: dict[str, Any] = {}
     for name, value in options.values.items():
         if isinstance(value, SamplerOptions):
@@ -140,14 +171,18 @@ def flat(options: SamplerOptions, prefix: str = "") -> dict[str, Any]:
 
 
 def check_integers(options: SamplerOptions) -> None:
-    """Raise FieldError on a whole number that a compiled program cannot hold."""
+    """Check that whole numbers fit into the 32 bits of a compiled program.
+
+    Raises:
+        FieldError: an option is 2**31 or more.
+    """
     for field, value in flat(options).items():
         if isinstance(value, int) and value >= 2**31:
             raise FieldError(field, f"must be below 2**31, got {value}")
 
 
 def _attribute_docstrings(make: type) -> dict[str, str]:
-    """The string under each field of a dataclass, inherited fields included."""
+    """Read the strings below the fields of a dataclass from its source, inherited ones included."""
     return {
         param.arg_name: " ".join(param.description.split())
         for part in reversed(make.__mro__[:-1])
@@ -157,7 +192,7 @@ def _attribute_docstrings(make: type) -> dict[str, str]:
 
 
 def describe(kinds: Sequence[type[Options]]) -> str:
-    """One line of help for each sampler, and what ``--inner`` does."""
+    """Write the help on samplers: one entry for each, how to set ``--inner``, and the default."""
     known = makers("samplers")
     width = max(map(len, known)) + 4
     lines = [
@@ -170,17 +205,21 @@ def describe(kinds: Sequence[type[Options]]) -> str:
         for name, make in known.items()
     ]
     if len(kinds) > 1:
-        lines += ["", f"--inner NAME picks what {kinds[0].name} wraps (default {INNER}):"]
-        lines += ["  its options are the flags --inner.OPTION"]
+        lines += [
+            "",
+            f"--inner NAME picks the sampler that {kinds[0].name} wraps (default {INNER}):",
+            "  its options are the flags --inner.OPTION",
+        ]
     lines += [
         "",
-        "Default: event_jump if time-independent, ordered if causal, tweedie otherwise.",
+        "Default: event_jump for a time-independent model, ordered for an autoregressive one,",
+        "tweedie for all others.",
     ]
     return "\n".join(["--sampler NAME picks a sampler:", *lines])
 
 
 def _headline(make: type) -> str:
-    """The first sentences of the sampler's module, without references."""
+    """The first line of the sampler's module without references, and whether it is biased."""
     line = (sys.modules[make.__module__].__doc__ or "").partition("\n")[0]
     caveat = getattr(make, "caveat", "")
     return line.partition(" arXiv:")[0] + (

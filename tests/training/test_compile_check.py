@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sedd.commands import compile_check
-from sedd.commands.compile_check import collectives_of, exhausted, sizes, tensor_bytes
+from sedd.commands.program_text import collectives_of, exhausted, sizes, tensor_bytes
 from sedd.errors import UserError
 
 ROOT = Path(__file__).parents[2]
