@@ -1,4 +1,10 @@
-"""Answers to many requests: batches of one program each, in the order of the requests."""
+"""Draw the answers to many requests in batches, in memory that does not grow with their number.
+
+A batch runs one compiled program, so its requests must agree in everything that is compiled in:
+``Program``. Lengths, temperatures and given tokens are data of the program and may differ. Requests
+are taken in windows of a few batches and sorted by program within a window; answers leave in the
+order of the requests.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,17 +24,17 @@ from sedd.reshape import LogitProcessor
 from sedd.samplers.base import Sampler
 from sedd.sampling import draw, reshape_of
 
-WINDOW = 8  # batches within which requests are sorted by program
+WINDOW = 8  # batches' worth of requests that are sorted by program at a time
 
 
 class Program(NamedTuple):
-    """What the requests of a batch must have in common, because it is compiled into the program."""
+    """The properties of a request that are compiled into the program that draws it."""
 
     sampler: Sampler
     guided: bool
-    """Whether guidance acts: a network call is then two."""
+    """Whether guidance acts, which doubles the network calls."""
     most_likely: bool
-    """Whether a constraint is filled with its most likely string, at temperature 0."""
+    """Whether constraints are filled with their most likely string (temperature 0), not drawn."""
 
 
 class Asked(NamedTuple):
@@ -43,7 +49,7 @@ class Asked(NamedTuple):
 
     @property
     def program(self) -> Program:
-        """The kind of batch that the request can be drawn in."""
+        """The program that draws the request; guidance without given tokens does nothing."""
         guided = self.numbers["guidance"] > 0 and bool(self.clamp.fixed_L.any())
         most_likely = self.numbers["temperature"] == 0 and bool(self.spans)
         return Program(self.sampler, guided, most_likely)
@@ -89,19 +95,22 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """How requests are drawn: what all batches of a run share.
+    """The settings that all batches of a run share; ``answers`` draws them.
 
     Args:
         model: the model.
-        counts: requests of each program in the whole run. A batch is filled up to a size that
-            depends on nothing else, so that its last batch compiles no program of its own.
-        batch_size: sequences held at once; the candidates of a search count.
-        reshaped: whether any request of the run changes the conditionals. Then all batches do, by
-            numbers that change nothing where need be, and share a program.
+        counts: number of requests of each program in the whole run. The size of a program's batches
+            depends on it and on ``batch_size`` alone: the last batch is padded to the same size, so
+            that it compiles no program of its own.
+        batch_size: sequences in memory at the same time; the candidates of a search count.
+        reshaped: whether any request of the run changes the conditionals. If so, every batch gets
+            temperature, top-k and top-p as data, neutral for requests that set none, and all
+            batches share a program.
         processor: the user's function on log probabilities, or None.
         rule: how a step draws under a constraint.
-        shape: that of all constraints of the run, so that its batches share a program.
-        traced: how many requests, from the first on, keep their trace.
+        shape: the shape that holds the constraints of every request, so that batches share a
+            program; None without constraints.
+        traced: number of requests, from the first on, that keep their trace.
     """
 
     model: Model
@@ -114,11 +123,11 @@ class Answering:
     traced: int = 0
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[list[Answer]]:
-        """The answers in the order of the requests, a list whenever a batch is done.
+        """Yield the answers in the order of the requests, a list after each batch that allows it.
 
-        Within a window of a few batches requests are sorted by program. An answer is kept back
-        until those before it are there; on an error or interruption it is yielded first, and the
-        error raised afterwards. A request's noise is that of its seed, whatever is in its batch.
+        An answer waits until all answers before it are drawn. On an error or an interruption the
+        waiting answers are yielded before it is raised. A request's noise depends on its seed
+        alone, not on its batch.
         """
         requests, first = iter(asked), 0
         while window := list(islice(requests, WINDOW * self.batch_size)):
@@ -142,11 +151,11 @@ class Answering:
             first += len(window)
 
     def size(self, program: Program) -> int:
-        """Requests in a batch of a program."""
+        """Number of requests in a batch of a program, after padding."""
         return min(max(self.batch_size // program.sampler.width, 1), self.counts[program])
 
     def _batches(self, window: Sequence[Asked]) -> Iterator[list[int]]:
-        """The places in the window of each batch: programs in the order of their first request."""
+        """Yield the indices into the window of each batch, by order of each program's first one."""
         groups: dict[Program, list[int]] = defaultdict(list)
         for place, one in enumerate(window):
             groups[one.program].append(place)
@@ -155,6 +164,7 @@ class Answering:
             yield from (places[start : start + size] for start in range(0, len(places), size))
 
     def _draw(self, batch: Sequence[Asked], trace: bool) -> list[Answer]:
+        """Draw one batch, padded with copies of its last request, which are not returned."""
         size = self.size(batch[0].program)
         padded = [*batch, *[batch[-1]] * (size - len(batch))]
         reshape = None

@@ -1,4 +1,10 @@
-"""Command lines: flags become dataclasses, and a user's mistake becomes one line of an error."""
+"""The frame of every command: process settings, flags as dataclasses, errors as one line.
+
+``run`` calls a command's ``main`` and turns what it raises into an exit code. ``parse`` fills a
+dataclass from flags by means of tyro; ``parse_config`` does so for commands with a configuration,
+whose recipe and components have to be known before the other flags exist. ``console`` is standard
+output; notes and errors go to standard error.
+"""
 
 import dataclasses
 import io
@@ -33,7 +39,7 @@ from sedd.training.checkpoint import quiet_orbax
 from sedd.training.distributed import leave_libtpu_alone
 
 Command = TypeVar("Command")
-PROGRAMS_SIZE = 2**30  # bytes of compiled programs that are kept
+PROGRAMS_SIZE = 2**30  # bytes of compiled programs to keep in the cache folder
 
 
 class Terminal(Console):
@@ -50,30 +56,33 @@ class Terminal(Console):
 
 console = Terminal()  # of every command: standard output
 
-# Control characters but newline and tab; line and paragraph separators; marks that change the
-# direction of text; halves of surrogate pairs. A terminal may act on the first and reorder by them.
+# Control characters except newline and tab, on which a terminal acts; separators of lines and
+# paragraphs; marks that reorder text; halves of surrogate pairs, which have no encoding.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    r"""The text with characters that a terminal acts on written as escapes, such as ``\x1b``."""
+    r"""Replace characters that a terminal would act on by escapes, such as ``\x1b``."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def run(
     main: Callable[[Sequence[str]], int | None], *, interrupted: Callable[[Any], Any] = sys.exit
 ) -> None:
-    """Run a command and exit: 0, or 2 with one ``error: …`` line for a user's mistake.
+    """Set up the process, run a command, and exit.
 
-    Flags of every command: ``--debug`` shows the traceback instead of the line, ``--version`` the
-    version, ``--no-compile-cache`` keeps no compiled programs. A reader of the output that has seen
-    enough (``| head``) is no error.
+    The exit code is 0, or the command's own; 2 with one ``error: …`` line for a user's mistake, an
+    error of the operating system or a full device memory; 130 after Ctrl-C. A reader of standard
+    output that closes the pipe (``| head``) is no error. All other exceptions keep their traceback.
+
+    Flags of every command are handled here: ``--debug`` shows the traceback instead of the line,
+    ``--version`` prints the version, ``--no-compile-cache`` keeps no compiled programs.
 
     Args:
-        main: the command, from its arguments to an exit code or None.
-        interrupted: what exits after Ctrl-C, given the code 130.
+        main: the command, a function from its arguments to an exit code or None.
+        interrupted: the function that exits after Ctrl-C, called with 130.
     """
     leave: Callable[[Any], Any] = sys.exit
     prepare_streams()
@@ -218,7 +227,15 @@ def parse(
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of ``flag VALUE`` or ``flag=VALUE``, or None, and the remaining arguments."""
+    """Take one flag out of a command line, before the others are parsed.
+
+    Returns:
+        The value of ``flag VALUE`` or ``flag=VALUE`` (the last one if repeated; None if absent),
+        and the remaining arguments.
+
+    Raises:
+        UserError: the flag has no value.
+    """
     value, rest, remaining = None, [], list(arguments)
     while remaining:
         argument = remaining.pop(0)
@@ -246,12 +263,25 @@ def parse_config(
     *,
     saved: Config | None = None,
 ) -> Any:
-    """A command whose field ``config`` is a Config: first the file and the components, then flags.
+    """Parse the flags of a command that has a configuration.
 
-    ``--config FILE`` gives the defaults, ``--process uniform`` (or any other component by name)
-    swaps a component, and every remaining flag is a field: ``--optimizer.learning-rate 1e-3``.
-    ``saved`` is the configuration where no --config is given: that of the run to resume. The aim of
-    a recipe is dropped where flags change what it would train.
+    The flags that exist depend on the components, so parsing has three stages:
+
+    1. ``--config FILE`` gives the defaults of all fields.
+    2. ``--process uniform`` and the other components by name replace components. If the sampler is
+       not named and the new model has another default sampler, it is replaced as well.
+    3. Every remaining flag is a field, such as ``--optimizer.learning-rate 1e-3``.
+
+    If flags change what the recipe would train, its ``aim`` is dropped.
+
+    Args:
+        arguments: the command line.
+        command: the dataclass of the command, with a field ``config`` of type Config.
+        description: the beginning of the help.
+        saved: the configuration to use without --config: that of the run to resume.
+
+    Raises:
+        UserError: there is no configuration, or a flag is wrong.
     """
     path, rest = take(arguments, "--config")
     if path is None and saved is None and not {"-h", "--help"} & set(arguments):

@@ -1,7 +1,9 @@
 """The denoising trace: one self-contained HTML page that plays how sequences were sampled.
 
-The page holds each row's first frame and then only what changes from one frame to the next, so a
-sequence of 1024 tokens over 1024 steps stays small. The page needs no network and no server.
+``trace.html`` is the template: a script that replays the frames, with places for the data. The data
+hold each row's first frame and then only the tokens that change from one frame to the next, so that
+a sequence of 1024 tokens over 1024 steps stays small. The page needs no network and no server. Texts
+come from a model and may contain anything: they enter the page escaped.
 """
 
 import html
@@ -113,6 +115,7 @@ def write_trace(
 
 
 def _check(rows: Sequence[TraceRow], times_T1: Sequence[float] | None) -> None:
+    """Raise ValueError if there is no row, or the times do not go with the frames."""
     if not rows:
         raise ValueError("a trace needs at least one row, got none")
     if times_T1 is None:
@@ -135,10 +138,11 @@ def _encode(
     eos_id: int | None,
     times_T1: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """The page's data. Tokens are numbered by how often they are written, the most frequent first.
+    """Make the page's data, short as JSON.
 
-    A frame's changes are one flat list [gap, token, gap, token, …]: a gap leads from the last
-    changed position (at first from 0) to the next.
+    Tokens are numbered anew by frequency, the most frequent first, so that most numbers have one or
+    two digits. The changes of a frame are one flat list [gap, token, gap, token, …] in the order of
+    positions: a gap is the distance to the position of the previous change, at first to position 0.
     """
     written = [_changes(row.frames_TL) for row in rows]
     starts = [row.frames_TL[0] for row in rows]
@@ -184,13 +188,17 @@ def _encode(
 
 
 def _changes(frames_TL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(step, position, new token) of every change, in order of step and then position."""
+    """Find every change of a token between frames, ordered by step and then position.
+
+    Returns:
+        The step, the position and the new token of each of the K changes.
+    """
     frame_K, position_K = np.nonzero(frames_TL[1:] != frames_TL[:-1])
     return frame_K, position_K, frames_TL[frame_K + 1, position_K]
 
 
 def _final_text(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """The HTML that a browser without scripts shows of one row: its last frame as text."""
+    """Make the HTML that a browser without scripts shows of a row: its last frame as text."""
     tokens = list(row["start"])
     for flat in row["changes"]:
         for position, token in zip(np.cumsum(flat[::2]), flat[1::2], strict=True):
@@ -200,10 +208,11 @@ def _final_text(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _text(value: str) -> str:
+    """Escape a text for HTML, and replace the characters that HTML cannot hold."""
     return html.escape(_NOT_HTML_TEXT.sub("\ufffd", value))
 
 
 def _script_json(value: Any) -> str:
-    """JSON for a script element: ASCII, with the characters that end the element escaped."""
+    """Write JSON for a script element: ASCII, without the characters that could end the element."""
     encoded = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return encoded.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

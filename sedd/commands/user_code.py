@@ -1,6 +1,7 @@
-"""Load functions from a user's file; their mistakes become one line of a UserError.
+"""Load functions from a user's file, for ``--verifier`` and ``--logit-processor``.
 
-Loading runs the file, as importing it would.
+Loading runs the file, as importing it would. Whatever the user's code raises, when it is loaded or
+when it is called, becomes one line of a UserError with the number of the line in the user's file.
 """
 
 import functools
@@ -21,11 +22,14 @@ UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConvers
 
 
 def load_function(spec: str, flag: str) -> Callable[..., Any]:
-    """The function that ``file.py:function`` names; the same object for the same words.
+    """Load the function that ``file.py:function`` names.
+
+    The file runs once, so that the same words give the same object: a function is part of the key
+    of a compiled program.
 
     Args:
-        spec: the path and the name.
-        flag: the flag that the message of an error begins with.
+        spec: the path and the name, such as "verifier.py:short_words".
+        flag: the flag with which the message of an error begins.
 
     Raises:
         UserError: the file is missing, fails while it runs, or does not define the function.
@@ -44,18 +48,29 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
     return found
 
 
-@functools.cache  # a new object would compile a new program
+@functools.cache  # the same object for the same words, as in ``load_function``
 def load_processor(spec: str, flag: str, mask_id: int | None) -> "LogitProcessor":
-    """The logit processor that ``file.py:function`` names; raises as ``load_function``."""
+    """Load a logit processor.
+
+    Args:
+        spec: the path and the name of its function.
+        flag: the flag with which the message of an error begins.
+        mask_id: the mask token of the model, None without one. Only rows of masked positions are
+            checked.
+
+    Raises:
+        UserError: as ``load_function``.
+    """
     return LogitProcessor(load_function(spec, flag), spec, flag, mask_id)
 
 
 class LogitProcessor:
-    """A checked user's function on log probabilities [B, K, N]; see ``Reshape.logit_processor``.
+    """A user's function on log probabilities [B, K, N] whose results are checked.
 
-    Raises UserError while tracing where the function raises, or returns another shape or type.
-    Bad values (nan, or no token left) appear only when the compiled program runs: these rows keep
-    the model's conditional, and ``raise_error`` raises afterwards.
+    It is called inside jit (see ``Reshape.logit_processor``). If the function raises, or returns
+    another shape or type, tracing raises a UserError. Bad values (nan, or -inf for every token)
+    appear only when the compiled program runs, from which nothing can be raised: such rows keep the
+    model's conditional so that every sampler ends, and ``raise_error`` raises afterwards.
     """
 
     def __init__(self, function: Callable[..., Any], spec: str, flag: str, mask_id: int | None):
@@ -95,7 +110,10 @@ class LogitProcessor:
         return jnp.where(good_BK[..., None], shaped_BKN, log_probs_BKN)
 
     def raise_error(self) -> None:
-        """Raise UserError where the function returned bad values since the last call of this."""
+        """Raise UserError if the function returned bad values since the last call of this method.
+
+        Waits for the programs that are still running.
+        """
         jax.effects_barrier()
         failed, self._failed = self._failed, False
         if failed:
@@ -121,6 +139,6 @@ def _line(error: BaseException, path: str) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """The type and message of an error; of JAX's long messages the first line."""
+    """The type and the message of an error, shortened to the first line if it is JAX's."""
     message = str(error).partition("\n")[0] if isinstance(error, UNTRACEABLE) else str(error)
     return f"{type(error).__name__}: {message}".rstrip(" .:")

@@ -1,4 +1,11 @@
-"""From a configuration to the objects of a run."""
+"""Build the objects of a run from its configuration.
+
+Components depend on each other in one order: the process needs the number of tokens, the
+parameterization the process, the network the number of states and whether it is given the noise
+level, the objective the schedule and the parameterization, the sampler the schedule.
+``build_parts`` follows this order, ``build_step`` and ``build_parallel`` add what training needs,
+and ``build_data`` reads the corpus.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -31,7 +38,7 @@ from sedd.types import Params
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The components of a model, built and fitted to each other."""
+    """The components of a model, built for each other by ``build_parts``."""
 
     process: Process
     schedule: NoiseSchedule
@@ -41,7 +48,12 @@ class Parts:
     sampler: Sampler
 
     def denoiser(self, params: Params, attend: Attend | None = None) -> Denoiser:
-        """The network with these parameters."""
+        """The network with these parameters as a ``Denoiser``.
+
+        Args:
+            params: the parameters; None for checks that do not call the network.
+            attend: which positions see which; all see all by default.
+        """
         return Denoiser(
             params=params,
             network=self.network,
@@ -51,7 +63,12 @@ class Parts:
 
 
 def build_parts(config: Config, num_tokens: int) -> Parts:
-    """Every component for a vocabulary of ``num_tokens``; UserError where two do not fit."""
+    """Build every component for a vocabulary of ``num_tokens`` tokens, the mask not counted.
+
+    Raises:
+        UserError: an option is out of range, or two components do not fit each other. The error
+            names the field.
+    """
     process = config.process.build(num_tokens=num_tokens)
     schedule = config.schedule.build()
     parameterization = config.parameterization.build(process=process)
@@ -73,11 +90,13 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
 
 
 def default_sampler(parameterization: Parameterization) -> str:
-    """The sampler of a model if none is named.
+    """Choose the sampler of a model for which the user names none.
 
-    ``event_jump`` for time-independent models, on which it is exact in one network call a position
-    and never takes more calls than τ-leaping; ``tweedie``, which works on every process, for models
-    that depend on the noise level; ``ordered``, from left to right, for autoregressive models.
+    Args:
+        parameterization: decides on its own. A time-independent model gets ``event_jump``, which is
+            exact on it at one network call a position and never takes more calls than τ-leaping. A
+            model that depends on the noise level gets ``tweedie``, which works on every process. An
+            autoregressive model gets ``ordered``, from left to right.
     """
     if parameterization.causal:
         return "ordered"
@@ -120,18 +139,19 @@ def build_sampler(
     verifier: Verifier | None = None,
     **values: Any,
 ) -> Sampler:
-    """Build a sampler from its name and options.
+    """Build a sampler from its name and options, and the samplers that it wraps.
 
     Args:
-        sampler: the name, or a name with options.
+        sampler: the name, or the name with its options.
         schedule: the noise schedule of the model.
         verifier: the scoring function of a search (best_of_n, particle).
         values: more options. ``inner`` of a sampler that wraps another one is a name, options or
             a sampler; event_jump by default.
 
-    Raises UserError on an unknown name or option, on ``inner`` or ``verifier`` for a sampler that
-    takes none, and on a missing verifier; FieldError on a bad value, whose field is a path such as
-    ``inner.steps``.
+    Raises:
+        UserError: the name or an option is unknown, ``inner`` or ``verifier`` is given to a sampler
+            that takes none, or the verifier of a search is missing.
+        FieldError: a value is out of range; the field is a path such as ``inner.steps``.
     """
     if isinstance(sampler, SamplerOptions):
         name, values = sampler.name, {**sampler.values, **values}
@@ -159,7 +179,7 @@ def build_sampler(
 
 
 def build_step(config: Config, parts: Parts) -> Step:
-    """One training step of this configuration."""
+    """Build the training step, a function from state and batch to the next state and metrics."""
     return Step(
         network=parts.network,
         objective=parts.objective,
@@ -174,7 +194,13 @@ def build_step(config: Config, parts: Parts) -> Step:
 def build_parallel(
     config: Config, step: Step, devices: Sequence[Any] | None = None
 ) -> DataParallel | FullySharded:
-    """The step on ``devices``, all that there are by default, as the configuration says."""
+    """Compile the step for several devices as ``training.parallel`` says.
+
+    Args:
+        config: for ``parallel``, ``fsdp`` and ``accumulate``.
+        step: the step on one device.
+        devices: the devices; by default all devices of all processes.
+    """
     options = {"accumulate": config.training.accumulate, "devices": devices}
     if config.training.parallel == "fsdp":
         return FullySharded(step, fsdp=config.training.fsdp, **options)
@@ -183,7 +209,13 @@ def build_parallel(
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The tokenizer, and the packed splits of every part of the mixture with its weight."""
+    """The training data of a run.
+
+    Args:
+        tokenizer: the tokenizer of all parts.
+        train: the packed training split of each part of the mixture, with the part's weight.
+        validation: likewise the validation split.
+    """
 
     tokenizer: Tokenizer
     train: list[tuple[Packed, float]]
@@ -191,7 +223,19 @@ class Data:
 
 
 def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=None) -> Data:
-    """Open, tokenise and pack; ``tokenizer`` is that of the run that is resumed, if any."""
+    """Open the corpora, build the tokenizer if there is none, and tokenise and pack both splits.
+
+    Packed tokens are kept in the configuration's ``cache_dir`` and read from there the next time.
+
+    Args:
+        config: its ``data`` is used.
+        tokenizer: that of the run that is resumed or started from; None to build the configured
+            one, from the training text if need be.
+        progress: called with the numbers of documents and tokens so far.
+
+    Raises:
+        UserError: a corpus cannot be read or lacks a split, or the tokenizer cannot be built.
+    """
     cache_dir = Path(config.data.cache_dir).expanduser()
     weighted = parse_mixture(config.data.corpus)
     corpora = [open_corpus(spec, cache_dir=cache_dir) for spec, _ in weighted]
@@ -229,7 +273,19 @@ def pack_split(
     cache_dir: Path,
     progress=None,
 ) -> tuple[Packed, str]:
-    """A corpus to evaluate on, cut as ``data`` says, and the split that it is."""
+    """Tokenise and pack one split of a corpus, to evaluate on.
+
+    Args:
+        spec: the corpus by name or path, as in ``DataOptions.corpus``.
+        split: the split; None for the one that the corpus is evaluated on.
+        tokenizer: the tokenizer of the model.
+        data: how the text is cut: ``length`` and ``wrap``.
+        cache_dir: where the packed tokens are kept.
+        progress: called with the numbers of documents and tokens so far.
+
+    Returns:
+        The packed rows, and the name of the split.
+    """
     corpus = open_corpus(spec, cache_dir=cache_dir)
     split = split or corpus.evaluation_split
     return _pack(corpus, split, tokenizer, data, cache_dir, progress), split
@@ -249,7 +305,16 @@ def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> P
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRows:
-    """Evenly spread rows of every part, in batches. Iterable any number of times."""
+    """The validation rows of a run, in batches of tokens [B, L] and scored positions [B, L].
+
+    Every iteration gives the same rows: of each part of the mixture equally many, evenly spread
+    over it. The last batch of a part may be smaller.
+
+    Args:
+        parts: the packed validation splits.
+        max_sequences: rows in total, at most; None for all.
+        batch_size: rows in a batch.
+    """
 
     parts: Sequence[Packed]
     max_sequences: int | None
@@ -264,7 +329,7 @@ class ValidationRows:
                 yield packed.rows(rows[first : first + self.batch_size])
 
     def counts(self) -> np.ndarray:
-        """How often each token is scored, [N]."""
+        """Count how often each token occurs at scored positions of all rows, [N]."""
         counts_N = np.zeros(self.parts[0].counts.size, np.int64)
         for x0_BL, scored_BL in self:
             counts_N += np.bincount(x0_BL[scored_BL], minlength=counts_N.size)

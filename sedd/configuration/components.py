@@ -1,8 +1,13 @@
-"""Components by name: ``build("samplers", "euler", steps=64, …)``.
+"""Find and build components by name: ``build("samplers", "euler", steps=64, schedule=…)``.
 
-A family is a package under ``sedd``. A module of it that defines ``make``, a frozen dataclass, is a
-component. The fields with a default are options, which a configuration may set; the other fields
-are filled in from the rest of the model. A new component is one new file.
+A family is a package under ``sedd``, such as ``sedd.samplers``. A module of it that defines
+``make``, a frozen dataclass, is a component, and its name is that of the module. No list of
+components is kept: a new component is one new file.
+
+The fields of ``make`` with a default are options: a configuration and the command line may set
+them. Fields without a default are context, which comes from the rest of the model: the number of
+tokens of a process, the schedule of a sampler. ``Options`` are the options without the context, so
+that a configuration can be written before the model exists.
 """
 
 import dataclasses
@@ -14,7 +19,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from sedd.errors import FieldError, UserError, did_you_mean, fields_within
 
-COMPONENTS = {  # fields of a configuration: the family that each chooses from
+COMPONENTS = {  # fields of a configuration, and the family from which each picks a component
     "process": "processes",
     "schedule": "schedules",
     "parameterization": "parameterizations",
@@ -26,7 +31,7 @@ COMPONENTS = {  # fields of a configuration: the family that each chooses from
 
 @functools.cache
 def makers(family: str) -> dict[str, type]:
-    """Every component of a family, by name."""
+    """Import every module of a family and return its components by name."""
     package = importlib.import_module(f"sedd.{family}")
     found = {}
     for info in pkgutil.iter_modules(package.__path__):
@@ -37,7 +42,11 @@ def makers(family: str) -> dict[str, type]:
 
 
 def maker(family: str, name: str) -> type:
-    """The dataclass of a component; UserError with the known names for an unknown one."""
+    """Return the dataclass of a component.
+
+    Raises:
+        UserError: the family has no component of this name; the message lists its components.
+    """
     known = makers(family)
     if name not in known:
         raise UserError(
@@ -49,6 +58,11 @@ def maker(family: str, name: str) -> type:
 
 def build(family: str, name: str, **fields: Any) -> Any:
     """Build a component from its fields.
+
+    Args:
+        family: the package, such as "samplers".
+        name: the module, such as "euler".
+        fields: options and context. Options that are left out take their defaults.
 
     Raises:
         UserError: the name or a field is unknown, or the values do not fit each other.
@@ -74,13 +88,25 @@ def build(family: str, name: str, **fields: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of one component in a configuration; ``options`` makes instances."""
+    """Base class for the options of one component; ``options`` makes instances.
+
+    Each component has a subclass of its own, whose fields are the component's options.
+    """
 
     family: ClassVar[str]
     name: ClassVar[str]
 
     def build(self, **context: Any) -> Any:
-        """Build the component with these options; ``context`` has the fields without a default."""
+        """Build the component with these options.
+
+        Args:
+            context: values of fields without a default. Values that the component has no field for
+                are left out, so that a caller can pass the same context to a whole family.
+
+        Raises:
+            UserError: the component refuses its options; the error names the field, prefixed by its
+                place in a configuration, such as ``process``.
+        """
         known = {field.name for field in dataclasses.fields(maker(self.family, self.name))}
         given = {key: value for key, value in context.items() if key in known}
         place = next(key for key, family in COMPONENTS.items() if family == self.family)
@@ -89,13 +115,19 @@ class Options:
 
 
 def values(options: Options) -> dict[str, Any]:
-    """The options as a dictionary."""
+    """Return the options as a dictionary from field to value."""
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
 
 
 @functools.cache
 def options_type(family: str, name: str) -> type[Options]:
-    """The dataclass of a component's options: those fields of ``make`` that have a default."""
+    """Make the subclass of ``Options`` for a component, one class for each component.
+
+    Its fields are those fields of ``make`` that have a default; its docstring is that of ``make``.
+
+    Raises:
+        UserError: the family has no component of this name.
+    """
     make = maker(family, name)
     hints = get_type_hints(make)
     fields = [
@@ -114,7 +146,17 @@ def options_type(family: str, name: str) -> type[Options]:
 
 
 def options(family: str, name: str, **given: Any) -> Options:
-    """Options for a component, as configurations write them: ``options("schedules", "cosine")``."""
+    """Make the options of a component, as configurations do: ``options("schedules", "cosine")``.
+
+    Args:
+        family: the package, such as "schedules".
+        name: the component.
+        given: options that differ from their defaults. Their values are checked when the component
+            is built.
+
+    Raises:
+        UserError: the component or an option is unknown.
+    """
     kind = options_type(family, name)
     accepted = [field.name for field in dataclasses.fields(kind)]
     for field in given:

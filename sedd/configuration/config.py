@@ -1,4 +1,12 @@
-"""The typed configuration of a run, which ``configs/*.py`` return and the command line changes."""
+"""The typed configuration of a run, which ``configs/*.py`` return and the command line changes.
+
+A ``Config`` is a tree of frozen dataclasses. Every leaf is a flag of the command line, and the
+string below a field is the flag's help. Its components (process, network, …) are ``Options``, whose
+class, and with it the set of fields, depends on the component's name. A run saves its configuration
+as ``config.json``; reading it checks every name and type, since a user may have edited it.
+
+A resumed run may change only the fields in ``RESUMABLE``; ``differences`` finds the others.
+"""
 
 import dataclasses
 import difflib
@@ -18,8 +26,8 @@ from sedd.evaluation.monte_carlo import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 
-# Fields that a resumed run may change. They affect at most rounding, memory, what is shown and the
-# number of steps (and with it the learning rates of a falling schedule).
+# Fields that a resumed run may change. They affect at most rounding, memory, output, and the number
+# of steps (and with it the learning rates of a falling schedule).
 RESUMABLE = (
     "aim",
     "init_from",
@@ -43,7 +51,10 @@ RESUMABLE = (
 
 
 def default_cache_dir() -> str:
-    """``$SEDD_CACHE``, or a folder in the user's cache directory."""
+    """Return the folder of downloads, packed tokens and compiled programs.
+
+    ``$SEDD_CACHE`` if it is set, else ``sedd`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return os.environ.get("SEDD_CACHE") or f"{base}/sedd"
 
@@ -55,13 +66,15 @@ class DataOptions:
     corpus: str = "sotu"
     """A corpus by name, tfds:NAME, hf:NAME, a path, or a mixture such as sotu*0.7+stdlib*0.3."""
     tokenizer: str = "characters"
-    """characters, text8, bytes, bpe:SIZE, gpt2, or a `tokenizers` JSON file."""
+    """characters, text8, bytes, bpe:SIZE (trained on the corpus), gpt2, or a JSON file of Hugging
+    Face's tokenizers."""
     end_of_text: str | None = None
-    """The token that ends a document, where a tokenizer's file calls it by an unusual name."""
+    """The token that ends a document, if the file of the tokenizer gives it an unusual name."""
     length: int = 128
     """Tokens in a sequence."""
     wrap: bool = True
-    """Join documents with EOS and cut the stream, or start each document on a row of its own."""
+    """Join all documents, separated by the end-of-text token, and cut the result into sequences;
+    with --data.no-wrap each document starts a sequence of its own, which is padded."""
     cache_dir: str = field(default_factory=default_cache_dir)
     """Where downloads and packed tokens are kept."""
 
@@ -75,27 +88,33 @@ class TrainingOptions:
     """Length and batch size of training, and the periods of its actions in steps."""
 
     steps: int = 1_300_000
+    """The last step of the run. A larger number continues a run that is complete."""
     batch_size: int = 512
-    """Sequences a step, over all devices and micro-batches."""
+    """Sequences in a step, over all devices, processes and micro-batches."""
     accumulate: int = 1
-    """Micro-batches a step; the gradient is that of the whole batch."""
+    """Micro-batches in a step, computed one after the other in less memory; the gradient is that of
+    the whole batch."""
     parallel: Literal["pmap", "fsdp"] = "pmap"
-    """A replica of the state on each device, or a part of it."""
+    """What each device holds: a replica of the training state (pmap), or a part of it (fsdp)."""
     fsdp: int | None = None
-    """Devices that share one copy of the state under parallel fsdp; all of them by default."""
+    """Number of devices that share one copy of the state under parallel fsdp; by default all."""
     stratified: bool = True
-    """Spread the noise levels of a batch evenly, or draw each by itself."""
+    """Spread the noise levels of a batch evenly, which makes the loss less noisy; otherwise draw
+    each one independently."""
     log_every: int = 100
+    """Steps between records of loss, gradient norm and speed."""
     eval_every: int | None = 10_000
-    """Steps between validation bounds; one ends the run in any case."""
+    """Steps between validation bounds; the last step is validated too. None disables validation."""
     sample_every: int | None = 10_000
+    """Steps between drawn texts; the last step draws too. None disables them."""
     checkpoint_every: int | None = 5_000
+    """Steps between checkpoints; with None the last step alone is saved."""
     keep: int = 3
-    """How many of the newest checkpoints to keep beside the best one."""
+    """Number of the newest checkpoints to keep; the best one by validation is always kept."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite ends the run, or its update is left out."""
+    """If a loss or gradient is not finite: stop ends the run, skip leaves out the update."""
     wandb: str | None = None
-    """A project of Weights & Biases to log to as well (extra wandb)."""
+    """Project of Weights & Biases to log to as well; needs the extra wandb."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "keep"):
@@ -128,10 +147,11 @@ class EvaluationOptions:
     """The validation bound computed during training."""
 
     draws: int = 16
-    """Noise levels a sequence; a multiple of 4."""
+    """Noise levels drawn for each sequence, a multiple of 4; more make the bound less noisy."""
     max_sequences: int = 512
-    """Validation sequences, evenly spread over the split."""
+    """Number of validation sequences, evenly spread over the split."""
     batch_size: int = 64
+    """Sequences that are scored at the same time. It changes no figure."""
 
     def __post_init__(self):
         check_draws(self.draws)
@@ -145,10 +165,12 @@ class Config:
     """The configuration of a run. Together with code and data it determines the result."""
 
     aim: str = ""
-    """Which published result this configuration aims at."""
+    """The published result that this configuration aims at."""
     init_from: str | None = None
-    """Start from the weights of another run's newest checkpoint, or of a published one."""
+    """Start from the weights of a run's newest checkpoint, or of a published one (a directory or
+    hf://OWNER/NAME)."""
     seed: int = 0
+    """Seed of the first parameters, the order of the data, the noise and the samples."""
     data: DataOptions = DataOptions()
     process: Options = options("processes", "absorbing")
     schedule: Options = options("schedules", "log_linear")
@@ -166,16 +188,22 @@ class Config:
             raise FieldError("seed", f"must be in [0, 2**32), got {self.seed}")
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as JSON values; a component is its options and its ``name``."""
+        """Convert to JSON values; a component becomes an object of its options and its ``name``."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Config":
-        """Read what ``to_json`` wrote; UserError names an unknown field or a wrong value."""
+        """Read the result of ``to_json``. Fields that are left out have their defaults.
+
+        Raises:
+            UserError: a field is unknown, or its value has the wrong type or is out of range; the
+                message names the field by its path.
+        """
         return _typed(cls, data, "")
 
 
 def _plain(value: Any) -> Any:
+    """Convert one field of a configuration to JSON values."""
     if isinstance(value, Options):
         return {"name": value.name, **values(value)}
     if dataclasses.is_dataclass(value):
@@ -184,6 +212,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(kind: type, data: Any, path: str) -> Any:
+    """Build the dataclass ``kind`` from a JSON object; ``path`` is its place, for messages."""
     if not isinstance(data, dict):
         raise UserError(f"configuration: {path or 'the file'} must be an object, got {data!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -212,6 +241,7 @@ def _typed(kind: type, data: Any, path: str) -> Any:
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:
+    """Raise UserError if a value from JSON does not have the type of the field ``where``."""
     if not fits(value, hint):
         wanted = hint.__name__ if isinstance(hint, type) else str(hint)
         if get_origin(hint) is Literal:
@@ -220,7 +250,14 @@ def _check_type(value: Any, hint: Any, where: str) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON has the type of a field."""
+    """Whether a value that was read from JSON has the type of a field.
+
+    A whole number is a float as well, and a boolean is no number.
+
+    Args:
+        value: the value.
+        hint: the annotation of the field: a type, a union, or a Literal.
+    """
     if get_origin(hint) in (Union, UnionType):
         return any(fits(value, each) for each in get_args(hint))
     if get_origin(hint) is Literal:
@@ -231,7 +268,10 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name: ``configs/*.py`` of a checkout."""
+    """Find the recipes that come with the package, by name.
+
+    They are the files of ``configs/`` in a checkout, and of ``sedd/recipes/`` if installed.
+    """
     package = Path(__file__).parents[1]
     installed = package / "recipes"
     folder = installed if installed.is_dir() else package.parent / "configs"
@@ -271,7 +311,7 @@ def load_config(name: str | Path) -> Config:
 
 
 def _near(path: Path, known: dict[str, Path]) -> str:
-    """``; did you mean …?`` with a file of the same folder or a recipe, or nothing."""
+    """Suggest a file of the same folder or a recipe: ``; did you mean …?``, or nothing."""
     beside = {p.name: str(p) for p in path.parent.glob("*") if p.suffix in (".py", ".json")}
     close = difflib.get_close_matches(path.name, beside, 1)
     if close:
@@ -280,6 +320,7 @@ def _near(path: Path, known: dict[str, Path]) -> str:
 
 
 def _read_json(path: Path) -> Config:
+    """Read the ``config.json`` of a run; UserError if it is no configuration."""
     try:
         return Config.from_json(json.loads(path.read_text(encoding="utf-8-sig")))
     except UserError as error:
@@ -289,7 +330,14 @@ def _read_json(path: Path) -> Config:
 
 
 def _run_config(path: Path) -> Any:
-    """What the file's ``get_config()`` returns; UserError with the line where it fails."""
+    """Run a Python file and return the result of its ``get_config()``.
+
+    The file's folder is importable meanwhile, as it is for a script.
+
+    Raises:
+        UserError: the file raises an exception or exits (the message has the line), or it defines
+            no ``get_config``.
+    """
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
@@ -308,9 +356,16 @@ def _run_config(path: Path) -> Any:
 
 
 def with_component(config: Config, field_name: str, name: str) -> Config:
-    """Replace a component by another one of its family.
+    """Replace a component by another one of its family, for flags such as ``--process uniform``.
 
-    An option that both have keeps its value, unless that is the default of the old component.
+    Args:
+        config: the configuration.
+        field_name: the field to change, such as "process".
+        name: the new component. An option that both components have keeps its value, unless the
+            value is the old component's default: then it takes the new component's default.
+
+    Raises:
+        UserError: there is no such component.
     """
     kind = options_type(COMPONENTS[field_name], name)
     before = getattr(config, field_name)
@@ -321,7 +376,15 @@ def with_component(config: Config, field_name: str, name: str) -> Config:
 
 
 def differences(saved: Config, current: Config) -> list[str]:
-    """The fields in which ``current`` differs from ``saved``, except those in ``RESUMABLE``."""
+    """Describe the fields in which two configurations differ, those in ``RESUMABLE`` left out.
+
+    Args:
+        saved: the configuration of a run ("there").
+        current: the configuration with which it is to be resumed ("here").
+
+    Returns:
+        A phrase for each difference, such as "seed is 0 there and 1 here"; empty if they agree.
+    """
     found = []
 
     def compare(a: Any, b: Any, path: str) -> None:
