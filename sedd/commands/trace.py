@@ -2,8 +2,8 @@
 
 ``trace.html`` is the template: a script that replays the frames, with places for the data. The data
 hold each row's first frame and then only the tokens that change from one frame to the next, so that
-a sequence of 1024 tokens over 1024 steps stays small. The page needs no network and no server. Texts
-come from a model and may contain anything: they enter the page escaped.
+a sequence of 1024 tokens over 1024 steps stays small. The page needs no network and no server. A
+model's texts may contain anything: they enter the page escaped.
 """
 
 import html
