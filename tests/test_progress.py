@@ -83,7 +83,7 @@ def test_sampling_is_shown_while_it_compiles_and_draws(capsys):
     with contextlib.closing(sample.shown(batches(), 3)) as shown:
         assert [len(batch) for batch in shown] == [2, 1]
     assert lines_of(io.StringIO(capsys.readouterr().err)) == [
-        "note: compiling the sampler",
+        "note: compiling and drawing",
         "note: drawing, 2 of 3",
     ]
 

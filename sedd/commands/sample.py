@@ -86,7 +86,7 @@ def shown(batches: Iterable[list[Answer]], total: int) -> Generator[list[Answer]
 
     The first batch is shown as "compiling": its program is compiled before it runs.
     """
-    with Activity("compiling the sampler", total=total) as activity:
+    with Activity("compiling and drawing", total=total) as activity:
         for batch in batches:
             with activity.paused():  # the caller prints the batch
                 yield batch
