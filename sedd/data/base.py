@@ -79,6 +79,7 @@ class Mixture(Corpus):
         return chain.from_iterable(part.documents(split) for part in self.parts)
 
     def fingerprint(self) -> str:
+        """A hash of the fingerprints of all parts."""
         return digest(["mixture", *(part.fingerprint() for part in self.parts)])
 
 
@@ -94,6 +95,7 @@ class MappedCorpus(Corpus):
         return map(self.function, self.source.documents(split))
 
     def fingerprint(self) -> str:
+        """A hash of ``label`` and the fingerprint of the source."""
         return digest(["mapped", self.label, self.source.fingerprint()])
 
 
@@ -122,6 +124,7 @@ class WithHeldOut(Corpus):
         return self.source.documents(split)
 
     def fingerprint(self) -> str:
+        """A hash of the rule that holds documents out and the fingerprint of the source."""
         return digest(["held out", HELD_OUT_EVERY, self.source.fingerprint()])
 
 

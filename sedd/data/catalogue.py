@@ -75,6 +75,7 @@ class BenchmarkCorpus(Corpus):
         return _texts(builder, dict(self.reads)[split], "text")
 
     def fingerprint(self) -> str:
+        """A hash of the name, the version of the builder, its address and the splits."""
         made = self._class()
         return digest(["tfds", self.name, str(made.VERSION), made.url, self.reads])
 
@@ -136,6 +137,7 @@ class CatalogueCorpus(Corpus):
         return _texts(self.builder, split, self.key)
 
     def fingerprint(self) -> str:
+        """A hash of the full name, which has configuration and version, and of the feature."""
         return digest(["tfds", self.builder.info.full_name, self.key])
 
 
@@ -218,6 +220,7 @@ class HubCorpus(Corpus):
             yield row[self.key]
 
     def fingerprint(self) -> str:
+        """A hash of the name, the cached revision, the sizes of the splits and the column."""
         sizes = {split: info.num_examples for split, info in self.builder.info.splits.items()}
         return digest(["hub", self.name, str(self.builder.cache_dir), sizes, self.key])
 

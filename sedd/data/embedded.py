@@ -50,6 +50,7 @@ class Addresses(Corpus):
                 yield read_text(path)
 
     def fingerprint(self) -> str:
+        """A hash of the names and sizes of the files."""
         return digest(["sotu", [[path.name, path.stat().st_size] for path in self._files()]])
 
 
@@ -88,5 +89,6 @@ class StandardLibrary(Corpus):
                     continue
 
     def fingerprint(self) -> str:
+        """A hash of the version of Python and of the paths and sizes of the files."""
         sizes = [[relative, path.stat().st_size] for relative, path in self._files()]
         return digest(["stdlib", sys.version, sizes])

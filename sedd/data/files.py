@@ -56,6 +56,7 @@ class FileCorpus(Corpus):
         return documents if declared else hold_out(documents, split)
 
     def fingerprint(self) -> str:
+        """A hash of the key and of the path, split, size and time of change of each file."""
         entries = []
         for split, path in self.files:
             try:

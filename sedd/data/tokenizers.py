@@ -159,6 +159,7 @@ class Characters(Tokenizer):
         return ids
 
     def split(self, text: str, size: int) -> list[str]:
+        """Cut anywhere: every character is encoded by itself."""
         return [text[start : start + size] for start in range(0, len(text), size)]
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -185,6 +186,7 @@ class Bytes(Tokenizer):
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def split(self, text: str, size: int) -> list[str]:
+        """Cut between any two characters: every byte is encoded by itself."""
         return [text[start : start + size] for start in range(0, len(text), size)]
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -226,10 +228,12 @@ class BytePairs(Tokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode with tiktoken; the name of a special token is ordinary text."""
         encode = self.encoding.encode_to_numpy
         return [encode(text, disallowed_special=()).astype(np.int32) for text in texts]
 
     def split(self, text: str, size: int) -> list[str]:
+        """Cut before white space, where a piece of the pattern always ends."""
         parts, start = [], 0
         while len(text) - start > size:
             match = CUT.search(text, start + size)
@@ -332,6 +336,7 @@ class Pretrained(Tokenizer):
         return self.backend.decode(ids.tolist(), skip_special_tokens=True)
 
     def token_bytes(self) -> list[bytes | None]:
+        """The bytes of each id, which only a byte-level tokenizer without normalisation tells."""
         data = json.loads(self.source)
         decoder = (data.get("decoder") or {}).get("type")
         prefixed = '"add_prefix_space": true' in json.dumps(data.get("pre_tokenizer"))

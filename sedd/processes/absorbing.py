@@ -21,17 +21,18 @@ class Absorbing(Process):
 
     @property
     def mask_id(self) -> int:
+        """N, the last state."""
         return self.num_tokens
 
     def transition(self, x, sigma):
-        # A token stays with probability e^-σ and is the mask otherwise; the mask stays the mask.
+        """A token stays with probability e^-σ and else is the mask; the mask stays the mask."""
         sigma = along(sigma, x)
         row = jnp.exp(-sigma)[..., None] * jax.nn.one_hot(x, self.num_states)
         masked = jnp.where(x == self.mask_id, 1.0, -jnp.expm1(-sigma))
         return put(row, jnp.full_like(x, self.mask_id), masked)
 
     def transition_to(self, x, sigma):
-        # The mask is reached from every token; a visible token only from itself.
+        """The mask is reached from every token; a visible token only from itself."""
         sigma = along(sigma, x)
         from_tokens = jnp.where(x == self.mask_id, -jnp.expm1(-sigma), 0.0)
         own = jnp.where(x == self.mask_id, 1.0, jnp.exp(-sigma))
@@ -46,6 +47,7 @@ class Absorbing(Process):
         return jnp.where(moved_BL, self.mask_id, x0_BL)
 
     def sample_prior(self, keys_B, length):
+        """Masks at every position."""
         return jnp.full((keys_B.shape[0], length), self.mask_id, jnp.int32)
 
     def prior_kl(self, sigma):
@@ -57,10 +59,11 @@ class Absorbing(Process):
         return jnp.exp(-sigma) * jnp.log(self.num_tokens)
 
     def can_move(self, x):
+        """Only a mask can change; a visible token is certain."""
         return x == self.mask_id
 
     def reverse_rate(self, log_score, x):
-        # From a mask: to token y at the rate e^s_y, since Q(y, mask) = 1. From a token: nowhere.
+        """From a mask to token y at the rate e^s_y, since Q(y, mask) = 1; from a token nowhere."""
         mask = jnp.full_like(x, self.mask_id)
         to_tokens = put(jnp.exp(log_score), mask, jnp.zeros(x.shape))
         rate = put(to_tokens, mask, -to_tokens.sum(-1))

@@ -22,9 +22,11 @@ class Uniform(Process):
 
     @property
     def mask_id(self) -> None:
+        """None: there is no mask."""
         return None
 
     def transition(self, x, sigma):
+        """A token stays with probability e^-σ, and else is uniform on all N tokens."""
         sigma = along(sigma, x)
         elsewhere = -jnp.expm1(-sigma) / self.num_tokens
         row = jnp.broadcast_to(elsewhere[..., None], (*x.shape, self.num_tokens))
@@ -34,6 +36,8 @@ class Uniform(Process):
         return self.transition(x, sigma)  # Q is symmetric
 
     def corrupt(self, keys_B, x0_BL, sigma):
+        """Draw which positions are touched, and for these a uniform token."""
+
         def one(key, x0_L, moved_probability):
             move_key, token_key = jax.random.split(key)
             moved_L = jax.random.bernoulli(move_key, moved_probability, x0_L.shape, mode="high")
@@ -44,6 +48,7 @@ class Uniform(Process):
         return jax.vmap(one)(keys_B, x0_BL, -jnp.expm1(-along(sigma, x0_BL)))
 
     def sample_prior(self, keys_B, length):
+        """Uniform tokens at every position."""
         return jax.vmap(lambda key: jax.random.randint(key, (length,), 0, self.num_tokens))(keys_B)
 
     def prior_kl(self, sigma):
@@ -57,6 +62,7 @@ class Uniform(Process):
         return (1 - others) * jnp.log1p((n - 1) * decay) + xlogy(others, moved)
 
     def can_move(self, x):
+        """Every token may be wrong."""
         return jnp.ones(x.shape, bool)
 
     def reverse_rate(self, log_score, x):

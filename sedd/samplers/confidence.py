@@ -36,6 +36,7 @@ class Confidence(Ranked):
             raise FieldError("by", f"must be one of {', '.join(get_args(Score))}, got {self.by!r}")
 
     def score(self, prediction, rows):
+        """Minus the entropy, the margin, or the largest log probability of each row."""
         log_probs_RN = prediction.log_probs(rows)
         if self.by == "entropy":
             return -entropy(log_probs_RN)
@@ -45,6 +46,7 @@ class Confidence(Ranked):
         return best[..., 0] - best[..., 1]
 
     def count(self, state, falling_BL):
+        """Spread the free positions evenly over ``steps`` calls."""
         return group_size(state.plan, self.steps, state.round_B)
 
 

@@ -32,9 +32,11 @@ class EntropyBounded(Ranked):
             raise FieldError("gamma", f"must be finite and at least 0, got {self.gamma}")
 
     def score(self, prediction, rows):
+        """Minus the entropy of each row, at most 0."""
         return -jnp.maximum(entropy(prediction.log_probs(rows)), 0.0)
 
     def count(self, state, falling_BL):
+        """The longest run of least entropies whose error bound is at most ``gamma``."""
         # Entropies in ascending order, infinite at positions that are not masked, and for each the
         # sum of the smaller ones.
         entropy_BL = -falling_BL

@@ -34,6 +34,7 @@ class EventJump(Revealing):
         check_steps(self.steps)
 
     def make_plan(self, keys_B, free_BL):
+        """The rank of each position's interval among those of its sequence: one round each."""
         if self.steps is None:
             return random_rank(keys_B, free_BL)
         return dense_rank(self.intervals(keys_B, free_BL.shape[1]), free_BL)
@@ -55,6 +56,7 @@ class EventJump(Revealing):
         return k_BL
 
     def choose(self, state, masked_BL, prediction):
+        """The positions of the interval that each sequence has reached."""
         return state.plan == state.round_B[:, None]
 
 

@@ -52,6 +52,7 @@ class Ordered(Revealing):
         return self.order == "forward" and self.steps is None
 
     def make_plan(self, keys_B, free_BL):
+        """The round in which each position is drawn."""
         place_L = jnp.arange(free_BL.shape[1])
         if self.order == "random":
             rank_BL = random_rank(keys_B, free_BL)
@@ -67,6 +68,7 @@ class Ordered(Revealing):
         return group_of(rank_BL, free_BL.sum(1), self.steps)
 
     def choose(self, state, masked_BL, prediction):
+        """The positions of the current round."""
         return state.plan == state.round_B[:, None]
 
 

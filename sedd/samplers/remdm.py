@@ -119,6 +119,7 @@ class ReMDM(SteppedSampler):
         return (state.round_B < self.steps) & state.free_BL.any(1)
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
+        """All free positions masked; the plan is ψ of each token, infinite at masks."""
         zero_B = jnp.zeros(len(keys_B), jnp.int32)
         return State(
             x_BL=jnp.where(fixed_BL, tokens_BL, denoiser.mask_id),

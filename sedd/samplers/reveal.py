@@ -112,6 +112,7 @@ class Revealing(SteppedSampler):
         """
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
+        """All free positions masked, with the plan made."""
         free_BL = ~fixed_BL
         zero_B = jnp.zeros(len(keys_B), jnp.int32)
         return State(
@@ -124,9 +125,11 @@ class Revealing(SteppedSampler):
         )
 
     def active(self, denoiser, state):
+        """Sequences with masks left."""
         return masked(denoiser, state).any(1)
 
     def advance(self, denoiser, state):
+        """Call the network, choose masked positions and draw their tokens."""
         masked_BL, active_B = masked(denoiser, state), self.active(denoiser, state)
         round_keys_B = fold(state.keys_B, state.round_B)
         prediction = Prediction(
@@ -142,6 +145,7 @@ class Revealing(SteppedSampler):
         return state.moved(jnp.where(chosen_BL, drawn_BL, state.x_BL), active_B, active_B)
 
     def max_rounds(self, length):
+        """At most one round for each free position."""
         return length
 
 
@@ -163,9 +167,11 @@ class Ranked(Revealing):
         """
 
     def make_plan(self, keys_B, free_BL):
+        """The number of free positions of each sequence."""
         return free_BL.sum(1)
 
     def choose(self, state, masked_BL, prediction):
+        """The ``count`` masked positions with the highest scores."""
         score_BL = prediction.denoiser.map_rows(
             masked_BL, lambda rows: self.score(prediction, rows), jnp.float32
         )

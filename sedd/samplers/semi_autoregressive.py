@@ -48,20 +48,26 @@ class SemiAutoregressive(SteppedSampler):
         self.inner.check(denoiser)
 
     def max_rounds(self, length):
+        """The rounds of the inner sampler for every block."""
         blocks = -(-length // self.block_length)
         return blocks * self.inner.max_rounds(min(self.block_length, length))
 
     def sigma(self, state):
+        """The noise of the inner sampler in the current block."""
         return self.inner.sigma(self._block(state))
 
     def active(self, denoiser, state):
+        """Sequences with later blocks, or with rounds left in the current one."""
         block_BL, block_B, _ = state.plan
         later_B = (state.free_BL & (block_BL > block_B[:, None])).any(1)
         return later_B | self.inner.active(denoiser, self._block(state))
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
-        # The plan: the block of each position, the current block of each sequence, and the plan of
-        # the inner sampler.
+        """Start the inner sampler on the first block of each sequence.
+
+        The plan is a tuple: the block of each position, the current block of each sequence, and the
+        plan of the inner sampler.
+        """
         free_BL = ~fixed_BL
         block_BL = (jnp.cumsum(free_BL, axis=1) - 1) // self.block_length
         first = self.inner.start(

@@ -64,6 +64,7 @@ class TauLeaping(SteppedSampler):
         return (1 - done) + done * T_MIN
 
     def times(self):
+        """The times of all steps, and 0 for the clean tokens."""
         return jnp.append(self.time(jnp.arange(self.steps + 1)), 0.0)
 
     def sigma(self, state):
@@ -73,9 +74,11 @@ class TauLeaping(SteppedSampler):
         return self.steps + 1
 
     def active(self, denoiser, state):
+        """Sequences with free positions, for ``steps`` + 1 rounds."""
         return (state.round_B <= self.steps) & state.free_BL.any(1)
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
+        """Tokens of the prior at free positions."""
         prior_BL = denoiser.process.sample_prior(fold(keys_B, 0), tokens_BL.shape[1])
         zero_B = jnp.zeros(len(keys_B), jnp.int32)
         return State(

@@ -45,10 +45,12 @@ class TokenConfidence(Ranked):
             raise FieldError("threshold", "decides how many are kept: give no steps beside it")
 
     def score(self, prediction, rows):
+        """The log probability of the token that is drawn at each row."""
         log_probs_RN = prediction.log_probs(rows)
         return at(log_probs_RN, prediction.tokens(rows, log_probs_RN))
 
     def count(self, state, falling_BL):
+        """Spread the positions over ``steps``, or count probabilities of at least ``threshold``."""
         if self.threshold is None:
             return group_size(state.plan, self.steps, state.round_B)
         return jnp.maximum((falling_BL >= jnp.log(self.threshold)).sum(1), 1)
