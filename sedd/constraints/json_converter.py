@@ -93,7 +93,7 @@ class Converter:
         if key not in self.known:
             path = schemas[0][1]
             if self.level == MAX_NESTING:
-                refuse(path, f"schemas nest more than {MAX_NESTING} deep")
+                refuse(path, f"schemas nest more than {MAX_NESTING} deep{self._advice()}")
             self.level += 1
             self.known[key] = schemas, self._value(schemas, path)
             self.level -= 1
@@ -112,14 +112,13 @@ class Converter:
             return None
         text = one_of(texts)
         self.made.append((path, text))
-        self._check_length(text, path, unrolled=bool(self.reader.recursive))
+        if len(text) > MAX_CHARACTERS:
+            refuse(path, f"the regex has more than {MAX_CHARACTERS} characters{self._advice()}")
         return text
 
-    def _check_length(self, text: str, path: Path, *, unrolled: bool) -> None:
-        """Refuse a regex that is too long; if ``unrolled``, a smaller depth makes it shorter."""
-        if len(text) > MAX_CHARACTERS:
-            advice = f"; a depth below {self.depth} shortens it" if unrolled and self.depth else ""
-            refuse(path, f"the regex has more than {MAX_CHARACTERS} characters{advice}")
+    def _advice(self) -> str:
+        """The end of a message that a regex is too large: to lower the depth, if it matters."""
+        return f"; try a depth below {self.depth}" if self.reader.recursive and self.depth else ""
 
     def _leaf(self, leaf: Leaf, path: Path) -> str | None:
         """The regex of a leaf: of its constants, or else one alternative for each of its types.
@@ -183,7 +182,9 @@ class Converter:
         texts = [text for text in scalars if text is not None]
         if depth:
             inner = self._anything(depth - 1, path)
-            self._check_length(inner, path, unrolled=True)
+            if len(inner) > MAX_CHARACTERS:
+                problem = f"any value has a regex of more than {MAX_CHARACTERS} characters"
+                refuse(path, f"{problem}; try a depth below {self.depth}")
             texts += [self.write.free_object([(f'"{TEXT.text}"', inner)], 0, math.inf)]
             texts += [self.write.array(inner, 0, math.inf)]
         return one_of(texts)

@@ -73,6 +73,7 @@ def _piece(node: Node, source: str, path: Path) -> Piece:
     if isinstance(node, Alternate):
         return _either([_piece(option, source, path) for option in node.options])
     if isinstance(node, Joined):
+        # Written with two items; the parser recognises the list again.
         item, separator = (_piece(part, source, path) for part in (node.item, node.separator))
         text = f"{item.text}(?:{separator.text}{item.text})*"
         return Piece(text=text, low=item.low, high=math.inf)

@@ -213,6 +213,7 @@ def lift(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str) -> Toke
     cls = np.repeat(used, [len(pairs) for pairs in edges])
     source, target = np.concatenate([np.empty((0, 2), np.int32), *edges]).T
 
+    # Keep the states on paths of whole tokens from the start to acceptance.
     states = automaton.num_states
     reached = _distances(source, target, np.array([0]), states) >= 0
     distance = _distances(target, source, np.flatnonzero(automaton.accepting), states)
@@ -224,7 +225,7 @@ def lift(automaton: ByteAutomaton, vocabulary: Vocabulary, pattern: str) -> Toke
     source, cls, target = rename[source[edge]], cls[edge], rename[target[edge]]
     class_of, source, cls, target = _merged(class_of, source, cls, target)
     accepting, distance = automaton.accepting[kept], distance[kept]
-    if vocabulary.eos_id is not None:
+    if vocabulary.eos_id is not None:  # add the end of the text as a state
         done = len(accepting)
         end = class_of[vocabulary.eos_id] = class_of.max(initial=-1) + 1
         before = np.append(np.flatnonzero(accepting), done)

@@ -1228,6 +1228,35 @@ def test_recursion_ends_at_the_depth(schema, inner, around):
     assert not list(invalid_draws(schema, schema_to_regex(schema), 30))
 
 
+def cycle(length):
+    """Definitions, each of which is 0 or the next, without an object or array in between."""
+    names = [f"d{i}" for i in range(length)]
+    following = dict(zip(names, [*names[1:], names[0]], strict=True))
+    made = {n: {"anyOf": [{"const": 0}, {"$ref": f"#/$defs/{following[n]}"}]} for n in names}
+    return {"$ref": "#/$defs/d0", "$defs": made}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({}, "try a depth below 64"),
+        ({"type": "array", "items": {"$ref": "#"}}, "try a depth below 64"),
+        (record(l={"$ref": "#"}, r={"$ref": "#"}), "try a depth below 64"),
+        (cycle(2), "references nest more than 64 deep"),
+        (cycle(5), "references nest more than 64 deep"),
+    ],
+)
+def test_the_largest_depth_is_refused_in_one_line(schema, message):
+    with pytest.raises(UserError, match=message):
+        schema_to_regex(schema, depth=64)
+
+
+@pytest.mark.parametrize("depth", [-1, 65, 10**9, True, 1.5, "2", None])
+def test_a_depth_out_of_range(depth):
+    with pytest.raises(UserError, match=r"^depth must be a whole number in 0\.\.64, got "):
+        schema_to_regex({}, depth=depth)
+
+
 def chain(depth, kind):
     return record(["a"], a=chain(depth - 1, kind)) if depth else {"type": kind}
 
