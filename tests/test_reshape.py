@@ -27,7 +27,7 @@ from sedd.samplers.tweedie import Tweedie
 from sedd.schedules import LogLinear
 
 SCHEDULE = LogLinear()
-DRAWS = 20_000
+DRAWS = 8_000
 
 
 def reshaped(probs, **options):

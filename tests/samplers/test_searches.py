@@ -21,7 +21,7 @@ from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.tweedie import Tweedie
 from sedd.schedules import LogLinear
 
-DRAWS = 20_000
+DRAWS = 8_000
 NOISE = LogLinear()
 FORWARD = Ordered(schedule=NOISE)
 TILT = 2.0
@@ -211,14 +211,12 @@ def test_particles_resampled_on_the_way_follow_their_law(verifier, score, tilt):
         assert oracle.chi_square_p(counts, wrong) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("resample_every", "particles"), [(1, (1, 4, 16, 64)), (NEVER, (1, 4, 16))]
-)
-def test_the_law_tends_to_the_tilted_one(resample_every, particles):
+@pytest.mark.parametrize("resample_every", [1, NEVER])
+def test_the_law_tends_to_the_tilted_one(resample_every):
     """Each fall is over 3σ: one of D draws moves the distance by 1/D at most, so σ < 1/(2√D)."""
     count = 4000
     distance = []
-    for m in particles:
+    for m in (1, 4, 16):
         sampler = particle(distinct, m, resample_every=resample_every)
         law = counts_of(draw(sampler, count=count, trace=False)) / count
         distance.append(oracle.total_variation(law, tilted(DISTINCT)))
