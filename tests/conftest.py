@@ -9,8 +9,10 @@ os.environ.setdefault("NPROC", "16")
 # Compiling a toy program takes longer than running it. The settings are environment variables, so
 # that child processes have them too. Without the fusion emitters compilation takes half as long.
 # Nor are the parts of one program compiled side by side: the workers keep the cores busy.
-QUICKLY = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # All workers, their child processes and later runs share the compiled programs.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache/programs")

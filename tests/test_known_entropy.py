@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import daily
 
 from sedd.configuration.components import build
 from sedd.denoiser import Denoiser
@@ -59,13 +60,8 @@ MODELS = {
 EVERY_TIME = "lambda-dce"  # `make test-all` trains the others as well
 
 
-def nightly(name: str):
-    """The parameter of a test that only the nightly tests run."""
-    return pytest.param(name, marks=pytest.mark.nightly)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n if n == EVERY_TIME else nightly(n) for n in MODELS])
+@pytest.mark.parametrize("name", daily(MODELS, [EVERY_TIME]))
 def test_the_bound_is_above_the_entropy_and_within_5_percent_after_training(name):
     process_name, parameterization_name, objective_name, options = MODELS[name]
     process = build("processes", process_name, num_tokens=3)

@@ -15,6 +15,7 @@ import oracle
 import pytest
 from oracle import NOTHING_FIXED, L, N, f32, i32
 from scipy import stats
+from tiers import daily, nightly
 
 from sedd.samplers.base import State
 from sedd.samplers.confidence import Confidence
@@ -81,7 +82,8 @@ EXACT = {
     "entropy_bounded": sampler_of(EntropyBounded, gamma=0.0),
     "blocks": sampler_of(SemiAutoregressive, inner=sampler_of(EventJump), block_length=2),
 }
-exact = pytest.mark.parametrize("name", EXACT)
+FURTHER_ORDERS = {"backward", "margin", "max_probability"}
+exact = pytest.mark.parametrize("name", daily(EXACT, EXACT.keys() - FURTHER_ORDERS))
 
 
 @functools.cache
@@ -264,8 +266,10 @@ def test_groups_of_the_law():
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        *[(name, 2) for name in ("forward", "entropy", "margin")],
-        *[(name, 3) for name in ("backward", "random", "given", "max_probability")],
+        *[(name, 2) for name in ("forward", "entropy")],
+        *[(name, 3) for name in ("random", "given")],
+        nightly("margin", 2),
+        *[nightly(name, 3) for name in ("backward", "max_probability")],
     ],
 )
 def test_draws_in_groups_follow_their_law(name, steps, fixed):
@@ -343,7 +347,10 @@ def interval_laws(noise, steps, fixed):
 @clamps
 @pytest.mark.parametrize(
     ("noise", "steps"),
-    [("log_linear", 1), *itertools.product(NOISE, (2, 3, 8))],
+    daily(
+        [("log_linear", 1), *itertools.product(NOISE, (2, 3, 8))],
+        [("log_linear", 1), ("cosine", 3), ("geometric", 8)],
+    ),
 )
 def test_event_jump_draws_follow_their_law(noise, steps, fixed):
     sampler = EventJump(schedule=NOISE[noise], steps=steps)
@@ -357,7 +364,7 @@ def test_event_jump_draws_follow_their_law(noise, steps, fixed):
 
 
 @clamps
-@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("noise", daily(NOISE, ["geometric"]))
 def test_event_jump_calls_are_the_intervals_hit(noise, fixed):
     """Σ 1 - (1 - p_k)^m on average; 4σ of the mean of the draws."""
     calls_B = np.asarray(samples(EventJump(schedule=NOISE[noise], steps=8), fixed).calls_B)
@@ -459,7 +466,9 @@ REMDM = [
     ("confidence", "log_linear", 3, 1.0),
     ("confidence", "cosine", 3, 0.1),
 ]
-remdm = pytest.mark.parametrize(("strategy", "noise", "steps", "eta"), REMDM)
+remdm = pytest.mark.parametrize(
+    ("strategy", "noise", "steps", "eta"), daily(REMDM, [REMDM[k] for k in (1, 3, 5, 6)])
+)
 
 
 @clamps

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import NOTHING_FIXED, L, N, f32
+from tiers import nightly
 
 from sedd.errors import UserError
 from sedd.samplers.best_of_n import BestOfN
@@ -251,7 +252,7 @@ def inner_law(name):
     return leaps(kind)[(world(kind).states < N).all(1)]
 
 
-@pytest.mark.parametrize("name", ["first_hitting", "tweedie", "tweedie_uniform"])
+@pytest.mark.parametrize("name", ["first_hitting", nightly("tweedie"), "tweedie_uniform"])
 def test_equal_scores_leave_the_inner_law(name):
     inner, kind = INNER[name]
     samples = draw(particle(equal, 3, inner), kind=kind)
@@ -259,7 +260,9 @@ def test_equal_scores_leave_the_inner_law(name):
     np.testing.assert_array_equal(samples.score_B, 1)
 
 
-@pytest.mark.parametrize("name", ["confidence", "blocks", "tweedie", "tweedie_uniform"])
+@pytest.mark.parametrize(
+    "name", [nightly("confidence"), "blocks", "tweedie", nightly("tweedie_uniform")]
+)
 def test_a_score_steers_every_inner_sampler(name):
     """The mean score rises by more than 6σ of a mean of as many draws."""
     inner, kind = INNER[name]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import nightly
 
 from sedd.commands import compile_check
 from sedd.commands.program_text import collectives_of, exhausted, sizes, tensor_bytes
@@ -27,7 +28,7 @@ def check(*arguments):
     )
 
 
-@pytest.mark.parametrize("parallel", ["pmap", pytest.param("fsdp", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("parallel", ["pmap", nightly("fsdp")])
 def test_gpt2_small_fits_four_chips_and_no_hidden_state_travels(parallel, tmp_path):
     program = tmp_path / "program.txt"
     ran = check("--topology", "v5e:2x2", "--training.parallel", parallel, "--program", program)
