@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import tiny_run
+from tiers import daily
 from tiny_run import TOKENIZER, call
 
 import sedd
@@ -200,7 +201,10 @@ def test_every_sampler_is_tried():
     assert sorted(search) == sorted(SEARCHES)
 
 
-@pytest.mark.parametrize("sampler", FLAGS)
+@pytest.mark.parametrize(
+    "sampler",
+    daily(FLAGS, ["tweedie", "event_jump", "semi_autoregressive", "best_of_n", "particle"]),
+)
 def test_what_is_written(place, tmp_path, sampler):
     flags = f"--sampler {sampler} {FLAGS[sampler]} --num 2"
     page = tmp_path / "new" / "trace.html"

@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny_run
+from tiers import daily
 
 import sedd
 from sedd.configuration.build import build_parts
@@ -109,9 +110,17 @@ def assert_all_match(result, patterns=REGEXES):
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [(name, steps) for name, options in SAMPLERS.items() for steps in ([4] if options else [None])]
-    # Each is a program of its own; benchmarks/constrained.py goes through all.
-    + [("event_jump", 1), ("tweedie", LENGTH)],
+    daily(
+        # Each is a program of its own; benchmarks/constrained.py goes through all.
+        [
+            *((name, 4 if has_steps else None) for name, has_steps in SAMPLERS.items()),
+            *[("event_jump", 1), ("tweedie", LENGTH)],
+        ],
+        [
+            *[("event_jump", 1), ("tweedie", LENGTH), ("confidence", 4), ("remdm", 4)],
+            *[("semi_autoregressive", 4), ("particle", 4)],
+        ],
+    ),
 )
 def test_every_sampler_always_matches(model, automata, name, steps):
     options = {} if steps is None else {"steps": steps}
