@@ -189,10 +189,10 @@ def page(settings: Settings, rows: list[dict[str, Any]], sequences: int) -> str:
             listed = value if isinstance(value, tuple) else (value,)
             words += [f"--{field.name.replace('_', '-')}", *map(str, listed)]
     trainings = (
-        f'Figures are means over {settings.seeds} trainings,\neach with its own seed: "± seeds" is '
-        "the standard error of that mean."
+        f'Figures are means over {settings.seeds} trainings\nwith different seeds; "± seeds" is the '
+        "standard error of this mean."
         if settings.seeds > 1
-        else "Each model was trained once:\nwhat another seed would change is in no error."
+        else "Each model was trained once:\nno error includes the effect of another seed."
     )
     return f"""# Results
 
@@ -200,10 +200,14 @@ Autoregression and discrete diffusion with the same transformer, on the same tex
 
 {table.markdown()}
 
-The NLL of the autoregressive model is exact. The other figures are upper bounds on theirs: the
-distance to them is at most what the table shows. {trainings}
-"± sequences" is one standard error over the validation sequences and contains the draws'; "± draws"
-is that of the Monte-Carlo draws alone; both are those of one training.
+Lower is better. The likelihood of the autoregressive model is computed exactly. For the diffusion
+models the table has upper bounds on their negative log likelihood (NLL): their true figures are
+lower than shown or equal, so that the difference to the autoregressive model is at most the one
+shown. {trainings}
+
+The three errors are standard errors. "± sequences" is that of the mean over the validation
+sequences, and includes the noise of the Monte-Carlo draws; "± draws" is that of the draws alone.
+Both are those of one training.
 
 ## How it was measured
 
@@ -216,11 +220,11 @@ jax {about["jax"]}.
 
 - Data: `{settings.corpus}`, cut into sequences of {settings.length} tokens; {sequences:,} sequences
   of its validation split, the same for all, with {settings.draws} noise levels for each bound.
-- Network: {settings.num_layers} layers of width {settings.hidden_dim}, float32. Those that depend
-  on the noise level (SEDD) are modulated by it besides, hence their additional parameters.
-- Training: {settings.steps:,} steps of {settings.batch_size} sequences, the same ones in the same
-  order for all models of a seed. The optimizer is the quick start's, whose model is RADD; it was
-  tuned for none of the others.
+- Network: {settings.num_layers} layers of width {settings.hidden_dim}, float32. The networks of
+  SEDD are also conditioned on the noise level, which takes additional parameters.
+- Training: {settings.steps:,} steps of {settings.batch_size} sequences. All models of a seed see the
+  same sequences in the same order. The optimizer is that of the quick start, which was chosen for
+  RADD and not tuned for the other models.
 - Tokens per second are the median over the logged steps of each run, without compilation and
   validation; the runs came one after the other.
 """
