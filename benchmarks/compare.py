@@ -189,8 +189,8 @@ def page(settings: Settings, rows: list[dict[str, Any]], sequences: int) -> str:
             listed = value if isinstance(value, tuple) else (value,)
             words += [f"--{field.name.replace('_', '-')}", *map(str, listed)]
     trainings = (
-        f'Figures are means over {settings.seeds} trainings\nwith different seeds; "± seeds" is the '
-        "standard error of this mean."
+        f'Figures are means over {settings.seeds} trainings\nwith different seeds; "± seeds" is '
+        "the standard error of this mean."
         if settings.seeds > 1
         else "Each model was trained once:\nno error includes the effect of another seed."
     )
@@ -222,9 +222,9 @@ jax {about["jax"]}.
   of its validation split, the same for all, with {settings.draws} noise levels for each bound.
 - Network: {settings.num_layers} layers of width {settings.hidden_dim}, float32. The networks of
   SEDD are also conditioned on the noise level, which takes additional parameters.
-- Training: {settings.steps:,} steps of {settings.batch_size} sequences. All models of a seed see the
-  same sequences in the same order. The optimizer is that of the quick start, which was chosen for
-  RADD and not tuned for the other models.
+- Training: {settings.steps:,} steps of {settings.batch_size} sequences. All models of a seed see
+  the same sequences in the same order. The optimizer is that of the quick start, which was chosen
+  for RADD and not tuned for the other models.
 - Tokens per second are the median over the logged steps of each run, without compilation and
   validation; the runs came one after the other.
 """

@@ -288,18 +288,8 @@ def parse_config(
         raise UserError(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
-    recipe = config = (saved or Config()) if path is None else load_config(path)
-    sampler_named = False
-    for name in COMPONENTS:
-        chosen, rest = take(rest, f"--{name}")
-        sampler_named |= name == "sampler" and chosen is not None
-        if chosen is not None:
-            try:
-                config = with_component(config, name, chosen)
-            except UserError as error:
-                raise UserError(f"--{name} {chosen}: {error}") from error
-    if not sampler_named:
-        config = with_default_sampler(config, recipe)
+    recipe = (saved or Config()) if path is None else load_config(path)
+    config, rest = _with_named_components(recipe, rest)
     choices = "\n".join(
         f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
     )
@@ -318,3 +308,19 @@ def parse_config(
         config = dataclasses.replace(parsed.config, aim="")
         parsed = dataclasses.replace(parsed, config=config)
     return parsed
+
+
+def _with_named_components(recipe: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
+    """Replace the components that flags name; returns also the remaining arguments."""
+    config, rest, named = recipe, list(arguments), set()
+    for name in COMPONENTS:
+        chosen, rest = take(rest, f"--{name}")
+        if chosen is not None:
+            named.add(name)
+            try:
+                config = with_component(config, name, chosen)
+            except UserError as error:
+                raise UserError(f"--{name} {chosen}: {error}") from error
+    if "sampler" not in named:
+        config = with_default_sampler(config, recipe)
+    return config, rest
