@@ -1,6 +1,6 @@
 """RADD on One Billion Words, aiming at MDLM's perplexity of 27.04: arXiv:2406.07524, table 1.
 
-RADD's own paper does not train on this corpus; MDLM's model is the same without its time.
+RADD's own paper does not train on this corpus; MDLM's model without its time input is the same.
 """
 
 from sedd.configuration.components import options

@@ -1,8 +1,9 @@
 """An autoregressive baseline of GPT-2-small's size on OpenWebText, beside owt_radd_small.
 
 GPT-2 itself, trained on other data, has zero-shot perplexity 45.04 (LAMBADA), 42.43 (WikiText2),
-138.43 (PTB), 41.60 (WikiText103) and 75.20 (1BW) in table 1 of arXiv:2310.16834. The network, the
-optimizer and the steps are those of owt_radd_small: only the reading and the loss differ.
+138.43 (PTB), 41.60 (WikiText103) and 75.20 (1BW) in table 1 of arXiv:2310.16834. Network,
+optimizer and number of steps are those of owt_radd_small; only the parameterization and the loss
+differ.
 """
 
 from sedd.configuration.components import options

@@ -1,8 +1,8 @@
-"""RADD with 7 billion parameters: no published result, but one that fits.
+"""RADD with 7 billion parameters: no published result, but a size that fits a TPU slice.
 
-Each of 64 devices of a TPU slice holds a part of the state; v5e:16x16 has four such copies. In 256
-parts there would be one, but of parts so narrow that the compiler reduces whole gradients: 25 GiB
-travel instead of 2. ``docs/training.md`` shows what it says.
+The state is split over 64 devices, so that v5e:16x16 holds four copies of it. Split over all 256
+devices the parts are so narrow that the compiler reduces whole gradients, and 25 GiB travel in a
+step instead of 2. The figures of ``sedd compile_check`` are in ``docs/training.md``.
 """
 
 from sedd.configuration.components import options

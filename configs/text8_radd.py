@@ -1,7 +1,7 @@
 """RADD on text8, aiming at MD4's 1.37 bits per character: arXiv:2406.04329, table 1.
 
-RADD's own paper has no text8 figure; MD4's bound is the same objective with a network that sees
-the time.
+RADD's own paper has no figure for text8. MD4's bound is the same objective, with a network that is
+given the time.
 """
 
 from sedd.configuration.components import options

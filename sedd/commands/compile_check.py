@@ -119,7 +119,8 @@ def vocabulary_of(config: Config) -> int:
         return int(name.removeprefix("bpe:"))
     if name not in TOKENS:
         raise UserError(
-            f"data.tokenizer {name} does not tell the size of its vocabulary: --num-tokens does"
+            f"data.tokenizer {name}: the size of its vocabulary depends on the corpus or a file; "
+            "give it with --num-tokens"
         )
     return TOKENS[name]
 

@@ -187,7 +187,7 @@ def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
             "Choose another directory, or the same values"
         )
     if config.init_from not in (None, saved.init_from):
-        note("--init-from is read when a run begins; this one has begun, and is resumed")
+        note("--init-from has no effect: the run has begun already, and is resumed")
     config = dataclasses.replace(config, init_from=saved.init_from)
     return config, read_tokenizer(workdir)
 
