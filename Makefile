@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+LONG := runs/long
 STEPS ?=
 # Two workers or more; a file's tests run in one worker, so that its fixtures are made once.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-all pytest coverage lint lock clean
+.PHONY: install quickstart train-long test test-all pytest coverage lint lock clean
 
 install: $(VENV)/.installed
 
@@ -27,9 +28,16 @@ quickstart: install
 	@echo
 	$(BIN)/python sample.py --checkpoint $(RUN) --num 3 --sampler event_jump --trace $(RUN)/trace.html
 	@echo
-	$(BIN)/python sample.py --checkpoint $(RUN) --sampler event_jump --infill 'Fellow citizens of the Senate and {mask:32} the state of the Union is{mask:24}.'
+	$(BIN)/python sample.py --checkpoint $(RUN) --sampler event_jump --infill 'Fellow citizens of the Senate and{mask:12} the state of the Union is{mask:10}.'
 	@echo
 	@ls -1d $(RUN)/checkpoints $(RUN)/curves.png $(RUN)/metrics.jsonl $(RUN)/trace.html
+
+# A larger model of the same text, for an hour or, with more STEPS, a night; started again it resumes.
+train-long: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+train-long: install
+	$(BIN)/python train.py --config configs/sotu_radd.py --workdir $(LONG) $(if $(STEPS),--training.steps $(STEPS))
+	@echo
+	$(BIN)/python sample.py --checkpoint $(LONG) --num 3 --sampler event_jump --trace $(LONG)/trace.html
 
 # Everything that a change must pass. Pyright uses one core, and runs beside the tests.
 test: install

@@ -87,11 +87,14 @@ def training_flags(settings: Settings, name: str, seed: int) -> list[str]:
         "workdir": settings.folder(name, seed),
         "seed": seed,
         "data.corpus": settings.corpus,
+        "data.tokenizer": "characters",
         "data.length": settings.length,
         "training.steps": settings.steps,
         "training.batch-size": settings.batch_size,
         "training.eval-every": settings.steps,  # the end is enough
         "training.sample-every": None,
+        "optimizer.name": "adamw",
+        "optimizer.learning-rate": 3e-3,
         "optimizer.warmup-steps": settings.steps // 10,
         "network.hidden-dim": settings.hidden_dim,
         "network.num-layers": settings.num_layers,
@@ -223,7 +226,7 @@ jax {about["jax"]}.
 - Network: {settings.num_layers} layers of width {settings.hidden_dim}, float32. The networks of
   SEDD are also conditioned on the noise level, which takes additional parameters.
 - Training: {settings.steps:,} steps of {settings.batch_size} sequences. All models of a seed see
-  the same sequences in the same order. The optimizer is that of the quick start, which was chosen
+  the same sequences in the same order. The optimizer is AdamW; its rate was chosen
   for RADD and not tuned for the other models.
 - Tokens per second are the median over the logged steps of each run, without compilation and
   validation; the runs came one after the other.

@@ -195,7 +195,7 @@ def measure(settings: Settings) -> None:
     )
 
 
-# Over the quick start's 106 characters, a dozen of them of several bytes.
+# Of the characters of the State of the Union addresses, a dozen of them of several bytes.
 REGEXES = r"""
 \d{4}-\d\d-\d\d
 \d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])

@@ -15,7 +15,7 @@ from sedd.training.state import init_state
 from sedd.training.step import Step
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-NUM_TOKENS = {"gpt2": 50257, "bert-base-uncased": 30522, "text8": 27, "characters": 90}
+NUM_TOKENS = {"gpt2": 50257, "bert-base-uncased": 30522, "text8": 27, "bpe:4096": 4096}
 PARAMETERS = {
     "owt_sedd_small": 169_627_218,
     "owt_sedd_medium": 424_477_010,
