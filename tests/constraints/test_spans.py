@@ -160,9 +160,9 @@ def test_also_on_a_model_that_depends_on_the_noise_level(models, automata, name)
     [
         {"rule": "dingo", "steps": 4},
         {"rule": "dingo", "sampler": "token_confidence", "steps": 6},
-        {"temperature": 0.0, "steps": 3},
-        {"top_k": 1, "steps": 12},
-        {"top_p": 0.1, "temperature": 2.0, "steps": 2},
+        {"temperature": 0.0, "steps": 4},
+        {"top_k": 1, "steps": 4},
+        {"top_p": 0.1, "temperature": 2.0, "steps": 4},
     ],
     ids=str,
 )
