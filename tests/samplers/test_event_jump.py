@@ -275,7 +275,7 @@ def test_requests_that_are_done_do_not_wait_for_others():
 
 @pytest.mark.parametrize(
     "name",
-    ["event_jump", "entropy", "cap", "particle", "tweedie"],
+    daily(["event_jump", "entropy", "cap", "particle", "tweedie"], ["event_jump", "particle"]),
 )
 def test_nor_with_a_network_that_rounds(name):
     """In float64: a batch of another shape rounds differently, and float32 would show it."""
@@ -527,7 +527,7 @@ def test_chunks_fit_into_their_bytes(batch, length, num_states, sizes):
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("kind", [EventJump, Tweedie, ReMDM, Confidence])
+@pytest.mark.parametrize("kind", daily([EventJump, Tweedie, ReMDM, Confidence], [EventJump, ReMDM]))
 def test_memory_does_not_grow_with_the_steps(kind):
     """What the compiled program holds besides its arguments and its result."""
     args = (exact(RADD), keys(14, 5), *random_clamps(6, 5, 24))
