@@ -420,6 +420,8 @@ def reveal_kernel(oracle, reveal, remask=0.0, conditional=None):
 
 # These programs run for milliseconds and compile for seconds, most of them spent optimising.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# These are small and draw millions of numbers.
+THOROUGHLY = {"xla_backend_optimization_level": 2, "xla_cpu_use_fusion_emitters": True}
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "trace"), compiler_options=QUICKLY)

