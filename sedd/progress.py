@@ -1,7 +1,7 @@
-"""Tells a waiting user what a program is doing: on a terminal at once, elsewhere after 3 s.
+"""Shows a waiting user what a program is doing: on a terminal at once, elsewhere after 3 s.
 
-``Activity`` is the one way to do so. Training, evaluation and sampling use it for whatever may take
-long: reading a corpus, compiling, the steps of a run. The Python interface shows nothing.
+All commands use ``Activity`` for work that may take long: loading, reading a corpus, compiling, the
+steps of a run. The Python interface shows nothing.
 """
 
 import sys
@@ -21,16 +21,16 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-QUIET_SECONDS = 3.0
-LONGEST_SECONDS = 60.0
+QUIET_SECONDS = 3.0  # of silence before the first line
+LONGEST_SECONDS = 60.0  # of silence between later lines
 
 
 class Heartbeat:
     """Prints a line from a thread when nothing else has been printed for a while.
 
     The first line comes after ``seconds`` without output. Each further line takes twice the silence
-    of the line before, up to a minute, so that the log of a long run does not fill with them. The
-    thread also runs while the main thread compiles a program, which takes XLA the longest.
+    of the line before, up to a minute, so that the log of a long run does not fill with them. XLA
+    releases the interpreter's lock while it compiles, so the thread prints during that time too.
 
     Args:
         line: returns the line to print, or an empty string to print nothing now.
