@@ -5,7 +5,7 @@ RUN := runs/quickstart
 LONG := runs/long
 STEPS ?=
 # Two workers or more; a file's tests run in one worker, so that its fixtures are made once.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=40
 
 .PHONY: install quickstart train-long test test-all pytest coverage lint lock clean
 
