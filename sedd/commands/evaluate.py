@@ -4,8 +4,8 @@ The command works in this order, so that no mistake shows after hours of computi
 
 1. Read the flags and check that every file to be written can be written.
 2. Load the model, and check that the protocol fits it.
-3. Read what the flags ask to compare with (samples, a judge), and open all data sets. A data set
-   that cannot be had is noted, and the others are evaluated.
+3. Read the file of ``--samples``, load the judge, and open all data sets. A data set that cannot
+   be read is reported, and the others are evaluated.
 4. Score every sequence of each data set. Finished sequences are appended to a journal, from which
    an interrupted evaluation goes on.
 5. Compare the samples with real text, and test the consistency of the conditionals, if asked for.
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate, write the files and print the tables.
 
     Returns:
-        0, or 2 if a data set of ``--data`` could not be had.
+        0, or 2 if a data set of ``--data`` could not be read.
 
     Raises:
         UserError: a flag does not fit the model or the data; nothing has been computed then. Or a
@@ -123,7 +123,7 @@ def open_data(command: EvaluateCommand, model: Model) -> tuple[list[DataSet], li
     ``zeroshot`` among the values stands for the eight data sets of the published tables.
 
     Returns:
-        The data sets, and one message for each that cannot be had (no network, no such file).
+        The data sets, and one message for each that cannot be read (no network, no such file).
     """
     reader = model.text_reader
     if command.cache_dir is not None:

@@ -1,9 +1,9 @@
 """Describe a rejected command line in one line: which flag is wrong, and what would be right.
 
 Tyro itself draws boxes for a terminal. Its hook for parse errors passes the same information as
-data, an event of a class for each kind of error, of which this module makes the line. The hook's
-module ``tyro._errors`` is not public, so pyproject.toml bounds tyro's version; an event of an
-unknown class still ends as an error of one line.
+data, an event of one class for each kind of error, from which this module makes the line. The
+hook's module ``tyro._errors`` is not public, so pyproject.toml bounds tyro's version; an event of
+an unknown class still gives an error of one line.
 """
 
 import dataclasses
@@ -118,9 +118,9 @@ def _unrecognized(word: str, flags: Sequence[str]) -> str:
 def suggestions(word: str, flags: Sequence[str]) -> list[str]:
     """Find the flags that a mistyped one may stand for, at most ``SUGGESTIONS``.
 
-    The first of these rules that finds any decides: flags with the same last part (``--batch-size``
-    for ``--training.batch-size``), flags whose initials it is (``--optimizer.lr`` for
-    ``--optimizer.learning-rate``), the flag that is spelt most alike.
+    These rules are tried in turn until one finds a flag: flags with the same last part
+    (``--training.batch-size`` for ``--batch-size``), flags with these initials
+    (``--optimizer.learning-rate`` for ``--optimizer.lr``), the flag with the most similar spelling.
     """
     word = word.removeprefix("--").replace("_", "-").lower()
     path, _, leaf = word.rpartition(".")

@@ -55,7 +55,7 @@ def pick(name: str | None, inner: str | None, innermost: str | None) -> list[typ
 def _wraps(outer: str, inner: str, nested: bool) -> bool:
     """Whether ``outer`` may wrap ``inner``; if ``nested``, ``inner`` may not wrap a further one.
 
-    A search is no inner sampler, since it has no verifier there.
+    A search (a sampler with a verifier) cannot be an inner sampler.
     """
     fields = fields_of(inner)
     return inner != outer and "verifier" not in fields and not (nested and "inner" in fields)
@@ -117,8 +117,9 @@ def refuse_flags_of_others(
 def flags_of(kinds: Sequence[type[Options]]) -> type[Options]:
     """Make the dataclass whose fields tyro shows as flags.
 
-    Its fields are the options of the outermost sampler, and ``inner``, a dataclass made in the same
-    way of the rest. The help of a flag is the string below the field in the sampler's own class.
+    Its fields are the options of the outermost sampler and ``inner``, a dataclass made in the same
+    way from the other samplers. The help of a flag is the string below the field in the sampler's
+    own class.
 
     Args:
         kinds: the picked samplers, outermost first.

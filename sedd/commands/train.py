@@ -61,8 +61,8 @@ class TrainCommand:
     the configuration that it has saved."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     profile: int | None = None
-    """Number of steps to record for a profiler (TensorBoard, XProf, Perfetto), from the tenth step
-    on, into WORKDIR/profile. By default none."""
+    """Number of steps to record for a profiler (TensorBoard, XProf, Perfetto), after the first ten
+    steps, into WORKDIR/profile. By default none."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
 
     def __post_init__(self):

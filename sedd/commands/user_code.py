@@ -24,8 +24,8 @@ UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConvers
 def load_function(spec: str, flag: str) -> Callable[..., Any]:
     """Load the function that ``file.py:function`` names.
 
-    The file runs once, so that the same words give the same object: a function is part of the key
-    of a compiled program.
+    The file runs once, so that an equal ``spec`` gives the same object: a function is part of the
+    key of a compiled program.
 
     Args:
         spec: the path and the name, such as "verifier.py:short_words".
@@ -48,7 +48,7 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
     return found
 
 
-@functools.cache  # the same object for the same words, as in ``load_function``
+@functools.cache  # the same object for equal arguments, as in ``load_function``
 def load_processor(spec: str, flag: str, mask_id: int | None) -> "LogitProcessor":
     """Load a logit processor.
 

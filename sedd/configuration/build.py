@@ -90,13 +90,12 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
 
 
 def default_sampler(parameterization: Parameterization) -> str:
-    """Choose the sampler of a model for which the user names none.
+    """Return the name of the sampler that a model gets if the user names none.
 
-    Args:
-        parameterization: decides on its own. A time-independent model gets ``event_jump``, which is
-            exact on it at one network call a position and never takes more calls than τ-leaping. A
-            model that depends on the noise level gets ``tweedie``, which works on every process. An
-            autoregressive model gets ``ordered``, from left to right.
+    - ``event_jump`` for a time-independent model: there it is exact at one network call a position,
+      and never takes more calls than τ-leaping;
+    - ``tweedie`` for a model that depends on the noise level: it works on every process;
+    - ``ordered``, from left to right, for an autoregressive model.
     """
     if parameterization.causal:
         return "ordered"
@@ -200,6 +199,9 @@ def build_parallel(
         config: for ``parallel``, ``fsdp`` and ``accumulate``.
         step: the step on one device.
         devices: the devices; by default all devices of all processes.
+
+    Raises:
+        UserError: the batch size or ``fsdp`` does not fit the number of devices.
     """
     options = {"accumulate": config.training.accumulate, "devices": devices}
     if config.training.parallel == "fsdp":

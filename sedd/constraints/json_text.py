@@ -33,8 +33,8 @@ class Piece:
         text: the regex.
         low: the fewest characters of a match; an escape counts as one.
         high: the most characters, infinite without a limit.
-        atom: the regex of one character if ``text`` is a repetition of that from ``low`` to
-            ``high`` times; such a piece can be given other lengths. None for other pieces.
+        atom: the regex of one character, if ``text`` repeats it ``low`` to ``high`` times: such a
+            piece can be rewritten for other lengths. None for all other pieces.
     """
 
     text: str
@@ -90,7 +90,7 @@ def _piece(node: Node, source: str, path: Path) -> Piece:
 
 
 def _with_surrogates(ranges: Ranges) -> Ranges:
-    """Close a gap at the surrogates. No text contains them, and the class is written shorter."""
+    """Add the surrogates, which no text contains, if they join two ranges: the class is shorter."""
     (low, high) = SURROGATES[0]
     edges = {edge for pair in ranges for edge in pair}
     return union([*ranges, *SURROGATES]) if {low - 1, high + 1} <= edges else ranges

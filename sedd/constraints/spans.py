@@ -55,7 +55,7 @@ class Spans(Constraint):
     The rules, all given the revealed tokens of a span:
 
     - ``joint``: a sample from the product of the positions' conditionals, restricted to matching
-      strings. It is exact for one step. The law of several steps is not the model's law, with or
+      strings. It is exact for one step. Several steps do not draw from the model's law, with or
       without a constraint, because each step takes the positions as independent.
     - ``most_likely``: the most likely matching string under that product.
     - ``dingo``: as ``most_likely``, but every token has log probability 0 at the positions that the

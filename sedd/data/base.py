@@ -24,7 +24,10 @@ HELD_OUT_EVERY = 20  # the validation split of data without splits is one twenti
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
-    """Named text in splits. Unless a subclass says otherwise, ``documents`` is what reads it."""
+    """Named text, divided into splits, which ``documents`` reads.
+
+    A subclass defines the splits, ``_documents`` and ``fingerprint``.
+    """
 
     name: str  # as the user wrote it
     splits: tuple[str, ...]  # such as ("train", "validation")

@@ -137,7 +137,7 @@ class CatalogueCorpus(Corpus):
         return _texts(self.builder, split, self.key)
 
     def fingerprint(self) -> str:
-        """A hash of the full name, which has configuration and version, and of the feature."""
+        """A hash of the full name, which includes configuration and version, and of the feature."""
         return digest(["tfds", self.builder.info.full_name, self.key])
 
 

@@ -161,9 +161,9 @@ class Schedule:
         """The shortest cycle with these proportions, or the nearest one of ``CYCLE`` examples.
 
         The parts are spread evenly: among the first e examples, each part has its share of e,
-        rounded down or up. This is the quota method (Balinski and Young, 1975). It considers the
-        parts that one more example would not bring above their share rounded up, and gives the next
-        place to the one of them whose next example is due first.
+        rounded down or up. This is the quota method (Balinski and Young, 1975). A part is eligible
+        for the next place if one more example does not bring it above its share rounded up. Of the
+        eligible parts, the one with the smallest (examples so far + 1) / weight gets the place.
 
         Raises UserError if a weight is not positive and finite.
         """

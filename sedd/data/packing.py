@@ -125,7 +125,7 @@ class MappedFile:
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy of the frequencies ``counts / counts.sum()``, in nats."""
+    """Entropy of the frequencies ``counts / counts.sum()`` of tokens [N], in nats."""
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
 
@@ -187,7 +187,10 @@ def pack(
 
 
 def validation_rows(packed: Packed, max_rows: int | None) -> np.ndarray:
-    """Numbers of at most ``max_rows`` rows, evenly spread and ascending; all rows for None."""
+    """Numbers of at most ``max_rows`` rows, evenly spread and ascending; all rows for None.
+
+    Raises UserError if no row is left.
+    """
     num = packed.num_rows if max_rows is None else min(max_rows, packed.num_rows)
     if num < 1:
         raise UserError(f"the number of rows to validate on must be at least 1, got {max_rows}")

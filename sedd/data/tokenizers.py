@@ -60,7 +60,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode each text as int32 ids without special tokens; safe to call in threads."""
+        """Encode each text as int32 ids without special tokens; safe to call in threads.
+
+        Raises UserError for a character that the tokenizer does not have.
+        """
 
     def split(self, text: str, size: int) -> list[str]:
         """Cut a text into parts of about ``size`` characters without changing its ids.

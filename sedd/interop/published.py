@@ -63,7 +63,7 @@ class Published:
 
 
 def load_published(path: str | os.PathLike) -> Published:
-    """Read the checkpoint in the directory ``path``.
+    """Read the network, the parameters and the description of the checkpoint in ``path``.
 
     The network computes in float32. The published code computes in bfloat16 on a GPU, as does
     ``dataclasses.replace(network, dtype="bfloat16")``.

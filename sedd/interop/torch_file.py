@@ -65,8 +65,8 @@ def read_torch(path: Path) -> Any:
     return _unpickle(_Unpickler(io.BytesIO(archive.read("data.pkl")), path, archive), path)
 
 
-# The instruction BUILD of a pickle sets attributes of any object or class that it is given, unless
-# that has a method __setstate__. Each class below therefore has one, and none has a __dict__.
+# The instruction BUILD of a pickle sets attributes of any object or class, unless the object has a
+# method __setstate__. Each class below therefore has this method, and none has a __dict__.
 
 
 class Tensor:

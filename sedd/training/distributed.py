@@ -29,8 +29,8 @@ GONE = (
 class Processes:
     """How the processes of a run find each other.
 
-    SLURM, Open MPI, GKE and TPU pods describe the processes in the environment; elsewhere all three
-    fields are required.
+    SLURM, Open MPI, GKE and TPU pods describe the processes in the environment. Elsewhere a run of
+    several processes needs all three fields; a run of one process needs none.
 
     Raises:
         ValueError: if only some of the fields are given, or one is out of range.
@@ -74,7 +74,7 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
     Call it before anything asks JAX for its devices.
 
     Args:
-        processes: what the flags say.
+        processes: where the other processes are found.
         seconds: how long to wait for the coordinator.
 
     Raises:
@@ -170,7 +170,7 @@ def leave_libtpu_alone() -> None:
 
 
 def on_tpu() -> bool:
-    """Whether this machine has TPU chips; a metadata server may then know of other processes."""
+    """Whether this machine has TPU chips. If so, a metadata server may know of other processes."""
     return os.environ.get("TPU_SKIP_MDS_QUERY") != "1"  # JAX sets it if it finds no chip
 
 

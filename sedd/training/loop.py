@@ -129,6 +129,9 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
         pending: the loop's state from the checkpoint that ``state`` comes from; None at the start
             of a run.
 
+    Returns:
+        The state after the last update, its step, and whether a signal ended the run early.
+
     Raises:
         TrainingDiverged: if a loss, a gradient norm or a parameter is not finite.
         UserError: if a file cannot be written.

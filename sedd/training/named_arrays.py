@@ -1,8 +1,8 @@
 """The arrays of a training state by name: what a checkpoint stores and checks.
 
 A checkpoint has three trees, ``TREES``. Each array has a name, the path from its tree down to it,
-such as ``params/embed``. Checkpoints, the checks of a configuration against a
-checkpoint, and error messages all use these names.
+such as ``params/embed``. Checkpoints, the checks of a configuration against a checkpoint, and error
+messages all use these names.
 """
 
 import json

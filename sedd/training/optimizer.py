@@ -16,7 +16,9 @@ class OptimizerOptions:
     """The optimizer and its settings; the defaults are those of SEDD.
 
     Raises:
-        FieldError: on a value that is out of range.
+        FieldError: ``learning_rate``, ``eps`` or ``clip_norm`` is not positive, ``warmup_steps`` or
+            ``weight_decay`` is negative, ``final_fraction`` is not in [0, 1], or a decay
+            (``beta1``, ``beta2``, ``ema_decay``) is not in [0, 1).
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
@@ -38,7 +40,7 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     """Decoupled weight decay, on every parameter."""
     clip_norm: float | None = 1.0
-    """The largest norm of the gradient of the batch's mean; None for no clipping."""
+    """The largest norm of the gradient of the mean over sequences; None for no clipping."""
     ema_decay: float = 0.9999
     """Decay of the averaged parameters (EMA), which are validated and sampled."""
 
@@ -68,7 +70,8 @@ class OptimizerOptions:
 def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
     """Return the learning rate of update n = 0, 1, …, steps - 1: a linear warm-up, then a schedule.
 
-    The schedule falls from the highest learning rate to ``final_fraction`` of it at the last step.
+    ``cosine`` and ``linear`` fall from the highest learning rate to ``final_fraction`` of it, which
+    they reach after the last update. Skipped updates are not counted by n.
     """
 
     def learning_rate(n):

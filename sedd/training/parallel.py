@@ -84,7 +84,11 @@ class DataParallel:
         }
 
     def __call__(self, state: TrainState, batch: dict):
-        """Run one step on a batch of the loader, from a placed state, which the step donates."""
+        """Run one step on a batch of the loader, from a placed state, which the step donates.
+
+        Returns:
+            The next state, placed like the first, and the metrics of ``Step.update``.
+        """
         return self.run(state, self.shard(batch))
 
 
@@ -195,7 +199,11 @@ class FullySharded:
         }
 
     def __call__(self, state: TrainState, batch: dict):
-        """Run one step on a batch of the loader, from a placed state, which the step donates."""
+        """Run one step on a batch of the loader, from a placed state, which the step donates.
+
+        Returns:
+            The next state, placed like the first, and the metrics of ``Step.update``.
+        """
         return self.run(state, self.shard(batch))
 
 

@@ -17,9 +17,11 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Catch SIGTERM and SIGINT; yields ``stop(step)``, which tells whether to stop after a step.
 
     The first signal is acknowledged at once by a line on standard error, even while XLA compiles; a
-    second one acts as it does by default. In a run of several processes the coordinator decides, so
-    that all of them stop after the same step. Outside of the main thread no handler can be set, and
+    second one acts as it does by default. Outside of the main thread no handler can be set, and
     ``stop`` always returns False.
+
+    In a run of several processes JAX's preemption service catches SIGTERM instead: sent to any
+    process, it stops all of them after the same step. SIGINT acts as it does by default.
     """
     if jax.process_count() > 1:
         with _handlers({signal.SIGINT: USUAL[signal.SIGINT]}):

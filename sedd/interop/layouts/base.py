@@ -151,7 +151,7 @@ def layouts() -> dict[str, Any]:
 
 
 def _names() -> str:
-    """The names of all layouts, as a part of a sentence."""
+    """The names of all layouts as a phrase: ``MDLM, RADD or SEDD``."""
     *most, last = sorted(layouts())
     return f"{', '.join(most)} or {last}"
 
@@ -246,7 +246,10 @@ def hydra_noise(config: PublishedConfig) -> dict[str, Any]:
 def hydra_description(
     config: PublishedConfig, values: dict[str, Any], *, parameterization: str
 ) -> Description:
-    """Move the fields of a description out of ``values``; the fields of the network stay there."""
+    """Build the description from ``values``, and remove its fields from them.
+
+    The fields that remain in ``values`` are those of the network.
+    """
     schedule = {"name": values.pop("schedule", "log_linear")}
     for name in ("sigma_min", "sigma_max"):
         if name in values:
@@ -289,7 +292,14 @@ def common_refusals(
 ) -> list[str]:
     """Why the code of SEDD, RADD and MDLM cannot build this network or schedule.
 
-    ``schedules`` and ``norm_bias`` say which schedules, and whether biased norms, a layout allows.
+    Args:
+        network: the network of the model.
+        description: the rest of the model.
+        schedules: names of the schedules that the layout allows.
+        norm_bias: whether the layout allows norms with biases.
+
+    Returns:
+        The reasons, in words; an empty list if there are none.
     """
     problems = []
     if network.mlp_ratio != MLP_RATIO:

@@ -20,7 +20,7 @@ CODE = "the code of RADD (arXiv:2406.03736)"
 
 
 def matches(config, names):
-    """Whether ``use_checkpoint`` is there, a key of RADD's code only, or no graph is named."""
+    """Whether there is the key ``use_checkpoint``, which only RADD's code writes, or no graph."""
     return config.has("model") and (not config.has("graph") or config.has("model.use_checkpoint"))
 
 

@@ -22,7 +22,7 @@ CODE = "the code of SEDD (arXiv:2310.16834)"
 
 
 def matches(config, names):
-    """Whether a graph is named, and no key of RADD's code is there."""
+    """Whether the configuration names a graph and has no key that only RADD's code writes."""
     # RADD's configurations may name a graph too; only they have the key use_checkpoint.
     return config.has("model") and config.has("graph") and not config.has("model.use_checkpoint")
 
