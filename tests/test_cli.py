@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import pty
@@ -11,17 +12,24 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
+import docstring_parser
 import jax
 import jax.numpy as jnp
 import pytest
 import tyro
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from tiny_run import RECIPE, ROOT
+from tiny_run import RECIPE, ROOT, call
 
 import sedd
 from sedd.commands.cli import console, note, parse, parse_config, printable, run, take
 from sedd.configuration.build import build_parts
-from sedd.configuration.components import options
+from sedd.configuration.components import (
+    COMPONENTS,
+    document_fields,
+    makers,
+    options,
+    options_type,
+)
 from sedd.configuration.config import Config
 from sedd.errors import FieldError, UserError
 
@@ -528,3 +536,25 @@ def test_a_cache_folder_that_cannot_be_made_is_no_error(own_programs, capfd, mon
         run(compile_something)
     assert stop.value.code == 0
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in COMPONENTS.values() for name in sorted(makers(family))],
+)
+def test_help_says_what_each_option_of_a_component_is(family, name):
+    """All options but those that a run determines have a line of help."""
+    kind = options_type(family, name)
+    document_fields(kind)
+    said = docstring_parser.parse(inspect.getdoc(kind))
+    described = {param.arg_name for param in said.params if param.description.strip()}
+    assert {field.name for field in dataclasses.fields(kind)} <= described
+    before = kind.__doc__
+    document_fields(kind)
+    assert kind.__doc__ == before
+
+
+def test_the_help_of_training_shows_them():
+    result = call("train", "--config", "quickstart", "--help")
+    words = " ".join(result.out.replace("│", " ").split())
+    assert "--network.num-layers INT Number of blocks, each attention and an MLP." in words

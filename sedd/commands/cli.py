@@ -25,7 +25,7 @@ import sedd
 from sedd.commands.cpu import prepare_cpu
 from sedd.commands.mistakes import as_flag, flags_of, reject
 from sedd.configuration.build import with_default_sampler
-from sedd.configuration.components import COMPONENTS, makers
+from sedd.configuration.components import COMPONENTS, document_fields, makers
 from sedd.configuration.config import (
     Config,
     default_cache_dir,
@@ -284,12 +284,16 @@ def parse_config(
         UserError: there is no configuration, or a flag is wrong.
     """
     path, rest = take(arguments, "--config")
-    if path is None and saved is None and not {"-h", "--help"} & set(arguments):
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    if path is None and saved is None and not wants_help:
         raise UserError(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
     recipe = (saved or Config()) if path is None else load_config(path)
     config, rest = _with_named_components(recipe, rest)
+    if wants_help:
+        for name in COMPONENTS:
+            document_fields(type(getattr(config, name)))
     choices = "\n".join(
         f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
     )

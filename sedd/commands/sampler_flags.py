@@ -13,11 +13,17 @@ import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any, get_args
 
-import docstring_parser
 import tyro
 
 from sedd.commands.mistakes import as_flag
-from sedd.configuration.components import Options, maker, makers, options_type, values
+from sedd.configuration.components import (
+    Options,
+    field_docstrings,
+    maker,
+    makers,
+    options_type,
+    values,
+)
 from sedd.errors import FieldError, UserError
 from sedd.samplers.base import SamplerOptions
 
@@ -126,7 +132,7 @@ def flags_of(kinds: Sequence[type[Options]]) -> type[Options]:
     """
     kind, *wrapped = kinds
     make = maker(kind.family, kind.name)
-    described = _attribute_docstrings(make)
+    described = field_docstrings(make)
     fields: list[Any] = []
     for field in dataclasses.fields(kind):
         types = [t for t in get_args(field.type) if t is not type(None)]
@@ -180,16 +186,6 @@ def check_integers(options: SamplerOptions) -> None:
     for field, value in flat(options).items():
         if isinstance(value, int) and value >= 2**31:
             raise FieldError(field, f"must be below 2**31, got {value}")
-
-
-def _attribute_docstrings(make: type) -> dict[str, str]:
-    """Read the strings below the fields of a dataclass from its source, inherited ones included."""
-    return {
-        param.arg_name: " ".join(param.description.split())
-        for part in reversed(make.__mro__[:-1])
-        for param in docstring_parser.parse_from_object(part).params
-        if param.description
-    }
 
 
 def describe(kinds: Sequence[type[Options]]) -> str:

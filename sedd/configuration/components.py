@@ -17,6 +17,8 @@ import inspect
 import pkgutil
 from typing import Any, ClassVar, get_type_hints
 
+import docstring_parser
+
 from sedd.errors import FieldError, UserError, did_you_mean, fields_within
 
 COMPONENTS = {  # fields of a configuration, and the family from which each picks a component
@@ -143,6 +145,27 @@ def options_type(family: str, name: str) -> type[Options]:
         frozen=True,
         kw_only=True,
     )
+
+
+def document_fields(kind: type[Options]) -> None:
+    """Add a section on the fields to the docstring of an options class.
+
+    tyro finds the help of flags there. Only ``--help`` needs it: the source files are read.
+    """
+    said = field_docstrings(maker(kind.family, kind.name))
+    if said and "Attributes:" not in (kind.__doc__ or ""):
+        lines = "".join(f"\n    {name}: {text}" for name, text in said.items())
+        kind.__doc__ = f"{kind.__doc__}\n\nAttributes:{lines}"
+
+
+def field_docstrings(make: type) -> dict[str, str]:
+    """Read the strings below the fields of a dataclass from its source, inherited ones included."""
+    return {
+        param.arg_name: " ".join(param.description.split())
+        for part in reversed(make.__mro__[:-1])
+        for param in docstring_parser.parse_from_object(part).params
+        if param.description
+    }
 
 
 def options(family: str, name: str, **given: Any) -> Options:

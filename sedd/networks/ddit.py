@@ -51,16 +51,26 @@ class DDiT(Network):
 
     stacked = "blocks"
 
-    hidden_dim: int = 768  # D
+    hidden_dim: int = 768
+    """Width D of the hidden states; a multiple of twice num_heads."""
     num_layers: int = 12
+    """Number of blocks, each attention and an MLP."""
     num_heads: int = 12
-    condition_dim: int = 128  # C, width of the embedding of σ; unused unless time_conditioned
-    mlp_ratio: int = 4  # width of the MLP's hidden layer over D
-    dropout: float = 0.1  # rate on both residual branches, in training only
-    norm_bias: bool = False  # whether the norms have a bias, as RADD's do
-    remat: bool = False  # store only the input of each block and recompute the rest
-    dtype: Dtype = "float32"  # compute type: of the matrix products and of ``hidden``
-    attention: Backend = "auto"  # see sedd.networks.attention.choose
+    """Heads of the attention, each D / num_heads channels wide."""
+    condition_dim: int = 128
+    """Width C of the embedding of σ; unused by a network that is not conditioned on the time."""
+    mlp_ratio: int = 4
+    """Width of the MLP's hidden layer, as a multiple of D."""
+    dropout: float = 0.1
+    """Dropout rate on both residual branches, in training only."""
+    norm_bias: bool = False
+    """Whether the layer norms have a bias, as RADD's have."""
+    remat: bool = False
+    """Store only the input of each block, and recompute the rest in the backward pass."""
+    dtype: Dtype = "float32"
+    """Type of the matrix products and of the hidden states; parameters are always float32."""
+    attention: Backend = "auto"
+    """How attention is computed; auto picks the fastest that the device has."""
 
     def __post_init__(self):
         for name in ("num_layers", "num_heads", "condition_dim", "mlp_ratio"):
