@@ -1,6 +1,6 @@
 """A network, its parameters and its parameterization as one object, which samplers and bounds call.
 
-Two quantities come out of it. The log score, the ratios p_t(y) / p_t(x), serves τ-leaping on any
+A ``Denoiser`` computes two quantities. The log score, log(p_t(y) / p_t(x)), serves τ-leaping on any
 process. The log conditional, log p(x0 | x) of the clean tokens, serves the samplers of absorbing
 processes. ``Reshape`` (temperature, guidance, …) and constraints act here, so that no sampler has
 to know them.
@@ -29,8 +29,8 @@ class Denoiser:
 
     Use it in two steps. ``hidden`` is the network call. ``log_score_rows`` and
     ``log_conditional_rows`` then apply the output layer to some positions of the result, and
-    ``map_rows`` runs them in chunks over many positions. ``log_score`` and ``log_conditional`` are
-    the two steps in one, for all positions; they hold [B, L, V].
+    ``map_rows`` reduces their results to one value a position, in chunks. ``log_score`` and
+    ``log_conditional`` are the two steps in one, for all positions; they hold [B, L, V].
 
     Args:
         params: parameters of the network.
@@ -96,6 +96,9 @@ class Denoiser:
         Args:
             x_BL: tokens.
             sigma: total noise, [B] or [B, L].
+
+        Raises:
+            ValueError: if the model is autoregressive, which has no score.
 
         The array [B, L, V] is held at once. For large vocabularies use ``log_score_rows`` in
         ``map_rows``.
@@ -248,7 +251,7 @@ class Denoiser:
         read: Read,
         otherwise_BL: Int[Array, "B L"],
     ) -> Int[Array, "B L"]:
-        """Let the constraint draw the positions under it, jointly.
+        """Draw the positions under the constraint jointly.
 
         Args:
             keys_B: a key for each sequence.

@@ -150,6 +150,7 @@ class Model:
 
         Raises:
             UserError: if an id is out of range.
+            ValueError: if the model is autoregressive, which has no score.
 
         Example:
             >>> import numpy as np, sedd
@@ -173,6 +174,7 @@ class Model:
 
         Raises:
             UserError: if an id is out of range.
+            ValueError: if the process is not absorbing, or a time-dependent model gets no noise.
 
         Example:
             >>> import jax, numpy as np, sedd
@@ -310,7 +312,11 @@ def _published_tokenizer(path: Path, num_tokens: int) -> Tokenizer | None:
 
 
 def read_config(workdir: Path) -> Config | None:
-    """Read the configuration of a run; None if the directory has no ``config.json``."""
+    """Read the configuration of a run; None if the directory has no ``config.json``.
+
+    Raises:
+        UserError: if the file is damaged, or is not the configuration of a run.
+    """
     path = workdir / "config.json"
     return _read_json(path, _run_config) if path.exists() else None
 
@@ -331,7 +337,11 @@ def read_tokenizer(workdir: Path) -> Tokenizer:
 
 
 def read_train_counts(workdir: Path, num_tokens: int) -> np.ndarray | None:
-    """Read the occurrences of each token in the training text of a run, [N]; None if not saved."""
+    """Read the occurrences of each token in the training text of a run, [N]; None if not saved.
+
+    Raises:
+        UserError: if the file is damaged, or does not hold ``num_tokens`` counts.
+    """
     path = workdir / TRAIN_COUNTS
     if not path.exists():
         return None

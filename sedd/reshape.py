@@ -59,7 +59,7 @@ class Reshape:
         guidance: float | Sequence[float] = 0.0,
         logit_processor: LogitProcessor | None = None,
     ) -> "Reshape":
-        """Build a Reshape from numbers, each one for all sequences or a list with one each.
+        """Build a Reshape. A number applies to all sequences, a list has one for each.
 
         Args:
             temperature: finite and at least 0.
@@ -98,7 +98,8 @@ class Reshape:
     ) -> Float[Array, "B K N"]:
         """Classifier-free guidance: combine two log conditionals and normalise.
 
-        ``given`` is read with the given tokens visible, ``hidden`` with the given tokens masked.
+        ``given`` are the log conditionals if the network sees the given tokens, ``hidden`` those if
+        the given tokens are masked.
         """
         weight_B11 = _column(self.guidance_B)
         guided = jax.nn.log_softmax((1 + weight_B11) * given - weight_B11 * hidden, -1)

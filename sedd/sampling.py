@@ -94,8 +94,8 @@ def sample(
         prompt: text at the start.
         suffix: text at the end.
         infill: text with gaps such as ``{mask:12}``.
-        regex: regex that the free text must match; for one sequence it may be a list with a regex
-            or None for each gap.
+        regex: regex that the free text must match. The value for a sequence may be a list with a
+            regex or None for each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
         json_schema: a JSON Schema of the free text, in the same form; excludes ``regex``.
         clamp: the given tokens as a ``Clamp``, instead of texts.
         constraint: compiled automata, instead of ``regex`` and ``json_schema``.
@@ -232,7 +232,7 @@ def draw(
         sampler: a built sampler.
         clamps: the given tokens of each sequence.
         spans: the spans of each sequence that are under a constraint.
-        reshape: changes to the conditionals, with a row a sequence.
+        reshape: changes to the conditionals, with one number for each sequence in every field.
         rule: how a step draws under a constraint.
         shape: sizes to which the spans are padded: batches of one shape share a program.
         trace: also return the tokens after every round.

@@ -43,7 +43,7 @@ class BoundResult:
         prior: the KL divergence of the prior, in nats per token.
         diffusion: the diffusion term, in nats per token.
         reconstruction: the reconstruction term, in nats per token.
-        nats_per_sequence: the mean over sequences.
+        nats_per_sequence: the bound of a sequence, as a mean over sequences.
         num_sequences: evaluated sequences.
         num_tokens: scored tokens.
         draws: noise levels for each sequence; 0 if the figures are exact.

@@ -39,7 +39,8 @@ class Consistency:
             the mean of the two.
         unary_nats: [P, J], the same by the conditionals of each joint.
         pairwise_nats: [P, J], nats of the true pair by each joint.
-        kl_true: [P, J], KL(the model's conditional ‖ the joint's), given the true other token.
+        kl_true: [P, J], KL(the model's conditional ‖ the joint's) of one token given the true other
+            one; the mean of the two.
         kl_all: [P, J], the same, averaged over all tokens of the grid as the other token.
         distances: [P, J, J], total variation between the joints.
         orders: measures between ``chain_ab`` and ``chain_ba``, each [P]; see ``ORDER_MEASURES``.

@@ -75,7 +75,7 @@ class DataSet:
 
     @property
     def num_rows_not_evaluated(self) -> int:
-        """Rows of the split that are left out to stay below a maximal number of sequences."""
+        """Rows of the split that are not evaluated, because ``max_sequences`` leaves them out."""
         return self.source.num_rows - len(self.chosen)
 
     @property
@@ -174,9 +174,9 @@ class TextReader:
             spec: a corpus as ``open_corpus`` takes it, or ``NAME=FILE``: the data set NAME, read
                 from FILE.
             chosen: the protocol.
-            name: the name of the protocol, which decides the split of data sets that it names.
-            split: by default all of a file, the protocol's split of a data set, or the split that
-                validates.
+            name: the name of the protocol, whose table in ``SPLITS`` gives the split of a data set.
+            split: by default the protocol's split of the data set, else the validation split of a
+                corpus that the model was trained on, else the corpus's ``evaluation_split``.
             max_sequences: evaluate at most so many rows, evenly spread.
 
         Raises:

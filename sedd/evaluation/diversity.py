@@ -120,10 +120,11 @@ def measure_diversity(sequences: Sequence[np.ndarray], *, tokenization: str) -> 
 def longest_repeat(ids: np.ndarray) -> int:
     """Return the length of the longest stretch of ids that occurs at two places.
 
-    The two occurrences may overlap. Stretches are compared by doubling: ``ranks[k][i]`` numbers the
-    2^k ids from i on, equal stretches having equal numbers, and a stretch of any length is two
-    overlapping ones of these. Every part of a repeated stretch is repeated, so that bisection finds
-    the longest: O(n log² n) for n ids.
+    The two occurrences may overlap. Stretches are compared by prefix doubling: ``ranks[k][i]`` is a
+    number for the 2^k ids that begin at i, and is the same for equal stretches. A stretch of any
+    length is the union of two overlapping stretches of one length 2^k, so that two numbers
+    represent it. Every part of a repeated stretch is repeated too, so bisection over the length
+    finds the longest: O(n log² n) for n ids.
     """
     ranks = [np.unique(ids, return_inverse=True)[1].astype(np.int64)]
 

@@ -2,7 +2,7 @@
 
 Words are runs of letters, digits and underscores with apostrophes inside them, in lower case. A
 sentence ends at ``. ! ?`` followed by white space (after closing quotes or brackets), at an empty
-line, or with its document; abbreviations count as ends, in both texts alike. Symbols are
+line, or with its document; an abbreviation counts as an end in every document. Symbols are
 characters that are neither letters nor digits nor white space.
 """
 
@@ -38,7 +38,7 @@ class Documents:
         counts_SV: how often each word occurs in each document.
         types_SG: distinct words among a document's first words, at each of ``CHECKPOINTS``; nan
             beyond its end.
-        bigram_types_SG: distinct pairs of neighbouring words among as many words; nan beyond.
+        bigram_types_SG: distinct pairs of neighbouring words among as many first pairs; nan beyond.
         sentences_SK: the number of sentences of 1..LONGEST words.
         stop_runs_SK: the number of runs of 1..LONGEST stop words between other words.
         words_S: words of each document.

@@ -73,7 +73,7 @@ class GenerativePerplexity:
         first_token: how the judge treats the first token of a text, for reports.
         samples: the figures of the samples.
         reference: the figures of real text; None if none was given.
-        warnings: sentences on what makes the figures misleading.
+        warnings: sentences, each with a reason why the figures may mislead.
     """
 
     judge: str

@@ -97,12 +97,12 @@ def arnold_gokhale(
 ) -> Float[np.ndarray, "A B"]:
     """Find the joint whose conditionals are closest to the given ones.
 
-    The joint minimises Σ_b KL(p(· | b) ‖ its own) + Σ_a KL(p(· | a) ‖ its own), which is convex in
-    the log of the joint. At the minimum it has the form weight / (1/α_a + 1/β_b), where weight is
-    p(a | b) + p(b | a) and α, β are its marginals. This is a Bradley–Terry model: token a of
-    strength α_a beats token b of strength β_b p(a | b) times, and loses to it p(b | a) times.
+    The joint q minimises Σ_b KL(p(· | b) ‖ q(· | b)) + Σ_a KL(p(· | a) ‖ q(· | a)), which is convex
+    in log q. At the minimum q(a, b) has the form weight / (1/α_a + 1/β_b), where weight is
+    p(a | b) + p(b | a), and α and β are the marginals of q. This is a Bradley–Terry model: token a
+    of strength α_a beats token b of strength β_b p(a | b) times, and loses to it p(b | a) times.
     Newton's method on the logs of the strengths takes about ten steps; the published iteration,
-    ``arnold_gokhale_step``, does not converge in 10,000.
+    ``arnold_gokhale_step``, has not converged after 10,000.
 
     Args:
         log_a_given_b: log p(a | b), at [a, b].

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Measured(NamedTuple):
-    """A value with its standard error; None if there is no error, as for a single sample."""
+    """A value with its standard error; ``error`` is None if unknown, as for a single sample."""
 
     value: float
     error: float | None = None

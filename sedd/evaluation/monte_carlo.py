@@ -320,7 +320,7 @@ def check_draws(draws: int) -> None:
 class MonteCarlo:
     """``sequence_nats`` with its options fixed.
 
-    It is hashable, so that programs compiled for it are found again: equal options, same program.
+    Instances are hashable, and equal options share one compiled program.
     """
 
     draws: int = 16

@@ -1,7 +1,7 @@
 """Tables and sections of results: for a terminal, for a paper, or as one self-contained HTML page.
 
-An evaluation makes ``Table``s and ``Section``s, and the place where they are shown decides about
-their form. Cells are numbers, not text, so that one rule rounds them all (``show``).
+An evaluation makes ``Table``s and ``Section``s, and each output renders them in its own form. Cells
+are numbers, not text, so that one rule rounds them all (``show``).
 """
 
 import base64
@@ -148,7 +148,7 @@ def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> Non
 
 
 def show(cell: Cell) -> str:
-    """Return a cell as text."""
+    """Return a cell as text, rounded as ``Table`` describes."""
     if cell is None:
         return "–"
     if isinstance(cell, Measured):

@@ -110,7 +110,8 @@ def choose_estimate(chosen: Protocol, denoiser: Denoiser, order: Order | None = 
         order: replaces the protocol's estimator.
 
     Raises:
-        FieldError: if the model does not have the estimator, or has no law of any order.
+        FieldError: if the model does not have the estimator; or, with ``order``, if it is
+            autoregressive, depends on the noise level, or is not absorbing.
     """
     if order is None:
         try:
@@ -159,6 +160,9 @@ def score_data_set(
         journal: a file of finished sequences; these are not computed again, and new ones are added.
         track: wraps the batches to show progress.
         train_counts_N: how often each token occurs in the training text, for ``unigram_nats``.
+
+    Raises:
+        ValueError: if there is no row, or no token of the rows is scored.
     """
     scored = []
     if journal is not None and (done := journal.done(data.label)) is not None:

@@ -8,7 +8,8 @@
 Tests on a CPU run ``einsum``, ``xla`` and, in interpret mode, ``splash``. The cuDNN call needs a
 GPU, and the compiled splash kernel a TPU.
 
-Suffixes: ``H`` heads, ``K`` channels of a head; the others as in ``sedd.types``.
+Suffixes: ``H`` heads, ``K`` channels of a head, ``S`` keys where their number differs from that of
+the queries, ``L``; the others as in ``sedd.types``.
 """
 
 from dataclasses import replace
@@ -55,8 +56,8 @@ def attention(
 ) -> Float[Array, "B L H K"]:
     """softmax(q·k / √K)·v over the keys that each query sees.
 
-    The softmax is computed in float32, the result has the type of the inputs. A query that sees no
-    key has output 0 and gradient 0.
+    The softmax is computed in float32, and the result has the type of the inputs. A query that sees
+    no key has output 0 and gradient 0.
 
     Args:
         q_BLHK: queries.
@@ -66,7 +67,7 @@ def attention(
         backend: one of ``BACKENDS``; see ``choose`` for "auto".
 
     Raises:
-        ValueError: if a backend is named that cannot compute this.
+        ValueError: if ``backend`` is unknown, or named although ``refusal`` excludes it.
 
     XLA's partitioner cannot split the splash kernel: under ``jit`` with sharded arguments it must
     be called inside ``shard_map``. Under ``pmap`` nothing is needed.
@@ -136,7 +137,7 @@ def choose(
 
 
 def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
-    """Why ``backend`` cannot compute this attention; None if it can.
+    """Return the reason why ``backend`` cannot compute this attention; None if it can.
 
     cuDNN supports every ``Attend``: kind ``causal`` by its own kernel, ranks and segments by an
     additive mask, which needs an even length. Splash supports the kinds ``all`` and ``causal``,

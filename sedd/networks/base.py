@@ -28,8 +28,9 @@ class Attend:
     - ``ranks``: query i sees key j if ``rank_k[j] <= rank_q[i]``, or ``<`` if ``strict``. Blocks
       and permuted orders are written in this way, with more or fewer keys than queries if needed.
 
-    With ``segment_BL``, a query sees only keys of its own segment, which separates padding from
-    text and packed documents from each other. A query that sees no key has attention output 0.
+    ``segment_BL`` is the number of each row's segment; queries and keys are then the same L rows. A
+    query sees only keys of its own segment, which separates padding from text and packed documents
+    from each other. A query that sees no key has attention output 0.
 
     Raises ``ValueError`` unless both ranks are given for the kind ``ranks``, and none for others.
     """
@@ -69,14 +70,15 @@ class Attend:
 class Network(ABC):
     """A map from tokens to hidden states, and an output layer from hidden states to raw output.
 
-    The two are separate methods because the output layer is the widest array of a program: losses
-    and samplers apply it only to the positions that they need. A network is a configuration
-    without arrays. ``init`` makes the parameters, and every call takes them as an argument.
+    The two are separate methods because raw output [B, L, V] would be the largest array of a
+    program: losses and samplers apply the output layer only to the positions that they need. A
+    network is a configuration without arrays. ``init`` makes the parameters, and every call takes
+    them as an argument.
     """
 
     num_states: int  # V: rows of the embedding, and width of the output layer
     time_conditioned: bool  # whether ``hidden`` takes the total noise
-    # Parameters under this name are stacked: their first axis is the layer in a scan.
+    # The key of the parameters that are stacked over layers: a scan runs over their first axis.
     stacked: ClassVar[str | None] = None
 
     @abstractmethod
@@ -106,7 +108,7 @@ class Network(ABC):
             keys_B: a key for each sequence turns dropout on; None turns it off.
 
         Raises:
-            ValueError: unless ``sigma_B`` is given exactly if the network is ``time_conditioned``.
+            ValueError: if a ``time_conditioned`` network gets no ``sigma_B``, or another one does.
         """
 
     @abstractmethod
@@ -125,7 +127,7 @@ class Network(ABC):
         """
 
     def raw(self, params: Params, tokens_BL: Int[Array, "B L"], **kwargs) -> Float[Array, "B L V"]:
-        """The raw output at every position, in float32; keyword arguments as of ``hidden``."""
+        """The raw output at every position, in float32; the arguments are those of ``hidden``."""
         weight_DV, bias_V = self.head(params)
         hidden_BLD = self.hidden(params, tokens_BL, **kwargs)
         return read_out(hidden_BLD, weight_DV, bias_V)

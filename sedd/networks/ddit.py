@@ -150,9 +150,9 @@ class DDiT(Network):
     def flops(self, length: int, read: float) -> float:
         """Count the FLOPs of the forward pass of one sequence; arguments as of ``Network.flops``.
 
-        Counted are 2 for each row and weight of a matrix, 4·L·D for each row and layer for the two
-        products of the attention, and the conditioning once a sequence. Norms, activations and the
-        softmax do not count. Causal attention counts like full attention.
+        A matrix of w weights counts 2·w for each row. The two products of the attention count
+        4·L·D for each row and layer. The conditioning counts once for each sequence. Norms,
+        activations and the softmax do not count. Causal attention counts like full attention.
         """
         width, layers = self.hidden_dim, self.num_layers
         block = (4 + 2 * self.mlp_ratio) * width**2  # qkv, attention_out, mlp_in, mlp_out
@@ -221,7 +221,7 @@ class _Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(net, 6, condition_B1C)
 
         def add(x_BLD, branch_BLD, gate_B1D, branch):
-            """x plus a branch after dropout and gate; ``branch`` numbers it for the noise."""
+            """x plus a branch after dropout and gate; ``branch``, 0 or 1, selects the noise."""
             if keys_B is not None and net.dropout > 0:
                 branch_BLD = drop(branch_BLD, keys_B, 2 * layer + branch, net.dropout)
             branch_BLD = branch_BLD.astype(jnp.float32)
@@ -293,7 +293,7 @@ def sigma_features(sigma_B: Float[Array, "*b"]) -> Float[Array, "*b F"]:
     """Sinusoids of the total noise: cos, then sin, of σ·10⁴^(-k/128) for k = 0..127.
 
     As in the published code, σ itself is the phase, not its logarithm. ``sigma_B`` is [B] or
-    [B, L]; the result has another axis of 256 features.
+    [B, L], and the result is [B, 256] or [B, L, 256].
     """
     k_F = jnp.arange(SIGMA_FREQUENCIES, dtype=jnp.float32)
     frequency_F = jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)
@@ -326,7 +326,7 @@ def drop(
 ) -> Float[Array, "B L D"]:
     """Inverted dropout with a key for each example.
 
-    What is dropped from an example depends neither on the rest of the batch nor on the number of
+    The entries that an example loses depend neither on the rest of the batch nor on the number of
     devices.
 
     Args:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from sedd.types import Array, Bool, Int, Shaped
 
 CHUNK_BYTES = 2**28  # limit for all float32 arrays [R, V] of a chunk together
-COPIES = 4  # of these a sampler holds at once: logits, log probabilities, noise and sums
+COPIES = 4  # arrays [R, V] that a sampler holds at once: logits, log probabilities, noise, sums
 
 
 @jax.tree_util.register_dataclass

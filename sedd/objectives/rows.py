@@ -21,7 +21,7 @@ from sedd.networks.base import read_out
 from sedd.networks.rows import CHUNK_BYTES, over_chunks
 from sedd.types import Array, Float
 
-LEAST_ROWS = 256  # of a long chunk: shorter products leave an accelerator idle
+LEAST_ROWS = 256  # fewest rows of a long chunk: shorter products leave an accelerator idle
 
 # (raw [R, V], leaves [R, …]) -> nats [R]; the leaves are a row's tokens and its σ.
 RowNats = Callable[[Array, tuple[Array, ...]], Array]
@@ -79,7 +79,7 @@ def summed_nats(
 ) -> Float[Array, ""]:
     """Return the sum of ``row_nats``, differentiable in ``hidden_MD`` and ``head``.
 
-    As many chunks run as the rows with a weight need. The module's docstring explains the gradient.
+    Only rows with a weight above 0 are computed. The module's docstring explains the gradient.
     """
     return row_nats(nats_of, hidden_MD, head, weight_M, leaves).sum()
 

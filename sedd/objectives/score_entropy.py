@@ -10,10 +10,10 @@ from sedd.objectives.base import Corrupted, Objective
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreEntropy(Objective):
-    """The loss rate(t)·Σ_i SE_i, with t uniform in [t_min, 1]. arXiv:2310.16834, equation 7.
+    """The loss rate(t)·Σ_i SE_i, with t uniform in [t_min, 1]. arXiv:2310.16834, theorem 3.6.
 
-    SE_i is the process's score entropy at position i. It compares the model's score with the score
-    of the noise that turned x0 into xt, and is 0 if the two agree. With the parameterization
+    SE_i is ``Process.score_entropy`` at position i. It compares the model's score with the ratios
+    Pr(y | x0) / Pr(xt | x0) of the corruption, and is 0 if they agree. With the parameterization
     ``conditional`` this is RADD's t-DSE, which equals t-DCE at every xt (arXiv:2406.03736, section
     3.3).
 

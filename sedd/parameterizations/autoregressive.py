@@ -30,8 +30,8 @@ class Autoregressive(Parameterization):
     def inputs(self, x_BL, attend=None):
         """Shift the tokens by one row within each segment, with causal attention.
 
-        The first row of a segment has the mask. Raises ValueError if ``attend`` restricts more than
-        segments.
+        The first row of a segment has the mask. Raises ValueError if ``attend`` has another kind
+        than "all": it may give segments, but no order.
         """
         first_BL = jnp.zeros(x_BL.shape, bool).at[:, 0].set(True)
         segment_BL = None

@@ -45,10 +45,10 @@ class Parameterization(ABC):
 
     The axes of ``sigma`` are the leading axes of x: [B] or [B, L] for tokens [B, L].
 
-    If ``time_independent``, the network gets no ``sigma``. If ``normalised``, a constant added to a
-    row of raw output changes nothing; cross entropies train only such parameterizations, because
-    they give no gradient to the normaliser, which a score also needs. If ``causal``, the output at
-    position i depends only on the tokens before i.
+    If ``time_independent``, the network gets no ``sigma``. If ``normalised``, the raw output passes
+    through a softmax, so that a constant added to a row changes nothing. Cross entropies train only
+    such parameterizations: they give no gradient to that constant, which is part of a log score. If
+    ``causal``, the output at position i depends only on the tokens before i.
     """
 
     process: Process
@@ -75,8 +75,8 @@ class Parameterization(ABC):
     def masked_logits(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
         """Unnormalised log probabilities of the clean token at a mask of an absorbing process.
 
-        They are the raw output of the real tokens, for a log score too: it differs from the log
-        probability by a function of σ, which normalisation cancels.
+        They are the raw output of the real tokens, even if the raw output is a log score: that is
+        the log probability plus a function of σ, which normalisation cancels.
         """
         return raw[..., : self.process.num_tokens]
 
@@ -85,8 +85,9 @@ class Parameterization(ABC):
     ) -> Float[Array, "*b N"]:
         """log p(x0 = y | x), normalised over the real tokens y.
 
-        A visible token is certain: it has 0 and the others -1e6. Raises ValueError unless the
-        process is absorbing, because only then a visible token cannot be wrong.
+        A visible token is certain: at its position the entry is 0 for this token and -1e6 for the
+        others. Raises ValueError unless the process is absorbing, because on other processes a
+        visible token may be wrong.
         """
         if not self.process.absorbing:
             raise ValueError("the conditional of clean tokens exists on an absorbing process only")

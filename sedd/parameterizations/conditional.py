@@ -20,7 +20,7 @@ class Conditional(Parameterization):
     normalised = True
 
     time_independent: bool = True
-    """If False, the network is conditioned on σ as well, as in MD4 and MDLM."""
+    """If False, the network is conditioned on σ too, as in MD4 and MDLM with time conditioning."""
 
     def __post_init__(self):
         if not self.process.absorbing:

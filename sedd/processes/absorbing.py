@@ -51,7 +51,7 @@ class Absorbing(Process):
         return jnp.full((keys_B.shape[0], length), self.mask_id, jnp.int32)
 
     def prior_kl(self, sigma):
-        """KL of x_1 to the prior (1 - a)·mask + a·uniform, where a = exp(-σ(1)): it is a·log N.
+        """KL of x_1 to the prior (1 - a)·mask + a·uniform with a = exp(-σ(1)), which is a·log N.
 
         At t = 1 a token is still visible with probability a, so that the KL to a prior of masks
         alone would be infinite.

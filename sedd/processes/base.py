@@ -5,8 +5,9 @@ total noise σ the transition matrix is P_σ = exp(σQ), and its row a is the di
 that started as a. Everything that depends on Q is a method here, so that objectives, samplers and
 bounds work with any process.
 
-Methods take tokens of any shape. The axes of ``sigma`` are the leading axes of the tokens: tokens
-[B, L] go with a total noise [B], one a sequence, or [B, L], one a position (``sedd.arrays.along``).
+Methods take tokens of any shape. The axes of ``sigma`` are the leading axes of the tokens: for
+tokens [B, L] it is [B] (one value for each sequence) or [B, L] (one for each position); see
+``sedd.arrays.along``.
 """
 
 from abc import ABC, abstractmethod
@@ -83,7 +84,7 @@ class Process(ABC):
 
     @abstractmethod
     def sample_prior(self, keys_B: Key[Array, " B"], length: int) -> Int[Array, "B L"]:
-        """Draw the tokens of time t = 1, from which sampling starts, with a key a sequence."""
+        """Draw the tokens of time t = 1, from which sampling starts: a sequence for each key."""
 
     @abstractmethod
     def prior_kl(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -126,9 +127,9 @@ class Process(ABC):
     ) -> Float[Array, "*b"]:
         """Denoising score entropy of each position, in nats per unit of σ.
 
-        For the ratios r_y = Pr(y | x0) / Pr(x | x0) it is Σ_(y≠x) Q(y, x)·(e^s_y - r_y·s_y +
-        r_y·(log r_y - 1)), which is at least 0, and 0 where s = log r. Its integral over σ is the
-        diffusion term of the likelihood bound. arXiv:2310.16834, equation 5.
+        The score entropy at x is Σ_(y≠x) Q(y, x)·(e^s_y - r_y·s_y + r_y·(log r_y - 1)) with the
+        ratios r_y = Pr(y | x0) / Pr(x | x0). It is at least 0, and 0 where s = log r. Its integral
+        over σ is the diffusion term of the likelihood bound. arXiv:2310.16834, theorem 3.6.
 
         Args:
             log_score: s, the model's log score at x.
@@ -145,8 +146,9 @@ class Process(ABC):
     ) -> Float[Array, "*b V"]:
         """Unnormalised probabilities of the state at total noise σ - Δσ, SEDD's "analytic" step.
 
-        This is Tweedie τ-leaping: the ratios at the smaller noise times the probability of moving
-        on to x. An inexact score may make entries slightly negative. arXiv:2310.16834, theorem 4.2.
+        This is Tweedie τ-leaping: the entry of y is the staggered score of y times Pr(x | y), the
+        probability that noise Δσ turns y into x. An inexact score may make entries slightly
+        negative. arXiv:2310.16834, theorem 4.2.
         """
         return self.staggered_score(log_score, dsigma) * self.transition_to(x, dsigma)
 

@@ -52,9 +52,9 @@ class Uniform(Process):
         return jax.vmap(lambda key: jax.random.randint(key, (length,), 0, self.num_tokens))(keys_B)
 
     def prior_kl(self, sigma):
-        """KL(P_σ(x0, ·) ‖ uniform), from the probabilities of P_σ(x0, ·) times N.
+        """KL(P_σ(x0, ·) ‖ uniform), in nats.
 
-        For x0 that product is 1 + (N - 1)·e^-σ, for each other token 1 - e^-σ.
+        The probability of x0 is (1 + (N - 1)·e^-σ) / N, that of each other token (1 - e^-σ) / N.
         """
         n = self.num_tokens
         decay, moved = jnp.exp(-sigma), -jnp.expm1(-sigma)

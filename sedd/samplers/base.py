@@ -28,7 +28,7 @@ class Samples:
     tokens_BL: Int[Array, "B L"]
     calls_B: Int[Array, " B"]  # network calls that each sequence needed; guidance doubles them
     trace_TBL: Int[Array, "T B L"] | None = None  # tokens at the start and after every round
-    rounds: Int[Array, ""] | None = None  # number of rounds; later frames of the trace repeat
+    rounds: Int[Array, ""] | None = None  # rounds run; frames after them repeat the last one
     times_T: Float[Array, " T"] | None = None  # diffusion times of the trace's frames, 1 to 0
     score_B: Float[Array, " B"] | None = None  # scores of a search's verifier
 
@@ -104,8 +104,10 @@ class Sampler(ABC):
         """Draw one sequence for each key.
 
         On an absorbing process the free positions follow the model's conditional given the fixed
-        tokens, with an error that vanishes as the steps grow. On a uniform process they do not: the
-        score of such a model regards the fixed tokens as noisy. A fixed mask stays a mask.
+        tokens, with an error that vanishes as the steps grow; samplers with another law say so, and
+        have a ``caveat`` if it is biased. On a uniform process the free positions do not follow the
+        conditional: the score of such a model regards the fixed tokens as noisy. A fixed mask stays
+        a mask.
 
         Args:
             denoiser: the model.

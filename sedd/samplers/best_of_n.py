@@ -17,10 +17,10 @@ from sedd.samplers.verifier import Verifier, verify
 class BestOfN(Sampler):
     """Draw ``n`` sequences by ``inner`` and return the one with the highest score.
 
-    If scores are distinct, the probability of x is F(x)^n - F(x-)^n, where F(x) is the inner
-    sampler's probability of a score of at most the score of x, and F(x-) of a lower one. As n grows
-    the law concentrates on the best sequence that the inner sampler can draw. Of equal scores the
-    first drawn is returned. The network calls of all n are counted.
+    If scores are distinct, the probability of a sequence with the score s is F^n - G^n, where the
+    inner sampler's probabilities are F for a score of at most s, and G for a score below s. As n
+    grows the law concentrates on the best sequence that the inner sampler can draw. Among equal
+    scores the first drawn sequence is returned. The network calls of all n are counted.
     """
 
     inner: Sampler

@@ -1,4 +1,4 @@
-"""Random draws of samplers, exact in float32, each with noise of its request and position only.
+"""Random draws of samplers, with noise that depends only on the request and the position.
 
 The key of a draw is the key of the sequence with the position folded in. The noise of a position
 therefore does not depend on the batch, on the padding, on the order of positions or on which other

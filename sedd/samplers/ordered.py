@@ -16,10 +16,11 @@ from sedd.samplers.reveal import Revealing, check_steps, dense_rank, group_of
 class Ordered(Revealing):
     """Draw positions in a fixed order: forward, backward, random, or a list such as 3,0,2.
 
-    With one position a call the law is the product of the model's conditionals in that order, the
-    joint distribution of an any-order model. With ``steps`` several positions are drawn in one
-    call, independently of each other. Positions that a list leaves out follow from left to right.
-    Autoregressive models need the order forward with one position a call.
+    With one position a call the law is the product of the model's conditionals in that order: the
+    joint distribution that an any-order model defines for this order. With ``steps`` several
+    positions are drawn in one call, independently of each other. Positions that a list leaves out
+    follow from left to right. Autoregressive models need the order forward with one position a
+    call.
     """
 
     order: str = "forward"

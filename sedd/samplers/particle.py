@@ -32,15 +32,15 @@ class Crowd(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Particle(Sampler):
-    """Samples of p(x)·exp(tilt·score(x)) as ``particles`` grow, where p is the law of ``inner``.
+    """Draw from the law ∝ p(x)·exp(tilt·score(x)) as ``particles`` grow; p is the law of ``inner``.
 
     Each request has ``particles`` sequences that are drawn side by side. Every ``resample_every``
     rounds, each of them is completed by one draw of all its masked positions, and the completion is
-    scored. A particle's weight grows by the factor exp of the rise of tilt·score since the last
-    scoring. If the weights of a request have become uneven (an effective number of particles below
-    half, which 2 particles never reach), particles are resampled in proportion to their weights. At
-    the end one particle is drawn by its weight. With finitely many particles the law lies between p
-    and the tilted law: 1 particle draws from p.
+    scored. If tilt·score has risen by d since the last scoring, the particle's weight is multiplied
+    by exp(d). If the weights of a request have become uneven (an effective number of particles
+    below half, which 2 particles never reach), particles are resampled in proportion to their
+    weights. At the end one particle is drawn by its weight. With finitely many particles the law
+    lies between p and the tilted law: 1 particle draws from p.
 
     The network calls of all particles and of their completions are counted.
     """
@@ -195,7 +195,7 @@ def resample(
     """Systematic resampling of the requests that are due and have uneven weights.
 
     The effective number of particles, 1 / Σ w² of the normalised weights w, is P for equal weights
-    and 1 if one particle has all of the weight. A request is resampled if it is below P / 2.
+    and 1 if one particle has all of the weight. A request is resampled if this number is below P/2.
     Systematic resampling takes the ancestors at the P points (p + u) / P of the cumulative weights,
     with one uniform u for all: the number of copies of a particle is P·w rounded down or up.
 

@@ -28,7 +28,7 @@ class ReMDM(SteppedSampler):
     In each of ``steps`` intervals of t = 1 - k/steps, a revealed token is masked with probability ς
     and a mask is revealed with probability (a' - (1 - ς)a)/(1 - a). Here a and a' are the shares of
     revealed positions before and after the interval. The expected share then follows the schedule
-    for every ς up to ς_max = min(1, (1 - a')/a). With ς = 0 it is the law of event_jump. The
+    for every ς up to ς_max = min(1, (1 - a')/a). With ς = 0 the law is that of event_jump. The
     ``strategy`` sets ς:
 
     - cap: min(eta, ς_max);

@@ -25,7 +25,7 @@ PROPOSAL = 2**31 - 2  # folded into a round's keys for constraints; larger than 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The conditionals of clean tokens that one network call predicts, and draws from them.
+    """The conditionals of clean tokens from one network call, with methods that draw from them.
 
     Positions under a constraint take the tokens of the constraint's proposal, once ``proposing``
     has made one. The others are drawn from their own conditionals.

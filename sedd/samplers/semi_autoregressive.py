@@ -23,7 +23,7 @@ class SemiAutoregressive(SteppedSampler):
     The law is a product over blocks. Each factor is the law of the inner sampler for that block,
     given all tokens before it and the given tokens after it, with later blocks masked. It is exact
     if the inner sampler's law is. The sequences of a batch may be in different blocks. A model that
-    depends on the noise level is told the noise of the current block only, although later blocks
+    depends on the noise level is given the noise of the current block only, although later blocks
     are masked entirely: for such a model the law is approximate.
     """
 

@@ -1,8 +1,8 @@
 """The base of τ-leaping samplers, which work on any process. arXiv:2310.16834, section 4.
 
 τ-leaping integrates the reverse process in steps of time. In each step the network is called once,
-and every position moves by itself as if the others stood still. Subclasses give the probabilities
-of a position's next state (``step_probs``): Euler's, or Tweedie's.
+and the next states of all positions are drawn independently, given the tokens before the step.
+Subclasses give the probabilities of a position's next state (``step_probs``): Euler's or Tweedie's.
 """
 
 from abc import abstractmethod
@@ -26,8 +26,8 @@ class TauLeaping(SteppedSampler):
     """Move all positions at once in each of ``steps`` equal intervals of time, from t = 1 to 1e-5.
 
     One more call then draws clean tokens by ``Process.denoise``, so that no mask is left. A
-    sequence takes ``steps`` + 1 network calls. The law tends to the model's own as the steps grow,
-    and its distance halves when they double.
+    sequence takes ``steps`` + 1 network calls. The law tends to the model's own as the steps grow:
+    the distance between the two halves when ``steps`` doubles.
     """
 
     steps: int = 128
@@ -53,7 +53,7 @@ class TauLeaping(SteppedSampler):
             log_score: log scores of the rows, at time t.
             x: current states of the rows.
             t: time of each row.
-            s: earlier diffusion time, to which the step leads.
+            s: diffusion time to which the step leads, below t.
 
         Entries may be negative if the score is inexact or the step too long; they count as 0.
         """

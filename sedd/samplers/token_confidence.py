@@ -19,9 +19,9 @@ class TokenConfidence(Ranked):
 
     Which token is kept depends on the tokens that were drawn, so that probable tokens are kept more
     often than the model's law allows. The samples are less diverse than the model at any number of
-    steps and with a perfect network: on small examples the total variation distance is .4 to .6.
-    ``threshold`` keeps all tokens of at least that probability instead, or the most probable one if
-    there is none (arXiv:2505.22618).
+    steps and with a perfect network: on small examples the total variation distance between the
+    law of the samples and the model's is .4 to .6. ``threshold`` keeps all tokens of at least
+    that probability instead, or the most probable one if there is none (arXiv:2505.22618).
     """
 
     redraws: ClassVar[bool] = True

@@ -54,7 +54,7 @@ class TextVerifier:
     """A ``Verifier`` made of a user's function on texts.
 
     If the function raises, or returns anything but one finite score a text, the error is kept for
-    ``take_error`` and all scores are nan.
+    ``take_error`` and all scores are nan. ``text_verifier`` describes the arguments.
     """
 
     def __init__(self, function: TextScorer, tokenizer: Tokenizer, name: str):

@@ -10,7 +10,10 @@ from sedd.schedules.base import NoiseSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class LogLinear(NoiseSchedule):
-    """1 - exp(-σ) = (1 - eps)·t: tokens are touched at a constant rate. arXiv:2310.16834, 3.3."""
+    """1 - exp(-σ) = (1 - eps)·t: the share of touched tokens grows at a constant rate.
+
+    arXiv:2310.16834, section 3.3.
+    """
 
     eps: float = 1e-3
     """Share of tokens that are untouched at t = 1, in (0, 1); it keeps σ finite there."""
