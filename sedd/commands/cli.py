@@ -211,6 +211,8 @@ def parse(
         SystemExit: after ``--help``.
     """
     flags = list(flags_of(kind, default))
+    if {"-h", "--help"} & set(arguments):
+        _document(kind, default)
     try:
         with on_parse_error(lambda event: reject(event, arguments, flags)):
             return tyro.cli(
@@ -224,6 +226,15 @@ def parse(
         if not stop.code:
             raise
         raise UserError("the command line could not be read; see --help") from None
+
+
+def _document(kind: type, default: Any) -> None:
+    """Prepare the help of a dataclass and of the dataclasses that its default holds."""
+    document_fields(kind)
+    for field in dataclasses.fields(kind):
+        value = getattr(default, field.name, None)
+        if dataclasses.is_dataclass(value):
+            _document(type(value), value)
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
@@ -284,16 +295,12 @@ def parse_config(
         UserError: there is no configuration, or a flag is wrong.
     """
     path, rest = take(arguments, "--config")
-    wants_help = bool({"-h", "--help"} & set(arguments))
-    if path is None and saved is None and not wants_help:
+    if path is None and saved is None and not {"-h", "--help"} & set(arguments):
         raise UserError(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
     recipe = (saved or Config()) if path is None else load_config(path)
     config, rest = _with_named_components(recipe, rest)
-    if wants_help:
-        for name in COMPONENTS:
-            document_fields(type(getattr(config, name)))
     choices = "\n".join(
         f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
     )

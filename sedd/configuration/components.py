@@ -147,15 +147,19 @@ def options_type(family: str, name: str) -> type[Options]:
     )
 
 
-def document_fields(kind: type[Options]) -> None:
-    """Add a section on the fields to the docstring of an options class.
+def document_fields(kind: type) -> None:
+    """Add what the strings below the fields of a dataclass say to its docstring, as a section.
 
-    tyro finds the help of flags there. Only ``--help`` needs it: the source files are read.
+    tyro finds the help of flags there, and sets it without the line breaks of the source. Options
+    of a component take the strings of the component. The source files are read, so only ``--help``
+    should ask for it.
     """
-    said = field_docstrings(maker(kind.family, kind.name))
-    if said and "Attributes:" not in (kind.__doc__ or ""):
+    make = maker(kind.family, kind.name) if issubclass(kind, Options) else kind
+    said = field_docstrings(make)
+    known = {param.arg_name for param in docstring_parser.parse(kind.__doc__ or "").params}
+    if said.keys() - known:
         lines = "".join(f"\n    {name}: {text}" for name, text in said.items())
-        kind.__doc__ = f"{kind.__doc__}\n\nAttributes:{lines}"
+        kind.__doc__ = f"{inspect.getdoc(kind) or ''}\n\nAttributes:{lines}"
 
 
 def field_docstrings(make: type) -> dict[str, str]:
