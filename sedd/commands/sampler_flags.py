@@ -209,8 +209,9 @@ def describe(kinds: Sequence[type[Options]]) -> str:
         ]
     lines += [
         "",
-        "Default: event_jump for a time-independent model, ordered for an autoregressive one,",
-        "tweedie for all others.",
+        "By default:",
+        "  event_jump for a time-independent model, ordered for an autoregressive one,",
+        "  tweedie for all others",
     ]
     return "\n".join(["--sampler NAME picks a sampler:", *lines])
 
