@@ -209,9 +209,10 @@ def describe(kinds: Sequence[type[Options]]) -> str:
         ]
     lines += [
         "",
-        "By default:",
-        "  event_jump for a time-independent model, ordered for an autoregressive one,",
-        "  tweedie for all others",
+        "The default for",
+        "  time-independent models: event_jump",
+        "  autoregressive models: ordered",
+        "  all others: tweedie",
     ]
     return "\n".join(["--sampler NAME picks a sampler:", *lines])
 
