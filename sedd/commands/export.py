@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     except UserError as error:
         raise UserError(f"--output {error}") from error
     with Activity(f"loading {command.checkpoint}"):
-        model, step = load(command)
+        model, step = load_weights(command)
     layout, params, notes = publishable(model)
     tokenizer = {} if model.tokenizer is None else {"tokenizer.json": written(model.tokenizer)}
     bound = validation(Path(command.checkpoint), step)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"wrote {command.output} in the layout of {layout.name}")
 
 
-def load(command: ExportCommand) -> tuple[sedd.Model, int | None]:
+def load_weights(command: ExportCommand) -> tuple[sedd.Model, int | None]:
     """Load the model of ``--checkpoint``.
 
     Returns:

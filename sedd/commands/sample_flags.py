@@ -19,7 +19,7 @@ from sedd.commands.sampler_flags import (
     DEFAULT,
     describe,
     fields_of,
-    flags_of,
+    nested_type,
     pick,
     refuse_flags_of_others,
 )
@@ -129,7 +129,7 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
     command = parse(
         SampleCommand,
         rest,
-        default=SampleCommand(checkpoint=tyro.MISSING, sampler=flags_of(kinds)()),
+        default=SampleCommand(checkpoint=tyro.MISSING, sampler=nested_type(kinds)()),
         description=f"{TITLE}\n\n{describe(kinds)}",
     )
     check_files(command)

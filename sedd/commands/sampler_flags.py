@@ -3,7 +3,7 @@
 A sampler may wrap another one, which may wrap a third: ``--sampler best_of_n --inner
 semi_autoregressive --inner.inner confidence``. The option ``by`` of the third is then
 ``--inner.inner.by``. The picked samplers are a list of option classes, outermost first.
-``flags_of`` nests them into one dataclass, of which tyro makes flags with these names.
+``nested_type`` nests them into one dataclass, of which tyro makes flags with these names.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def refuse_flags_of_others(
         )
 
 
-def flags_of(kinds: Sequence[type[Options]]) -> type[Options]:
+def nested_type(kinds: Sequence[type[Options]]) -> type[Options]:
     """Make the dataclass whose fields tyro shows as flags.
 
     Its fields are the options of the outermost sampler and ``inner``, a dataclass made in the same
@@ -145,7 +145,7 @@ def flags_of(kinds: Sequence[type[Options]]) -> type[Options]:
         default = dataclasses.field(default=field.default)
         fields.append((field.name, Annotated[field.type, arg], default))
     if wrapped:
-        inner = flags_of(wrapped)
+        inner = nested_type(wrapped)
         fields.append(("inner", inner, dataclasses.field(default_factory=inner)))
     text = (inspect.getdoc(make) or "").replace("``", "")
     return dataclasses.make_dataclass(

@@ -151,7 +151,7 @@ def check_is_run(workdir: Path) -> None:
     roots = {Path(resolved.anchor), Path.home().resolve(), *map(Path, ("/tmp", "/home", "/root"))}
     system = [Path(p) for p in ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sys", "/usr")]
     if resolved in roots or any(p == resolved or p in resolved.parents for p in system):
-        raise UserError(f"{where}: it is a directory of the system; name a new one in it or beside")
+        raise UserError(f"{where}: it is a directory of the system; give the name of a new one")
     if (workdir / "checkpoints").is_dir():
         return
     try:
