@@ -35,7 +35,7 @@ def test_sampling_prints_a_table_and_a_line(capsys):
     assert {"jax", "device", "steps"} <= line.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     """Its commands in this process: they are what compiles."""
     compare = importlib.import_module("compare")
@@ -193,6 +193,7 @@ def test_the_training_run_beside_its_steps(tmp_path, monkeypatch, capsys):
     assert all(figure > 0 for figure in figures.values())
 
 
+@pytest.mark.nightly
 def test_scaling_reads_what_devices_hold_and_send(monkeypatch, capsys):
     scaling = importlib.import_module("scaling")
     monkeypatch.setattr(scaling, "simulate", lambda number: None)  # the tests have four already

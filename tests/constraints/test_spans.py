@@ -267,7 +267,7 @@ def test_json(model):
 # ---------------------------------------------------------------- laws
 
 
-def one_step(first, second, rule, count=4000):
+def one_step(first, second, rule, count=1000):
     """How often each two-token string is drawn, and what a step that keeps slot 1 commits there.
 
     Tokens a, b, c, d with the given probabilities in two slots, under ab|cd.
@@ -305,7 +305,7 @@ def test_dingo_commits_to_the_wrong_branch_and_the_default_does_not():
 def test_one_call_draws_from_the_product_restricted_to_the_language(model):
     """All positions at once, by a real network, against the automaton's own partition function."""
     automaton = compiled("(ab|b)(a|ba)?")
-    count = 4000
+    count = 1500
     result = sedd.sample(
         model,
         jax.random.key(5),

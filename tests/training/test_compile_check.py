@@ -64,7 +64,7 @@ def test_a_slice_that_does_not_exist_is_one_line():
         (("--topology", "v9:2x2"), "--topology v9:2x2: the generation must be one of v4, v5e"),
         (
             ("--topology", "v5e:2x2", "--data.tokenizer", "characters"),
-            "--num-tokens does",
+            "give it with --num-tokens",
         ),
     ],
 )
