@@ -21,11 +21,19 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tiny_run import RECIPE, ROOT, call
 
 import sedd
-from sedd.commands.cli import console, note, parse, parse_config, printable, run, take
+from sedd.commands.cli import (
+    console,
+    document_fields,
+    note,
+    parse,
+    parse_config,
+    printable,
+    run,
+    take,
+)
 from sedd.configuration.build import build_parts
 from sedd.configuration.components import (
     COMPONENTS,
-    document_fields,
     makers,
     options,
     options_type,

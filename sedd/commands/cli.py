@@ -7,6 +7,7 @@ output; notes and errors go to standard error.
 """
 
 import dataclasses
+import inspect
 import io
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import docstring_parser
 import jax
 import tyro
 from rich.console import Console
@@ -25,7 +27,7 @@ import sedd
 from sedd.commands.cpu import prepare_cpu
 from sedd.commands.mistakes import as_flag, flags_of, reject
 from sedd.configuration.build import with_default_sampler
-from sedd.configuration.components import COMPONENTS, document_fields, makers
+from sedd.configuration.components import COMPONENTS, Options, maker, makers
 from sedd.configuration.config import (
     Config,
     default_cache_dir,
@@ -235,6 +237,31 @@ def _document(kind: type, default: Any) -> None:
         value = getattr(default, field.name, None)
         if dataclasses.is_dataclass(value):
             _document(type(value), value)
+
+
+def document_fields(kind: type) -> None:
+    """Add what the strings below the fields of a dataclass say to its docstring, as a section.
+
+    tyro finds the help of flags there, and sets it without the line breaks of the source. Options
+    of a component take the strings of the component. The source files are read, so only ``--help``
+    should ask for it.
+    """
+    make = maker(kind.family, kind.name) if issubclass(kind, Options) else kind
+    said = field_docstrings(make)
+    known = {param.arg_name for param in docstring_parser.parse(kind.__doc__ or "").params}
+    if said.keys() - known:
+        lines = "".join(f"\n    {name}: {text}" for name, text in said.items())
+        kind.__doc__ = f"{inspect.getdoc(kind) or ''}\n\nAttributes:{lines}"
+
+
+def field_docstrings(make: type) -> dict[str, str]:
+    """Read the strings below the fields of a dataclass from its source, inherited ones included."""
+    return {
+        param.arg_name: " ".join(param.description.split())
+        for part in reversed(make.__mro__[:-1])
+        for param in docstring_parser.parse_from_object(part).params
+        if param.description
+    }
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

@@ -18,7 +18,6 @@ import tyro
 from sedd.commands.mistakes import as_flag
 from sedd.configuration.components import (
     Options,
-    field_docstrings,
     maker,
     makers,
     options_type,
@@ -132,13 +131,11 @@ def nested_type(kinds: Sequence[type[Options]]) -> type[Options]:
     """
     kind, *wrapped = kinds
     make = maker(kind.family, kind.name)
-    described = field_docstrings(make)
     fields: list[Any] = []
     for field in dataclasses.fields(kind):
         types = [t for t in get_args(field.type) if t is not type(None)]
         optional = len(types) < len(get_args(field.type))
         arg = tyro.conf.arg(
-            help=described.get(field.name),
             metavar="|".join(t.__name__.upper() for t in types) if optional else None,
             help_behavior_hint="" if optional else None,
         )

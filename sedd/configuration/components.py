@@ -17,8 +17,6 @@ import inspect
 import pkgutil
 from typing import Any, ClassVar, get_type_hints
 
-import docstring_parser
-
 from sedd.errors import FieldError, UserError, did_you_mean, fields_within
 
 COMPONENTS = {  # fields of a configuration, and the family from which each picks a component
@@ -145,31 +143,6 @@ def options_type(family: str, name: str) -> type[Options]:
         frozen=True,
         kw_only=True,
     )
-
-
-def document_fields(kind: type) -> None:
-    """Add what the strings below the fields of a dataclass say to its docstring, as a section.
-
-    tyro finds the help of flags there, and sets it without the line breaks of the source. Options
-    of a component take the strings of the component. The source files are read, so only ``--help``
-    should ask for it.
-    """
-    make = maker(kind.family, kind.name) if issubclass(kind, Options) else kind
-    said = field_docstrings(make)
-    known = {param.arg_name for param in docstring_parser.parse(kind.__doc__ or "").params}
-    if said.keys() - known:
-        lines = "".join(f"\n    {name}: {text}" for name, text in said.items())
-        kind.__doc__ = f"{inspect.getdoc(kind) or ''}\n\nAttributes:{lines}"
-
-
-def field_docstrings(make: type) -> dict[str, str]:
-    """Read the strings below the fields of a dataclass from its source, inherited ones included."""
-    return {
-        param.arg_name: " ".join(param.description.split())
-        for part in reversed(make.__mro__[:-1])
-        for param in docstring_parser.parse_from_object(part).params
-        if param.description
-    }
 
 
 def options(family: str, name: str, **given: Any) -> Options:
