@@ -9,8 +9,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from sedd.constraints import compile_regex
+from sedd.constraints.spans import Span, batch_spans
 from sedd.denoiser import Denoiser
 from sedd.evaluation.monte_carlo import sequence_nats
 from sedd.networks.ddit import DDiT
@@ -38,6 +41,16 @@ def every_log_score(denoiser, keys_B, x_BL, scored_BL):
     return jnp.sort(log_score_BLV, -1)[..., 0]
 
 
+def email_spans():
+    """Every sequence is under one pattern as a whole; the vocabulary is of random pieces."""
+    rng = np.random.default_rng(0)
+    letters = list(b"abcdefghijklmnopqrstuvwxyz0123456789@.-+ ")
+    pieces = [bytes([letter]) for letter in letters]
+    pieces += [bytes(rng.choice(letters, size)) for size in rng.integers(2, 9, N - len(pieces))]
+    automaton = compile_regex(r"[\w.+-]+@[\w-]+(\.[\w-]+)+", pieces)
+    return batch_spans([[Span(start=0, length=L, automaton=automaton)]] * B, "joint")
+
+
 TWEEDIE = Tweedie(schedule=LOG_LINEAR, steps=8)
 PROGRAMS = {
     "validate, score entropy": (Score(process=Absorbing(num_tokens=N)), validate),
@@ -45,6 +58,10 @@ PROGRAMS = {
     "tweedie, uniform": (Score(process=Uniform(num_tokens=N)), TWEEDIE),
     "validate, k-DCE": (Conditional(process=Absorbing(num_tokens=N)), validate),
     "event_jump": (
+        Conditional(process=Absorbing(num_tokens=N)),
+        EventJump(schedule=LOG_LINEAR, steps=8),
+    ),
+    "event_jump under a constraint": (
         Conditional(process=Absorbing(num_tokens=N)),
         EventJump(schedule=LOG_LINEAR, steps=8),
     ),
@@ -64,7 +81,13 @@ def compiled(name):
         num_heads=1,
     )
     params = jax.eval_shape(network.init, jax.random.key(0))
-    denoiser = Denoiser(params=params, network=network, parameterization=parameterization)
+    constraint = jax.eval_shape(email_spans) if "constraint" in name else None
+    denoiser = Denoiser(
+        params=params,
+        network=network,
+        parameterization=parameterization,
+        constraint=constraint,
+    )
     keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32)
     select_BL = jax.ShapeDtypeStruct((B, L), bool)
