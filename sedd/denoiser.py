@@ -137,7 +137,10 @@ class Denoiser:
         if self.time_independent:
             sigma = None
         elif sigma is None:
-            raise ValueError("this model depends on the time: sigma_B is required")
+            raise ValueError(
+                "sigma is missing: this model depends on the noise level; pass the total noise of "
+                "each sequence, [B] or [B, L], as model.schedule.sigma(t) gives it"
+            )
         each = [x_BL]
         if self.guided and self.given_BL is not None:
             each.append(jnp.where(self.given_BL, self.mask_id, x_BL))

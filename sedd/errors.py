@@ -18,7 +18,8 @@ class FieldError(UserError):
 
     Args:
         field: the name of the field in Python; command lines show the flag instead.
-        problem: the rest of the sentence, such as "must be at least 1, got 0".
+        problem: the rest of the sentence, such as "must be at least 1, got 0". A colon or comma at
+            its start follows the name without a space: ": no such file".
         where: the component that has the field, for the beginning of the message; may be empty.
     """
 
@@ -28,7 +29,8 @@ class FieldError(UserError):
 
     def named(self, name: str) -> str:
         """The message with another name in place of the field's, such as a flag."""
-        return f"{self.where}{': ' if self.where else ''}{name} {self.problem}"
+        space = "" if self.problem.startswith((":", ",")) else " "
+        return f"{self.where}{': ' if self.where else ''}{name}{space}{self.problem}"
 
 
 @contextmanager
@@ -42,6 +44,24 @@ def fields_within(path: str) -> Iterator[None]:
     except FieldError as error:
         field = f"{path}.{error.field}" if path else error.field
         raise FieldError(field, error.problem, error.where) from error
+
+
+@contextmanager
+def mistakes_in(field: str) -> Iterator[None]:
+    """Turn a UserError of the block into a FieldError, so that the message begins with the field.
+
+    A message that begins with the field's name already is not given it twice. A FieldError is left
+    as it is.
+    """
+    try:
+        yield
+    except FieldError:
+        raise
+    except UserError as error:
+        message = str(error)
+        named = message.startswith(tuple(f"{field}{end}" for end in " :,"))
+        problem = message.removeprefix(field).lstrip() if named else f": {message}"
+        raise FieldError(field, problem) from error
 
 
 def first_line(error: Exception) -> str:

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 from sedd.constraints import Automaton, compile_regex
 from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_prompt
 from sedd.constraints.json_schema import DEPTH, MAX_NESTING, regex_to_compile
-from sedd.constraints.spans import Given
+from sedd.constraints.spans import Given, Span, spans_of
 from sedd.data.tokenizers import Tokenizer
-from sedd.errors import FieldError, UserError, did_you_mean
+from sedd.errors import FieldError, UserError, did_you_mean, mistakes_in
 
 Answerable = TypeVar("Answerable")
 # The fields of a line of a requests file: their types, and words for messages. Each field may be
@@ -87,7 +87,7 @@ class Request:
     def __post_init__(self):
         for name, value in vars(self).items():
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-                raise UserError(f"{name} is not text: it has no UTF-8")
+                raise FieldError(name, "is not text: it has no UTF-8")
         if self.length is not None and not 1 <= self.length <= MAX_LENGTH:
             raise FieldError("length", f"must be in 1..{MAX_LENGTH}, got {self.length}")
         if not 0 <= self.seed < 2**32:
@@ -117,6 +117,20 @@ class Request:
             return from_infill(tokenizer, self.infill, self.length)
         length = default_length if self.length is None else self.length
         return from_prompt(tokenizer, length, prompt=self.prompt, suffix=self.suffix)
+
+    def spans(self, clamp: Clamp, tokenizer: Tokenizer, cache_dir: Path | None) -> list[Span]:
+        """The spans of the sequence that its regex or schema governs; empty without any.
+
+        Args:
+            clamp: the given tokens.
+            tokenizer: as for ``constraint``.
+            cache_dir: as for ``constraint``.
+
+        Raises:
+            FieldError: the regex or schema cannot be compiled, or does not fit ``clamp``.
+        """
+        with mistakes_in("json_schema" if self.regex is None else "regex"):
+            return spans_of(clamp, self.constraint(tokenizer, cache_dir), tokenizer)
 
     def constraint(self, tokenizer: Tokenizer, cache_dir: Path | None) -> Given:
         """The compiled regex or schema, a list with one for each gap, or None without any.

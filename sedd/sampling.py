@@ -69,6 +69,7 @@ def sample(
     infill: str | Sequence[str] | None = None,
     regex: str | Sequence[Any] | None = None,
     json_schema: Mapping[str, Any] | Sequence[Any] | None = None,
+    json_schema_depth: int | Sequence[int | None] | None = None,
     clamp: Clamp | Sequence[Clamp] | None = None,
     constraint: Given | Sequence[Given] = None,
     rule: Rule = "joint",
@@ -97,6 +98,8 @@ def sample(
         regex: regex that the free text must match. The value for a sequence may be a list with a
             regex or None for each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
         json_schema: a JSON Schema of the free text, in the same form; excludes ``regex``.
+        json_schema_depth: how deep values nest where the schema sets no limit, 0 to 64: in a
+            schema that allows any value, and in recursion by ``$ref``; by default 2.
         clamp: the given tokens as a ``Clamp``, instead of texts.
         constraint: compiled automata, instead of ``regex`` and ``json_schema``.
         rule: how a step draws under a constraint, see ``sedd.constraints.spans.Spans``. At
@@ -121,7 +124,8 @@ def sample(
         [True, True]
     """
     texts = {"prompt": prompt, "suffix": suffix, "infill": infill, "regex": regex}
-    texts = {n: v for n, v in (texts | {"json_schema": json_schema}).items() if v is not None}
+    texts |= {"json_schema": json_schema, "json_schema_depth": json_schema_depth}
+    texts = {name: value for name, value in texts.items() if value is not None}
     num, keys_B = _keys(key, num, {"clamp": clamp, "constraint": constraint, **texts})
     clamps, spans = _given(model, num, length, texts, clamp, constraint)
     numbers = {name: options.pop(name) for name in NUMBERS if name in options}
@@ -195,6 +199,8 @@ def _given(model, num, length, texts, clamp, constraint) -> tuple[list[Clamp], l
 
     def one(row: int) -> tuple[Clamp, list[Span]]:
         own = {name: v[row] if _is_list(v) else v for name, v in texts.items()}
+        if "json_schema" in own and own["json_schema"] is None:  # the depth is that of the others
+            own.pop("json_schema_depth", None)
         request = Request(id=row, length=length, **own)
         if clamp is not None:
             tokens = clamp[row] if isinstance(clamp, Sequence) else clamp
@@ -202,9 +208,9 @@ def _given(model, num, length, texts, clamp, constraint) -> tuple[list[Clamp], l
             tokens = request.clamp(model.tokenizer, model.length)
         else:
             tokens = free(model.length if length is None else length)
-        compiled = constraint[row] if isinstance(constraint, Sequence) else constraint
         if own.keys() & {"regex", "json_schema"}:
-            compiled = request.constraint(model.tokenizer, cache_dir)
+            return tokens, request.spans(tokens, model.tokenizer, cache_dir)
+        compiled = constraint[row] if isinstance(constraint, Sequence) else constraint
         return tokens, spans_of(tokens, compiled, model.tokenizer)
 
     same = not any(map(_is_list, (clamp, constraint, *texts.values())))

@@ -96,15 +96,19 @@ def place(tmp_path_factory):
 
 
 TRAIN = [
-    ("--data.corpus stdlb", "unknown corpus 'stdlb', did you mean 'stdlib'?"),
-    ("--data.corpus {place}/none.txt", "no such file"),
+    ("--data.corpus stdlb", "--data.corpus: unknown corpus 'stdlb', did you mean 'stdlib'?"),
+    ("--data.corpus {place}/none.txt", "--data.corpus: {place}/none.txt: no such file, folder"),
+    ("--data.corpus {place}/a*.md", "--data.corpus: {place}/a*.md: no such file, folder or pat"),
     ("--data.corpus {place}/empty.txt", "empty.txt is empty"),
     ("--data.corpus {place}/binary.bin", "binary.bin is not text"),
     ("--data.corpus {place}/latin1.txt", "latin1.txt, line 1: not UTF-8"),
     ("--data.corpus {text} --data.length 99999", "length 99999 is longer than the data"),
     ("--data.corpus {text} --data.tokenizer chars", "unknown tokenizer 'chars'"),
     ("--data.corpus {text} --data.tokenizer bpe:9", "tokenizer 'bpe:9': expected bpe:SIZE"),
-    ("--data.corpus {text}*0+sotu", "the weight of {text} must be positive, got 0"),
+    (
+        "--data.corpus {text}*0+sotu",
+        ": the weight of {text} must be positive, got 0",
+    ),
     ("--trainig.steps 3", "unrecognized option --trainig.steps"),
     ("--training.stpes 3", "--training.stpes; did you mean --training.steps?"),
     ("--data.corpus", "--data.corpus needs a value"),
@@ -190,7 +194,7 @@ SAMPLE = [
     ("--length 99999999999", "length must be in 1.."),
     ("--prompt farawayfromhere", "prompt (15 tokens): longer than the length of 12"),
     ("--prompt sat --suffix farawayfrom", "prompt (3 tokens) and suffix (11 tokens): longer"),
-    ("--prompt Zebra", "prompt: character 'Z' (U+005A) is not among the"),
+    ("--prompt Zebra", "--prompt: character 'Z' (U+005A) is not among the"),
     ("--infill a{{mask:x}}", "infill gap '{{mask:x}}': the size must be a whole number"),
     ("--infill a{{mask:3", "infill gap '{{mask:3' cannot be read"),
     ("--infill abc", "has no gap; write {{mask:12}}"),
@@ -233,10 +237,10 @@ SAMPLERS = [  # of the options of sampling
     ("--top-p most", "--top-p: not a number: 'most'; expected --top-p FLOAT"),
     ("--top-k 0", "--top-k must be a whole number of at least 1, got 0"),
     ("--top-k 1.5", "--top-k: not a whole number: '1.5'; expected --top-k INT"),
-    ("--regex a(b", "regex, position 1: "),
-    ("--regex (?<=a)b", "regex, position 0: "),
-    ("--regex a{{50}}", "'a{{50}}' needs at least 50 tokens: 12 tokens are left"),
-    ("--regex [0-9]+", "the vocabulary cannot spell anything that regex '[0-9]+' matches"),
+    ("--regex a(b", "--regex, position 1: "),
+    ("--regex (?<=a)b", "--regex, position 0: "),
+    ("--regex a{{50}}", "--regex: 'a{{50}}' needs at least 50 tokens: 12 tokens are left"),
+    ("--regex [0-9]+", "--regex: the vocabulary cannot spell anything that regex '[0-9]+' matches"),
     ("--regex a --prompt {long}", "nothing to draw: the given text takes all of the 12 tokens"),
     ("--prompt a --suffix b --length 2", "nothing to draw: the given text takes all of the 2 tok"),
     (
@@ -244,7 +248,8 @@ SAMPLERS = [  # of the options of sampling
         "there is nothing to draw: the given text takes all of the 3 tokens",
     ),
     ("--json-schema {{}}}}", "--json-schema: not JSON"),
-    ('--json-schema {{"type":3}}', "#/type"),
+    ('--json-schema {{"type":3}}', "--json-schema: #/type"),
+    ('--json-schema {{"enum":[true]}} --length 3', "--json-schema: 'true' needs at least 4 tok"),
     (
         '--json-schema {{"type":"array","items":{{"$ref":"#"}}}} --json-schema-depth 40',
         "#/items: the regex has more than 262144 characters; try a depth below 40",
@@ -259,10 +264,10 @@ SAMPLERS = [  # of the options of sampling
     ("--json-schema-depth 3", "--json-schema-depth 3: it limits a JSON schema, and none is given"),
     ("--regex a --json-schema-depth 0", "--json-schema-depth 0: it limits a JSON schema, and non"),
     ("--requests {text} --json-schema-depth 1", "write json_schema_depth into its lines"),
-    ("--regex a b", "2 constraints for 1 gaps"),
+    ("--regex a b", "--regex: 2 constraints for 1 gaps"),
     (
         "--regex [ab]+ --infill {{mask:2}}z{{mask:2}}",
-        "the token 27, 'z', that is given at position 2 con",
+        "--regex: the token 27, 'z', that is given at position 2 con",
     ),
     ("--regex a --json-schema {place}/none", "--regex and --json-schema: give one of them"),
     ("--json-schema {place}/none", "--json-schema {place}/none: No such file or directory"),
@@ -376,8 +381,9 @@ EVALUATE = [
     ("--data {text} --max-sequences 0", "max_sequences must be at least 1, got 0"),
     ("--data {text} --seed -1", "seed must be in [0, 2**32), got -1"),
     ("--data {text} --split tset", "has no split 'tset': it has train, validation, all"),
-    ("--data corpus:stdlb", "unknown corpus 'stdlb', did you mean 'stdlib'?"),
-    ("--data {place}/empty.txt", "empty.txt is empty"),
+    ("--data corpus:stdlb", "--data corpus:stdlb: unknown corpus 'stdlb', did you mean 'stdlib'?"),
+    ("--data {place}/empty.txt", "--data {place}/empty.txt: {place}/empty.txt is empty"),
+    ("--data {place}/none.txt", "--data {place}/none.txt: no such file, folder or pattern"),
     ("--data corpus:sotu", "is not among the"),
     ("--data {text} --json {place}", "--json {place}: it is a directory, not a file"),
     ("--data {text} --json {text}/x.json", "{text} is a file, not a directory"),
@@ -424,7 +430,7 @@ def test_a_mistake_is_one_line(place, tmp_path, command, arguments, message):
 
 def test_a_flag_that_is_not_utf8_is_one_line(place):
     result = call("sample", "--checkpoint", place / "run", "--prompt", "a\udcff")
-    assert (result.code, result.errors) == (2, ["error: prompt is not text: it has no UTF-8"])
+    assert (result.code, result.errors) == (2, ["error: --prompt is not text: it has no UTF-8"])
 
 
 def test_refused_requests_do_not_stop_the_others(place, tmp_path):

@@ -43,7 +43,7 @@ class Read(NamedTuple):
 
 def ask(request):
     clamp = request.clamp(tiny_run.TOKENIZER, LENGTH)
-    return Read(request, clamp, spans_of(clamp, request.constraint(tiny_run.TOKENIZER, None)))
+    return Read(request, clamp, request.spans(clamp, tiny_run.TOKENIZER, None))
 
 
 def test_every_field(tmp_path):
@@ -109,14 +109,17 @@ def test_a_file_of_wide_characters_is_one_error(tmp_path, encoding):
         ('{"regex": 3}', "regex must be a string, or a list with one or null for each gap, got 3"),
         ('{"regex": ["a", 3]}', "regex must be a string, or a list"),
         ('{"regex": "a", "json_schema": {}}', "regex and json_schema: give one of them"),
-        ('{"regex": "a(b"}', "position 1"),
+        ('{"regex": "a(b"}', "line 4: regex, position 1: "),
         ('{"regex": "(?=a)b"}', "position 0"),
-        ('{"regex": "a{40}"}', "needs at least 40 tokens: 10 tokens are left"),
-        ('{"regex": "A+"}', "no token holds the character 'A'"),
-        ('{"infill": "a{mask:2}b{mask:2}", "regex": ["a"]}', "1 constraints for 2 gaps"),
+        ('{"regex": "a{40}"}', "line 4: regex: 'a{40}' needs at least 40 tokens: 10 tokens are"),
+        ('{"regex": "A+"}', "line 4: regex: the vocabulary cannot spell anything that regex 'A+'"),
+        ('{"infill": "a{mask:2}b{mask:2}", "regex": ["a"]}', "regex: 1 constraints for 2 gaps"),
         ('{"json_schema": 3}', "json_schema must be an object"),
-        ('{"json_schema": {"type": "integer", "multipleOf": 0.5}}', "#/multipleOf"),
-        ('{"json_schema": {"type": "strin"}}', "#/type"),
+        ('{"json_schema": {"type": "integer", "multipleOf": 0.5}}', "json_schema: #/multipleOf"),
+        ('{"json_schema": {"type": "strin"}}', "json_schema: #/type"),
+        ('{"json_schema": {"const": "aaaaaaaaaaa"}}', "json_schema: the vocabulary cannot spell"),
+        ('{"json_schema": {"const": 12345678901}}', "json_schema: the vocabulary cannot spell"),
+        ('{"json_schema": {"const": [null, true]}}', "json_schema: the vocabulary cannot spell"),
         ('{"json_schema": {}, "json_schema_depth": "3"}', "json_schema_depth must be a whole"),
         ('{"json_schema": {}, "json_schema_depth": -1}', "json_schema_depth must be in 0..64"),
         ('{"json_schema_depth": 3}', "json_schema_depth is 3, but there is no json_schema"),

@@ -180,7 +180,7 @@ def test_each_line_has_its_own_constraint(place, tmp_path):
         *(place, flags, tmp_path / "out.jsonl", "--requests", tmp_path / "in.jsonl"), code=2
     )
     assert len(result.errors) == 1
-    assert "line 4: 'a{40}' needs at least 40 tokens" in result.errors[0]
+    assert "line 4: regex: 'a{40}' needs at least 40 tokens" in result.errors[0]
     text = {line["id"]: line["text"] for line in read(tmp_path / "out.jsonl")}
     assert re.fullmatch("[ab]+c", text["a"])
     assert re.search(r"\.d*e$", text["b"])

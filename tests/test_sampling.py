@@ -14,6 +14,7 @@ import sedd
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import makers
 from sedd.constraints.clamp import Clamp, free, from_infill, from_prompt
+from sedd.data.tokenizers import Bytes
 from sedd.errors import FieldError, UserError
 from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
@@ -82,6 +83,36 @@ def test_constraints_are_one_for_all_or_one_each(model):
     assert result.text[1] == "xccyd"
 
 
+@pytest.mark.parametrize(
+    ("schema", "around"),
+    [
+        ({"anyOf": [{"const": 1}, {"type": "array", "items": {"$ref": "#"}}]}, "[{}]"),
+        ({"anyOf": [{"const": 1}, {"additionalProperties": {"$ref": "#"}}]}, '{{"a": {}}}'),
+        ({}, "[{}]"),
+    ],
+)
+def test_the_depth_of_a_schema_is_one_for_all_or_one_each(model, monkeypatch, schema, around):
+    """A value nested as deep as asked for matches, and one level more does not."""
+    monkeypatch.setattr(sedd.sampling, "draw", lambda *given, **_: given[4])  # the spans alone
+    bytewise = replace(model, tokenizer=Bytes())
+
+    def spans(**given):
+        return sedd.sample(bytewise, 0, length=40, **given)
+
+    texts = ["1"]
+    for _ in range(4):
+        texts.append(around.format(texts[-1]))
+    depths = (0, 1, None, 3)
+    each = spans(json_schema=[schema] * 4, json_schema_depth=list(depths))
+    each += [spans(json_schema=schema, json_schema_depth=depth)[0] for depth in depths]
+    for (span,), depth in zip(each, (0, 1, 2, 3) * 2, strict=True):
+        assert span.automaton.accepts(texts[depth].encode())
+        assert not span.automaton.accepts(texts[depth + 1].encode())
+    (free_text, (span,)) = spans(json_schema=[None, schema], json_schema_depth=1)
+    assert free_text == []
+    assert span.automaton.accepts(texts[1].encode())
+
+
 def test_keys_of_every_kind(model):
     options = {"sampler": "ordered", "steps": 2, "num": 2}
     tokens = sedd.sample(model, jax.random.key(3), **options).tokens
@@ -105,7 +136,15 @@ def test_keys_of_every_kind(model):
         ({"prompt": "a", "clamp": free(3)}, "prompt does not go with clamp"),
         ({"length": 3, "clamp": free(3)}, "length does not go with clamp"),
         ({"prompt": "A"}, "prompt: character 'A'"),
-        ({"regex": "a(b"}, "position 1"),
+        ({"regex": "a(b"}, "^regex, position 1"),
+        ({"regex": "a{13}"}, "^regex: 'a.13.' needs at least 13 tokens: 12 tokens are left"),
+        ({"json_schema": {}, "json_schema_depth": 65}, "^json_schema_depth must be in 0..64, got"),
+        ({"json_schema_depth": 1}, "^json_schema_depth is 1, but there is no json_schema"),
+        ({"regex": "a", "json_schema_depth": 0}, "^json_schema_depth is 0, but there is no json_"),
+        (
+            {"json_schema": [{}, {}], "json_schema_depth": [1]},
+            "sequences differ: 2 of json_schema, 1 of json_schema_depth",
+        ),
         ({"clamp": Clamp(tokens_L=np.array([40, 1]), fixed_L=np.array([True, False]))}, "id 40: "),
         ({"clamp": Clamp(tokens_L=np.array([1, -2]), fixed_L=np.array([False, True]))}, "id -2: "),
     ],

@@ -28,7 +28,7 @@ from sedd.configuration.build import build_sampler
 from sedd.configuration.components import options_type
 from sedd.configuration.config import default_cache_dir, fits
 from sedd.constraints.clamp import check_prefix
-from sedd.constraints.spans import Shape, shape_of, spans_of
+from sedd.constraints.spans import Shape, shape_of
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
 from sedd.samplers.base import Sampler, SamplerOptions
@@ -137,8 +137,7 @@ class Asking:
         if self.model.denoiser.causal:
             check_prefix(clamp)
         cache_dir = Path(default_cache_dir()).expanduser()
-        constraint = request.constraint(tokenizer, cache_dir)
-        spans = spans_of(clamp, constraint, tokenizer)
+        spans = request.spans(clamp, tokenizer, cache_dir)
         own = {name: getattr(request, name) for name in NUMBERS}
         own = {name: value for name, value in own.items() if value is not None}
         reshape_of(1, own)

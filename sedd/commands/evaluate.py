@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         finally:  # print the figures even if they cannot be written
             show(results, sections)
     for message in failed:
-        fail(message)
+        fail(f"--data {message}")
     return 2 if failed else 0
 
 

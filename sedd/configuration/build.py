@@ -22,7 +22,7 @@ from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer
 from sedd.denoiser import Denoiser
-from sedd.errors import UserError, fields_within
+from sedd.errors import UserError, fields_within, mistakes_in
 from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
 from sedd.parameterizations.base import Parameterization
@@ -239,8 +239,9 @@ def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=N
         UserError: a corpus cannot be read or lacks a split, or the tokenizer cannot be built.
     """
     cache_dir = Path(config.data.cache_dir).expanduser()
-    weighted = parse_mixture(config.data.corpus)
-    corpora = [open_corpus(spec, cache_dir=cache_dir) for spec, _ in weighted]
+    with mistakes_in("data.corpus"):
+        weighted = parse_mixture(config.data.corpus)
+        corpora = [open_corpus(spec, cache_dir=cache_dir) for spec, _ in weighted]
     for corpus in corpora:
         for split in ("train", "validation"):
             if split not in corpus.splits:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sedd.data.tokenizers import Tokenizer
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 
 _GAP = re.compile(r"\{mask(?::([^{}]*))?\}")
 _BROKEN_GAP = re.compile(r"\{\s*mask(?![a-z])[^{}]*\}?", re.IGNORECASE)
@@ -141,13 +141,13 @@ def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list
         raise UserError(
             f"infill gap {broken.group()!r} cannot be read; write {{mask:12}} for twelve tokens"
         )
-    ids = _encode(tokenizer, text, "infill text", first=not tokens)
+    ids = _encode(tokenizer, text, "infill", first=not tokens)
     tokens += [int(i) for i in ids]
     fixed += [True] * len(ids)
 
 
 def _encode(tokenizer: Tokenizer, text: str, what: str, *, first: bool = True) -> np.ndarray:
-    """The token ids of a stretch of text; ``what`` names it in messages.
+    """The token ids of a stretch of text; ``what`` is its field, for messages.
 
     ``first`` states that the text begins with it. Otherwise it is encoded as in the middle of a
     text.
@@ -158,7 +158,7 @@ def _encode(tokenizer: Tokenizer, text: str, what: str, *, first: bool = True) -
         ids = tokenizer.encode_batch([text])[0]
         return ids if first else _continued(tokenizer, text, ids)
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        raise FieldError(what, f": {error}") from error
 
 
 def _continued(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from sedd.constraints.recursions import (
     token_marginals,
     walk,
 )
+from sedd.constraints.regex import shown
 from sedd.constraints.tables import Tables, sizes_of, tables
 from sedd.constraints.token_automaton import TokenAutomaton
 from sedd.errors import UserError
@@ -215,14 +216,14 @@ class Automaton(TokenAutomaton):
             if not (edges_E & possible_LC[position, self.edge_class]).any():
                 states = np.unique(self.edge_source[edges_E])
                 raise UserError(
-                    f"position {first + position}: all tokens that {self.pattern!r} allows there, "
-                    f"in state {', '.join(map(str, states[:5]))}, have probability 0"
+                    f"position {first + position}: all tokens that {shown(self.pattern)} allows "
+                    f"there, in state {', '.join(map(str, states[:5]))}, have probability 0"
                 )
             edges_E &= possible_LC[position, self.edge_class]
             reached_S = np.zeros(self.num_states, bool)
             reached_S[self.edge_target[edges_E]] = True
         # Every position has a possible edge, but the product of their probabilities is too small.
-        raise UserError(f"no string of {self.pattern!r} has a probability above 0")
+        raise UserError(f"no string of {shown(self.pattern)} has a probability above 0")
 
     def _refuse_span(self, fixed_L, final_S, start, budget, first, text_of) -> NoReturn:
         """Raise UserError about the length, if it is impossible, or about the first wrong token.
@@ -242,8 +243,8 @@ class Automaton(TokenAutomaton):
             needs = int(self.distance[start])
             have = f"{length} tokens are left" + (f" and {budget} after them" if budget else "")
             if needs > length + budget:
-                raise UserError(f"{self.pattern!r} needs at least {needs} tokens: {have}")
-            raise UserError(f"{self.pattern!r} matches nothing of exactly that length: {have}")
+                raise UserError(f"{shown(self.pattern)} needs at least {needs} tokens: {have}")
+            raise UserError(f"{shown(self.pattern)} matches nothing of exactly that length: {have}")
         count = bisect.bisect_left(range(len(given)), True, key=lambda i: impossible(i + 1))
         position = int(given[count])
         token = int(fixed_L[position])
@@ -251,7 +252,7 @@ class Automaton(TokenAutomaton):
         text = f", {text!r}," if text else ""
         raise UserError(
             f"the token {token}{text} that is given at position {first + position} contradicts "
-            f"{self.pattern!r}"
+            f"{shown(self.pattern)}"
         )
 
     def final(self, budget: int) -> np.ndarray:
@@ -345,7 +346,7 @@ class Automaton(TokenAutomaton):
                 self.edge_target[reached_S[self.edge_source]], minlength=self.num_states
             ).astype(bool)
         states = ", ".join(map(str, np.flatnonzero(reached_S)[:5]))
-        return f"state {states} of {self.pattern!r}"
+        return f"state {states} of {shown(self.pattern)}"
 
     def _possible(self, value_S, log_probs_LN, options) -> float:
         """The suffix value of the start state; UserError if it is that of log 0."""

@@ -73,7 +73,7 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
     if name == spec and name and (corpus := open_files(spec)) is not None:
         return WithHeldOut.of(corpus)
     if name == spec and re.search(r"[/\\*?]|\.\w+$", name):
-        raise UserError(f"no such file, folder or pattern: {name}")
+        raise UserError(f"{name}: no such file, folder or pattern")
     near = difflib.get_close_matches(name, NAMES, n=1)
     hint = f", did you mean {near[0]!r}?" if near else "."
     raise UserError(f"unknown corpus {name!r}{hint} There are {', '.join(NAMES)}; {FORMS}")

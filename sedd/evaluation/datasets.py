@@ -264,7 +264,7 @@ def open_all(
                 raise UserError(f"there is a {data.label} already")
             opened.append(data)
         except UserError as error:
-            failed.append(f"{spec}: {error}")
+            failed.append(f"{spec}: {str(error).removeprefix(f'{spec}: ')}")
     return opened, failed
 
 

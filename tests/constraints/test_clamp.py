@@ -94,7 +94,7 @@ def test_gaps_of_a_prompt():
         ("a{ mask:3}{mask:1}", None, "'{ mask:3}' cannot be read"),
         ("a{MASK:3}{mask:1}", None, "'{MASK:3}' cannot be read"),
         ("a{mask:3}b", 4, "(5 tokens): longer than the length of 4"),
-        ("a{mask:3}ä", None, "infill text: character 'ä'"),
+        ("a{mask:3}ä", None, "infill: character 'ä'"),
     ],
 )
 def test_infill_that_cannot_be_read(text, length, message):

@@ -153,7 +153,7 @@ def test_a_folder_without_text_is_named(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert f"no such file, folder or pattern: {tmp_path}/no.txt" == refused(
+    assert f"{tmp_path}/no.txt: no such file, folder or pattern" == refused(
         f"{tmp_path}/no.txt", tmp_path
     )
 

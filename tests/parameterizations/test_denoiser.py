@@ -42,8 +42,9 @@ def test_conditional_and_score_denoisers_agree_on_the_exact_world():
 
 def test_a_time_dependent_model_needs_sigma():
     denoiser = Oracle("absorbing").score_denoiser()
-    with pytest.raises(ValueError, match="sigma_B"):
-        denoiser.log_conditional(i32([[0, 1, 2, 3]]))
+    for call in (denoiser.log_conditional, denoiser.hidden):
+        with pytest.raises(ValueError, match=r"^sigma is missing: .*pass .* as model.schedule"):
+            call(i32([[0, 1, 2, 3]]))
 
 
 def test_a_time_independent_network_never_sees_sigma():
