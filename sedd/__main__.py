@@ -1,5 +1,6 @@
 """The ``sedd`` command: ``sedd train``, ``sedd sample`` and the others by name."""
 
+import contextlib
 import importlib
 import signal
 import sys
@@ -50,11 +51,20 @@ def run_command(name: str) -> None:
     """Import the command ``name`` and run it with the arguments of ``sys.argv``.
 
     Ctrl-C during the imports ends the process as the system does by default: an exception there
-    would show a traceback from the middle of a library, or leave one half imported.
+    would show a traceback from the middle of a library, or leave one half imported. If the imports
+    take long, a line says so. An ``Activity`` would not do: a process that Ctrl-C ends could not
+    show the terminal's cursor again, which a live line hides.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    cli = importlib.import_module("sedd.commands.cli")
-    command = importlib.import_module(f"sedd.commands.{name}")
+    from sedd.progress import QUIET_SECONDS, Heartbeat
+
+    waiting = contextlib.nullcontext()
+    if sys.stderr is not None:  # its descriptor may be closed
+        beat = Heartbeat(lambda: f"note: loading sedd {name}", sys.stderr, seconds=QUIET_SECONDS)
+        waiting = contextlib.closing(beat)
+    with waiting:
+        cli = importlib.import_module("sedd.commands.cli")
+        command = importlib.import_module(f"sedd.commands.{name}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.run(command.main)
 

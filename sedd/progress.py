@@ -1,7 +1,7 @@
 """Shows a waiting user what a program is doing: on a terminal at once, elsewhere after 3 s.
 
 All commands use ``Activity`` for work that may take long: loading, reading a corpus, compiling, the
-steps of a run. The Python interface shows nothing.
+steps of a run. A ``Heartbeat`` alone covers the imports before. The Python interface shows nothing.
 """
 
 import sys

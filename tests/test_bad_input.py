@@ -501,7 +501,8 @@ def test_a_place_without_permission(place, tmp_path, command, flag):
     words = [*ORDINARY, sys.executable, f"{command}.py", *given, flag, closed / "new"]
     result = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
-    assert result.stderr == f"error: {flag} {closed}/new: no permission to write there\n"
+    outcome = tiny_run.Outcome(result.returncode, result.stdout, result.stderr)
+    assert outcome.errors == [f"error: {flag} {closed}/new: no permission to write there"]
     assert list(closed.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 import tyro
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
-from tiny_run import RECIPE, ROOT, call
+from tiny_run import RECIPE, ROOT, Outcome, call
 
 import sedd
 from sedd.commands.cli import (
@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line_on_a_terminal():
     os.close(ours)
     os.close(theirs)
     message = "unrecognized option --training.stpes; did you mean --training.steps?"
-    assert result.stderr == f"error: {message}\n"
+    assert Outcome(result.returncode, "", result.stderr).errors == [f"error: {message}"]
     assert result.returncode == 2
 
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+import sedd.__main__
 from sedd import progress
 from sedd.commands import sample
 from sedd.progress import Activity, track
@@ -39,6 +42,24 @@ def test_a_line_says_what_is_done_now():
     assert lines_of(stream) == ["note: loading x", "note: reading"]
     time.sleep(0.1)
     assert lines_of(stream) == ["note: loading x", "note: reading"]
+
+
+def test_imports_that_take_long_are_shown(monkeypatch, capsys):
+    run = []
+
+    def import_module(name):
+        time.sleep(0.2)
+        return SimpleNamespace(main=name, run=run.append)
+
+    monkeypatch.setattr(sedd.__main__, "importlib", SimpleNamespace(import_module=import_module))
+    sedd.__main__.run_command("train")
+    assert run == ["sedd.commands.train"]
+    time.sleep(0.2)
+    assert lines_of(io.StringIO(capsys.readouterr().err)) == ["note: loading sedd train"]
+    monkeypatch.setattr(sys, "stderr", None)  # as after `2>&-`
+    sedd.__main__.run_command("sample")
+    assert run[1:] == ["sedd.commands.sample"]
+    assert capsys.readouterr().out == ""
 
 
 def test_no_line_while_others_are_printed(monkeypatch):

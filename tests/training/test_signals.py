@@ -1,6 +1,10 @@
-"""Ctrl-C is answered at once: while modules are imported, and while the main thread is in C++."""
+"""Ctrl-C is answered at once: while modules are imported, and while the main thread is in C++.
+
+SIGTERM leaves every batch that was drawn in the file.
+"""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +14,7 @@ import time
 
 import jax
 import pytest
+import tiny_run
 from tiny_run import ROOT
 
 from sedd.training.signals import stop_requests
@@ -40,7 +45,8 @@ def python(program):
 )
 def test_an_interrupted_import_ends_without_a_traceback(command, module):
     result = python(INTERRUPTED_IMPORT.format(command=command, module=module))
-    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+    outcome = tiny_run.Outcome(result.returncode, result.stdout, result.stderr)
+    assert (outcome.code, outcome.out, outcome.errors) == (-signal.SIGINT, "", [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -74,3 +80,44 @@ def test_other_signals_are_not_answered(capfd):
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert capfd.readouterr().err == ""
+
+
+STUCK_VERIFIER = """
+import time
+from pathlib import Path
+
+def score(texts):
+    with Path(__file__).with_name("batches").open("a") as file:
+        print(len(texts), file=file)
+    if len(Path(__file__).with_name("batches").read_text().splitlines()) == 4:
+        time.sleep(600)
+    return [0.0] * len(texts)
+"""
+
+
+def test_sigterm_leaves_every_whole_batch_in_the_file(tmp_path):
+    """The process is ended by the signal, in its fourth batch, which the verifier holds up."""
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.config())
+    (tmp_path / "code.py").write_text(STUCK_VERIFIER)
+    batches, output = tmp_path / "batches", tmp_path / "out.jsonl"
+    flags = [
+        *("--checkpoint", run, "--output", output, "--num", 99, "--batch-size", 2),
+        *("--sampler", "best_of_n", "--n", 1, "--inner", "ordered", "--inner.steps", 2),
+        *("--verifier", f"{tmp_path}/code.py:score"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", *map(str, flags)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not batches.exists() or len(batches.read_text().splitlines()) < 4:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()
+    text = output.read_text()
+    assert text.endswith("\n")
+    assert [json.loads(line)["id"] for line in text.splitlines()] == [0, 1, 2, 3, 4, 5]
