@@ -264,7 +264,9 @@ def open_all(
                 raise UserError(f"there is a {data.label} already")
             opened.append(data)
         except UserError as error:
-            failed.append(f"{spec}: {str(error).removeprefix(f'{spec}: ')}")
+            about, colon, problem = str(error).partition(": ")
+            known = colon and about in (spec, spec.partition("=")[2])  # shown as the line's start
+            failed.append(f"{spec}: {problem if known else error}")
     return opened, failed
 
 
