@@ -19,9 +19,9 @@ import numpy as np
 import optax
 from report import report, start
 
-from sedd.configuration.build import build_parts
+from sedd.configuration.build import Parts, build_parts
 from sedd.configuration.components import options
-from sedd.configuration.config import Config, TrainingOptions
+from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.networks.base import read_out
 from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.lambda_dce import LambdaDCE
@@ -55,16 +55,17 @@ class Settings:
     """Measure the compile time at these numbers of layers, and nothing else."""
 
 
-def parts_of(settings: Settings, num_layers: int):
-    """The components of a run of this shape."""
-    hidden_dim, _, heads, num_tokens = SHAPES[settings.shape]
+def config_of(settings: Settings, num_layers: int) -> Config:
+    """The configuration of a run of this shape."""
+    hidden_dim, _, heads, _ = SHAPES[settings.shape]
     parameterization = {
         "lambda_dce": "conditional",
         "score_entropy": "score",
         "autoregressive": "autoregressive",
     }[settings.objective]
     autoregressive = settings.objective == "autoregressive"
-    config = Config(
+    return Config(
+        data=DataOptions(length=settings.length),
         process=options("processes", settings.process),
         parameterization=options("parameterizations", parameterization),
         objective=options("objectives", settings.objective),
@@ -82,7 +83,11 @@ def parts_of(settings: Settings, num_layers: int):
         sampler=options("samplers", "ordered" if autoregressive else "euler"),
         training=TrainingOptions(batch_size=settings.batch_size),
     )
-    return build_parts(config, num_tokens)
+
+
+def parts_of(settings: Settings, num_layers: int) -> Parts:
+    """The components of a run of this shape."""
+    return build_parts(config_of(settings, num_layers), SHAPES[settings.shape][3])
 
 
 def plain(kind):
@@ -110,7 +115,7 @@ def plain_optimizer() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), rest)
 
 
-def compiled_step(settings: Settings, parts, objective, optimizer=None):
+def compiled_step(settings: Settings, parts: Parts, objective, optimizer=None):
     """The step, compiled ahead, with its state, its batch, and the seconds that compiling took."""
     optimizer = optimizer or make_optimizer(OptimizerOptions(), 1000)
     step = Step(
@@ -122,7 +127,7 @@ def compiled_step(settings: Settings, parts, objective, optimizer=None):
     )
     state = init_state(parts.network, optimizer, 0)
     shape = (1, settings.batch_size, settings.length)
-    tokens = np.random.default_rng(0).integers(0, SHAPES[settings.shape][3], shape, np.int32)
+    tokens = np.random.default_rng(0).integers(0, parts.process.num_tokens, shape, np.int32)
     batch = {
         "x0": jnp.asarray(tokens),
         "scored": jnp.ones(shape, bool),
