@@ -78,14 +78,15 @@ def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Arr
 
     JAX's default noise resolves 1e-7. It cuts off the tail of a large vocabulary, which acts as a
     hidden temperature (arXiv:2409.02908). From a large row a block of ``BLOCK`` entries is drawn
-    first, and then an entry of the block. This is the same law with a hundredth of the noise.
+    first, and then an entry of the block. The distribution is the same, and about 1 % of the random
+    numbers are needed.
 
     Args:
         key: one key for all rows.
         log_probs: log probabilities, normalised or not; the last axis is drawn from.
 
     Returns:
-        Indices, ``NAN`` for a row that contains nan.
+        Indices; -1 (``NAN``) for a row that contains nan.
     """
     log_probs = log_probs.astype(jnp.promote_types(log_probs.dtype, jnp.float32))
     return jnp.where(jnp.isnan(log_probs).any(-1), NAN, _draw(key, log_probs))

@@ -59,7 +59,8 @@ class Denoiser:
     def mask_id(self) -> int:
         """The id of the mask; ValueError for a process without a mask."""
         if self.process.mask_id is None:
-            raise ValueError("this needs a process with a mask")
+            kind = type(self.process).__name__.lower()
+            raise ValueError(f"the {kind} process of this model has no mask")
         return self.process.mask_id
 
     @property
@@ -110,9 +111,10 @@ class Denoiser:
     def log_conditional(
         self, x_BL: Int[Array, "B L"], sigma: Float[Array, "..."] | None = None
     ) -> Float[Array, "B L N"]:
-        """log p(x0_i = y | x) of every real token y, normalised; a causal model conditions on x_<i.
+        """log p(x0_i = y | x) of every real token y, normalised over y.
 
-        At a visible position the entry is 0 for its token and -1e6 for the others.
+        At a masked position i a causal model conditions on x_<i only. At a visible position the
+        entry is 0 for the visible token and -1e6 for the others, also for a causal model.
 
         Args:
             x_BL: tokens.
@@ -129,10 +131,18 @@ class Denoiser:
     def hidden(
         self, x_BL: Int[Array, "B L"], sigma: Float[Array, "..."] | None = None
     ) -> tuple[Float[Array, "B L D"], ...]:
-        """Call the network: the hidden states at which positions 0..L-1 are read.
+        """Call the network, and return the hidden states from which the output layer predicts x_i.
 
-        Returns a tuple with one array, or under guidance two; for the second one the given tokens
-        are masked. Raises ValueError if a time-dependent model gets no ``sigma``.
+        Args:
+            x_BL: tokens.
+            sigma: total noise, [B] or [B, L]; ignored by a time-independent model.
+
+        Returns:
+            A tuple with one array [B, L, D], whose entry i belongs to position i. Under guidance a
+            second array follows, for which the given tokens are masked.
+
+        Raises:
+            ValueError: if a time-dependent model gets no ``sigma``.
         """
         if self.time_independent:
             sigma = None

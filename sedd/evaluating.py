@@ -38,13 +38,18 @@ def evaluate(
         protocol: a ``Protocol`` or the name of one; ``dataclasses.replace`` changes fields of a
             named one. For token ids only the estimate of the protocol applies, not its cut.
         scored_BL: which token ids are scored, [S, L]; the others are conditioned on. Default: all.
-        order: compute the exact likelihood of this order of the tokens instead of a bound.
+        order: "forward", "backward" or "random": compute the exact likelihood of the tokens
+            revealed in this order instead of a bound. Only for time-independent absorbing models.
         split: split of the corpus; by default the protocol's.
         max_sequences: evaluate at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 
+    Returns:
+        Nats per token, perplexity and standard errors; see ``EvaluationResult``.
+
     Raises:
         UserError: if the data cannot be read, or does not fit the protocol or the model.
+        ValueError: if there is no sequence, or no token is scored.
 
     Example:
         >>> import sedd
@@ -88,7 +93,10 @@ def _data_set(
         num_tokens = model.process.num_tokens
         return token_data_set(data, scored_BL, num_tokens=num_tokens, max_sequences=max_sequences)
     if scored_BL is not None:
-        raise UserError("scored_BL goes with token ids: the protocol decides for a corpus")
+        raise UserError(
+            "scored_BL is only for token ids; for a corpus the protocol decides which tokens are "
+            "scored"
+        )
     reader = model.text_reader
     check_fit(name, protocol, tokenizer=reader.tokenizer.name, length=model.length)
     return reader.open(data, protocol, name=name, split=split, max_sequences=max_sequences)

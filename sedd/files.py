@@ -104,7 +104,8 @@ def only_writer(directory: Path, flag: str) -> Iterator[bool]:
 
     The lock is a kernel lock (``flock``) on a file named ``lock`` in the directory. The kernel
     releases it when the process ends, for whatever reason, so no stale lock can remain. A missing
-    directory is created. At the end the file is removed, and a new directory that is still empty.
+    directory is created. At the end the lock file is removed. The directory is removed too if this
+    call created it and it is still empty.
 
     Args:
         directory: the directory to lock.

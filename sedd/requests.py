@@ -58,7 +58,8 @@ class Request:
     suffix: str = ""
     """Text at the end."""
     infill: str | None = None
-    """Text with gaps such as ``{mask:12}``; excludes prompt and suffix."""
+    """Text with gaps: ``{mask:12}`` leaves 12 tokens free, ``{mask}`` one. Excludes prompt and
+    suffix."""
     length: int | None = None
     """Number of tokens, the given ones included. None takes the training length, or with
     ``infill`` the length of the text."""
@@ -70,7 +71,9 @@ class Request:
     json_schema: Any = None
     """JSON Schema of the free text: one, or a list, as for ``regex``; excludes regex."""
     json_schema_depth: int | None = None
-    """How deep values nest where the JSON Schema sets no limit; None takes the default depth."""
+    """Greatest nesting of values, 0 to ``MAX_NESTING``, where the JSON Schema sets none: in a
+    schema that allows any value, and in a reference within its own target. None takes ``DEPTH``, 2.
+    """
     temperature: float | None = None
     """Temperature of the distributions, see ``Reshape``. For this field and the next three, None
     takes the value of the command."""
@@ -87,7 +90,10 @@ class Request:
     def __post_init__(self):
         for name, value in vars(self).items():
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-                raise FieldError(name, "is not text: it has no UTF-8")
+                raise FieldError(
+                    name,
+                    "contains a lone surrogate (U+D800 to U+DFFF), which is not valid text",
+                )
         if self.length is not None and not 1 <= self.length <= MAX_LENGTH:
             raise FieldError("length", f"must be in 1..{MAX_LENGTH}, got {self.length}")
         if not 0 <= self.seed < 2**32:

@@ -94,7 +94,7 @@ def sample(
             tweedie for a time-dependent model, ordered for an autoregressive one.
         prompt: text at the start.
         suffix: text at the end.
-        infill: text with gaps such as ``{mask:12}``.
+        infill: text with gaps: ``{mask:12}`` leaves 12 tokens free, ``{mask}`` one.
         regex: regex that the free text must match. The value for a sequence may be a list with a
             regex or None for each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
         json_schema: a JSON Schema of the free text, in the same form; excludes ``regex``.
@@ -102,8 +102,9 @@ def sample(
             schema that allows any value, and in recursion by ``$ref``; by default 2.
         clamp: the given tokens as a ``Clamp``, instead of texts.
         constraint: compiled automata, instead of ``regex`` and ``json_schema``.
-        rule: how a step draws under a constraint, see ``sedd.constraints.spans.Spans``. At
-            temperature 0 it is ``most_likely``.
+        rule: how a step draws under a constraint: ``"joint"`` (a sample restricted to matches),
+            ``"most_likely"`` (the most likely match) or ``"dingo"`` (arXiv:2505.23061); see
+            ``sedd.constraints.spans.Spans``. At temperature 0, ``joint`` becomes ``most_likely``.
         verifier: for best_of_n and particle: a function from a list of texts to one finite score
             each, higher is better.
         trace: also return the tokens after every round.
@@ -148,7 +149,10 @@ def _sampler(
         return build_sampler(sampler, model.schedule, verifier=scorer, **options)
     if options or verifier is not None:
         given = [*options, *(["verifier"] if verifier else [])]
-        raise UserError(f"the sampler is built already: it takes no {', '.join(given)}")
+        raise UserError(
+            f"sampler is an object whose options are fixed: {', '.join(given)} cannot change it; "
+            "give the sampler's name with the options, or set them when building the object"
+        )
     return sampler
 
 

@@ -168,7 +168,7 @@ def test_other_objectives_refuse_it(name):
 
 @pytest.mark.parametrize("reading", [Conditional, Score])
 def test_the_objective_refuses_others(reading):
-    with pytest.raises(ValueError, match="needs the parameterization autoregressive"):
+    with pytest.raises(ValueError, match="needs the autoregressive parameterization"):
         Objective(schedule=LogLinear(), parameterization=reading(process=WORLD.process))
 
 

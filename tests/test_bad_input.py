@@ -222,7 +222,7 @@ SAMPLE = [
 DEPTH = "--json-schema-depth must be in 0..64, got "
 MODEL = "act on the conditional of clean tokens, which exists on the absorbing process only"
 LATER = "needs a time-independent model: this one depends on the noise level (euler, tweedie and"
-UNMASKED = "needs a model of the absorbing process: this one's lets visible tokens be wrong ("
+UNMASKED = "needs a model of the absorbing process; in the process of this model visible tokens"
 NEEDS = " needs --verifier FILE.py:FUNCTION, a function from a list of texts to a score each"
 PROCESSOR = "--sampler ordered --logit-processor {place}/code.py"
 WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm"
@@ -430,7 +430,10 @@ def test_a_mistake_is_one_line(place, tmp_path, command, arguments, message):
 
 def test_a_flag_that_is_not_utf8_is_one_line(place):
     result = call("sample", "--checkpoint", place / "run", "--prompt", "a\udcff")
-    assert (result.code, result.errors) == (2, ["error: --prompt is not text: it has no UTF-8"])
+    assert (result.code, result.errors) == (
+        2,
+        ["error: --prompt contains a lone surrogate (U+D800 to U+DFFF), which is not valid text"],
+    )
 
 
 def test_refused_requests_do_not_stop_the_others(place, tmp_path):

@@ -180,7 +180,7 @@ def test_the_cache_follows_the_environment(monkeypatch):
 def test_a_cross_entropy_is_refused_where_it_would_leave_the_score_untrained(objective):
     """A cross entropy does not see a constant added to a row of raw output; a score is changed."""
     config = load_config(ROOT / "configs" / "text8_sedd.py")
-    with pytest.raises(UserError, match="does not train the normaliser of a score"):
+    with pytest.raises(UserError, match="cannot train the scale of a score"):
         build_parts(with_component(config, "objective", objective), num_tokens=27)
 
 

@@ -221,7 +221,7 @@ def test_sample_defaults(runs):
         ({"sampler": "tweedi"}, "did you mean 'tweedie'"),
         ({"step": 3}, "no field 'step'; did you mean 'steps'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"sampler": Euler(schedule=LogLinear()), "steps": 3}, "built already: it takes no steps"),
+        ({"sampler": Euler(schedule=LogLinear()), "steps": 3}, "options are fixed: steps"),
     ],
 )
 def test_sample_refuses(runs, arguments, message):

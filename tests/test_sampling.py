@@ -347,9 +347,9 @@ def test_bad_options_are_named(model, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 4}, "it takes no steps"),
-        ({"inner": "tweedie"}, "it takes no inner"),
-        ({"verifier": vowels}, "it takes no verifier"),
+        ({"steps": 4}, "options are fixed: steps"),
+        ({"inner": "tweedie"}, "options are fixed: inner"),
+        ({"verifier": vowels}, "options are fixed: verifier"),
     ],
 )
 def test_a_built_sampler_takes_no_options(model, options, message):

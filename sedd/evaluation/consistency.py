@@ -51,7 +51,7 @@ def consistency(
         x0_BL: held-out sequences.
         scored_BL: the positions of which pairs are drawn.
         key: draws the pairs.
-        pairs: the number of pairs. No first position is drawn twice.
+        pairs: the number of pairs. No position is drawn twice as the first of a pair.
         distance: the distance of the second position from the first; None for any other position
             of the sequence.
         top: compare so many tokens of each position, the most likely ones and the true one. The
@@ -61,8 +61,10 @@ def consistency(
         batch_size: rows of a network call.
 
     Raises:
-        ValueError: if the model has no mask or is autoregressive, if there are fewer possible first
-            positions than ``pairs``, or if the grid of tokens is too large.
+        ValueError: if the process is not absorbing or the model is autoregressive, if ``distance``
+            is below 1, if there are fewer possible first positions than ``pairs``, if the grid has
+            fewer than 2 or more than ``LARGEST_GRID`` tokens a position, or if a time-dependent
+            model gets no ``sigma`` for sequences of fewer than 3 tokens.
     """
     positions = draw_pairs(denoiser, np.asarray(scored_BL), key, pairs=pairs, distance=distance)
     size = _grid_size(denoiser, top)
@@ -209,13 +211,16 @@ def draw_pairs(
     pairs: int,
     distance: int | None,
 ) -> np.ndarray:
-    """Draw pairs of scored positions, [P, 3]: a sequence and two ascending positions.
+    """Draw pairs of scored positions.
+
+    One position of a pair is drawn without replacement, then the other one by ``distance``. Returns
+    integers [P, 3]: the sequence, the smaller and the larger position.
 
     Args:
         denoiser: the model, which is only checked.
         scored_BL: the positions to draw from.
         key: determines the pairs.
-        pairs: how many; first positions are drawn without replacement.
+        pairs: how many.
         distance: the distance of the second position; None for any other one of the sequence.
 
     Raises:

@@ -24,14 +24,16 @@ ORDER_MEASURES = {  # measures between the two chains, as they are named for a r
 class Consistency:
     """Measures of P pairs of positions, whose joint is constructed in J ways.
 
-    Reports show means over pairs. Their standard errors treat pairs as independent: the pairs have
-    different first positions, mostly in different sequences.
+    Reports show means over pairs. Their standard errors treat pairs as independent. No position is
+    drawn twice as the first of a pair. With a random distance, positions may still occur in several
+    pairs, and a pair may occur twice.
 
     Args:
         joints: names of the J constructions, the keys of ``pair_joints``.
         distance: the distance between the two positions; None if it is random.
-        num_tokens: tokens of the grid, for each position.
-        exact: whether the grid has all tokens.
+        num_tokens: how many tokens are compared at each position. The joints are tables of
+            num_tokens × num_tokens pairs of tokens, called the grid.
+        exact: whether the grid has all real tokens.
         sigma: total noise that a time-dependent model was given; None for a time-independent model.
         positions: [P, 3], the sequence and the positions a < b of each pair.
         coverage: [P], the mass of ``chain_ab`` on the grid.

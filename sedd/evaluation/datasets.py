@@ -240,7 +240,10 @@ class TextReader:
         """The ids of the beginning and the end of a document."""
         bos_id, eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         if bos_id is None or eos_id is None:
-            raise UserError(f"--specials: tokenizer {self.tokenizer.name} has no end of a document")
+            raise UserError(
+                f"--specials: tokenizer {self.tokenizer.name} lacks a token for the beginning or "
+                "the end of a document"
+            )
         return bos_id, eos_id
 
 
@@ -261,7 +264,10 @@ def open_all(
         try:
             data = open_one(spec)
             if data.label in [other.label for other in opened]:
-                raise UserError(f"there is a {data.label} already")
+                raise UserError(
+                    f"another data set has the label {data.label!r} already, and figures are "
+                    "stored by label"
+                )
             opened.append(data)
         except UserError as error:
             about, colon, problem = str(error).partition(": ")

@@ -70,8 +70,9 @@ class Diversity:
 def measure_diversity(sequences: Sequence[np.ndarray], *, tokenization: str) -> Diversity:
     """Count n-grams, repeats and entropy on the token ids of each sample.
 
-    An n-gram is represented by a number below the number of tokens: the number of its first n - 1
-    ids and its last id are joined and renumbered. All samples are counted in one pass per n.
+    Every distinct n-gram gets an integer code, made from the code of its first n - 1 ids and its
+    last id. Codes are renumbered for each n, so that they stay small. All samples are counted in
+    one pass for each n.
 
     Args:
         sequences: the token ids of each sample.

@@ -36,11 +36,13 @@ class Documents:
     Args:
         num_types: V, the distinct words of all documents.
         counts_SV: how often each word occurs in each document.
-        types_SG: distinct words among a document's first words, at each of ``CHECKPOINTS``; nan
-            beyond its end.
-        bigram_types_SG: distinct pairs of neighbouring words among as many first pairs; nan beyond.
-        sentences_SK: the number of sentences of 1..LONGEST words.
-        stop_runs_SK: the number of runs of 1..LONGEST stop words between other words.
+        types_SG: entry g is the number of distinct words among the first ``CHECKPOINTS[g]`` words
+            of a document; nan if the document has fewer words.
+        bigram_types_SG: entry g is the number of distinct pairs of neighbouring words among the
+            first ``CHECKPOINTS[g]`` pairs; nan if the document has fewer words.
+        sentences_SK: entry k - 1 is the number of sentences of k words, for k = 1..LONGEST; longer
+            ones count as LONGEST.
+        stop_runs_SK: the same for runs of k stop words between other words.
         words_S: words of each document.
         stop_share_S: the share of stop words among a document's words.
         symbol_share_S: the share of symbols among its characters other than white space.

@@ -50,7 +50,10 @@ class Judge(Protocol):
         ...
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
-        """Return a feature vector for each text, [S, D]: the judge's last hidden state."""
+        """Return a feature vector for each text, [S, D].
+
+        It is the hidden state of the judge's last layer at the last token of the text.
+        """
         ...
 
 
@@ -123,7 +126,11 @@ class WindowJudge:
         return Judgement(nats_S=nats_S, tokens_S=tokens_S)
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the last hidden state [S, D] of each text, cut to ``context`` tokens."""
+        """Return the last layer's hidden state at the last token of each text, [S, D].
+
+        Texts are cut to their first ``context`` tokens. An empty text has the state of a padding
+        token.
+        """
         rows = [ids[: self.context] for ids in self.encode(texts)]
         length = min(bucket(max([1, *map(len, rows)])), self.context)
         found = []

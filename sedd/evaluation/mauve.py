@@ -2,10 +2,10 @@
 
 Pillutla et al., arXiv:2102.01454. Each text has a feature vector; k-means divides the vectors of
 both sets into buckets. The two histograms P and Q are compared by their mixtures R = λP + (1 − λ)Q:
-the score is the area under the curve of (exp(−c·KL(Q‖R)), exp(−c·KL(P‖R))), which is 1 for equal
-histograms and near 0 for disjoint ones. A score depends on the features, on the number of texts and
-on the number of buckets. Only scores for which all of these are the same can be compared, so that
-scores of this module cannot be compared with published ones.
+the score is the area under the curve of (exp(−c·KL(Q‖R)), exp(−c·KL(P‖R))) with c = 5. It is 1 for
+equal histograms and near 0 for disjoint ones. A score depends on the features, on the number of
+texts and on the number of buckets. Only scores for which all of these are the same can be compared,
+so that scores of this module cannot be compared with published ones.
 """
 
 from dataclasses import dataclass
@@ -95,6 +95,9 @@ def mauve(
 ) -> Mauve:
     """Compute the MAUVE score of samples against real text.
 
+    Feature vectors are scaled to length 1, centred, and reduced to the principal components that
+    hold 90 % of the variance (``VARIANCE``). k-means then divides them into buckets.
+
     Args:
         samples_SD: a feature vector for each sample.
         reference_SD: a feature vector for each real text.
@@ -134,8 +137,9 @@ def mauve(
 
 
 def divergence_curve(p_K: np.ndarray, q_K: np.ndarray) -> np.ndarray:
-    """Return the points (exp(−c·KL(q‖r)), exp(−c·KL(p‖r))) for mixtures r of p and q.
+    """Return the curve as points [POINTS + 2, 2].
 
+    Each point is (exp(−c·KL(q‖r)), exp(−c·KL(p‖r))) for a mixture r of p and q, with c = ``SCALE``.
     The first and the last point are the ends of the curve on the axes, (1, 0) and (0, 1).
 
     Args:

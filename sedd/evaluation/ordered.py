@@ -39,7 +39,7 @@ def ordered_nats(
             call (``evaluate_bound``).
     """
     if not denoiser.process.absorbing:
-        raise ValueError("an order of reveals needs a process on which a visible token is certain")
+        raise ValueError("the likelihood of an order needs an absorbing process")
     if denoiser.causal:
         raise ValueError(
             "an autoregressive model has one order, from left to right: evaluate_bound gives its "
@@ -47,8 +47,8 @@ def ordered_nats(
         )
     if not denoiser.time_independent:
         raise ValueError(
-            "an order of reveals has no noise level, on which this model depends: its likelihood "
-            "has a bound only (evaluate_bound)"
+            "the likelihood of an order needs a time-independent model; for this time-dependent "
+            "model only a bound exists (evaluate_bound)"
         )
     # The scored positions come first, in their order.
     later_BL = ~jnp.take_along_axis(scored_BL, order_BL, 1)

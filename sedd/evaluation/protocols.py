@@ -21,7 +21,8 @@ class Protocol:
     """How a text is cut into rows, and how these are evaluated."""
 
     estimator: Estimator = "auto"
-    """auto: k_dce (mean over orders) for time-independent absorbing models, else score_entropy."""
+    """auto: k_dce (mean over orders) for time-independent absorbing models, else score_entropy.
+    Autoregressive models always have exact, the likelihood itself."""
     outer_terms: bool = True
     """Add the prior and the reconstruction to a score entropy. Without them the figure is no bound,
     but the mean of the loss over t in [t_min, 1]."""
@@ -37,9 +38,10 @@ class Protocol:
     """as_trained: as in the model's training. wrapped: documents, each followed by its end token,
     are joined and cut into rows; the remainder is dropped. whole: the same, but the remainder
     becomes a padded last row, so that every token is scored exactly once. truncated: one row for
-    each document, whose rest is dropped."""
+    each document; tokens of a document beyond its row are dropped."""
     drop_every: int | None = None
-    """With cut wrapped: drop the remainder after each so many documents, not only at the end."""
+    """With cut wrapped: join this number of documents at a time, cut each group into rows, and drop
+    the remainder of each group. None joins all documents into one group."""
     specials: bool = False
     """Begin every row with the token for the beginning of a document and end it with the token for
     the end; both are scored."""
@@ -130,6 +132,6 @@ def check_fit(
         own = " and ".join(str(has) for *_, has in wrong)
         flags = " ".join(f"--{what} {has}" for what, _, has in wrong)
         raise UserError(
-            f"protocol {name} expects {expected}, and the model has {own}; {flags} departs from "
-            "the protocol, and the table says so"
+            f"protocol {name} expects {expected}, and the model has {own}; to evaluate all the "
+            f"same, give {flags}: the table then states the departure from the protocol"
         )

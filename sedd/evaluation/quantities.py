@@ -19,9 +19,11 @@ Quantity = tuple[str, Measured | None, Measured | None]
 
 
 def quantities_of(documents: Documents, is_sample_S: np.ndarray) -> dict[str, Quantity]:
-    """Return a quantity for each statistic of ``permutation.distances_of``, by its name.
+    """Return (name of the quantity, value for samples, value for real text) for each statistic.
 
-    A value is None if it cannot be estimated, for example from texts that are too short.
+    Keys are the names of ``permutation.distances_of``. A value is None if it cannot be estimated,
+    for example from texts that are too short. The statistic "words" has no quantity: ("", None,
+    None).
     """
     sets = (is_sample_S, ~is_sample_S)
     num_types = [int((documents.counts(s) > 0).sum()) for s in sets]
@@ -107,10 +109,13 @@ def _heaps(curve_SG, reached_G) -> Measured | None:
 
 
 def curves_of(documents: Documents, chosen_S: np.ndarray) -> dict[str, Any]:
-    """Return the curves of the chosen documents that the report plots.
+    """Return the curves of the chosen documents that the report plots, by name.
 
-    ``rank_frequency`` and the cumulative distributions are pairs (x, y). ``growth`` has the mean
-    numbers of distinct words and of distinct pairs after so many words, with standard errors.
+    ``rank_frequency`` is (rank, share of the words). ``sentence_length``, ``stop_runs``,
+    ``stop_words`` and ``symbols`` are cumulative distributions (value, share of at most it).
+    ``growth`` is a dictionary: after ``words`` words, a document has on average ``types`` distinct
+    words and ``bigram_types`` distinct pairs, with the standard errors ``types_error`` and
+    ``bigram_types_error``.
     """
     counts = descending(documents.counts(chosen_S)[None])[0]
     counts = counts[counts > 0]

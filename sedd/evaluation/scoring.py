@@ -123,7 +123,9 @@ def choose_estimate(chosen: Protocol, denoiser: Denoiser, order: Order | None = 
         return Estimate(name=name, draws=0 if name == "exact" else chosen.draws, compute=compute)
     if denoiser.causal:
         raise FieldError(
-            "order", f"{order}: an autoregressive model has its own order, the default"
+            "order",
+            f"{order}: an autoregressive model has one order only, from left to right; leave the "
+            "order out",
         )
     if not denoiser.time_independent or not denoiser.process.absorbing:
         raise FieldError("order", f"{order} needs a time-independent absorbing model")

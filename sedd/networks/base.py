@@ -54,7 +54,15 @@ class Attend:
             raise ValueError(f"strict compares ranks: it needs kind 'ranks', got {self.kind!r}")
 
     def mask(self, queries: int, keys: int) -> Bool[Array, "B 1 Q K"]:
-        """The mask, True where a query sees a key; axes that all sequences share have size 1."""
+        """Return the mask, True where a query sees a key; it broadcasts to [B, 1, Q, K].
+
+        The batch axis has size 1 if neither ranks nor segments are given. For the kind ``all``
+        without segments the last two axes have size 1 too.
+
+        Args:
+            queries: the number of queries, Q.
+            keys: the number of keys, K.
+        """
         seen = jnp.ones((1, 1, 1), bool)
         if self.kind == "causal":
             seen = (jnp.arange(keys)[None] <= jnp.arange(queries)[:, None])[None]

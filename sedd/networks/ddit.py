@@ -15,6 +15,7 @@ Suffixes: ``C`` channels of the condition, ``F`` features; the others as in ``se
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -106,20 +107,7 @@ class DDiT(Network):
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Draw fresh float32 parameters; the raw output of a fresh network is 0 everywhere."""
-        # Under jit the compiler drops the forward pass that Flax runs to find the shapes.
-        return jax.jit(self._init)(key)
-
-    def _init(self, key):
-        tokens_BL = jnp.zeros((1, 1), jnp.int32)
-        sigma_B = jnp.zeros(1, jnp.float32) if self.time_conditioned else None
-        # Parameters do not depend on the backend of the attention, which may refuse length 1.
-        trunk = _Trunk(replace(self, attention="einsum"))
-        params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None)["params"]
-        head = {
-            "kernel": jnp.zeros((self.hidden_dim, self.num_states), jnp.float32),
-            "bias": jnp.zeros(self.num_states, jnp.float32),
-        }
-        return {"trunk": params, "head": head}
+        return _init(self, key)
 
     def hidden(
         self,
@@ -167,6 +155,24 @@ class DDiT(Network):
         """The matrix and bias of the output layer, arguments of ``read_out``."""
         head = whole(params["head"])
         return head["kernel"], head["bias"]
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(network: DDiT, key: Key[Array, ""]) -> Params:
+    """The body of ``DDiT.init``: compiled once for equal networks.
+
+    Under jit the compiler drops the forward pass that Flax runs to find the shapes.
+    """
+    tokens_BL = jnp.zeros((1, 1), jnp.int32)
+    sigma_B = jnp.zeros(1, jnp.float32) if network.time_conditioned else None
+    # Parameters do not depend on the backend of the attention, which may refuse length 1.
+    trunk = _Trunk(replace(network, attention="einsum"))
+    params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None)["params"]
+    head = {
+        "kernel": jnp.zeros((network.hidden_dim, network.num_states), jnp.float32),
+        "bias": jnp.zeros(network.num_states, jnp.float32),
+    }
+    return {"trunk": params, "head": head}
 
 
 class _Trunk(nn.Module):

@@ -58,7 +58,9 @@ class Objective(ABC):
 
     def __post_init__(self):
         if self.causal and not self.parameterization.causal:
-            raise ValueError("it needs the parameterization autoregressive")
+            raise ValueError(
+                "the autoregressive objective needs the autoregressive parameterization"
+            )
         if self.parameterization.causal and not self.causal:
             raise ValueError(
                 "it corrupts tokens anywhere, but the parameterization autoregressive sees only "
@@ -183,11 +185,14 @@ class DenoisingCrossEntropy(Objective):
     def __post_init__(self):
         super().__post_init__()
         if not self.process.absorbing:
-            raise ValueError("it needs an absorbing process; score_entropy works on any")
+            raise ValueError(
+                "a denoising cross entropy needs an absorbing process; the objective "
+                "score_entropy works on any"
+            )
         if not self.parameterization.normalised:
             raise ValueError(
-                "it needs the parameterization conditional: it does not train the normaliser of a "
-                "score; score_entropy does"
+                "a cross entropy needs the parameterization conditional: it cannot train the "
+                "scale of a score; the objective score_entropy can"
             )
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R):
@@ -206,4 +211,7 @@ class DenoisingCrossEntropy(Objective):
     def _require_time_independent(self) -> None:
         """Raise ValueError if the network needs a noise level; the objective draws none."""
         if not self.parameterization.time_independent:
-            raise ValueError("it has no time: it needs a time-independent conditional network")
+            raise ValueError(
+                "this objective draws no noise level: the parameterization must be "
+                "time-independent (time_independent=True)"
+            )

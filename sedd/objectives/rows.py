@@ -28,13 +28,16 @@ RowNats = Callable[[Array, tuple[Array, ...]], Array]
 
 
 def chunk_rows(num_rows: int, num_states: int, copies: int = 1) -> tuple[int, ...]:
-    """Return the sizes of chunks in rows: a long one, and a short one for what remains.
+    """Return the sizes of chunks in rows: a long one, and a short one for the remainder.
+
+    The short one has a quarter of the rows of a long one. A long chunk has at most a sixteenth of
+    the rows and fits into ``CHUNK_BYTES``, but has at least ``LEAST_ROWS`` rows (or all rows of a
+    smaller batch), even if these need more memory.
 
     Args:
         num_rows: rows of the batch.
         num_states: entries of a row, V.
-        copies: float32 arrays of a chunk's size in memory at once, which together stay within
-            ``CHUNK_BYTES``.
+        copies: float32 arrays [chunk, V] that are in memory at the same time.
     """
     most = 1 << max((CHUNK_BYTES // (4 * num_states * copies)).bit_length() - 1, 0)
     long = min(num_rows, max(LEAST_ROWS, min(most, num_rows // 16)))

@@ -45,10 +45,13 @@ class Parameterization(ABC):
 
     The axes of ``sigma`` are the leading axes of x: [B] or [B, L] for tokens [B, L].
 
-    If ``time_independent``, the network gets no ``sigma``. If ``normalised``, the raw output passes
-    through a softmax, so that a constant added to a row changes nothing. Cross entropies train only
-    such parameterizations: they give no gradient to that constant, which is part of a log score. If
-    ``causal``, the output at position i depends only on the tokens before i.
+    If ``time_independent``, the network gets no ``sigma``. If ``causal``, the output at position i
+    depends only on the tokens before i.
+
+    If ``normalised``, the raw output is used only through a softmax, so that a constant added to a
+    row changes nothing. A log score is not normalised: the constant is part of the score. A cross
+    entropy gives no gradient to the constant, so the cross-entropy objectives accept normalised
+    parameterizations only.
     """
 
     process: Process
@@ -75,8 +78,9 @@ class Parameterization(ABC):
     def masked_logits(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
         """Unnormalised log probabilities of the clean token at a mask of an absorbing process.
 
-        They are the raw output of the real tokens, even if the raw output is a log score: that is
-        the log probability plus a function of σ, which normalisation cancels.
+        The result is the raw output of the real tokens. This holds for a log score too: at a mask a
+        log score is the log probability plus a function of σ, and normalisation cancels the
+        function.
         """
         return raw[..., : self.process.num_tokens]
 

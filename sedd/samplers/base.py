@@ -63,8 +63,8 @@ class Sampler(ABC):
         name = type(self).__module__.rpartition(".")[2]
         if self.needs_absorbing and not denoiser.process.absorbing:
             raise UserError(
-                f"sampler {name!r} needs a model of the absorbing process: this one's lets visible "
-                "tokens be wrong (euler and tweedie work on any)"
+                f"sampler {name!r} needs a model of the absorbing process; in the process of this "
+                "model visible tokens may be wrong (euler and tweedie work on any process)"
             )
         if self.needs_time_independent and not denoiser.time_independent:
             raise UserError(
@@ -73,8 +73,9 @@ class Sampler(ABC):
             )
         if denoiser.causal and not self.left_to_right:
             raise UserError(
-                f"sampler {name!r} cannot draw from this model, which is autoregressive: use "
-                "--sampler ordered --order forward, without steps"
+                f"sampler {name!r} cannot draw from an autoregressive model: use the sampler "
+                "ordered with the order forward, without steps (--sampler ordered --order "
+                "forward)"
             )
         if denoiser.causal and (denoiser.guided or denoiser.constraint is not None):
             raise UserError(

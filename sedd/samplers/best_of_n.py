@@ -17,10 +17,11 @@ from sedd.samplers.verifier import Verifier, verify
 class BestOfN(Sampler):
     """Draw ``n`` sequences by ``inner`` and return the one with the highest score.
 
-    If scores are distinct, the probability of a sequence with the score s is F^n - G^n, where the
-    inner sampler's probabilities are F for a score of at most s, and G for a score below s. As n
-    grows the law concentrates on the best sequence that the inner sampler can draw. Among equal
-    scores the first drawn sequence is returned. The network calls of all n are counted.
+    Let F be the probability that one draw of the inner sampler scores at most s, and G the
+    probability that it scores below s. If all sequences have different scores, the sequence with
+    the score s is returned with probability F^n - G^n. As n grows the law concentrates on the best
+    sequence that the inner sampler can draw. Among equal scores the first drawn sequence is
+    returned. The network calls of all n are counted.
     """
 
     inner: Sampler
@@ -32,7 +33,10 @@ class BestOfN(Sampler):
         if self.n < 1:
             raise FieldError("n", f"must be at least 1, got {self.n}")
         if hasattr(self.inner, "verifier"):
-            raise FieldError("inner", "must be a sampler without a verifier, not another search")
+            raise FieldError(
+                "inner",
+                "must not be best_of_n or particle, which have a verifier of their own",
+            )
 
     @property
     def caveat(self):

@@ -16,12 +16,13 @@ from sedd.samplers.reveal import Revealing, check_steps, dense_rank, revealed_sh
 class EventJump(Revealing):
     """τ-leaping over ``steps`` intervals, with network calls only where positions are revealed.
 
-    The time at which a position is revealed does not depend on the network. The interval between
-    two times t = 1 - k/steps is therefore drawn for every position in advance, with its probability
-    under the schedule. Each sequence then visits only the intervals that it drew. The samples are
-    the same as if it stepped through all intervals. Positions of one interval are drawn
-    independently of each other. Over n intervals of equal probability, m free positions take
-    n(1 - (1 - 1/n)^m) network calls on average, at most m.
+    The time at which a position is revealed does not depend on the network. For every position, the
+    interval k in which it is revealed (from t = 1 - k/steps down to 1 - (k+1)/steps, k = 0, …,
+    steps - 1) is therefore drawn in advance, with its probability under the schedule. Each sequence
+    then visits only the intervals that it drew. The samples are the same as if it stepped through
+    all intervals. Positions of one interval are drawn independently of each other. Over n intervals
+    of equal probability, m free positions take n(1 - (1 - 1/n)^m) network calls on average, at most
+    m.
 
     Without ``steps`` this is first hitting, the limit of infinitely many steps: one position a call
     in random order. Its law is the model's own.

@@ -1,4 +1,4 @@
-"""Positions in a fixed order: for autoregressive models, and to compare orders; exact one a call.
+"""Fixed order of positions: for autoregressive models, to compare orders; exact one at a time.
 
 arXiv:2406.03736, section 3.3.
 """
@@ -24,7 +24,8 @@ class Ordered(Revealing):
     """
 
     order: str = "forward"
-    """Order of the positions: forward, backward, random, or positions from 0 on such as 3,0,2."""
+    """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
+    Listed positions that a sequence does not have are ignored."""
     steps: int | None = None
     """Network calls over which the positions are spread; by default one position a call."""
 

@@ -1,4 +1,4 @@
-"""Particles steered by a verifier: for samples tilted towards a score, not only its best.
+"""Particles steered by a verifier: for samples tilted towards high scores, not only the best.
 
 Sequential Monte Carlo. arXiv:2501.06848, section 3.
 """
@@ -32,7 +32,9 @@ class Crowd(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Particle(Sampler):
-    """Draw from the law ∝ p(x)·exp(tilt·score(x)) as ``particles`` grow; p is the law of ``inner``.
+    """Draw from p(x)·exp(tilt·score(x)), normalised, in the limit of many ``particles``.
+
+    Here p is the law of ``inner``, and score is the verifier's.
 
     Each request has ``particles`` sequences that are drawn side by side. Every ``resample_every``
     rounds, each of them is completed by one draw of all its masked positions, and the completion is
@@ -61,7 +63,9 @@ class Particle(Sampler):
         if not math.isfinite(self.tilt):
             raise FieldError("tilt", f"must be finite, got {self.tilt}")
         if not isinstance(self.inner, SteppedSampler):
-            raise FieldError("inner", "must be a sampler that goes step by step, not a search")
+            raise FieldError(
+                "inner", "must not be best_of_n or particle: they draw whole sequences"
+            )
 
     @property
     def caveat(self):

@@ -74,7 +74,10 @@ class ReMDM(SteppedSampler):
             raise FieldError("alpha_on", f"must be in (0, 1), got {self.alpha_on}")
 
     def share(self, step):
-        """Expected share of positions that are revealed when a step begins."""
+        """Expected share of positions that are revealed when step number ``step`` begins.
+
+        ``step`` is an array of any shape, counted from 0; the result has its shape.
+        """
         t = 1 - jnp.minimum(step / self.steps, 1.0)
         if self.strategy != "loop":
             return revealed_share(self.schedule, t)
@@ -103,7 +106,12 @@ class ReMDM(SteppedSampler):
         return jnp.where((before == self.alpha_on) & (after == self.alpha_on), capped, 0.0)
 
     def reveal_probability(self, step, remask):
-        """The probability that a masked position is revealed, given the probability ς."""
+        """The probability that a masked position is revealed in a step.
+
+        Args:
+            step: number of the step, [B, 1].
+            remask: ς, from ``remask_probability``, [B, 1] or [B, L].
+        """
         before, after = self.share(step), self.share(step + 1)
         return (after - (1 - remask) * before) / (1 - before)
 

@@ -211,7 +211,15 @@ def group_size(
 def group_of(
     rank_BL: Int[Array, "B L"], total_B: Int[Array, " B"], steps: int | None
 ) -> Int[Array, "B L"]:
-    """The round that reveals the position of each rank, in rounds of the sizes ``group_size``."""
+    """Return the round, from 0, in which each position is revealed, [B, L].
+
+    Positions are revealed in the order of their ranks; round r takes ``group_size`` of them.
+
+    Args:
+        rank_BL: ranks from 0; only ranks below ``total_B`` have a meaningful round.
+        total_B: the number of positions to reveal.
+        steps: the number of rounds; None reveals one position a round.
+    """
     total_B1 = total_B[:, None]
     groups_B1 = jnp.maximum(total_B1 if steps is None else jnp.minimum(total_B1, steps), 1)
     small_B1, larger_B1 = total_B1 // groups_B1, total_B1 % groups_B1

@@ -37,7 +37,9 @@ class SemiAutoregressive(SteppedSampler):
         if self.block_length < 1:
             raise FieldError("block_length", f"must be at least 1, got {self.block_length}")
         if not isinstance(self.inner, SteppedSampler):
-            raise FieldError("inner", "must be a sampler that goes step by step, not a search")
+            raise FieldError(
+                "inner", "must not be best_of_n or particle: they draw whole sequences"
+            )
 
     @property
     def caveat(self):

@@ -26,8 +26,8 @@ class TauLeaping(SteppedSampler):
     """Move all positions at once in each of ``steps`` equal intervals of time, from t = 1 to 1e-5.
 
     One more call then draws clean tokens by ``Process.denoise``, so that no mask is left. A
-    sequence takes ``steps`` + 1 network calls. The law tends to the model's own as the steps grow:
-    the distance between the two halves when ``steps`` doubles.
+    sequence takes ``steps`` + 1 network calls. The law tends to the model's own as ``steps``
+    grows: doubling ``steps`` halves the error.
     """
 
     steps: int = 128

@@ -19,7 +19,10 @@ from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.types import Array, Float, Int
 
-NO_NUMBERS = "the model's probabilities are nan, or the logit processor's"
+NO_NUMBERS = (
+    "the probabilities are nan: check the parameters of the model, and the logit processor if "
+    "there is one"
+)
 
 Verifier = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(tokens [R, L], real [R, L]) -> scores [R], higher is better; ``real`` is False on padding.

@@ -38,8 +38,9 @@ class NoiseSchedule(ABC):
 class Clamped(NoiseSchedule):
     """A schedule whose share of touched tokens, 1 - exp(-σ), runs from clamp to 1 - clamp.
 
-    Subclasses give the unclamped share ``moved(t)``, which rises from 0 at t = 0 to 1 at t = 1; the
-    clamped one is clamp + (1 - 2·clamp)·moved(t). arXiv:2406.04329, section 3.
+    Subclasses implement the unclamped share ``_moved(t)``, which rises from 0 at t = 0 to 1 at
+    t = 1, its derivative ``_moved_rate`` and its inverse ``_t_of_moved``. The clamped share is
+    clamp + (1 - 2·clamp)·_moved(t). arXiv:2406.04329, section 3.
     """
 
     clamp: float = 1e-4

@@ -96,7 +96,7 @@ def test_orders():
 
 def test_models_without_such_a_law_are_refused():
     x = i32([[0, 1, 2, 0]])
-    with pytest.raises(ValueError, match="noise level"):
+    with pytest.raises(ValueError, match="needs a time-independent model"):
         ordered_nats(oracle.Oracle("absorbing").score_denoiser(), i32([[0, 1, 2, 3]]), x, x >= 0)
-    with pytest.raises(ValueError, match="visible token is certain"):
+    with pytest.raises(ValueError, match="needs an absorbing process"):
         ordered_nats(oracle.Oracle("uniform").score_denoiser(), i32([[0, 1, 2, 3]]), x, x >= 0)

@@ -476,7 +476,7 @@ def test_a_file_that_is_not_an_evaluations_is_left_alone(place, tmp_path):
             "radd",
             "--protocol sedd",
             "protocol sedd expects tokenizer gpt2 and length 1024, and the model has characters "
-            "and 12; --tokenizer characters --length 12 departs from the protocol",
+            "and 12; to evaluate all the same, give --tokenizer characters --length 12: the table",
         ),
         ("radd", "--protocol sedd --length 12", "expects tokenizer gpt2, and the model has"),
         ("radd", "--protocol text8 --length 64 --tokenizer gpt2", "expects tokenizer gpt2"),
@@ -559,7 +559,10 @@ def test_a_data_set_that_is_named_twice(place):
     twice = [f"ptb={place}/text.txt", f"ptb={place}/rows.jsonl"]
     found, failed = opened(evaluation(place, "radd", "--data", *twice))
     assert [data.label for data in found] == ["ptb"]
-    assert failed == [f"{twice[1]}: there is a ptb already"]
+    (message,) = failed
+    assert message == (
+        f"{twice[1]}: another data set has the label 'ptb' already, and figures are stored by label"
+    )
 
 
 def test_unknown_protocol():
