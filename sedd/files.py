@@ -74,6 +74,16 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
                 file.close()
 
 
+def is_stdout(path: Path) -> bool:
+    """Whether a path names standard output: then nothing else may be printed between its data."""
+    return path == STDOUT or os.path.realpath(path) == os.path.realpath("/dev/stdout")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path names a stream (standard output or error, a FIFO, a device), not a file."""
+    return path == STDOUT or _opened_already(path) is not None or not _is_replaced(path)
+
+
 def check_writable(path: Path, flag: str) -> None:
     """Check, before long work, that a file can be written later. Creates nothing.
 

@@ -18,7 +18,10 @@ from sedd.commands import sample
 from sedd.commands.answers import Answering
 from sedd.commands.asking import Asking
 from sedd.commands.cli import run
+from sedd.commands.sample_flags import read_schema, sampler_for
+from sedd.commands.user_code import load_function, load_processor
 from sedd.configuration.components import makers, options_type
+from sedd.errors import UserError
 
 LENGTH = 12
 SEARCHES = ("best_of_n", "particle")
@@ -283,6 +286,18 @@ def test_requests_of_every_kind(place, tmp_path, sampler):
 
 
 # ------------------------------------------------ flags that reach their place
+
+
+def test_a_tilde_within_a_value_is_the_home_directory(place, monkeypatch):
+    """Flags whose value is more than a path."""
+    monkeypatch.setenv("HOME", str(place))
+    (place / "schema.json").write_text('{"const": true}')
+    assert load_function("~/code.py:vowels", "--verifier").__name__ == "vowels"
+    assert load_processor("~/code.py:ban", "--logit-processor", 33).path == str(place / "code.py")
+    assert sampler_for(["--checkpoint=~/ar"]) == "ordered"
+    assert read_schema("~/schema.json") == {"const": True}
+    with pytest.raises(UserError, match=rf"^--verifier ~/c.py:f: {place}/c.py: no such file$"):
+        load_function("~/c.py:f", "--verifier")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ The command works in this order, so that no mistake shows after hours of computi
    an interrupted evaluation goes on.
 5. Compare the samples with real text, and test the consistency of the conditionals, if asked for.
 6. Write the files (report, table, JSON), and then print the tables, which are printed even if a
-   file cannot be written.
+   file cannot be written. If the JSON goes to standard output, no tables are printed.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from sedd.evaluation.protocols import ZEROSHOT, check_fit
 from sedd.evaluation.report import Section
 from sedd.evaluation.scoring import Estimate, EvaluationResult, choose_estimate, score_data_set
 from sedd.evaluation.tables import detail_table, summary_table
-from sedd.files import write_whole
+from sedd.files import is_stdout, write_whole
 from sedd.model import Model
 from sedd.progress import Activity, track
 
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         try:
             write_files(command, model, results, figures, sections, whole=not failed)
         finally:  # print the figures even if they cannot be written
-            show(results, sections)
+            if command.json is None or not is_stdout(command.json):
+                show(results, sections)
     for message in failed:
         fail(f"--data {message}")
     return 2 if failed else 0
@@ -235,6 +236,7 @@ def write_files(command, model, results, figures, sections, *, whole: bool) -> N
         text = table.markdown() if command.table.suffix == ".md" else table.latex()
         write_whole(command.table, f"{text}\n".encode())
     if command.json is not None:
-        write_whole(command.json, json.dumps(figures, indent=2, ensure_ascii=False).encode())
+        text = json.dumps(figures, indent=2, ensure_ascii=False)
+        write_whole(command.json, f"{text}\n".encode())
         if command.resume is None and command.journal is not None and whole:
             command.journal.unlink()

@@ -16,7 +16,7 @@ import tyro
 from sedd.commands.cli import check_suffix, parse, take
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from sedd.evaluation.scoring import Order
-from sedd.files import check_writable
+from sedd.files import check_writable, is_stream
 
 TITLE = "Bound the perplexity of a trained model on data sets or files, with standard errors."
 SUFFIXES = {"table": (".md", ".tex"), "report": (".html", ".htm")}
@@ -53,7 +53,8 @@ class EvaluateCommand:
     seed: int = 0
     """Seed of the Monte-Carlo noise. The same seed gives the same figures."""
     json: Annotated[Path | None, unset("FILE.json")] = None
-    """Write every figure to this file, as one JSON object."""
+    """Write every figure to this file, as one JSON object; - is standard output, and then no table
+    is printed."""
     order: Annotated[Order | None, unset("forward|backward|random")] = None
     """Instead of a bound, compute the exact likelihood of the tokens in this order, with one
     network call for each token."""
@@ -98,9 +99,10 @@ class EvaluateCommand:
     def journal(self) -> Path | None:
         """The file of finished sequences: that of ``--resume``, or one beside ``--json``.
 
-        None without both flags. An interrupted evaluation then starts again.
+        None without both flags, or if ``--json`` is a stream such as standard output. An
+        interrupted evaluation then starts again.
         """
-        if self.resume is not None or self.json is None:
+        if self.resume is not None or self.json is None or is_stream(self.json):
             return self.resume
         return self.json.with_name(self.json.name + ".partial")
 

@@ -220,7 +220,7 @@ def judge_of(name: str) -> Judge:
         return load_smollm2().judge()
     if name.startswith("hf:"):
         return hugging_face_judge(name.removeprefix("hf:").removeprefix("//"))
-    if not Path(name).is_dir():
+    if not Path(name).expanduser().is_dir():
         near = did_you_mean(name, ["smollm2"])
         raise UserError(
             f"--judge {name}: no such directory{near or f'; did you mean hf:{name}?'} A judge is "

@@ -15,7 +15,6 @@ The command works in this order:
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from sedd.commands.sample_flags import SampleCommand, read_command, reshape_numb
 from sedd.commands.sampler_flags import flat, sampler_options
 from sedd.commands.trace import TraceRow, write_trace
 from sedd.errors import UserError
-from sedd.files import STDOUT, open_stream
+from sedd.files import is_stdout, open_stream
 from sedd.progress import Activity
 
 
@@ -158,11 +157,6 @@ def printed(batch: Sequence[Answer], model: sedd.Model, *, goes_on: Any) -> bool
             raise
         return False
     return True
-
-
-def is_stdout(path: Path) -> bool:
-    """Whether ``--output`` is standard output: then no plain text may be printed between JSON."""
-    return path == STDOUT or os.path.realpath(path) == os.path.realpath("/dev/stdout")
 
 
 def show(one: Answer, tokenizer: Any) -> None:

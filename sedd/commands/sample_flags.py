@@ -147,13 +147,13 @@ def sampler_for(arguments: Sequence[str]) -> str:
     if checkpoint is None:
         return DEFAULT
     try:
-        config = read_config(Path(checkpoint))
+        config = read_config(Path(checkpoint).expanduser())
         if config is not None:
             return default_sampler_of(config)
     except UserError:  # ``sedd.load`` says what is wrong, unless the checkpoint is published
         pass
     try:
-        published = find_config(Path(checkpoint))
+        published = find_config(Path(checkpoint).expanduser())
         kind = None if published is None else read_layout(published).description.parameterization
     except UserError:
         kind = None

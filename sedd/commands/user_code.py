@@ -5,6 +5,7 @@ when it is called, becomes one line of a UserError with the number of the line i
 """
 
 import functools
+import os
 import runpy
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
     Raises:
         UserError: the file is missing, fails while it runs, or does not define the function.
     """
-    path, _, name = spec.rpartition(":")
+    path, name = path_and_name(spec)
     if not path or not name.isidentifier():
         raise UserError(f"{flag} {spec}: it must be file.py:function")
     if not Path(path).is_file():
@@ -46,6 +47,12 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{flag} {spec}: {path} defines no function {name!r}")
     return found
+
+
+def path_and_name(spec: str) -> tuple[str, str]:
+    """Split ``file.py:function``; ``~`` is the home directory."""
+    path, _, name = spec.rpartition(":")
+    return os.path.expanduser(path), name
 
 
 @functools.cache  # the same object for equal arguments, as in ``load_function``
@@ -75,7 +82,7 @@ class LogitProcessor:
 
     def __init__(self, function: Callable[..., Any], spec: str, flag: str, mask_id: int | None):
         self.function, self.where, self.mask_id = function, f"{flag} {spec}", mask_id
-        self.path = spec.rpartition(":")[0]
+        self.path, _ = path_and_name(spec)
         self._failed = False
 
     def __call__(

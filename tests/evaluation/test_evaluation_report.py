@@ -135,6 +135,11 @@ def test_flags_that_do_not_fit(place, arguments, message):
     assert message in ran.errors[0]
 
 
+def test_a_judge_may_be_in_the_home_directory(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    assert judge_of("~/ar").name == "~/ar"
+
+
 def test_bad_lines_and_judges_are_named(place, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"tokens": [1]}\n')

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -420,6 +422,22 @@ def test_an_interrupted_evaluation_goes_on(place, tmp_path, monkeypatch):
     assert evaluate(*arguments).code == 0
     assert path.read_text() == whole
     assert not kept.exists()
+
+
+def test_a_stream_of_json_has_no_journal_beside_it(place, tmp_path, monkeypatch):
+    """``--json -`` prints JSON alone, and none of its names leaves a file behind."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    os.symlink("/dev/null", "link")
+    files = sorted(os.listdir())
+    for name in ("fifo", "link", "/dev/null", "-"):
+        assert evaluation(place, "radd", "--data", "x", "--json", name)[0].journal is None
+    assert evaluation(place, "radd", "--data", "x", "--json", "a")[0].journal == Path("a.partial")
+    kept = ("--json", "-", "--resume", "kept")
+    assert evaluation(place, "radd", "--data", "x", *kept)[0].journal == Path("kept")
+    result = evaluate(place, "--data", place / "text.txt", "--max-sequences", 4, "--json", "-")
+    assert json.loads(result.out)["num_sequences"] == 4
+    assert sorted(os.listdir()) == files
 
 
 def test_what_is_done_is_not_done_again(place, tmp_path, monkeypatch):
