@@ -1,8 +1,15 @@
-"""The exception for a user's mistake, and helpers for its message."""
+"""The exception for a user's mistake, and helpers for its message and for other lines."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Control characters except newline and tab, on which a terminal acts; separators of lines and
+# paragraphs; marks that reorder text; halves of surrogate pairs, which have no encoding.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(ValueError):
@@ -78,3 +85,8 @@ def did_you_mean(word: str, known) -> str:
     """
     close = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def printable(text: str) -> str:
+    r"""Replace characters that a terminal would act on by escapes, such as ``\x1b``."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

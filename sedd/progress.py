@@ -21,6 +21,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from sedd.errors import printable
+
 QUIET_SECONDS = 3.0  # of silence before the first line
 LONGEST_SECONDS = 60.0  # of silence between later lines
 
@@ -90,14 +92,14 @@ class Activity:
         line: Callable[[str, int], str] | None = None,
         transient: bool = True,
     ):
-        self.doing, self.total, self.completed = doing, total, completed
+        self.doing, self.total, self.completed = printable(doing), total, completed
         self._stream = sys.stderr if stream is None else stream
         self._line = line or self._note
         self._bar = self._heartbeat = None
         console = Console(file=self._stream)
         if self._stream.isatty() and console.is_terminal:
             self._bar = _bar(console, counted=total is not None, transient=transient)
-            self._task = self._bar.add_task(doing, total=total, completed=completed)
+            self._task = self._bar.add_task(self.doing, total=total, completed=completed)
             self._bar.start()
         else:
             self._heartbeat = Heartbeat(self._beat, self._stream, seconds=QUIET_SECONDS)
@@ -109,7 +111,7 @@ class Activity:
 
     def update(self, doing: str | None = None, *, completed: int | None = None) -> None:
         """Change what is being done, or how many parts are done; None changes nothing."""
-        self.doing = self.doing if doing is None else doing
+        self.doing = self.doing if doing is None else printable(doing)
         self.completed = self.completed if completed is None else completed
         if self._bar is not None:
             self._bar.update(self._task, description=self.doing, completed=self.completed)

@@ -18,16 +18,19 @@ import jax.numpy as jnp
 import pytest
 import tyro
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from rich.text import Text
 from tiny_run import RECIPE, ROOT, Outcome, call
 
 import sedd
+import sedd.data.base
+import sedd.training.checkpoint
 from sedd.commands.cli import (
+    Terminal,
     console,
     document_fields,
     note,
     parse,
     parse_config,
-    printable,
     run,
     take,
 )
@@ -39,7 +42,9 @@ from sedd.configuration.components import (
     options_type,
 )
 from sedd.configuration.config import Config
-from sedd.errors import FieldError, UserError
+from sedd.errors import FieldError, UserError, printable
+from sedd.evaluation.report import Table
+from sedd.progress import Activity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -442,10 +447,38 @@ def test_what_a_terminal_would_act_on_is_escaped(text, shown):
     assert printable(text) == shown
 
 
-@pytest.mark.parametrize("say", [note, lambda text: outcome_of(UserError(text))])
-def test_messages_hold_no_control_characters(say, capsys):
-    say("a\x1b[2Jb")
-    assert r"a\x1b[2Jb" in capsys.readouterr().err
+def say_on_a_console(text):
+    table = Table(title=text, columns=("data", "nats"), rows=[(text, 1.0)])
+    shown = Terminal(file=sys.stderr, width=90, soft_wrap=False)
+    for renderable in (text, Text(text), table):
+        shown.print(renderable)
+    shown.rule(text)
+
+
+def say_what_is_done(text):
+    with Activity(text, stream=sys.stderr) as activity:
+        activity.update(text)
+        print(activity._beat(), file=sys.stderr)
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        note,
+        lambda text: outcome_of(UserError(text)),
+        sedd.data.base.say,
+        sedd.training.checkpoint._say,
+        say_on_a_console,
+        say_what_is_done,
+    ],
+)
+@pytest.mark.parametrize("character", ["\x1b", "\x9b", "\u202e"])
+def test_messages_hold_no_control_characters(say, character, capsys):
+    say(f"a{character}[2Jb")
+    printed = capsys.readouterr().err
+    escaped = character.encode("unicode_escape").decode()
+    assert f"a{escaped}[2Jb" in printed
+    assert character not in printed
 
 
 def outcome_of(error):

@@ -2,13 +2,15 @@
 
 import json
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_run
 
 from sedd.commands.cli import parse_config
-from sedd.commands.train import TrainCommand
-from sedd.configuration.config import load_config
+from sedd.commands.train import TrainCommand, save_description
+from sedd.configuration.config import differences, load_config
 from sedd.model import read_config
 
 
@@ -134,6 +136,20 @@ def test_the_aim_of_a_recipe_stays_with_what_it_trains(flags, kept):
     arguments = ["--config", "quickstart", "--workdir", "x", *flags.split()]
     aim = parse_config(arguments, TrainCommand, "").config.aim
     assert aim == {True: load_config("quickstart").aim, False: "", None: "mine"}[kept]
+
+
+@pytest.mark.parametrize("corpus", ["café.txt", "国/*.txt", "x😀", "\udcff.txt"])
+def test_a_configuration_is_readable_text(tmp_path, corpus):
+    """Characters as they are; half of a surrogate pair, from a path that is no UTF-8, escaped."""
+    config = tiny_run.config(corpus=corpus)
+    packed = SimpleNamespace(counts=np.ones(3), num_rows=1)
+    data = SimpleNamespace(tokenizer=tiny_run.TOKENIZER, train=[(packed, 1.0)])
+    save_description(tmp_path, config, data)
+    assert read_config(tmp_path) == config
+    shown = corpus.replace("\udcff", r"\udcff")
+    assert f'"{shown}"' in (tmp_path / "config.json").read_text("utf-8")
+    there = differences(config, tiny_run.config())
+    assert there == [f'data.corpus is "{corpus}" there and "stdlib" here']
 
 
 def test_init_from_is_recorded_and_kept(begun, tmp_path, text):

@@ -10,10 +10,9 @@ import dataclasses
 import inspect
 import io
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +35,7 @@ from sedd.configuration.config import (
     recipes,
     with_component,
 )
-from sedd.errors import FieldError, UserError, first_line
+from sedd.errors import FieldError, UserError, first_line, printable
 from sedd.training.checkpoint import quiet_orbax
 from sedd.training.distributed import leave_libtpu_alone
 
@@ -45,11 +44,20 @@ PROGRAMS_SIZE = 2**30  # bytes of compiled programs to keep in the cache folder
 
 
 class Terminal(Console):
-    """A rich console for plain text, on which a reader that closes the pipe ends the command."""
+    """A rich console for plain text, with control characters in names and texts escaped.
+
+    A reader that closes the pipe ends the command.
+    """
 
     def __init__(self, **settings: Any):
         plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
         super().__init__(**{**plain, **settings})
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Any]:
+        """Yield the segments of a renderable, such as a table, each made ``printable``."""
+        for segment in super().render(renderable, options):
+            plain = segment.control is None
+            yield segment._replace(text=printable(segment.text)) if plain else segment
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError, which ``run`` takes for a success; rich would exit with 1."""
@@ -57,17 +65,6 @@ class Terminal(Console):
 
 
 console = Terminal()  # of every command: standard output
-
-# Control characters except newline and tab, on which a terminal acts; separators of lines and
-# paragraphs; marks that reorder text; halves of surrogate pairs, which have no encoding.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def printable(text: str) -> str:
-    r"""Replace characters that a terminal would act on by escapes, such as ``\x1b``."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def run(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import sedd
-from sedd.commands.cli import note, parse
+from sedd.commands.cli import console, note, parse
 from sedd.configuration.components import Options, values
 from sedd.data.tokenizers import Pretrained, Tokenizer
 from sedd.errors import UserError
@@ -61,13 +61,13 @@ def main(arguments: Sequence[str]) -> None:
         model, step = load_weights(command)
     layout, params, notes = publishable(model)
     tokenizer = {} if model.tokenizer is None else {"tokenizer.json": written(model.tokenizer)}
-    bound = validation(Path(command.checkpoint), step)
+    bound = validation(Path(command.checkpoint).expanduser(), step)
     beside = {**tokenizer, "README.md": card(model, layout, step, bound)}
     with Activity(f"writing {command.output}"):
         save_published(command.output, layout, params, beside=beside)
     for line in notes:
         note(line)
-    print(f"wrote {command.output} in the layout of {layout.name}")
+    console.print(f"wrote {command.output} in the layout of {layout.name}")
 
 
 def load_weights(command: ExportCommand) -> tuple[sedd.Model, int | None]:
@@ -203,7 +203,7 @@ def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, A
     if step is not None:  # the configuration of a published checkpoint lacks how it was trained
         plain = config.to_json()
         del plain["data"]["cache_dir"]  # a path of this machine, not a property of the model
-        dump = json.dumps(plain, indent=2)
+        dump = json.dumps(plain, indent=2, ensure_ascii=False)
         parts.append(f"## Training configuration\n\n```json\n{dump}\n```")
     return "\n\n".join(parts) + "\n"
 

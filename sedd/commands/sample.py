@@ -26,11 +26,11 @@ from rich.text import Text
 import sedd
 from sedd.commands.answers import Answer, Answering
 from sedd.commands.asking import TRACED, Asking, Survey, check_guidance, notes
-from sedd.commands.cli import console, fail, note, printable
+from sedd.commands.cli import console, fail, note
 from sedd.commands.sample_flags import SampleCommand, read_command, reshape_numbers
 from sedd.commands.sampler_flags import flat, sampler_options
 from sedd.commands.trace import TraceRow, write_trace
-from sedd.errors import UserError
+from sedd.errors import UserError, printable
 from sedd.files import is_stdout, open_stream
 from sedd.progress import Activity
 
@@ -129,9 +129,9 @@ def deliver(
             if command.trace is not None and traced:
                 write_page(command.trace, command, model, traced[:TRACED])
     if printing and output is not None:
-        console.print(f"wrote {count} samples to {printable(str(command.output))}")
+        console.print(f"wrote {count} samples to {command.output}")
     if printing and command.trace is not None:
-        console.print(f"wrote {printable(str(command.trace))}")
+        console.print(f"wrote {command.trace}")
 
 
 def printed(batch: Sequence[Answer], model: sedd.Model, *, goes_on: Any) -> bool:

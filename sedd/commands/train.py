@@ -177,8 +177,10 @@ def save_description(workdir: Path, config: Config, data: Data) -> None:
     if jax.process_index() == 0:
         described = (("config", config.to_json()), ("tokenizer", data.tokenizer.to_json()))
         for name, content in described:
-            text = json.dumps(content, indent=2 if name == "config" else None)
-            write_whole(workdir / f"{name}.json", text.encode())
+            indent = 2 if name == "config" else None
+            text = json.dumps(content, indent=indent, ensure_ascii=False)
+            # A path that is no UTF-8 has halves of surrogate pairs, which only an escape can hold.
+            write_whole(workdir / f"{name}.json", text.encode(errors="backslashreplace"))
         counts = io.BytesIO()
         np.save(counts, train_frequencies(data))
         write_whole(workdir / TRAIN_COUNTS, counts.getvalue())

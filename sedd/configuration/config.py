@@ -394,7 +394,8 @@ def differences(saved: Config, current: Config) -> list[str]:
             for key in dict.fromkeys([*a, *b]):
                 compare(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
         elif a != b:
-            found.append(f"{path} is {json.dumps(a)} there and {json.dumps(b)} here")
+            there, here = (json.dumps(value, ensure_ascii=False) for value in (a, b))
+            found.append(f"{path} is {there} there and {here} here")
 
     compare(saved.to_json(), current.to_json(), "")
     return found

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from sedd.errors import UserError
+from sedd.errors import UserError, printable
 
 HELD_OUT_EVERY = 20  # the validation split of data without splits is one twentieth of it
 
@@ -196,4 +196,4 @@ def exclusive(name: Path) -> Iterator[bool]:
 
 def say(message: str) -> None:
     """Print a note on standard error, for example that files were skipped."""
-    print(f"note: {message}", file=sys.stderr, flush=True)
+    print(printable(f"note: {message}"), file=sys.stderr, flush=True)

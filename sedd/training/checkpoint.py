@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sedd.errors import UserError, first_line
+from sedd.errors import UserError, first_line, printable
 from sedd.training.named_arrays import (
     TREES,
     checksums,
@@ -397,4 +397,4 @@ def _said(error: Exception) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(printable(f"warning: {message}"), file=sys.stderr)

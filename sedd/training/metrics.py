@@ -215,13 +215,21 @@ def plot_curves(workdir: str | Path, *, unigram_nats: float | None = None) -> Pa
     axes.set_ylim(low - margin, high + margin)
     last = max(records[-1]["step"], 1)
     axes.set_xlim(0, last * (1.09 if bound else 1.02))  # room for the last bound's number
-    axes.set_title(f"Training of {Path(workdir).absolute().name}", loc="left")
+    axes.set_title(_title(Path(workdir).absolute().name), loc="left", parse_math=False)
     _style(axes)
     figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
     path = Path(workdir) / "curves.png"
     with _Writable(path):
         figure.savefig(path)
     return path
+
+
+def _title(name: str) -> str:
+    """The title of the curves of a run: without its name if the font lacks a character of it."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return f"Training of {name}" if all(ord(c) in known for c in name) else "Training"
 
 
 def _draw_losses(axes, steps, losses) -> list[float]:

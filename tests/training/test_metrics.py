@@ -5,6 +5,7 @@ import json
 import resource
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -177,6 +178,17 @@ def test_curves(tmp_path):
     path = plot_curves(tmp_path, unigram_nats=2.8)
     assert path == tmp_path / "curves.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["国语", "a$x$ $\\nothing$", "क", "\x1b[31m", "naïve run"])
+def test_curves_of_a_run_by_any_name(tmp_path, name):
+    """A font lacks some characters, and dollar signs are no formula."""
+    write_run(tmp_path / name, steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plot_curves(tmp_path / name) is not None
+    whole = name in ("a$x$ $\\nothing$", "naïve run")
+    assert metrics._title(name) == (f"Training of {name}" if whole else "Training")
 
 
 def test_the_smoothed_curve_is_a_mean():
