@@ -360,7 +360,7 @@ def _read_json(path: Path, reader: Callable[[Any], Any]) -> Any:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the run's directory is incomplete") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: must hold an object, got {type(data).__name__}")

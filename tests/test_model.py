@@ -61,6 +61,7 @@ def test_what_a_loaded_model_says_of_itself(runs):
         (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
         (lambda run: (run / "config.json").write_text("{"), "config.json: not readable as JSON"),
         (lambda run: (run / "config.json").write_bytes(b"\xff"), "config.json: not readable"),
+        (lambda run: (run / "config.json").write_text("[" * 100_000), "config.json: not readable"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json: must hold an object"),
         (lambda run: edit(run / "config.json", sead=1), "config.json: .*'seed'"),
         (lambda run: edit(run / "config.json", seed="1"), "config.json: .*seed must be int"),

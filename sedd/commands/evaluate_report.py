@@ -177,15 +177,17 @@ def read_samples(path: Path) -> list[str]:
         UserError: the file cannot be read, or a line, which is named, has no text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # where JSON Lines end, alone
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"--samples {path}: {reason}") from error
     texts = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip(" \t\r"):
+            continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'--samples {path}, line {number}: no JSON with a "text"') from error
         if not isinstance(text, str):
             raise UserError(f'--samples {path}, line {number}: "text" must be a string')

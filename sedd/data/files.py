@@ -34,10 +34,14 @@ MAGIC = {  # first bytes of a file that is no plain text: (its format, how to co
     b"BZh": ("compressed with bzip2", "decompress it: bzip2 -d"),
     b"\xfd7zXZ\0": ("compressed with xz", "decompress it: xz -d"),
     b"PK\x03\x04": ("a zip archive", "unpack it: unzip"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", "unpack it: 7z x"),
+    b"\x04\x22M\x18": ("compressed with lz4", "decompress it: lz4 -d"),
     b"PAR1": ("a Parquet file", "convert it to JSON lines, for example with pandas"),
     b"ARROW1": ("an Arrow file", "convert it to JSON lines, for example with pandas"),
+    b"\x93NUMPY": ("a NumPy array", "give the text, not its tokens"),
     b"%PDF": ("a PDF document", "convert it to text, for example with pdftotext"),
 }
+BLOCK = 512  # bytes of the header of a tar archive, whose mark is in its middle
 UNSPLIT = ("train", "validation", "all")  # the splits of files whose names declare none
 SHOWN = 3  # file names that a note lists
 
@@ -231,11 +235,14 @@ def read_text(path: Path) -> str:
 def _chunks(path: Path) -> Iterator[bytes]:
     """The lines of a file as bytes, decompressed if its suffix is ``.gz``.
 
-    UserError if the file cannot be read or decompressed, or begins like a format in ``MAGIC``.
+    UserError if the file cannot be read or decompressed, or begins like a format in ``MAGIC`` or
+    a tar archive.
     """
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            start = file.peek(8)[:8]
+            start = file.peek(BLOCK)
+            if start[257:262] == b"ustar":
+                raise UserError(f"{path} is a tar archive, not text; unpack it: tar -xf")
             for magic, (kind, remedy) in MAGIC.items():
                 if start.startswith(magic):
                     raise UserError(f"{path} is {kind}, not text; {remedy}")
@@ -270,7 +277,7 @@ def _read_lines(path: Path, key: str) -> Iterator[str]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise UserError(f"{where}: not a line of JSON ({error})") from error
         yield _text_of(record, key, where, path)
     if empty:

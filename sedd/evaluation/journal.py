@@ -58,7 +58,7 @@ class Journal:
             other = [k for k in sorted({*about, *first}) if first.get(k) != about.get(k)]
             for record in rest:
                 self._done.setdefault(record["data"], []).append(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.path} is not the file of an evaluation") from error
         if other:
             verb = "differs" if len(other) == 1 else "differ"

@@ -2,8 +2,10 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ def write(folder, *names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"text": name}) if path.suffix == ".jsonl" else name)
     return folder
+
+
+def tar_of(*names):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+    return buffer.getvalue()
 
 
 def documents(spec, tmp_path):
@@ -102,6 +112,9 @@ def test_a_key_of_a_json_file_is_honoured(tmp_path, content, texts):
         ("a.json:body", '{"content": "x"}', "no key 'body', the keys are 'content'"),
         ("a.json:content", "[1]", "item 1: expected an object, got int"),
         ("a.json:content", "{", "not JSON"),
+        ("a.json:content", "[" * 100_000, "a.json: not JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1: not a line of JSON"),
+        ("a.ndjson:body", '{"body":' * 50_000, "line 1: not a line of JSON"),
         ("a.txt:content", "x", "it has no key 'content'; PATH:KEY is for .json"),
     ],
 )
@@ -143,8 +156,13 @@ def test_a_path_is_no_mixture(tmp_path, name):
         ("x.txt.bz2", bz2.compress(b"text"), "compressed with bzip2"),
         ("x.txt", lzma.compress(b"text"), "compressed with xz"),
         ("x.pdf", b"%PDF-1.7", "a PDF document"),
+        ("x.txt", b"7z\xbc\xaf\x27\x1c\0\x04", "a 7-Zip archive"),
+        ("x.txt.lz4", b"\x04\x22M\x18D@", "compressed with lz4"),
+        ("x.npy", b"\x93NUMPY\x01\0", "a NumPy array"),
+        ("x.tar", tar_of("x.txt"), "a tar archive"),
+        ("x.tar.gz", gzip.compress(tar_of("a", "b"), mtime=0), "a tar archive"),
     ],
-    ids=["zst", "parquet", "gzip", "bz2", "xz", "pdf"],
+    ids=["zst", "parquet", "gzip", "bz2", "xz", "pdf", "7z", "lz4", "npy", "tar", "tar.gz"],
 )
 def test_what_is_no_plain_text_is_named(tmp_path, name, content, kind):
     (tmp_path / name).write_bytes(content)

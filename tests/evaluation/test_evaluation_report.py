@@ -12,7 +12,8 @@ import pytest
 import tiny_run
 
 import sedd
-from sedd.commands.evaluate_report import judge_of
+from sedd.commands.evaluate_report import judge_of, read_samples
+from sedd.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,19 @@ def test_flags_that_do_not_fit(place, arguments, message):
     ran = evaluate(place, "radd", *arguments)
     assert ran.code == 2
     assert message in ran.errors[0]
+
+
+def test_samples_end_where_json_lines_do(tmp_path):
+    """U+2028, U+0085 and the like end lines for str.splitlines, and stand in drawn text."""
+    texts = ["a\u2028b", "c\x85d", "e\u2029", "é\n\r", "\x1c"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(("\ufeff" + "\r\n\n".join(lines)).encode())
+    assert read_samples(path) == texts
+    for bad in ("[" * 100_000, "[]", "{", '{"text": null}'):
+        path.write_text(f"{lines[0]}\n{bad}\n")
+        with pytest.raises(UserError, match=f"^--samples {path}, line 2: "):
+            read_samples(path)
 
 
 def test_a_judge_may_be_in_the_home_directory(place, monkeypatch):

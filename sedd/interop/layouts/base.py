@@ -103,7 +103,7 @@ def find_config(directory: Path) -> Path | None:
         if path.is_file():
             try:
                 data = _parse(path)
-            except (OSError, ValueError, yaml.YAMLError) as error:
+            except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
                 if path.suffix != ".json":
                     raise _unreadable(path, error) from None
                 return None
@@ -125,7 +125,7 @@ def read_layout(path: Path, names: Collection[str] = ()) -> Layout:
     """
     try:
         data = _parse(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
