@@ -98,9 +98,12 @@ def check_writable(path: Path, flag: str) -> None:
         return
     if path.is_dir():
         raise UserError(f"{flag}: it is a directory, not a file")
+    real = Path(os.path.realpath(path))
+    if any(map(os.path.islink, (real, *real.parents))):  # all other links have been followed
+        raise UserError(f"{flag}: a link that leads back to itself")
     needed = [path] if path.exists() else []
     if _is_replaced(path):
-        folder = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
+        folder = next(p for p in real.parents if p.exists())
         if not folder.is_dir():
             raise UserError(f"{flag}: {folder} is a file, not a directory")
         needed.append(folder)

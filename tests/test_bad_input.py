@@ -57,6 +57,7 @@ def place(tmp_path_factory):
     top = tmp_path_factory.mktemp("place")
     (top / "text.txt").write_text(tiny_run.text())
     (top / "null.json").write_text("null")
+    (top / "loop").symlink_to(top / "loop")
     (top / "empty.txt").write_text("")
     (top / "binary.bin").write_bytes(bytes(range(256)) * 20)
     (top / "latin1.txt").write_bytes("caf\xe9 ".encode("latin1") * 99)
@@ -159,6 +160,8 @@ TRAIN = [
     ("--config {place}/uncallable.py", "TypeError: 'int' object is not callable"),
     ("--config {place}/syntax.py", "SyntaxError: .*(syntax.py, line 1)"),
     ("--workdir {text}", "--workdir {text}: {text} is a file, not a directory"),
+    ("--workdir=", "--workdir: invalid value: ''; expected --workdir PATH"),
+    ("--workdir {place}/loop", "--workdir {place}/loop: a link that leads back to itself"),
     ("--workdir {text}/a/b", "{text} is a file, not a directory"),
     ("--workdir {run} --data.corpus {text} --seed 3", "seed is 0 there and 3 here"),
     ("--workdir {run} --data.corpus sotu", 'data.corpus is "{text}" there and "sotu" here'),
@@ -170,6 +173,10 @@ TRAIN = [
 SAMPLE = [
     ("--checkpoint {place}/none", "checkpoint {place}/none: no such directory"),
     ("--checkpoint {text}", "checkpoint {text}: no such directory"),
+    ("--checkpoint=", "checkpoint '': an empty path"),
+    ("--output=", "--output: invalid value: ''; expected --output FILE.jsonl"),
+    ("--output {place}/loop", "--output {place}/loop: a link that leads back to itself"),
+    ("--trace {place}/loop", "--trace {place}/loop: a link that leads back to itself"),
     ("--checkpoint {place}", "not a run's directory (it has no config.json)"),
     ("--checkpoint {run}/checkpoints", "(it has no config.json); did you mean {run}?"),
     ("--checkpoint {place}/no_checkpoint", "no checkpoint in {place}/no_checkpoint"),
@@ -386,6 +393,8 @@ EVALUATE = [
     ("--data {place}/none.txt", "--data {place}/none.txt: no such file, folder or pattern"),
     ("--data corpus:sotu", "is not among the"),
     ("--data {text} --json {place}", "--json {place}: it is a directory, not a file"),
+    ("--data {text} --json=", "--json: invalid value: ''; expected --json FILE.json"),
+    ("--data {text} --json {place}/loop/x", "--json {place}/loop/x: a link that leads back"),
     ("--data {text} --json {text}/x.json", "{text} is a file, not a directory"),
 ]
 CASES = [

@@ -185,7 +185,7 @@ def test_files_of_something_else_are_not_overwritten(tmp_path, files):
     assert "choose another directory" in outcome.errors[0] or "config.json" in outcome.errors[0]
 
 
-@pytest.mark.parametrize("place", ["/", "/etc", "/usr/lib", "~"])
+@pytest.mark.parametrize("place", ["/", "/etc", "/usr/lib", "~", "/var", "/opt/../tmp/"])
 def test_directories_of_the_system_are_refused(place):
     outcome = tiny_run.call("train", "--workdir", place, *tiny_run.TINY)
     assert outcome.code == 2

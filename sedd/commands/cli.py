@@ -176,18 +176,27 @@ def _print_line(message: str) -> None:
     print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
 
 
+def _path(word: str) -> Path:
+    if not word:
+        raise ValueError("an empty path")
+    return Path(os.path.expanduser(word))
+
+
 PATHS = tyro.constructors.ConstructorRegistry()  # how flags become paths
 
 
 @PATHS.primitive_rule
 def _path_rule(info: Any) -> Any:
-    """``~`` in a path is the home directory, in ``--flag=~/x`` as well, which no shell expands."""
+    """``~`` in a path is the home directory, in ``--flag=~/x`` as well, which no shell expands.
+
+    An empty path, as an unset variable of the shell gives, is refused: Python takes it for ``.``.
+    """
     if info.type is not Path:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda words: Path(os.path.expanduser(words[0])),
+        instance_from_str=lambda words: _path(words[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
     )

@@ -8,6 +8,7 @@ these samplers among them.
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -169,13 +170,14 @@ def check_files(command: SampleCommand) -> None:
             replace.
     """
     files = {"--requests": command.requests, "--output": command.output, "--trace": command.trace}
-    taken: dict[Path, str] = {}
+    taken: dict[str, str] = {}
     for flag, path in files.items():
         if path is None:
             continue
-        if path.resolve() in taken:
-            raise UserError(f"{flag} {path}: it would replace the file of {taken[path.resolve()]}")
-        taken[path.resolve()] = flag
+        target = os.path.realpath(path)
+        if target in taken:
+            raise UserError(f"{flag} {path}: it would replace the file of {taken[target]}")
+        taken[target] = flag
         if flag != "--requests" and str(path) != "-":
             check_writable(path, f"{flag} {path}")
     if command.trace is not None:

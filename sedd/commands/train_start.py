@@ -7,6 +7,7 @@ checkpoints a new run begins, from random weights or from those of ``--init-from
 
 import dataclasses
 import json
+import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -147,8 +148,9 @@ def check_is_run(workdir: Path) -> None:
             a run's.
     """
     where = f"--workdir {workdir}"
-    resolved = workdir.resolve()
-    roots = {Path(resolved.anchor), Path.home().resolve(), *map(Path, ("/tmp", "/home", "/root"))}
+    resolved = Path(os.path.realpath(workdir))
+    whole = ("/tmp", "/var", "/opt", "/srv", "/mnt", "/media", "/run", "/home", "/root")
+    roots = {Path(resolved.anchor), Path.home().resolve(), *map(Path, whole)}
     system = [Path(p) for p in ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/sys", "/usr")]
     if resolved in roots or any(p == resolved or p in resolved.parents for p in system):
         raise UserError(f"{where}: it is a directory of the system; give the name of a new one")

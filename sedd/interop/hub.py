@@ -26,6 +26,8 @@ def fetch(path: str) -> Path:
         UserError: if the checkpoint cannot be downloaded. Without a network, a copy in the hub's
             own cache is used.
     """
+    if not path:  # as an unset variable of the shell gives; Python would take it for "."
+        raise UserError("checkpoint '': an empty path")
     if path.startswith("hf:") and not path.startswith(SCHEME) and not Path(path).exists():
         raise UserError(
             f"checkpoint {path}: a checkpoint of the hub is hf://OWNER/NAME; hf:OWNER/NAME is a "
