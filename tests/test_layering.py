@@ -19,6 +19,7 @@ TOP = len(LEVELS)
 BESIDE = {  # inside a level: what a family may still import
     "arrays": {"types"},
     "files": {"errors"},
+    "progress": {"errors"},
     "denoiser": {"constraints", "parameterizations", "reshape"},
     "reshape": {"parameterizations"},
     "model": {"configuration"},
