@@ -1,6 +1,7 @@
 """The installed package: complete, usable away from the checkout, and quiet when imported."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,8 @@ def test_an_installed_package_trains_samples_and_evaluates(wheel, tmp_path):
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
+INSTALL = re.compile(r"(?:pip3?|pipx|uv) (?:install|add)[^`\n;]*")
+
 IMPORTS = """
 import logging, os, signal, sys, warnings
 import flax, grain, jax, numpy, optax, orbax.checkpoint, rich, scipy.sparse, tensorboardX
@@ -126,6 +129,23 @@ def test_importing_every_module_changes_nothing_in_the_process():
         [sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_nothing_tells_to_install_another_project():
+    """The name sedd of the package index is somebody else's: extras are installed from here."""
+    texts = [
+        path
+        for folder in ("sedd", "docs", "benchmarks", "configs", "requirements")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".txt", ".html")
+    ]
+    texts += [*ROOT.glob("*.md"), *ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    installs = [line for path in texts for line in INSTALL.findall(path.read_text())]
+    assert len(installs) > 10
+    assert [line for line in installs if re.search(r"(?<![\w./-])['\"]?sedd(?![\w-])", line)] == []
+    wrong = ("pip install sedd", "pip install 'sedd[hub]'", 'uv pip install -U "sedd[tf]" x')
+    for line in wrong:  # the control
+        assert re.search(r"(?<![\w./-])['\"]?sedd(?![\w-])", INSTALL.findall(line)[0])
 
 
 def test_the_version_is_one(wheel):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sedd.commands.trace import TraceRow, write_trace
+from sedd.data.tokenizers import Bytes
 from sedd.errors import UserError
 
 HOSTILE = [
@@ -79,7 +80,7 @@ def _random_row(seed: int, steps: int, length: int, vocabulary: int, title: str 
 
 def _write(path: Path, rows, **changes) -> str:
     options = {
-        "token_text": lambda token: f" t{token}",
+        "decode": lambda ids: "".join(f" t{token}" for token in ids),
         "mask_id": None,
         "eos_id": None,
         "description": {},
@@ -170,7 +171,7 @@ def test_hostile_text_stays_text(tmp_path):
         source = _write(
             tmp_path / "trace.html",
             [row],
-            token_text=lambda token: HOSTILE[token],
+            decode=lambda ids: "".join(HOSTILE[token] for token in ids),
             description={text: text},
         )
         page = _Page(source)
@@ -195,7 +196,7 @@ def test_the_last_frame_is_readable_without_scripts(tmp_path):
     source = _write(
         tmp_path / "trace.html",
         [row],
-        token_text=lambda token: words[token],
+        decode=lambda ids: "".join(words[token] for token in ids),
         mask_id=6,
         eos_id=5,
     )
@@ -204,16 +205,40 @@ def test_the_last_frame_is_readable_without_scripts(tmp_path):
     assert "<h2>a &amp; b</h2>" in source
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a “b” c", "a “b” c"),
+        ("“”é国👩", "“”é国👩"),
+        ("🇩🇪x\n क", "🇩🇪x\n क"),
+        (b"a\xe2\x80\xc3\xa9", "a\ufffd\ufffdé"),  # bytes that are no character keep a sign each
+        (b"\x80\x80\x80", "\ufffd" * 3),
+    ],
+)
+def test_characters_of_several_tokens_are_whole(tmp_path, text, shown):
+    ids = list(text if isinstance(text, bytes) else text.encode())
+    frames_TL = np.array([[256] * len(ids), ids])
+    row = TraceRow(title="r", frames_TL=frames_TL, fixed_L=np.zeros(len(ids), bool))
+    options = {"mask_id": 256, "decode": Bytes().decode}
+    source = _write(tmp_path / "trace.html", [row], **options)
+    (found,) = re.findall(r'<div class="plain">(.*?)</div>', source, re.DOTALL)
+    assert html.unescape(found) == shown
+    data = _data(source)
+    own = dict(map(tuple, data["rows"][0]["joined"]))
+    texts = [own.get(p, data["texts"][data["ids"].index(i)]) for p, i in enumerate(ids)]
+    assert "".join(texts) == shown
+
+
 def test_special_tokens_need_no_text(tmp_path):
-    def text(token: int) -> str:
-        if token in (7, 8):
-            raise IndexError(token)
+    def text(ids: list[int]) -> str:
+        if {7, 8} & set(ids):
+            raise IndexError(ids)
         return "x"
 
     row = TraceRow(
         title="r", frames_TL=np.array([[7, 7], [1, 7], [1, 8]]), fixed_L=np.zeros(2, bool)
     )
-    data = _data(_write(tmp_path / "trace.html", [row], token_text=text, mask_id=7, eos_id=8))
+    data = _data(_write(tmp_path / "trace.html", [row], decode=text, mask_id=7, eos_id=8))
     assert data["texts"][data["mask"]] == "[mask]"
     assert data["texts"][data["eos"]] == "[eos]"
 
@@ -226,11 +251,11 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("no space left")
 
-    def no_text(token: int) -> str:
-        raise KeyError(token)
+    def no_text(ids: list[int]) -> str:
+        raise KeyError(ids)
 
     with pytest.raises(KeyError):
-        _write(path, [row], token_text=no_text)
+        _write(path, [row], decode=no_text)
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(UserError, match=r"cannot write .*trace\.html: no space left"):
         _write(path, [row], description={"new": "yes"})

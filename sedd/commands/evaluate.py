@@ -39,6 +39,8 @@ from sedd.model import Model
 from sedd.progress import Activity, track
 
 ALL = "zeroshot"  # stands for these data sets among the values of --data
+# A path that is no UTF-8 holds halves of surrogate pairs, which only an escape can write.
+ESCAPED = "backslashreplace"
 NO_TERMINAL_WIDTH = 160  # columns of the tables if standard output is a file or a pipe
 
 
@@ -234,9 +236,9 @@ def write_files(command, model, results, figures, sections, *, whole: bool) -> N
     if command.table is not None:
         table = summary_table(results)
         text = table.markdown() if command.table.suffix == ".md" else table.latex()
-        write_whole(command.table, f"{text}\n".encode())
+        write_whole(command.table, f"{text}\n".encode(errors=ESCAPED))
     if command.json is not None:
         text = json.dumps(figures, indent=2, ensure_ascii=False)
-        write_whole(command.json, f"{text}\n".encode())
+        write_whole(command.json, f"{text}\n".encode(errors=ESCAPED))
         if command.resume is None and command.journal is not None and whole:
             command.journal.unlink()

@@ -214,7 +214,7 @@ def write_page(
             for a in answers
             if a.frames is not None
         ],
-        token_text=lambda i: tokenizer.decode([i], keep_eos=True),
+        decode=lambda ids: tokenizer.decode(ids, keep_eos=True),
         mask_id=model.process.mask_id,
         eos_id=tokenizer.eos_id,
         description={

@@ -9,7 +9,7 @@ model's texts may contain anything: they enter the page escaped.
 import html
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 
 from sedd.files import write_whole
 
+PIECES = 8  # tokens of one character at most: four bytes, which may begin and end in other tokens
 _PLACEHOLDER = re.compile(r"\[\[(title|description|final|data)\]\]")
 # Tab and newline are the only control characters that HTML text may hold; a lone surrogate (a token
 # text may hold one) has no UTF-8.
@@ -73,7 +74,7 @@ def write_trace(
     path: Path,
     rows: Sequence[TraceRow],
     *,
-    token_text: Callable[[int], str],
+    decode: Callable[[Sequence[int]], str],
     mask_id: int | None,
     eos_id: int | None,
     description: Mapping[str, str],
@@ -84,8 +85,8 @@ def write_trace(
     Args:
         path: the HTML file; missing folders are made.
         rows: at least one; without ``times_T1`` they may differ in their numbers of frames.
-        token_text: one token's text; a piece of a character may be a replacement character. It is
-            called once for each id that occurs, never for ``mask_id`` or ``eos_id``.
+        decode: the text of consecutive tokens; a piece of a character is a replacement character.
+            It is never called with ``mask_id`` or ``eos_id``.
         mask_id: the mask token, drawn as a block; None on a uniform process.
         eos_id: the end-of-sequence token, drawn as a mark; None where there is none.
         description: names and values shown above the text, e.g. ``{"sampler": "tweedie"}``.
@@ -97,7 +98,7 @@ def write_trace(
     """
     path = Path(path)
     _check(rows, times_T1)
-    data = _encode(rows, token_text, mask_id, eos_id, times_T1)
+    data = _encode(rows, decode, mask_id, eos_id, times_T1)
     values = {
         "title": _text(rows[0].title if len(rows) == 1 else "Denoising trace"),
         "description": "".join(
@@ -111,7 +112,7 @@ def write_trace(
     # One pass: a placeholder inside a value is not looked at again.
     page = _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
-    write_whole(path, page.encode())
+    write_whole(path, page.encode(errors="backslashreplace"))
 
 
 def _check(rows: Sequence[TraceRow], times_T1: Sequence[float] | None) -> None:
@@ -133,7 +134,7 @@ def _check(rows: Sequence[TraceRow], times_T1: Sequence[float] | None) -> None:
 
 def _encode(
     rows: Sequence[TraceRow],
-    token_text: Callable[[int], str],
+    decode: Callable[[Sequence[int]], str],
     mask_id: int | None,
     eos_id: int | None,
     times_T1: Sequence[float] | None,
@@ -158,6 +159,7 @@ def _encode(
 
     vocabulary = [int(i) for i in ids[by_count]]
     special = {mask_id: "[mask]", eos_id: "[eos]"}
+    texts = {i: special[i] if i in special else decode([i]) for i in vocabulary}
     encoded = []
     for row, (frame_K, position_K, token_K) in zip(rows, written, strict=True):
         steps = len(row.frames_TL) - 1
@@ -171,6 +173,7 @@ def _encode(
                 "title": row.title,
                 "fixed": np.flatnonzero(row.fixed_L).tolist(),
                 "spans": [[start, start + size, regex] for start, size, regex in row.spans],
+                "joined": _joined(row.frames_TL[-1].tolist(), texts, special.keys(), decode),
                 "start": numbered(row.frames_TL[0]).tolist(),
                 "changes": [
                     pairs_K2[first_T[t] : first_T[t + 1]].ravel().tolist() for t in range(steps)
@@ -179,12 +182,42 @@ def _encode(
         )
     return {
         "ids": vocabulary,
-        "texts": [special[i] if i in special else token_text(i) for i in vocabulary],
+        "texts": [texts[i] for i in vocabulary],
         "mask": vocabulary.index(mask_id) if mask_id in vocabulary else None,
         "eos": vocabulary.index(eos_id) if eos_id in vocabulary else None,
         "times": None if times_T1 is None else [round(float(t), 6) for t in times_T1],
         "rows": encoded,
     }
+
+
+def _joined(
+    ids: Sequence[int],
+    texts: Mapping[int, str],
+    special: Collection[int | None],
+    decode: Callable[[Sequence[int]], str],
+) -> list[tuple[int, str]]:
+    """Find the characters of the final text whose bytes are spread over several tokens.
+
+    Each token of such a character has a replacement character as its own text. Of consecutive
+    tokens of this kind the fewest that decode without one are shown as one character.
+
+    Returns:
+        Positions and the text to show there: the character at its first token, nothing at the
+        others.
+    """
+    broken = [i not in special and "\ufffd" in texts[i] for i in ids]
+    found, start = [], 0
+    while start < len(ids):
+        end = start + 1
+        while end < len(ids) and all(broken[start : end + 1]) and end - start < PIECES:
+            end += 1
+            if "\ufffd" not in (text := decode(ids[start:end])):
+                found += [(start, text), *((p, "") for p in range(start + 1, end))]
+                break
+        else:
+            end = start + 1
+        start = end
+    return found
 
 
 def _changes(frames_TL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -203,7 +236,8 @@ def _final_text(row: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     for flat in row["changes"]:
         for position, token in zip(np.cumsum(flat[::2]), flat[1::2], strict=True):
             tokens[position] = token
-    final = "".join(data["texts"][token] for token in tokens)
+    own = dict(row["joined"])
+    final = "".join(own.get(p, data["texts"][token]) for p, token in enumerate(tokens))
     return f'<h2>{_text(row["title"])}</h2><div class="plain">{_text(final)}</div>'
 
 

@@ -144,7 +144,7 @@ def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> Non
     """
     parts = "\n".join(map(_section, sections))
     page = PAGE.format(title=html.escape(title), style=STYLE, sections=parts)
-    write_whole(Path(path), page.encode())
+    write_whole(Path(path), page.encode(errors="backslashreplace"))
 
 
 def show(cell: Cell) -> str:
