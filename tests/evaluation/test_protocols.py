@@ -440,6 +440,18 @@ def test_a_stream_of_json_has_no_journal_beside_it(place, tmp_path, monkeypatch)
     assert sorted(os.listdir()) == files
 
 
+def test_a_path_that_is_no_utf_8_reaches_every_file(place, tmp_path):
+    text = tmp_path / "x\udcff.txt"
+    text.write_text(tiny_run.text(300))
+    files = [tmp_path / name for name in ("a.json", "a.md", "a.html")]
+    flags = ("--json", files[0], "--table", files[1], "--report", files[2])
+    result = evaluate(place, "--data", text, "--max-sequences", 4, *flags)
+    assert (result.code, result.err) == (0, "")
+    for file in files:
+        assert r"x\udcff.txt" in file.read_text("utf-8")
+    assert json.loads(files[0].read_text("utf-8"))["data"] == str(text)
+
+
 def test_what_is_done_is_not_done_again(place, tmp_path, monkeypatch):
     kept = tmp_path / "kept.jsonl"
     arguments = (place, "--data", place / "text.txt", "--max-sequences", 8, "--resume", kept)
