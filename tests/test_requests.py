@@ -120,6 +120,12 @@ def test_a_file_of_wide_characters_is_one_error(tmp_path, encoding):
         ('{"json_schema": {"const": "aaaaaaaaaaa"}}', "json_schema: the vocabulary cannot spell"),
         ('{"json_schema": {"const": 12345678901}}', "json_schema: the vocabulary cannot spell"),
         ('{"json_schema": {"const": [null, true]}}', "json_schema: the vocabulary cannot spell"),
+        (json.dumps({"regex": "(" * 500 + "a" + ")" * 500}), "regex, position 100: "),
+        (json.dumps({"json_schema": {"pattern": "(" * 500 + "a" + ")" * 500}}), "#/pattern: "),
+        (
+            '{"json_schema": ' + '{"not": ' * 450 + "{}" + "}" * 451,
+            "json_schema: #: its schemas nest",
+        ),
         ('{"json_schema": {}, "json_schema_depth": "3"}', "json_schema_depth must be a whole"),
         ('{"json_schema": {}, "json_schema_depth": -1}', "json_schema_depth must be in 0..64"),
         ('{"json_schema_depth": 3}', "json_schema_depth is 3, but there is no json_schema"),

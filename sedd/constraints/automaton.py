@@ -279,7 +279,7 @@ def _subsets(
     rows: list[dict[int, int]] = []
     work = 0
     for subset in queue:  # the loop appends to it
-        moves: dict[int, frozenset[int]] = {}
+        moves: dict[int, list[frozenset[int]]] = {}  # of each class, to be united in one pass
         for state in subset:
             if state == 0:
                 continue
@@ -288,12 +288,11 @@ def _subsets(
                 closures[out] = positions.closure(out)
                 if positions.walked > MAX_WORK:
                     raise _blown_up(pattern, positions, queue, "too many ways to read a text")
-            after = closures[out]
             for cls in members[positions.reads[state]]:
-                before = moves.get(cls)
-                moves[cls] = after if before is None else before | after
+                moves.setdefault(cls, []).append(closures[out])
         row = {}
-        for cls, reached in moves.items():
+        for cls, afters in moves.items():
+            reached = afters[0] if len(afters) == 1 else frozenset().union(*afters)
             target = number.get(reached)
             if target is None:
                 target = number[reached] = len(queue)

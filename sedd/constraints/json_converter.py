@@ -75,7 +75,10 @@ class Converter:
 
     def document(self) -> str:
         """The regex of the whole document; UserError if it allows no value."""
-        text = self.value([(self.root, ())])
+        try:
+            text = self.value([(self.root, ())])
+        except RecursionError:  # alternatives and conjunctions within each other, with no limit
+            refuse((), "its schemas nest too deep to be read")
         if text is None:
             path, problem = self.reader.conflict or ((), "allows no value")
             refuse(path, problem)

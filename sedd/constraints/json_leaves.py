@@ -4,7 +4,7 @@ A conjunction is a ``Leaf``, the disjunction of them ``Leaves``. ``json_reader``
 a schema, ``json_converter`` writes a regex for each, and ``json_check`` tests constants.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,39 @@ def collected(leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
         return tuple(kept.values())
     types = frozenset().union(*map(types_of, values.values()))
     return (Leaf(types=types, values=tuple(values.values())), *kept.values())
+
+
+def tags_of(found: Leaves) -> dict[str, frozenset[str]]:
+    """The values that a property may have in the leaves, by its name, in the text form of ``same``.
+
+    Such properties tell the variants of a tagged union apart without a comparison of their leaves.
+    Included are those that each leaf, an object, requires and restricts by ``const`` or ``enum`` to
+    strings or whole numbers; none if the leaves are not exact.
+    """
+    if not found.exact or any(leaf.types != {"object"} for leaf in found.leaves):
+        return {}
+    each: list[dict[str, frozenset[str]]] = []
+    for leaf in found.leaves:
+        required = (name for names, _ in leaf.said("required") for name in names)
+        each.append({})
+        for name in filter(lambda name: isinstance(name, str), required):
+            for schema, _ in named(leaf, name):
+                # Drafts differ in whether keywords beside a reference count.
+                if isinstance(schema, Mapping) and "$ref" not in schema:
+                    values = [schema["const"]] if "const" in schema else schema.get("enum")
+                    if isinstance(values, list) and all(map(_is_tag, values)):
+                        each[-1][name] = frozenset(map(same, values))
+    shared = set(each[0]).intersection(*each) if each else set()
+    return {name: frozenset().union(*(tags[name] for tags in each)) for name in shared}
+
+
+def _is_tag(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def tags_differ(one: Mapping[str, frozenset[str]], other: Mapping[str, frozenset[str]]) -> bool:
+    """Whether a property of ``tags_of`` two disjunctions has no constant of both."""
+    return any(name in other and one[name].isdisjoint(other[name]) for name in one)
 
 
 def constants_of(found: Leaves) -> frozenset[str] | None:

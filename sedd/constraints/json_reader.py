@@ -41,6 +41,8 @@ from sedd.constraints.json_leaves import (
     collected,
     constants_of,
     named,
+    tags_differ,
+    tags_of,
     union_of,
 )
 from sedd.constraints.json_references import References
@@ -253,13 +255,16 @@ class Reader:
             for value in values or ():
                 times[value] = times.get(value, 0) + 1
         repeated = frozenset(value for value, count in times.items() if count > 1)
+        tags = [tags_of(found) for found in read]
         result: list[Leaves] = []
         for index, (branch, found) in enumerate(zip(branches, read, strict=True)):
             if constant[index] is not None and repeated:
                 found = self._both(found, Leaves(leaves=(Leaf(excluded=repeated),)), path)
             for other, (rival, against) in enumerate(zip(branches, read, strict=True)):
                 both = constant[index] is not None and constant[other] is not None
-                if index == other or both or self._separate(read[index], against):
+                if index == other or both or tags_differ(tags[index], tags[other]):
+                    continue
+                if self._separate(read[index], against):
                     continue
                 rest = self.leaves(*rival, negated=True)
                 before, found = found, self._both(found, rest, path)

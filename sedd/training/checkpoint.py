@@ -103,6 +103,8 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f"keep must be at least 1, got {keep}")
         self.directory = Path(directory).absolute()
+        if re.search("[\ud800-\udfff]", str(self.directory)):  # Orbax can neither write nor read it
+            raise UserError(f"{self.directory}: its name is no UTF-8; rename the directory")
         self.keep = keep
         self._writer: ocp.training.Checkpointer | None = None
         self._saving: ocp.AsyncResponse[bool] | None = None

@@ -137,6 +137,8 @@ def test_sizes(pattern, states):
         ("(){0,900000}", "(){0,900000}", 0, "repeated 900000 times"),
         ("x[ab]*a([ab]|c){20}y", "([ab]|c){20}", 7, "more than 40000 states"),
         ("a?" * 11_000, "a?" * 11_000, 0, "too many ways to read a text"),
+        ("(a|aa)+" * 3000, "(a|aa)+" * 3000, 0, "too many ways to read a text"),
+        ("(a?b?c?)*" * 2000, "(a?b?c?)*" * 2000, 0, "too many ways to read a text"),
         ("a:(b?){0,9000}", "(b?){0,9000}", 2, "too many ways to read a text"),
         ("<(.|\\n){0,3000}>", "(.|\\n){0,3000}", 1, "more than 20000 states"),
     ],

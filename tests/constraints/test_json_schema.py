@@ -1001,6 +1001,15 @@ def nested(depth):
     return record(a=nested(depth - 1)) if depth else integer()
 
 
+def within(keyword, depth):
+    """Schemas of one keyword within each other, which need no object or array in between."""
+    schema = {"const": 0}
+    for _ in range(depth):
+        schema = {keyword: [schema] if keyword.endswith("Of") else schema}
+        schema |= {"then": True} if keyword == "if" else {}
+    return schema
+
+
 def doubling(count):
     last = {f"d{count}": string(pattern="^abc$")}
     return {
@@ -1113,6 +1122,10 @@ REFUSED = [
     (number(maximum=1e15), "#/maximum: expected a magnitude below"),
     (number(exclusiveMinimum=-2e9), "#/exclusiveMinimum: expected a magnitude below"),
     (nested(MAX_NESTING), "/properties/a: schemas nest more than"),
+    (within("allOf", 2000), "#: its schemas nest too deep to be read"),
+    (within("oneOf", 400), "#: its schemas nest too deep to be read"),
+    (within("not", 800), "#: its schemas nest too deep to be read"),
+    (within("if", 800), "#: its schemas nest too deep to be read"),
     (doubling(25), ": the regex has more than"),
     # patterns
     (string(pattern=3), "#/pattern: expected a regular expression, got 3"),
@@ -1275,8 +1288,19 @@ def doubled(count):
         {"allOf": [doubled(24), {"minimum": 3}]} | {"$defs": doubled(24)["$defs"]},
         {"oneOf": [{"const": i, "title": f"number {i}"} for i in range(1000)]},
         {"oneOf": [*({"enum": [f"a{i}", i]} for i in range(500)), record(["a"], a=integer())]},
+        {"oneOf": [record(["k"], k={"const": f"v{i}"}, v=string()) for i in range(400)]},
+        {"oneOf": [record(["k", "l"], k={"enum": [i, -1 - i]}, l=integer()) for i in range(400)]},
     ],
-    ids=["chains", "other chains", "references", "references beside", "constants", "enums"],
+    ids=[
+        "chains",
+        "other chains",
+        "references",
+        "references beside",
+        "constants",
+        "enums",
+        "tags",
+        "sets",
+    ],
 )
 def test_work_does_not_multiply(schema):
     start = time_of.process_time()
