@@ -102,7 +102,7 @@ def test_a_file_of_wide_characters_is_one_error(tmp_path, encoding):
         ('{"seed": 4294967296}', "seed must be in [0, 2**32)"),
         ('{"lenght": 8}', "unknown field 'lenght'; did you mean 'length'?; it has id, prompt,"),
         ('{"prompt": "a", "infill": "{mask}"}', "infill already holds its context"),
-        ('{"prompt": "\\ud800"}', "prompt is not text"),
+        ('{"prompt": "\\ud800"}', "prompt contains a lone surrogate"),
         ('{"prompt": "A"}', "prompt: character 'A'"),
         ('{"prompt": "abcdefghijk"}', "prompt (11 tokens): longer than the length of 10"),
         ('{"infill": "{mask:x}"}', "infill gap '{mask:x}'"),

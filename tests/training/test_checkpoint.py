@@ -86,6 +86,14 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, state, abstract):
     assert_equal(restored.state, at(state, 2))
 
 
+@pytest.mark.parametrize("name", ["x\udcff", "\udc80/run", "国\udcfe"])
+def test_a_directory_whose_name_is_no_utf_8_is_refused(tmp_path, name):
+    """Python's escape of such bytes, which the library that writes arrays does not know."""
+    with pytest.raises(UserError, match="its name is no UTF-8; rename the directory"):
+        Checkpoints(tmp_path / name)
+    assert Checkpoints(tmp_path / "国 é").steps() == []
+
+
 def test_an_empty_directory_is_no_checkpoint(tmp_path, abstract):
     checkpoints = Checkpoints(tmp_path / "none")
     assert checkpoints.restore_latest(abstract) is None
