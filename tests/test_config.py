@@ -120,8 +120,8 @@ def test_differences_name_what_departs(path, value):
     before = Config()
     found = differences(before, changed(before, path, value))
     assert len(found) == 1
-    assert found[0].startswith(f"{path} is ")
-    assert found[0].endswith(f"and {json.dumps(value)} here")
+    assert found[0].startswith(f"{path} was ")
+    assert found[0].endswith(f" and is now {json.dumps(value)}")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_what_may_change_is_no_difference(path, value):
 
 def test_another_component_is_a_difference():
     found = differences(Config(), with_component(Config(), "process", "uniform"))
-    assert found == ['process.name is "absorbing" there and "uniform" here']
+    assert found == ['process.name was "absorbing" and is now "uniform"']
 
 
 def test_with_component_keeps_shared_options_that_were_chosen():
@@ -200,7 +200,7 @@ def test_a_corpus_that_has_changed_is_not_resumed():
     check(12, 96)  # as older versions recorded it
     with pytest.raises(UserError, match=r"corpus has changed .* had 11 sequences .* has 12"):
         check(11, 96, "digest")
-    with pytest.raises(UserError, match=r"corpus has changed .* size is the same, its text is not"):
+    with pytest.raises(UserError, match=r"corpus has changed .* size is the same, but its text"):
         check(12, 96, "another")
 
 

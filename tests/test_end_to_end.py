@@ -93,7 +93,7 @@ def test_a_complete_run_says_so_and_more_steps_go_on(place, trained):
     run = place / "radd"
     before = (run / "metrics.jsonl").read_text()
     again = train(place, "radd")
-    assert "complete at step 6 of 6; a larger --training.steps goes on" in again.out
+    assert "complete at step 6 of 6; to train further, give" in again.out
     assert (run / "metrics.jsonl").read_text() == before
 
     more = train(place, "radd", "--training.steps", "9")

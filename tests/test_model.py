@@ -71,14 +71,14 @@ def test_what_a_loaded_model_says_of_itself(runs):
         (lambda run: edit(run / "tokenizer.json", kind="x"), "tokenizer.json: unknown kind"),
         (lambda run: edit(run / "tokenizer.json", alphabet="aa"), "tokenizer.json: .* distinct"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint in"),
-        (lambda run: truncate(run, 2, 4), "no checkpoint in .* is whole"),
+        (lambda run: truncate(run, 2, 4), "all checkpoints in .* are damaged"),
         (
             lambda run: edit(run / "tokenizer.json", alphabet="abc"),
             "checkpoint .* is of another configuration",
         ),
         (
             lambda run: edit(run / "config.json", network={"name": "ddit", "hidden_dim": 24}),
-            "of another configuration: ema_params.* there and .* here",
+            "of another configuration: ema_params.* in it, and .* in the configuration of this run",
         ),
     ],
 )

@@ -35,9 +35,9 @@ def test_the_last_lines_compare_with_frequencies_and_a_trigram_model(begun):
     _, outcome = begun
     lines = outcome.out.splitlines()
     [start] = [i for i, line in enumerate(lines) if "validation bound at step 2" in line]
-    assert "by the frequencies of the training tokens alone" in lines[start + 2]
+    assert "token frequencies of the training text" in lines[start + 2]
     assert "bits per character" in lines[start + 3]
-    trigram = float(lines[start + 4].split()[0])
+    trigram = float(lines[start + 4].split()[1])
     assert 0.5 < trigram < 4  # lines of thirteen words
     assert "trigram model" in lines[start + 4]
 
@@ -160,7 +160,7 @@ def test_init_from_is_recorded_and_kept(begun, tmp_path, text):
         "train", "--workdir", new, *tiny_run.TINY, *flags, 1, "--init-from", workdir
     )
     assert outcome.code == 0, outcome.err
-    assert "finished without a validation" in outcome.out
+    assert "finished; the run was not validated" in outcome.out
     assert read_config(new).init_from == str(workdir)
     tiny_run.call("train", "--workdir", new, *tiny_run.TINY, *flags, 2)
     assert read_config(new).init_from == str(workdir)

@@ -68,7 +68,7 @@ class Answer:
     calls: int
     """Network calls that the sequence needed."""
     score: float | None
-    """The verifier's score, of a search."""
+    """The verifier's score if the sampler is a search, else None."""
     frames: np.ndarray | None
     """Token ids at the start and after every round, [T, L], where a trace is kept."""
     times: np.ndarray | None
@@ -123,11 +123,12 @@ class Answering:
     traced: int = 0
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[list[Answer]]:
-        """Yield the answers in the order of the requests, a list after each batch that allows it.
+        """Yield the answers in the order of the requests, in lists.
 
-        An answer waits until all answers before it are drawn. On an error or an interruption the
-        waiting answers are yielded before it is raised. A request's noise depends on its seed
-        alone, not on its batch.
+        An answer can be yielded when all answers before it are drawn. After each batch, the answers
+        that have become ready are yielded as one list, if there are any. On an error or an
+        interruption, the answers that are drawn but not yet ready are yielded before it is raised.
+        A request's noise depends on its seed alone, not on its batch.
         """
         requests, first = iter(asked), 0
         while window := list(islice(requests, WINDOW * self.batch_size)):

@@ -234,7 +234,7 @@ class Survey:
     shape: Shape | None = None
     """The smallest shape into which the constraints of every request fit; None without any."""
     spanned: bool = False
-    """Whether one constraint of any request spans several gaps."""
+    """Whether any request has one constraint for several gaps together."""
     repeated: str | int | None = None
     """The first id that occurs twice; None if all differ."""
 
@@ -295,12 +295,13 @@ def check_guidance(command: SampleCommand, survey: Survey) -> None:
     """Check that ``--guidance`` has an effect.
 
     Raises:
-        UserError: no request has given tokens, by which guidance strengthens the conditionals.
+        UserError: ``--guidance`` is above 0, but no request has given text. Guidance compares
+            predictions with and without it.
     """
     if command.guidance and not survey.given and not survey.guided:
         raise UserError(
-            f"--guidance {command.guidance}: it strengthens what is given, and nothing is; give a "
-            "--prompt, --suffix, --infill or --requests with them"
+            f"--guidance {command.guidance} has no effect without given text; give --prompt, "
+            "--suffix or --infill, or --requests with such lines"
         )
 
 
@@ -323,13 +324,14 @@ def notes(
         )
     if sampler.width > command.batch_size:
         yield (
-            f"--batch-size {command.batch_size}: {command.sampler.name} draws {sampler.width} "
-            "sequences at the same time for each one that it returns, and exceeds the batch size"
+            f"--batch-size {command.batch_size} is exceeded: {command.sampler.name} draws "
+            f"{sampler.width} sequences at the same time for each one that it returns"
         )
     if survey.spanned:
         yield (
-            "one regex or schema for several gaps spans them all and the given text between them; "
-            "give a list for one at each gap"
+            "one regex or schema for several gaps must match the whole stretch from the first gap "
+            "to the last, the given text between included; to constrain each gap alone, give one "
+            "for each gap"
         )
     if survey.repeated is not None:
         yield f"--requests {command.requests}: the id {survey.repeated!r} stands in several lines"

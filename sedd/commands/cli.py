@@ -74,7 +74,7 @@ def run(
 
     The exit code is 0, or the command's own; 2 with one ``error: …`` line for a user's mistake, an
     error of the operating system or a full device memory; 130 after Ctrl-C. A reader of standard
-    output that closes the pipe (``| head``) is no error. All other exceptions keep their traceback.
+    output that closes the pipe (``| head``) is no error. All other exceptions are raised.
 
     Flags of every command are handled here: ``--debug`` shows the traceback instead of the line,
     ``--version`` prints the version, ``--no-compile-cache`` keeps no compiled programs.
@@ -153,7 +153,7 @@ def keep_programs() -> None:
 
 
 def flush_streams() -> None:
-    """Flush what was printed; a stream whose reader is gone is led to the null device."""
+    """Flush standard output and error; redirect one whose reader has gone to the null device."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -168,7 +168,7 @@ def fail(message: str, code: int = 2) -> int:
 
 
 def note(message: str) -> None:
-    """Print a line that the user should know of on standard error."""
+    """Print ``note: …`` on standard error: something that the user should know."""
     _print_line(f"note: {message}")
 
 
@@ -246,11 +246,11 @@ def _document(kind: type, default: Any) -> None:
 
 
 def document_fields(kind: type) -> None:
-    """Add what the strings below the fields of a dataclass say to its docstring, as a section.
+    """Copy the strings below the fields of a dataclass into its docstring, as "Attributes".
 
-    tyro finds the help of flags there, and sets it without the line breaks of the source. Options
-    of a component take the strings of the component. The source files are read, so only ``--help``
-    should ask for it.
+    tyro reads the help of flags from that section, and sets it without the line breaks of the
+    source. For the options of a component, the strings below the component's fields are copied. The
+    source files are read, so call this function only for ``--help``.
     """
     make = maker(kind.family, kind.name) if issubclass(kind, Options) else kind
     said = field_docstrings(make)
@@ -271,7 +271,7 @@ def field_docstrings(make: type) -> dict[str, str]:
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """Take one flag out of a command line, before the others are parsed.
+    """Remove one flag from a command line, and return its value.
 
     Returns:
         The value of ``flag VALUE`` or ``flag=VALUE`` (the last one if repeated; None if absent),
@@ -323,6 +323,9 @@ def parse_config(
         command: the dataclass of the command, with a field ``config`` of type Config.
         description: the beginning of the help.
         saved: the configuration to use without --config: that of the run to resume.
+
+    Returns:
+        An instance of ``command``.
 
     Raises:
         UserError: there is no configuration, or a flag is wrong.

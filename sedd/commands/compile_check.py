@@ -103,8 +103,8 @@ def main(arguments: Sequence[str]) -> None:
     show(command, compiled, num_tokens)
     if compiled.peak > HBM[generation]:
         raise UserError(
-            f"it does not fit: {gib(compiled.peak)} of {gib(HBM[generation])} a device. "
-            + advice(config)
+            f"the step does not fit: it needs {gib(compiled.peak)} on each device, which has "
+            f"{gib(HBM[generation])}. {advice(config)}"
         )
 
 
@@ -176,7 +176,8 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"it does not fit: {exhausted(str(error), lowered.as_text())}. {advice(config)}"
+            "the step does not fit into the memory of a device: "
+            f"{exhausted(str(error), lowered.as_text())}. {advice(config)}"
         ) from error
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""

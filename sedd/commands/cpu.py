@@ -37,8 +37,8 @@ def keep_freed_memory() -> None:
 
     XLA allocates the scratch arrays of a program at each call and frees them after it. By default
     glibc maps a large block from the kernel and unmaps it when it is freed, so that each call pays
-    a page fault for every 4 KiB of scratch. The process's memory then stays at its peak.
-    Does nothing with other C libraries.
+    a page fault for every 4 KiB of scratch. With this setting the process's memory stays at its
+    peak. Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -6,8 +6,8 @@ The command works in this order, so that no mistake shows after hours of computi
 2. Load the model, and check that the protocol fits it.
 3. Read the file of ``--samples``, load the judge, and open all data sets. A data set that cannot
    be read is reported, and the others are evaluated.
-4. Score every sequence of each data set. Finished sequences are appended to a journal, from which
-   an interrupted evaluation goes on.
+4. Score every sequence of each data set. Finished sequences are appended to a journal. An
+   interrupted evaluation continues from it.
 5. Compare the samples with real text, and test the consistency of the conditionals, if asked for.
 6. Write the files (report, table, JSON), and then print the tables, which are printed even if a
    file cannot be written. If the JSON goes to standard output, no tables are printed.

@@ -45,7 +45,8 @@ class EvaluateCommand:
     """Corpora by name, tfds:NAME, hf:OWNER/NAME, files or folders of text. NAME=FILE reads the
     known data set NAME from FILE; zeroshot is the eight data sets of the published tables."""
     split: Annotated[str | None, unset("STR")] = None
-    """By default all of a file, the protocol's split of a data set, else the validation split."""
+    """Split to evaluate. By default the protocol's split of a known data set, the validation split
+    of the training corpus, all of any other file, or the validation split of any other corpus."""
     max_sequences: Annotated[int | None, unset("INT")] = None
     """Number of sequences to evaluate, evenly spread over the split; by default all."""
     batch_size: int = 32
@@ -65,8 +66,8 @@ class EvaluateCommand:
     judge: Annotated[str | None, unset("NAME|DIR")] = None
     """Generative perplexity of the samples under smollm2, hf:NAME, or an autoregressive run."""
     consistency: Annotated[int | None, unset("PAIRS")] = None
-    """Compare the joint distributions that the conditionals imply, at this many pairs of
-    positions."""
+    """Test, at this many pairs of adjacent positions, whether the model's conditionals belong to
+    one joint distribution."""
     report: Annotated[Path | None, unset("FILE.html")] = None
     """Write all results to one HTML page."""
     resume: Annotated[Path | None, unset("FILE.jsonl")] = None

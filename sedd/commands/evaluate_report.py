@@ -45,8 +45,8 @@ SHOWN = 3  # samples printed in the report
 class Comparisons:
     """The tests that the flags ask for beside perplexity.
 
-    ``of`` reads their inputs, ``check`` finds what is wrong with them before hours of scoring, and
-    ``compute`` runs them afterwards.
+    ``of`` reads their inputs, ``check`` tests these inputs before hours of scoring, and ``compute``
+    runs the tests afterwards.
 
     Args:
         command: the flags.
@@ -155,8 +155,8 @@ def mauve_section(
         figures: the result is added to it under ``mauve``.
 
     Returns:
-        A section with the score; if either side has fewer than ``MAUVE_TEXTS`` texts, one that says
-        so, and ``figures`` is left as it is.
+        A section with the score. If there are fewer than ``MAUVE_TEXTS`` samples or real texts, the
+        section says so, and ``figures`` is left as it is.
     """
     if min(len(samples), len(real)) < MAUVE_TEXTS:
         text = f"Needs {MAUVE_TEXTS} samples and as many real texts: there are {len(samples)} and "

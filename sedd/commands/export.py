@@ -88,7 +88,7 @@ def load_weights(command: ExportCommand) -> tuple[sedd.Model, int | None]:
 
 
 def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
-    """Find the layout for the model, and prepare the parameters for it.
+    """Find the published layout that can hold the model, and convert the parameters for it.
 
     Returns:
         The layout, the parameters as numpy arrays of the layout's network, and notes on options
@@ -128,7 +128,10 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
 
 
 def written(tokenizer: Tokenizer) -> str:
-    """The content of ``tokenizer.json``: Hugging Face's own if it was read so, else ours."""
+    """The content of ``tokenizer.json``.
+
+    It is the original file of a Hugging Face tokenizer, else the result of ``Tokenizer.to_json``.
+    """
     return (
         tokenizer.source if isinstance(tokenizer, Pretrained) else json.dumps(tokenizer.to_json())
     )

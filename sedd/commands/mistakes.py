@@ -1,7 +1,7 @@
 """Describe a rejected command line in one line: which flag is wrong, and what would be right.
 
-Tyro itself draws boxes for a terminal. Its hook for parse errors passes the same information as
-data, an event of one class for each kind of error, from which this module makes the line. The
+Tyro itself prints such errors as boxes. Its hook for parse errors gets an event, whose class is the
+kind of the error and whose fields are its details. This module writes the line from the event. The
 hook's module ``tyro._errors`` is not public, so pyproject.toml bounds tyro's version; an event of
 an unknown class still gives an error of one line.
 """
@@ -26,7 +26,7 @@ def as_flag(field: str) -> str:
 
 
 def reject(event: events.ParseErrorEvent, arguments: Sequence[str], flags: Sequence[str]) -> None:
-    """Raise the error of a command line that tyro rejected; tyro calls it as its hook.
+    """Raise the error of a command line that tyro rejected. Tyro calls this function as its hook.
 
     Args:
         event: tyro's description of the error.

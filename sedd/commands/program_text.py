@@ -86,7 +86,7 @@ def trips(loop: str, computations: dict[str, list[str]]) -> int:
 
 
 def called(line: str) -> list[str]:
-    """Names of the computations that an instruction calls: bodies, branches, plain calls.
+    """The names of the computations that an instruction calls: bodies, branches, plain calls.
 
     The scalar functions with which reductions combine two elements are left out.
     """

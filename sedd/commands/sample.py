@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
             fail(message)
         if survey.num_refused > len(survey.refused):
             more = survey.num_refused - len(survey.refused)
-            fail(f"{command.requests}: {more} more lines are like these")
+            fail(f"--requests {command.requests}: {more} more lines were refused")
         if not survey.counts:
             return 2
         check_guidance(command, survey)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def shown(batches: Iterable[list[Answer]], total: int) -> Generator[list[Answer]]:
-    """Yield the batches, and show while each is drawn how many of ``total`` answers are done.
+    """Yield the batches. While a batch is drawn, show how many of the ``total`` answers are done.
 
     The first batch is shown as "compiling": its program is compiled before it runs.
     """
@@ -140,7 +140,8 @@ def printed(batch: Sequence[Answer], model: sedd.Model, *, goes_on: Any) -> bool
     Args:
         batch: the answers.
         model: the model, for its tokenizer.
-        goes_on: whether files are to be written even if nobody reads the output.
+        goes_on: whether the command writes files, and continues if the reader of standard output
+            goes away.
 
     Returns:
         Whether to print the next batch: False after the reader of standard output has gone away.
@@ -162,7 +163,8 @@ def printed(batch: Sequence[Answer], model: sedd.Model, *, goes_on: Any) -> bool
 def show(one: Answer, tokenizer: Any) -> None:
     """Print a sample below a line with its id, seed, calls and entropy.
 
-    On a terminal given text is dim and, beside given text, drawn text is bold.
+    On a terminal, given text is dim and drawn text is bold. Without given text, drawn text is
+    plain.
     """
     about = (
         f"{printable(str(one.request.id))} · seed {one.request.seed} · {one.calls} network calls · "

@@ -78,7 +78,9 @@ class SampleCommand:
     """How deep values nest where the JSON Schema sets no limit, as in a recursive $ref; by default
     2."""
     rule: Literal["joint", "dingo"] = "joint"
-    """How a step draws under a regex: jointly by the model, or by DINGO's rule."""
+    """How a step draws under a regex or schema. joint samples from the model's probabilities,
+    restricted to matching strings. dingo takes the most likely match, and ignores the probabilities
+    of positions that the step does not reveal."""
     temperature: float = 1.0
     """Divides the log probabilities: below 1 sharpens the distributions, above 1 flattens them;
     0 takes the most likely token."""

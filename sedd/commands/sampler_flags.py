@@ -34,9 +34,9 @@ def pick(name: str | None, inner: str | None, innermost: str | None) -> list[typ
     """Find the option classes of the named samplers, outermost first.
 
     Args:
-        name: the value of ``--sampler``; ``DEFAULT`` for None.
-        inner: the value of ``--inner``; if the sampler wraps another one, ``INNER`` for None.
-        innermost: the value of ``--inner.inner``, likewise.
+        name: the value of ``--sampler``; None stands for ``DEFAULT``.
+        inner: the value of ``--inner``. None stands for ``INNER`` if the sampler wraps another one.
+        innermost: the value of ``--inner.inner``; None as for ``inner``.
 
     Raises:
         UserError: a sampler is unknown, or does not wrap the one that is named as its inner one.
@@ -81,10 +81,10 @@ def _options_type(flag: str, name: str) -> type[Options]:
 def refuse_flags_of_others(
     arguments: Sequence[str], command: type, kinds: Sequence[type[Options]]
 ) -> None:
-    """Check that every flag of a sampler belongs to a picked one, at the right depth.
+    """Refuse flags of samplers that were not picked, or flags at the wrong depth.
 
-    Tyro would call such a flag unrecognised. This error names the samplers that have the flag, or
-    its right spelling, such as ``--inner.by`` for ``--by``.
+    Tyro would call such a flag unrecognised. The error here names the samplers that have the flag,
+    or its right spelling, such as ``--inner.by`` for ``--by``.
 
     Args:
         arguments: the command line.

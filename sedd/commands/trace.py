@@ -85,8 +85,8 @@ def write_trace(
     Args:
         path: the HTML file; missing folders are made.
         rows: at least one; without ``times_T1`` they may differ in their numbers of frames.
-        decode: the text of consecutive tokens; a piece of a character is a replacement character.
-            It is never called with ``mask_id`` or ``eos_id``.
+        decode: returns the text of consecutive tokens, in which an incomplete character is the
+            replacement character. It is never called with ``mask_id`` or ``eos_id``.
         mask_id: the mask token, drawn as a block; None on a uniform process.
         eos_id: the end-of-sequence token, drawn as a mark; None where there is none.
         description: names and values shown above the text, e.g. ``{"sampler": "tweedie"}``.

@@ -203,7 +203,8 @@ def introduce(workdir: Path, prepared: Prepared, *, complete: bool) -> None:
         console.print(f"resuming {workdir} at {steps}")
     elif complete:
         console.print(
-            f"nothing to do: {workdir} is complete at {steps}; a larger --training.steps goes on"
+            f"nothing to do: {workdir} is complete at {steps}; to train further, give a larger "
+            "--training.steps"
         )
     else:
         console.print(f"{workdir} is at {steps}: its last validation or its plot is still missing")
@@ -276,8 +277,8 @@ def train_frequencies(data: Data):
 def trigram_bits(data: Data, rows: ValidationRows) -> float | None:
     """Bits per character of a character trigram model on the validation rows.
 
-    The baseline beside the model's own bits per character: text of which only the two previous
-    characters are known. It is fitted to the first ``TRIGRAM_TOKENS`` tokens of each part of the
+    It is a baseline for the model's bits per character: the trigram model sees only the two
+    previous characters. It is fitted to the first ``TRIGRAM_TOKENS`` tokens of each part of the
     training text. Returns None if the tokenizer does not tell the bytes of its tokens.
     """
     try:
@@ -309,7 +310,9 @@ def conclude(
     files = f"written to {workdir}: checkpoints/, curves.png, metrics.jsonl, samples/, tensorboard/"
     validated = [r for r in read_metrics(workdir) if r.get("validation_nats_per_token") is not None]
     if not validated:
-        console.print(f"\nfinished without a validation, as --training.eval-every asks\n{files}")
+        console.print(
+            f"\nfinished; the run was not validated, because --training.eval-every is None\n{files}"
+        )
         return
     last = validated[-1]
     nats, error = last["validation_nats_per_token"], last["validation_standard_error"]
@@ -318,7 +321,8 @@ def conclude(
         f"\nvalidation {'NLL' if exact else 'bound'} at step {last['step']:,}, ± standard error\n"
         f"  {sign} {nats:.4f} ± {error:.4f} nats per token, perplexity {sign} "
         f"{last['validation_perplexity']:.3f}\n"
-        f"    {frequencies:.4f} by the frequencies of the training tokens alone"
+        f"    baseline: {frequencies:.4f} for a model that knows only the token frequencies of the "
+        "training text"
     )
     bits = last.get("validation_bits_per_character")
     if bits is not None:
@@ -326,5 +330,7 @@ def conclude(
         with Activity("fitting a trigram model"):
             trigram = trigram_bits(data, rows)
         if trigram is not None:
-            console.print(f"    {trigram:.4f} by a character trigram model of the training text")
+            console.print(
+                f"    baseline: {trigram:.4f} for a character trigram model of the training text"
+            )
     console.print(files)

@@ -46,7 +46,8 @@ class Prepared:
     """The objects of a run that is about to begin or to go on.
 
     Args:
-        config: the configuration; of a resumed run, with the weights that it was started from.
+        config: the configuration. For a resumed run, ``init_from`` is the one with which the run
+            was started.
         data: the tokenizer and the packed corpus.
         parts: the components of the model.
         parallel: the training step on the devices.
@@ -198,8 +199,8 @@ def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None
     """Check that the corpus is the one that the run was trained on.
 
     A checkpoint records the position in the data by numbers of rows, which mean something else in
-    another corpus. Compared are the name, the number of rows, the length and the digest of the
-    packed tokens of each part of the mixture.
+    another corpus. Each part of the mixture must have the same name, number of rows, number of
+    scored tokens, and digest of its packed tokens.
 
     Raises:
         UserError: one of these differs.
@@ -209,10 +210,10 @@ def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None
     for there, now in zip(restored.data["parts"], here, strict=True):
         if there != now[: len(there)]:  # runs of older versions recorded no digest
             sizes = (
-                "its size is the same, its text is not"
+                "its size is the same, but its text differs"
                 if there[:3] == now[:3]
-                else f"{there[0]} had {there[1]:,} sequences of {there[2]:,} tokens, {now[0]} has "
-                f"{now[1]:,} of {now[2]:,}"
+                else f"{there[0]} had {there[1]:,} sequences with {there[2]:,} tokens in all, "
+                f"{now[0]} has {now[1]:,} with {now[2]:,}"
             )
             raise UserError(
                 f"--workdir {workdir}: the corpus has changed since this run began: {sizes}. Bring "
@@ -236,7 +237,7 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
     if source.tokenizer is None or there != config.data.tokenizer:
         raise UserError(
             f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
-            "weights go with their tokenizer"
+            "weights can be used only with the tokenizer that they were trained with"
         )
     here = values(config.network)
     other = [

@@ -75,9 +75,16 @@ class LogitProcessor:
     """A user's function on log probabilities [B, K, N] whose results are checked.
 
     It is called inside jit (see ``Reshape.logit_processor``). If the function raises, or returns
-    another shape or type, tracing raises a UserError. Bad values (nan, or -inf for every token)
-    appear only when the compiled program runs, from which nothing can be raised: such rows keep the
-    model's conditional so that every sampler ends, and ``raise_error`` raises afterwards.
+    another shape or type, tracing raises a UserError. Bad values (nan, inf, or -inf for every
+    token) appear only when the compiled program runs, and a compiled program cannot raise. Such
+    rows keep the model's conditional, so that every sampler ends, and ``raise_error`` raises
+    afterwards.
+
+    Args:
+        function: the user's function.
+        spec: its path and name, for messages.
+        flag: the flag with which a message begins.
+        mask_id: the mask token of the model, or None; only rows of masked positions are checked.
     """
 
     def __init__(self, function: Callable[..., Any], spec: str, flag: str, mask_id: int | None):

@@ -22,7 +22,7 @@ from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer
 from sedd.denoiser import Denoiser
-from sedd.errors import UserError, fields_within, mistakes_in
+from sedd.errors import FieldError, UserError, fields_within, mistakes_in
 from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
 from sedd.parameterizations.base import Parameterization
@@ -113,12 +113,16 @@ def default_sampler_of(config: Config) -> str:
 
 
 def with_default_sampler(config: Config, before: Config) -> Config:
-    """Replace the sampler where ``config`` has another default sampler than ``before``.
+    """Replace the sampler by the default one if the defaults of ``config`` and ``before`` differ.
 
     Used where process or parameterization were changed and the sampler was not named: event_jump,
     for example, cannot draw from a model that depends on the noise level. ``steps`` is kept, except
     for ``ordered``, which draws from autoregressive models without it. A configuration whose parts
     do not fit is returned as it is; ``build_parts`` reports it.
+
+    Args:
+        config: the configuration whose sampler is replaced.
+        before: the configuration before the change.
     """
     try:
         name = default_sampler_of(config)
@@ -193,10 +197,12 @@ def build_step(config: Config, parts: Parts) -> Step:
 def build_parallel(
     config: Config, step: Step, devices: Sequence[Any] | None = None
 ) -> DataParallel | FullySharded:
-    """Compile the step for several devices as ``training.parallel`` says.
+    """Return the step on several devices, replicated or sharded by the option ``parallel``.
+
+    It is compiled at its first call.
 
     Args:
-        config: for ``parallel``, ``fsdp`` and ``accumulate``.
+        config: its ``training`` has the options ``parallel``, ``fsdp`` and ``accumulate``.
         step: the step on one device.
         devices: the devices; by default all devices of all processes.
 
@@ -245,18 +251,20 @@ def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=N
     for corpus in corpora:
         for split in ("train", "validation"):
             if split not in corpus.splits:
-                raise UserError(
-                    f"corpus {corpus.name!r} has no {split} split to train with: it has "
-                    f"{', '.join(corpus.splits)}"
+                raise FieldError(
+                    "data.corpus",
+                    f": {corpus.name!r} has no {split} split, which training needs; it has "
+                    f"{', '.join(corpus.splits)}",
                 )
     if tokenizer is None:
         whole = corpora[0] if len(corpora) == 1 else Mixture.of(corpora)
-        tokenizer = build_tokenizer(
-            config.data.tokenizer,
-            whole,
-            cache_dir=cache_dir,
-            end_of_text=config.data.end_of_text,
-        )
+        with fields_within("data"):
+            tokenizer = build_tokenizer(
+                config.data.tokenizer,
+                whole,
+                cache_dir=cache_dir,
+                end_of_text=config.data.end_of_text,
+            )
     parts = {
         split: [
             (_pack(corpus, split, tokenizer, config.data, cache_dir, progress), weight)

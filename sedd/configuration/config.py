@@ -379,11 +379,11 @@ def differences(saved: Config, current: Config) -> list[str]:
     """Describe the fields in which two configurations differ, those in ``RESUMABLE`` left out.
 
     Args:
-        saved: the configuration of a run ("there").
-        current: the configuration with which it is to be resumed ("here").
+        saved: the configuration of the run.
+        current: the configuration with which the run is to be resumed.
 
     Returns:
-        A phrase for each difference, such as "seed is 0 there and 1 here"; empty if they agree.
+        A phrase for each difference, such as "seed was 0 and is now 1"; empty if they agree.
     """
     found = []
 
@@ -394,8 +394,8 @@ def differences(saved: Config, current: Config) -> list[str]:
             for key in dict.fromkeys([*a, *b]):
                 compare(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
         elif a != b:
-            there, here = (json.dumps(value, ensure_ascii=False) for value in (a, b))
-            found.append(f"{path} is {there} there and {here} here")
+            before, now = (json.dumps(value, ensure_ascii=False) for value in (a, b))
+            found.append(f"{path} was {before} and is now {now}")
 
     compare(saved.to_json(), current.to_json(), "")
     return found

@@ -1,8 +1,8 @@
 """Constraints on sampled text: given tokens, regular expressions and JSON schemas.
 
-``compile_regex`` and ``compile_json_schema`` return an ``Automaton`` over tokens. It decodes from
-given distributions exactly (``sedd.constraints.decode``), and ``sedd.sample(constraint=…)`` holds
-samples to it.
+``compile_regex`` and ``compile_json_schema`` return an ``Automaton`` over tokens. Its methods
+decode exactly from given distributions (``sedd.constraints.decode``).
+``sedd.sample(constraint=…)`` draws samples that it accepts.
 """
 
 from collections.abc import Sequence

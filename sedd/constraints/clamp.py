@@ -85,7 +85,10 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
             for what, ids in (("prompt", before), ("suffix", after))
             if len(ids)
         )
-        raise UserError(f"{given}: longer than the length of {length}, which includes them")
+        raise UserError(
+            f"{given} do not fit into the length of {length} tokens, which includes the given "
+            "text; give a larger length or a shorter text"
+        )
     clamp.tokens_L[: len(before)], clamp.fixed_L[: len(before)] = before, True
     if len(after):
         clamp.tokens_L[-len(after) :], clamp.fixed_L[-len(after) :] = after, True
@@ -127,7 +130,8 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
         raise UserError("the infill text has no gap; write {mask:12} for one of twelve tokens")
     if length is not None and len(tokens) > length:
         raise UserError(
-            f"infill text with its gaps ({len(tokens)} tokens): longer than the length of {length}"
+            f"infill text with its gaps ({len(tokens)} tokens) does not fit into the length of "
+            f"{length} tokens; give a larger length, a shorter text or smaller gaps"
         )
     clamp = free(len(tokens) if length is None else length)
     clamp.tokens_L[: len(tokens)], clamp.fixed_L[: len(tokens)] = tokens, fixed
@@ -149,8 +153,8 @@ def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list
 def _encode(tokenizer: Tokenizer, text: str, what: str, *, first: bool = True) -> np.ndarray:
     """The token ids of a stretch of text; ``what`` is its field, for messages.
 
-    ``first`` states that the text begins with it. Otherwise it is encoded as in the middle of a
-    text.
+    ``first`` states that the sequence begins with it. Otherwise it is encoded as the continuation
+    of other text.
     """
     if not text:
         return np.zeros(0, np.int32)

@@ -117,7 +117,7 @@ class Automaton(TokenAutomaton):
 
     @cached_property
     def tables(self) -> Tables:
-        """The automaton as arrays on the device, padded for itself alone."""
+        """The automaton as arrays on the device, padded to the smallest sizes that it fits."""
         return jax.tree.map(jnp.asarray, tables(self, sizes_of([self])))
 
     def run(self, tokens, start: int = 0) -> int:
@@ -189,15 +189,17 @@ class Automaton(TokenAutomaton):
     ) -> None:
         """Raise UserError, with the reason, if no match has this length and these given tokens.
 
-        It takes one backward pass over the positions. The culprit is searched for only on failure.
+        Without ``possible_LC`` the method returns None if there is a match. With ``possible_LC`` it
+        always raises: the caller knows that every match has probability 0, and the error names the
+        first position at which the tokens' probabilities rule out all matches.
 
         Args:
             length: the number of positions.
             fixed: [length] given tokens, -1 where a position is free.
             start: the state before the first position.
             budget: how many tokens may follow.
-            possible_LC: whether each class has a token of positive probability at each position;
-                by default all have.
+            possible_LC: whether each class has a token of positive probability at each position,
+                bool [L, C]. None checks length and given tokens only.
             first: the position of the span in its sequence, for messages.
             text_of: returns the text of a token, for messages.
         """
@@ -241,10 +243,16 @@ class Automaton(TokenAutomaton):
 
         if impossible(0):
             needs = int(self.distance[start])
-            have = f"{length} tokens are left" + (f" and {budget} after them" if budget else "")
             if needs > length + budget:
-                raise UserError(f"{shown(self.pattern)} needs at least {needs} tokens: {have}")
-            raise UserError(f"{shown(self.pattern)} matches nothing of exactly that length: {have}")
+                more = f" ({budget} more may follow)" if budget else ""
+                raise UserError(
+                    f"{shown(self.pattern)} needs at least {needs} tokens, but has room for "
+                    f"{length}{more}; give more tokens or a shorter pattern"
+                )
+            after = f" with {budget} more after them" if budget else ""
+            raise UserError(
+                f"{shown(self.pattern)} matches no string of exactly {length} tokens{after}"
+            )
         count = bisect.bisect_left(range(len(given)), True, key=lambda i: impossible(i + 1))
         position = int(given[count])
         token = int(fixed_L[position])
@@ -349,7 +357,7 @@ class Automaton(TokenAutomaton):
         return f"state {states} of {shown(self.pattern)}"
 
     def _possible(self, value_S, log_probs_LN, options) -> float:
-        """The suffix value of the start state; UserError if it is that of log 0."""
+        """The suffix value of the start state; raises UserError if no string is possible."""
         value = float(value_S[options.get("start", 0)])
         if value <= IMPOSSIBLE:
             self._refuse(log_probs_LN, **options)

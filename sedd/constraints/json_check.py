@@ -1,8 +1,9 @@
 """Whether a constant validates, so that ``const`` and ``enum`` combine with other keywords.
 
-A constant is tested against the same leaves from which regexes are written. The test may reject a
-constant that validates, where leaves were left out (``Leaves.exact``), but it never accepts one
-that does not validate.
+A constant is tested against the leaves of the schema (``json_leaves``: its alternatives as
+conjunctions of plain keywords), from which the regexes are written too. If ``Leaves.exact`` is
+False, some leaves are missing. The test may then reject a constant that validates. It never accepts
+a constant that does not validate.
 """
 
 import re

@@ -15,7 +15,10 @@ MAX_PERMUTED = 4  # distinct items in any order up to here, in the given order b
 
 @dataclass(frozen=True, kw_only=True)
 class Containers:
-    """Writes arrays and objects with the given separators.
+    """Writes the regexes of arrays and objects with the given separators.
+
+    Every method returns a regex. ``members`` and ``some`` return the inside of an array or object,
+    without brackets or braces. The other methods include them.
 
     Attributes:
         comma: between elements, with the white space after it.

@@ -53,10 +53,18 @@ class Converter:
     reason in ``reader.conflict``. An alternative without values is dropped. If nothing is left of
     the whole document, the recorded reason is the error message.
 
+    Args:
+        root: the document, as ``json.loads`` returns it.
+        depth: how deep values nest where the schema sets no limit, 0 to ``MAX_NESTING``.
+        compact: whether to write no spaces after ``:`` and ``,``.
+
+    Raises:
+        FieldError: ``depth`` is out of range.
+
     Attributes:
         level: the number of calls of ``value`` that are running, one inside the other.
-        made: path and regex of each finished subschema, innermost first; ``regex_to_compile`` finds
-            the subschema to blame in it.
+        made: path and regex of each finished subschema, innermost first. ``regex_to_compile`` looks
+            up in it which subschema a too large part of the regex comes from.
     """
 
     def __init__(self, root: Any, depth: int, compact: bool):
@@ -161,7 +169,11 @@ class Converter:
         for value in leaf.excluded:
             kind = names_of(types_of(json.loads(value)))[0]
             if kind == name or (name == "number" and kind == "integer"):
-                refuse(path, f"cannot exclude the constant {value} from every {name}")
+                refuse(
+                    path,
+                    f"excluding the constant {value} is not supported: the remaining values of "
+                    f"type {name} are not an enum",
+                )
         if name == "string":
             return self._string(list(leaf.about("string")))
         if name in ("integer", "number"):
@@ -232,7 +244,11 @@ class Converter:
             self.reader.conflict = at, f"no string of that {source} has such a length"
             return None
         if piece.atom is None:
-            refuse(at, f"not supported beside this {source}, whose lengths differ")
+            refuse(
+                at,
+                f"not supported beside this {source}: it matches strings shorter or longer than "
+                "that, and does not repeat one character class",
+            )
         return f'"{repeat(piece.atom, max(low, piece.low), min(high, piece.high))}"'
 
     # -------------------------------------------------------------------------- objects
@@ -274,7 +290,11 @@ class Converter:
         fewest, most, least, greatest = counts
         count = sum(needed)
         if fewest > len(pairs):
-            refuse(least, f"supported only up to the {len(pairs)} properties that are written")
+            refuse(
+                least,
+                f"must be at most {len(pairs)}, the number of named properties that are possible: "
+                "no other properties are generated",
+            )
         if most < count or fewest > most:
             self.reader.conflict = greatest or least, "conflicts with the number of properties"
             return None
@@ -285,12 +305,20 @@ class Converter:
                 kept = [pair for pair, need in zip(pairs, needed, strict=True) if need]
                 return self.write.members(kept, [True] * count)
             if count or most != 1:
-                refuse(greatest, "supported only from the number of properties up, or as 1")
+                refuse(
+                    greatest,
+                    f"supported are {count} (the required properties) and {len(pairs)} (all "
+                    f"properties) or more; also 1 if no property is required; got {int(most)}",
+                )
             return one_of(pairs) + ("" if fewest else "?") if len(pairs) > 1 or fewest else ""
         if fewest <= count:
             return self.write.members(pairs, needed)
         if count or fewest != 1:
-            refuse(least, "supported only up to the number of required properties, or as 1")
+            refuse(
+                least,
+                f"supported are 0 to {count} (the required properties) and {len(pairs)} (all "
+                f"properties); also 1 if no property is required; got {fewest}",
+            )
         return self.write.some(pairs)
 
     def _free_object(self, leaf: Leaf, keys: Sequence[Where], counts: Counts) -> str | None:
@@ -385,7 +413,7 @@ class Converter:
         """The regex of arrays of distinct constants; ``at`` is the path of ``uniqueItems``."""
         leaves = self.reader.conjunction(items).leaves
         if first or any(leaf.values is None for leaf in leaves):
-            refuse(at, "supported for items of an enum, or false")
+            refuse(at, "true is supported only for items of an enum, without prefixItems")
         values = {
             same(value): dumps(value, at, self.separators)
             for leaf in leaves

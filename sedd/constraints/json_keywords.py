@@ -47,11 +47,19 @@ Where = tuple[Any, Path]  # a schema and its path
 
 
 class Counts(NamedTuple):
-    """The allowed sizes of a string, array or object: ``low`` to ``high``, both included."""
+    """The allowed sizes of a string, array or object: ``low`` to ``high``, both included.
+
+    Attributes:
+        low: the smallest size.
+        high: the largest size, infinite without an upper limit.
+        at_low: the path of the keyword that sets ``low``; without one, that of the keyword that
+            sets ``high``; empty without both.
+        at_high: likewise for ``high``.
+    """
 
     low: int
-    high: float  # infinite without an upper limit
-    at_low: Path  # of the keyword that sets ``low``, or of the other one if no keyword does
+    high: float
+    at_low: Path
     at_high: Path
 
 
@@ -215,10 +223,11 @@ def opposite(key: str, said: Any, schema: Mapping[str, Any], path: Path) -> dict
 
 
 def name_matches(pattern: str, text: str, path: Path) -> bool:
-    """Whether a ``pattern`` or a name of ``patternProperties`` is found in a text.
+    """Whether a ``pattern``, or a name in ``patternProperties``, is found in a text.
 
-    Refuses a pair on which validators disagree: with ASCII and Unicode classes, or because "$" also
-    matches before a final newline in Python.
+    Raises UserError if the answer depends on the validator: if it differs between ASCII and Unicode
+    character classes, or if a match is found in a text that ends with a newline, before which "$"
+    matches in Python only.
     """
     try:
         found = [bool(re.search(pattern, text, flags)) for flags in (0, re.ASCII)]

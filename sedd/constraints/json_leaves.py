@@ -51,7 +51,10 @@ class Leaf:
 class Leaves:
     """A disjunction of leaves; without leaves, it allows no value.
 
-    ``exact`` states that it allows every value that the schema allows.
+    Attributes:
+        leaves: the alternatives.
+        exact: whether the leaves allow every value that the schema allows. If False, some values of
+            the schema are missing.
     """
 
     leaves: tuple[Leaf, ...]

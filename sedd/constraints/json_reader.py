@@ -63,7 +63,7 @@ class Reader:
 
     Args:
         root: the document.
-        depth: how often a target is read inside itself.
+        depth: how many times the target of a recursive reference is read inside itself.
 
     Attributes:
         open: the stack of the targets that are being read. ``json_converter`` extends it while it
@@ -94,8 +94,10 @@ class Reader:
         if where not in self.recursive:
             return self.leaves(target, where, negated=negated)
         if self.open.count(where) > self.depth:
-            around = f"{show(reference)} refers to a schema around it"
-            problem = f"{around}, and no value ends at depth {self.depth}"
+            problem = (
+                f"{show(reference)} is recursive, and no value ends at depth {self.depth}; a "
+                "larger depth helps if the recursion can end"
+            )
             self.conflict = self.lost = (*path, "$ref"), problem
             return replace(NOTHING, exact=False)
         if len(self.open) > MAX_NESTING:
@@ -269,11 +271,11 @@ class Reader:
                 rest = self.leaves(*rival, negated=True)
                 before, found = found, self._both(found, rest, path)
                 if before.leaves and not found.leaves and not rest.exact:
-                    names = f"{branch[1][-1]} and {rival[1][-1]}"
                     refuse(
                         path,
-                        f"cannot tell that no value fits both {names}: give them different types, "
-                        "or a required property that differs in its type or const, or use anyOf",
+                        f"cannot prove that no value validates against both branch {branch[1][-1]} "
+                        f"and branch {rival[1][-1]}: give them different types, or a required "
+                        "property that differs in its type or const, or use anyOf",
                     )
             result.append(found)
         return union_of(result, path)

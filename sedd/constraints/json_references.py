@@ -25,7 +25,8 @@ class References:
         root: the document, as ``json.loads`` returns it.
 
     Attributes:
-        recursive: the paths of all schemas that a chain of references leads from and back to.
+        recursive: the paths of the schemas that can be reached from themselves by following
+            references.
     """
 
     def __init__(self, root: Any):

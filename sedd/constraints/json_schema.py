@@ -13,7 +13,8 @@ The regex may match fewer texts than validate:
 - Strings consist of characters from U+0020 up and the escapes ``\" \\ \b \f \n \r \t``. They have
   no ``\/`` and no ``\uXXXX``. An escape counts as one character.
 - A string has at most one ``pattern`` or one ``format``. ``minLength`` and ``maxLength`` beside it
-  are supported if they follow from it, or if it repeats one character class (``^[a-z]+$``).
+  are supported if every string that it matches satisfies them, or if it repeats one character class
+  (``^[a-z]+$``).
 - A ``pattern`` must be one that ECMAScript and Python read alike (``regex.parse_search``).
 - The formats in ``FORMATS`` are enforced. Any other, such as ``int64``, is an annotation.
 - Integers have at most 15 digits unless a bound is larger. Other numbers have at most 6 digits
@@ -21,7 +22,9 @@ The regex may match fewer texts than validate:
 - Objects have the named properties in the schema's order and no others, even if
   ``additionalProperties`` allows them. Without named properties, the names are those that
   ``propertyNames`` or ``patternProperties`` allow, or any.
-- ``minProperties`` and ``maxProperties`` must follow from the named properties, or be 1.
+- Of an object with p named properties, r of them required, ``minProperties`` may be 0 to r, or p,
+  and ``maxProperties`` may be r, or p and more. Without required properties each may also be 1.
+  Without named properties ``minProperties`` is at most 1.
 - Arrays have the items of ``prefixItems`` and then those of ``items``; without ``items`` they end
   with ``prefixItems``.
 - ``uniqueItems`` is supported for items of an enum. More than four come in the enum's order.

@@ -1,8 +1,8 @@
 r"""Regexes of the content of JSON strings, from formats and patterns; and refusals with a path.
 
-JSON writes some characters of a string as escapes: a quotation mark as ``\"``. A ``pattern`` speaks
-of characters, and the constraint of their JSON spelling, so the tree of the pattern is rewritten
-character by character. A ``Piece`` is the resulting regex.
+JSON writes some characters of a string as escapes: a quotation mark as ``\"``. A ``pattern``
+describes the characters of the string, but the constraint sees their JSON spelling. The syntax tree
+of the pattern is therefore rewritten character by character. A ``Piece`` is the resulting regex.
 """
 
 import math
@@ -66,7 +66,11 @@ def _piece(node: Node, source: str, path: Path) -> Piece:
         text = json_character(_with_surrogates(node.ranges))
         if not text:
             where = f"{show(source)} at position {node.start}"
-            refuse(path, f"{where}: only a \\u escape writes it, which is not supported")
+            refuse(
+                path,
+                f"{where}: JSON can write this character only as a \\u escape, which is not "
+                "supported",
+            )
         return Piece(text=text, low=1, high=1, atom=text)
     if isinstance(node, Concat):
         return _joined([_piece(part, source, path) for part in node.parts])

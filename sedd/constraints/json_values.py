@@ -71,9 +71,10 @@ def counted(value: Any, path: Path) -> int:
 
 
 def names_of(types: Sequence[str] | frozenset[str]) -> list[str]:
-    """The names for some types of values, in the order of ``TYPES``.
+    """The names of ``TYPES`` under which some value types are written, in the order of ``TYPES``.
 
-    "number" stands for whole numbers as well, so that it replaces "integer" beside it.
+    "number" and "integer" together become "number". The result "number" for a set without "integer"
+    stands for numbers with a fraction only.
     """
     return [
         name for name in TYPES if name in types and not (name == "integer" and "number" in types)

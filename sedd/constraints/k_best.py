@@ -34,8 +34,9 @@ def k_best(
         k: the number of strings.
 
     Returns:
-        Token ids [k, L], and log probabilities [k] in descending order, at most ``IMPOSSIBLE``
-        beyond the number of strings that there are.
+        Token ids [k, L], and log probabilities [k] in descending order. If only n < k strings are
+        possible, the log probabilities from index n on are at most ``IMPOSSIBLE``, and their tokens
+        have no meaning.
     """
     states, classes = len(table.accepting_S), table.num_classes
     token_M = table.token_KT.ravel()

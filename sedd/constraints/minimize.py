@@ -20,8 +20,8 @@ def minimal(moves: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.nd
         accepting: bool [S].
 
     Returns:
-        The same for the smallest automaton. Its states are numbered in breadth-first order. It has
-        none if nothing matches.
+        ``moves`` and ``accepting`` of the smallest automaton, with its states in breadth-first
+        order. Both have length 0 if nothing matches.
     """
     before = _predecessors(moves)
     live = set(np.flatnonzero(accepting).tolist())

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from sedd.constraints.tables import Tables
 from sedd.types import Array, Float, Int, Key
 
-ZERO = -1e30  # log 0: finite, so that sums of many and differences are no nan in float32
+ZERO = -1e30  # log 0: finite, so that neither a sum of many nor a difference is nan in float32
 IMPOSSIBLE = -1e29  # a value below this contains at least one ZERO
 NOISE = 8  # numbers of each kind of noise that are drawn from one key
 

@@ -66,9 +66,14 @@ class RegexError(UserError):
 
     Args:
         pattern: the whole pattern.
-        start: the index of the part at fault; kept as ``position``.
-        end: the index after that part; ``piece`` is its text.
-        reason: the message without position and piece.
+        start: the index at which the part at fault begins.
+        end: the index after that part.
+        reason: what is wrong with it.
+
+    Attributes:
+        position: ``start``.
+        piece: the text of the part at fault.
+        reason: as given; the message begins with the position and ends with the piece.
     """
 
     def __init__(self, pattern: str, start: int, end: int, reason: str):

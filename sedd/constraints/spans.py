@@ -154,7 +154,7 @@ class Spans(Constraint):
 
 
 class Draws(NamedTuple):
-    """The log conditionals of a span, reduced to token classes; both passes need no more of them.
+    """The log conditionals of a span, reduced to what the backward and forward pass need.
 
     Attributes:
         mass_WC: the log mass of each token class at each position.
@@ -248,8 +248,9 @@ def spans_of(clamp: Clamp, given: Given, tokenizer: Tokenizer | None = None) -> 
         spans = [Span(start=first, length=end - first, automaton=given)]
         if len(gaps) > 1:
             over = (
-                f" (one constraint for {len(gaps)} gaps spans them all and the text between them; "
-                "give a list for one a gap)"
+                f" (one constraint for {len(gaps)} gaps must match the whole stretch from the "
+                "first gap to the last, the given text between included; to constrain each gap "
+                "alone, give a list with one constraint for each gap)"
             )
     else:
         if len(gaps) != len(given):

@@ -159,8 +159,8 @@ def compile_tokens(
     Args:
         pattern: the regex.
         vocabulary: the tokens.
-        cache_dir: a folder of results, which is read and extended; damaged files are replaced. None
-            compiles anew.
+        cache_dir: a folder of earlier results. A result is read from it, or compiled and written
+            to it; a damaged file is replaced. None always compiles.
 
     Raises:
         UserError: as ``compile_bytes`` and ``lift``.
@@ -298,8 +298,8 @@ def _merged(
 ) -> tuple[np.ndarray, ...]:
     """Number the classes from 0, and merge those that have become equal.
 
-    ``lift`` has removed states, with which edges disappear. A class may be left without edges, and
-    two classes may be left with the same ones.
+    ``lift`` has removed states and their edges. A class may now have no edges, and two classes may
+    have the same edges.
 
     Args:
         class_of: the old class of each token.

@@ -50,7 +50,7 @@ def spell(moves: np.ndarray, classes: Steps) -> np.ndarray:
 
     Returns:
         The state that each byte leads to, int32 [S', 256]. The first S states are those of
-        ``moves``, the others are read between the bytes of a code point.
+        ``moves``. The other states lie between two bytes of one code point.
     """
     transitions = np.full((len(moves), 256), -1, np.int32)
     transitions[:, :0x80] = _padded(moves)[:, classes.at(np.arange(0x80))]

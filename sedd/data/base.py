@@ -24,9 +24,9 @@ HELD_OUT_EVERY = 20  # the validation split of data without splits is one twenti
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
-    """Named text, divided into splits, which ``documents`` reads.
+    """Named text, divided into splits. ``documents`` reads the text of a split.
 
-    A subclass defines the splits, ``_documents`` and ``fingerprint``.
+    A subclass sets ``splits`` and defines ``_documents`` and ``fingerprint``.
     """
 
     name: str  # as the user wrote it
@@ -117,7 +117,7 @@ class WithHeldOut(Corpus):
 
     @property
     def evaluation_split(self) -> str:
-        """That of the source, but the held-out split instead of the training split."""
+        """The evaluation split of the source; "validation" if that is "train"."""
         declared = self.source.evaluation_split
         return "validation" if declared == "train" else declared
 
@@ -132,14 +132,14 @@ class WithHeldOut(Corpus):
 
 
 def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
-    """Divide the documents of a corpus without splits into training and validation text.
+    """Yield the documents of one split of a corpus that has no validation split of its own.
 
     Of 20 documents or more, every 20th is validation. Of fewer, the last twentieth of each document
-    is validation, cut after a line or a word if possible.
+    is validation, cut after a line or a word if possible. All other text is training.
 
     Args:
-        documents: all documents.
-        split: "train", "validation" or "all".
+        documents: all documents that are to be divided.
+        split: "train", "validation", or "all" for the documents as they are.
     """
     if split == "all":
         yield from documents

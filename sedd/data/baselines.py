@@ -15,8 +15,8 @@ CODE_POINTS = 0x110000  # of Unicode: the base distribution is uniform over all 
 def unigram_nats(train_counts_N: np.ndarray, counts_N: np.ndarray) -> float:
     """Cross entropy of evaluated tokens under the training frequencies, in nats per token.
 
-    It is attained by a model without context that was fitted to the training text. The entropy of
-    the evaluated tokens' own frequencies would be lower, because it is fitted to these tokens.
+    It is the figure of a model without context that was fitted to the training text. The entropy of
+    the evaluated tokens' own frequencies is lower, because it is fitted to these tokens.
 
     Args:
         train_counts_N: occurrences of each token in the training text. Half a count is added to
@@ -47,7 +47,7 @@ class CharacterTrigram:
         return cls(orders=tuple(_Counts.of(points, length) for length in range(3)))
 
     def nats(self, texts: Iterable[str]) -> tuple[float, int]:
-        """Score texts, each from its first character on without earlier context.
+        """Score texts one by one. The first characters of a text have a shorter context.
 
         Returns:
             The total of −log p in nats, and the number of characters.

@@ -27,8 +27,9 @@ Examples = Iterator[tuple[int, dict[str, Any]]]
 class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set with the single feature ``text``, made from files at fixed addresses.
 
-    A file in the folder ``downloads`` that is named like the last part of an address is read
-    instead of downloading that address.
+    Before an address is downloaded, a file with the last part of its name is looked for in the
+    folder ``downloads``: ``downloads/text8.zip`` for ``http://mattmahoney.net/dc/text8.zip``. If
+    the file exists, it is read and nothing is downloaded.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -50,15 +51,16 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _fetch(self, manager: Any, url: str) -> Path:
         """The path of a copy of ``url``: one in ``downloads``, or a new download.
 
-        UserError says where a copy can be put if the download fails. The server is asked before the
-        download, whose retries would take minutes.
+        If the download fails, the UserError says where to put a copy. Whether the server answers is
+        tested first, because the retries of a download would take minutes.
         """
         own = self.downloads / url.rsplit("/", 1)[-1]
         if own.exists():
             return own
         if reason := why_unreachable(url):
             raise UserError(
-                f"cannot download {url} ({reason}); a copy put at {own} is read instead"
+                f"cannot download {url} ({reason}); download it elsewhere, put it at {own}, and "
+                "start again"
             )
         try:
             return Path(manager.download(url))
@@ -67,7 +69,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"cannot download {url} ({type(error).__name__}: {reason}); "
-                f"a copy put at {own} is read instead"
+                f"download it elsewhere, put it at {own}, and start again"
             ) from error
 
     def _generate_examples(self, texts: Iterator[str]) -> Examples:

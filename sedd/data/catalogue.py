@@ -42,8 +42,10 @@ ELSEWHERE = {
 class BenchmarkCorpus(Corpus):
     """A data set of ``builders``, downloaded and converted when it is first read.
 
-    A file in ``cache_dir/downloads`` that is named like the last part of an address is read instead
-    of downloading that address.
+    Before an address is downloaded, a file with the last part of its name is looked for in the
+    folder ``cache_dir/downloads``: ``downloads/text8.zip`` for
+    ``http://mattmahoney.net/dc/text8.zip``. If the file exists, it is read and nothing is
+    downloaded.
     """
 
     builder: str  # name of the class in ``builders``

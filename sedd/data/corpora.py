@@ -82,9 +82,9 @@ def open_corpus(spec: str, *, cache_dir: Path) -> Corpus:
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
     """Read the parts and weights of a mixture such as ``sotu*0.7+stdlib*0.3``.
 
-    Weights are positive and relative to each other; a part without a weight has weight 1. A part
-    may be a path that contains ``+`` or ``*`` if it exists: ``a+b.txt+stdlib`` begins with the file
-    ``a+b.txt`` if there is one.
+    Weights are positive, and only their ratios matter; a part without a weight has weight 1. A part
+    may be an existing path that contains ``+`` or ``*``: if there is a file ``a+b.txt``, it is the
+    first part of ``a+b.txt+stdlib``.
 
     Returns:
         A corpus specification and a weight for each part.

@@ -169,9 +169,9 @@ def _corpus_of(spec: str, files: list[Path], root: Path | None, key: str | None)
         say(line)
     elif in_splits.unused:
         say(
-            f"{spec}: {_listed(in_splits.unused, root)} may be a split by name, but is read like "
-            "the other files: splits need a train file or folder beside another one, and at least "
-            "half of the files"
+            f"{spec}: {_listed(in_splits.unused, root)} look like splits by name, but are read "
+            "like all other files. Names count as splits only if there are a train split and "
+            "another split, and at least half of the files belong to a split"
         )
     splits = in_splits.splits if in_splits.declared else UNSPLIT
     return FileCorpus(name=spec, splits=splits, files=in_splits.files, key=key)

@@ -99,9 +99,10 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """The position after the last returned batch, as a JSON value.
 
-        ``next_step`` is the ``start_step`` of an iterator that continues. The other entries
-        determine the batches: the seed, the batch size, and name, rows, tokens and digest of each
-        part. A run is resumed with other data if one of them differs.
+        ``next_step`` is the ``start_step`` with which a new iterator continues. The other entries
+        determine the batches: the seed, the batch size, and the name, number of rows, number of
+        scored tokens and digest of each part. If one of them differs, a new iterator gives other
+        batches, and the run must not be resumed with it.
         """
         return {
             "next_step": self._next_step,

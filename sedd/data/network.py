@@ -14,7 +14,9 @@ SECONDS = 5  # a server that does not answer within this time counts as unreacha
 
 
 def why_unreachable(url: str, *, seconds: float = SECONDS) -> str | None:
-    """Request the header of ``url``, through the proxy of the environment if there is one.
+    """Test whether a server answers, by a request for the header of ``url``.
+
+    The request goes through the proxy that the environment names, if it names one.
 
     Returns:
         None if the server answered, even with an error; otherwise why there was no connection.

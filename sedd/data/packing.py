@@ -29,12 +29,14 @@ class TooShortError(UserError):
 class Packed:
     """Rows of ``length`` tokens, read from a memory map.
 
-    All counts are of scored tokens. With joined documents these are all tokens except the dropped
-    remainders; with separate documents, all tokens except the ends of documents. The text that
-    the scored tokens spell has ``text_characters`` characters and ``text_bytes`` bytes of UTF-8, so
-    nats per character are nats per token times ``num_tokens_total / text_characters``. For a
-    tokenizer that does not tell the bytes of its tokens, both sizes are the whole text's times the
-    share of scored tokens.
+    All counts are of scored tokens. These are the tokens of the documents, without dropped ones
+    (the remainders of joined documents, the rests of truncated ones); with separate documents also
+    without the ends of documents. The two ids of ``around`` are scored in addition, once a row.
+
+    The scored tokens spell a text of ``text_characters`` characters and ``text_bytes`` bytes of
+    UTF-8. Nats per character are therefore nats per token times
+    ``num_tokens_total / text_characters``. For a tokenizer that does not tell the bytes of its
+    tokens, both sizes are those of the whole text times the share of scored tokens.
     """
 
     name: str  # "CORPUS (SPLIT)", for messages
@@ -146,10 +148,10 @@ def pack(
     truncate: bool = False,
     pad_last: bool = False,
 ) -> Packed:
-    """Cut a split into rows of ``length`` tokens, tokenising it if that was not done before.
+    """Cut a split into rows of ``length`` tokens; the split is tokenised if it was not before.
 
     The arguments ``length``, ``wrap``, ``drop_every``, ``around``, ``truncate`` and ``pad_last``
-    are the fields of ``Cut``; the others go to ``token_files``.
+    are explained in ``Cut``; all others in ``token_files``.
 
     Returns:
         The rows, read from files in ``cache_dir/packed``.
@@ -245,7 +247,8 @@ class Cut:
         inside = self.length - (0 if self.around is None else 2)
         if inside < 1:
             raise UserError(
-                f"length {self.length} leaves no room between what opens and closes a row"
+                f"length {self.length} leaves no room for text: two tokens of every row open and "
+                "close it"
             )
         if self.wrap:
             return _joined(ends, total, inside, self.drop_every, self.pad_last)
@@ -266,10 +269,12 @@ def _open(folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer, c
     if not num_rows and not cut.wrap:
         raise UserError(f"{name} holds no text")
     if not num_rows:
+        group = ""
+        if cut.drop_every:
+            group = f", and no group of {cut.drop_every:,} joined documents has enough for one row"
         raise TooShortError(
             f"length {cut.length} is longer than the data: {name} has {total:,} tokens, "
-            f"{len(ends):,} ends of documents included"
-            + (f", and no {cut.drop_every:,} documents fill a row" if cut.drop_every else "")
+            f"{len(ends):,} ends of documents included{group}"
         )
     # The scored tokens are all tokens of the files without unscored ends and dropped tokens, and
     # the ids of ``around`` once a row.
@@ -305,7 +310,8 @@ def _joined(
     """Rows of joined documents, group by group of ``drop_every`` documents; see ``Cut.ranges``.
 
     A group of n tokens has floor(n / length) rows, or with ``pad_last`` ceil(n / length), of which
-    the last may be shorter. Row number k of its group begins k·length tokens after the group.
+    the last may be shorter. Row k = 0, 1, … of a group begins k·length tokens after the group's
+    first token.
     """
     stops = (
         np.array([total])

@@ -54,7 +54,7 @@ def token_files(
         tokenizer: encodes the documents.
         split: a split of ``corpus``.
         cache_dir: parent directory of ``packed``.
-        workers: threads that tokenise; None is one a core, at most 16.
+        workers: threads that tokenise; None for one per core, at most 16.
         progress: called as ``progress(documents, tokens)`` during a build.
         max_documents: how many documents to read, from the first; None reads all.
 
@@ -97,7 +97,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def content_digest(folder: Path) -> str:
-    """Hash ``tokens.bin`` and ``ends.npy``: two corpora of equal size differ in it."""
+    """Hash ``tokens.bin`` and ``ends.npy``, so that corpora of equal size can be told apart."""
     hashed = hashlib.blake2b(digest_size=16)
     for name in CONTENT:
         with (folder / name).open("rb") as file:
@@ -237,5 +237,5 @@ def _tasks(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[Part
 
 
 def _threads() -> int:
-    """One thread a core, at most 16."""
+    """The number of cores, at most 16."""
     return min(os.cpu_count() or 1, 16)

@@ -29,7 +29,7 @@ from sedd.data.tokenizers import (
     gpt2_bytes,
     tokenizer_from_json,
 )
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.files import write_whole
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -67,6 +67,7 @@ def build_tokenizer(
 
     Raises:
         UserError: for an unknown ``spec``, a missing corpus, or a failed download.
+        FieldError: ``end_of_text`` is given, but ``spec`` is not a file.
 
     Example:
         >>> from pathlib import Path
@@ -77,8 +78,10 @@ def build_tokenizer(
     """
     path = Path(spec).expanduser()
     if end_of_text is not None and not path.is_file():
-        raise UserError(
-            f"end of text {end_of_text!r}: tokenizer {spec!r} is no file, and has its own"
+        raise FieldError(
+            "end_of_text",
+            f"is {end_of_text!r}, but only a tokenizer from a JSON file takes it, and {spec!r} is "
+            "not a file",
         )
     if spec == "text8":
         return Characters.of("text8", LETTERS, eos=False)

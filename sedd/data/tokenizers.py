@@ -60,7 +60,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode each text as int32 ids without special tokens; safe to call in threads.
+        """Encode each text as int32 ids, without special tokens. Threads may call it in parallel.
 
         Raises UserError for a character that the tokenizer does not have.
         """
@@ -299,7 +299,7 @@ class Pretrained(Tokenizer):
             single = {gpt2_bytes(token) for token in ids if len(token) == 1}
             if len(single) < 256:
                 raise UserError(
-                    f"tokenizer {name!r} would drop text without a word: its vocabulary lacks "
+                    f"tokenizer {name!r} would silently drop text: its vocabulary lacks "
                     f"{256 - len(single)} of the 256 bytes and has no unk_token"
                 )
         if end is not None and end not in ids:
@@ -339,7 +339,7 @@ class Pretrained(Tokenizer):
         return self.backend.decode(ids.tolist(), skip_special_tokens=True)
 
     def token_bytes(self) -> list[bytes | None]:
-        """The bytes of each id, which only a byte-level tokenizer without normalisation tells."""
+        """The bytes of each id; UserError if the tokenizer is not byte-level or changes texts."""
         data = json.loads(self.source)
         decoder = (data.get("decoder") or {}).get("type")
         prefixed = '"add_prefix_space": true' in json.dumps(data.get("pre_tokenizer"))

@@ -87,7 +87,7 @@ def load_published(path: str | os.PathLike) -> Published:
     config = find_config(directory) or directory / "config.json"
     layout = read_layout(config, _tensor_names(found[0]) if found else ())
     if not found:
-        raise UserError(f"{directory}: it has no tensors: none of {', '.join(WEIGHTS)}")
+        raise UserError(f"{directory} has no file of tensors: expected one of {', '.join(WEIGHTS)}")
     network, params = layout.network, _read_params(found[0], layout)
     if layout.constant_sigma is not None:
         network, params = at_constant_sigma(network, params, layout.constant_sigma)
@@ -286,7 +286,10 @@ def _read_tensors(path: Path) -> Mapping[str, np.ndarray | Tensor]:
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
-        raise UserError(f"{path}: it holds no tensors by name, nor a training run's checkpoint")
+        raise UserError(
+            f"{path} is neither a state dict (tensors by name) nor a checkpoint of a training run "
+            "(with the key model or state_dict)"
+        )
     if tensors is saved or not saved.get("ema"):  # MDLM's code can be run without an average
         return tensors
     return _averaged(path, tensors, saved["ema"])
@@ -301,16 +304,19 @@ def _averaged(path: Path, tensors: dict[str, Tensor], ema: Any) -> dict[str, Ten
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     names = [name for name in tensors if not name.endswith(IGNORED)]
     if not isinstance(shadow, list) or not all(isinstance(each, Tensor) for each in shadow):
-        raise UserError(f"{path}: its average, ema, has no list of tensors shadow_params")
+        raise UserError(
+            f"{path}: the averaged parameters (ema) are unreadable: ema.shadow_params must be a "
+            "list of tensors"
+        )
     if len(shadow) != len(names):
         raise UserError(
-            f"{path}: its average, ema.shadow_params, has {len(shadow)} tensors, and its model "
-            f"{len(names)} parameters"
+            f"{path}: the averaged parameters (ema.shadow_params) are {len(shadow)} tensors, but "
+            f"the model has {len(names)} parameters"
         )
     if wrong := [
-        f"{name} is {list(tensors[name].shape)}, its average {list(each.shape)}"
+        f"{name} is {list(tensors[name].shape)}, its average is {list(each.shape)}"
         for name, each in zip(names, shadow, strict=True)
         if each.shape != tensors[name].shape
     ]:
-        raise UserError(f"{path}: its average does not fit its model: {', '.join(wrong)}")
+        raise UserError(f"{path}: the averaged parameters do not fit the model: {', '.join(wrong)}")
     return dict(zip(names, shadow, strict=True))

@@ -176,8 +176,8 @@ class _Unpickler(pickle.Unpickler):
         if name in PASSED_OVER_NAMES or module_name.split(".")[0] in PASSED_OVER:
             return _Inert
         raise UserError(
-            f"{self.path}: its pickle asks for {name}, which no file of tensors needs: it is "
-            "refused, and nothing of it was run"
+            f"{self.path} is refused: loading it would call {name}, which is not needed to read "
+            "tensors and may be harmful. Nothing was executed"
         )
 
     def persistent_load(self, pid: Any) -> Any:
@@ -220,7 +220,9 @@ def _refuse(path: Path):
             f"{path} is in the format of torch.save before PyTorch 1.6, which is not read; with "
             "PyTorch, torch.save(torch.load(FILE, weights_only=True), FILE) writes it anew"
         )
-    raise UserError(f"{path} is not a file of torch.save: it is no whole zip archive")
+    raise UserError(
+        f"{path} is not a file of torch.save: it is not a zip archive, or it is incomplete"
+    )
 
 
 class _Archive:

@@ -110,7 +110,7 @@ class Checkpoints:
         self._saving: ocp.AsyncResponse[bool] | None = None
 
     def steps(self) -> list[int]:
-        """Return the steps that have a directory, ascending; the checkpoints may be damaged."""
+        """Return the steps of all checkpoints, ascending, damaged ones included."""
         if not self.directory.is_dir():
             return []
         return sorted(
@@ -203,8 +203,8 @@ class Checkpoints:
             )
         if any(self.directory.glob("*.bad*")):  # renamed now or at an earlier start
             raise UserError(
-                f"no checkpoint in {self.directory} is whole; bad ones end in .bad: start anew in "
-                "another directory"
+                f"all checkpoints in {self.directory} are damaged (renamed to *.bad); start a new "
+                "run in another directory"
             )
         return None
 
@@ -250,10 +250,13 @@ class Checkpoints:
                 _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
                 continue
             return candidate, nested(arrays)[tree]
-        raise UserError(f"no checkpoint in {self.directory} is whole")
+        raise UserError(f"all checkpoints in {self.directory} are damaged")
 
     def latest_good(self) -> int | None:
-        """Return the newest undamaged step; reads and verifies all arrays."""
+        """Return the step of the newest undamaged checkpoint, or None if there is none.
+
+        Reads and verifies all arrays.
+        """
         for step in reversed(self.steps()):
             try:
                 self._read(step, self._describe(step), TREES)

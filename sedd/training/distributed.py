@@ -20,8 +20,8 @@ from sedd.errors import UserError, first_line
 HEARTBEAT_SECONDS = 30  # of silence after which a peer counts as dead; JAX's default is 100
 CONNECT_SECONDS = 120
 GONE = (
-    "error: this process did not come to its end: most likely another process of the run is gone. "
-    "Start all of them again; they go on from the newest checkpoint"
+    "error: this process was aborted, most likely because another process of the run died. Start "
+    "all processes again; they resume from the newest checkpoint"
 )
 
 
@@ -74,7 +74,8 @@ def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
     Call it before anything asks JAX for its devices.
 
     Args:
-        processes: where the other processes are found.
+        processes: the address of process 0, and the number of processes; empty to take them from
+            the environment.
         seconds: how long to wait for the coordinator.
 
     Raises:

@@ -3,8 +3,8 @@
 The FLOPs are those of the mathematics, not of the executed program: recomputation (remat) adds
 nothing, and the output layer counts only at positions with a loss. A product of [a, b] and [b, c]
 counts 2·a·b·c, and the backward pass twice the forward pass (arXiv:2204.02311, appendix B). Norms,
-activations, softmax and the optimizer are not counted. MFU is their rate divided by the peak of the
-devices.
+activations, softmax and the optimizer are not counted. MFU is the FLOPs per second divided by the
+peak FLOPs per second of the devices.
 """
 
 import jax

@@ -75,7 +75,7 @@ class TrainResult:
     """The state after the last update, on the devices."""
     step: int
     stopped: bool
-    """Whether a signal ended the run before its last step; a new start goes on."""
+    """Whether a signal ended the run before its last step. The next start resumes it."""
     validation: dict[str, Any] | None
     """The figures of the validation at ``step``; None if it was not validated."""
 
@@ -120,8 +120,10 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
     """Run the updates ``state.step + 1 … run.steps``.
 
     SIGTERM, SIGINT and the preemption of one of several processes end the run with a checkpoint
-    after the current step; a second signal acts as it does by default. If ``batches``, ``validate``
-    or ``sample`` raises, a checkpoint of the step before is written, then the exception is raised.
+    after the current step; a second signal acts as it does by default. In a run of one process, if
+    ``batches``, ``validate`` or ``sample`` raises, a checkpoint of the last completed step is
+    written and the exception is raised again. With several processes the exception is raised
+    without a checkpoint.
 
     Args:
         run: the parts of the run.
@@ -133,7 +135,9 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
         The state after the last update, its step, and whether a signal ended the run early.
 
     Raises:
-        TrainingDiverged: if a loss, a gradient norm or a parameter is not finite.
+        TrainingDiverged: a loss, a gradient norm or a parameter is not finite. If the step skips
+            such updates (``Step.skip_nonfinite``), only after ``MAX_SKIPS`` skipped updates in a
+            row, or if a parameter is not finite at a checkpoint.
         UserError: if a file cannot be written.
     """
     step, pending = int(state.step), pending or {}

@@ -107,9 +107,10 @@ class Metrics:
 
 
 class ProgressReport:
-    """Shows a training run: a bar on a terminal; elsewhere a line for each record.
+    """Shows the progress of a training run.
 
-    Elsewhere a line also says what is being done whenever nothing was printed for 3 s.
+    On a terminal it is a bar. Elsewhere it is a line for each record, and a line that says what is
+    being done whenever nothing was printed for 3 s.
 
     Args:
         start: the step that the run starts from.

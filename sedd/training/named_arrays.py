@@ -44,8 +44,8 @@ def require_same(source: str, there: Kinds, here: Kinds) -> None:
     for name in sorted({**here, **there}, key=lambda name: rank.get(name.split("/")[0], 0)):
         if here.get(name) != there.get(name):
             raise UserError(
-                f"{source} is of another configuration: {name} is {_spelt(there.get(name))} there "
-                f"and {_spelt(here.get(name))} here"
+                f"{source} is of another configuration: {name} is {_spelt(there.get(name))} in it, "
+                f"and {_spelt(here.get(name))} in the configuration of this run"
             )
 
 

@@ -22,7 +22,8 @@ class OptimizerOptions:
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
-    """The optimizer."""
+    """adamw; muon (for the kernels of the blocks, Adam for all other parameters); or sgd (without
+    momentum)."""
     learning_rate: float = 3e-4
     """The highest learning rate, after the warm-up."""
     warmup_steps: int = 2500

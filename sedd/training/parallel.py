@@ -189,7 +189,11 @@ class FullySharded:
         return jax.tree.map(whole_on_host, params)
 
     def shard(self, batch: dict) -> dict[str, jax.Array]:
-        """Make global arrays [A, b, …], of which this process has the rows [B_local, …]."""
+        """Make global arrays [A, B/A, …] of this process's rows [B_local, …] and the others' rows.
+
+        A is the number of micro-batches, B the global batch size. The second axis is split over all
+        devices.
+        """
         return {
             name: jax.make_array_from_process_local_data(
                 self._rows,

@@ -40,7 +40,9 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
 @contextmanager
 def leave_on_signals() -> Iterator[None]:
-    """Exit with code 0 on SIGTERM or SIGINT in this block, or until ``stop_requests`` replaces it.
+    """Within the block, exit with code 0 on SIGTERM or SIGINT.
+
+    ``stop_requests`` replaces these handlers while it is active.
 
     The exit is an exception, so code that was writing a file removes the incomplete file.
     """
@@ -53,7 +55,9 @@ def leave_on_signals() -> Iterator[None]:
         yield
 
 
-ANSWER = b"\nnote: stopping after the step under way; once more to stop at once\n"
+ANSWER = (
+    b"\nnote: stopping after the current step; send the signal (Ctrl-C) again to stop at once\n"
+)
 # The handlers that Python starts with.
 USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 

@@ -19,7 +19,7 @@ class TrainState:
     """The state of a training run; a pytree.
 
     Args:
-        step: the number of updates so far.
+        step: the number of steps so far; a step whose update was skipped counts.
         params: the parameters.
         opt_state: the optimizer's state.
         ema_params: the moving average of the parameters, which is validated and sampled.

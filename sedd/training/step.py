@@ -29,8 +29,8 @@ AxisNames = str | tuple[str, ...] | None
 class Step:
     """One training step, as two pure functions: ``totals`` of a batch, then an ``update``.
 
-    The objective of the optimizer is the mean over the sequences of the global batch, where a
-    sequence counts the sum of its nats.
+    The optimizer minimises the mean over the sequences of the global batch of each sequence's
+    summed nats.
 
     Args:
         network: the network.

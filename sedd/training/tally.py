@@ -38,7 +38,12 @@ class Window:
         self.tokens += tokens
 
     def close(self) -> dict[str, Any]:
-        """Return the means over the steps that were not skipped, and start an empty window."""
+        """Return a record of the window, and start an empty window.
+
+        ``loss`` and ``grad_norm`` are means over the steps that were not skipped; they are absent
+        if all were skipped. ``tokens`` is the sum over all steps. ``skipped`` is the number of
+        skipped steps, absent if it is 0.
+        """
         record: dict[str, Any] = {"tokens": self.tokens}
         if self.steps:
             means = {"loss": self.loss / self.steps, "grad_norm": self.grad_norm / self.steps}
@@ -143,8 +148,10 @@ class Clock:
     def speeds(self) -> dict[str, float]:
         """Return the speeds since the last call, and start to count anew.
 
-        They are tokens and steps per second of all devices, the share of the time spent waiting for
-        data, TFLOP/s of one device if the FLOPs are known, and the MFU if the device's peak is.
+        The result is empty if no step was counted. ``tokens_per_second`` and ``steps_per_second``
+        are of all devices. ``waiting_for_data`` is the share of the time spent waiting for data.
+        ``tflops_per_second`` is of one device, present if the FLOPs are known. ``mfu`` is in
+        [0, 1], present if the device's peak is known too.
         """
         if self.since is None or self.last <= self.since:
             return {}

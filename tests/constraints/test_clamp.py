@@ -93,7 +93,7 @@ def test_gaps_of_a_prompt():
         ("a{mask12}", None, "'{mask12}' cannot be read"),
         ("a{ mask:3}{mask:1}", None, "'{ mask:3}' cannot be read"),
         ("a{MASK:3}{mask:1}", None, "'{MASK:3}' cannot be read"),
-        ("a{mask:3}b", 4, "(5 tokens): longer than the length of 4"),
+        ("a{mask:3}b", 4, "(5 tokens) does not fit into the length of 4"),
         ("a{mask:3}ä", None, "infill: character 'ä'"),
     ],
 )
@@ -106,8 +106,12 @@ def test_infill_that_cannot_be_read(text, length, message):
 @pytest.mark.parametrize(
     ("length", "given", "message"),
     [
-        (2, {"prompt": "abc"}, "prompt (3 tokens): longer than the length of 2"),
-        (4, {"prompt": "abc", "suffix": "de"}, "prompt (3 tokens) and suffix (2 tokens): longer"),
+        (2, {"prompt": "abc"}, "prompt (3 tokens) do not fit into the length of 2"),
+        (
+            4,
+            {"prompt": "abc", "suffix": "de"},
+            "prompt (3 tokens) and suffix (2 tokens) do not fit",
+        ),
         (0, {}, f"length must be in 1..{MAX_LENGTH}, got 0"),
         (MAX_LENGTH + 1, {}, "length must be in"),
         (9, {"suffix": "Ä"}, "suffix: character 'Ä'"),

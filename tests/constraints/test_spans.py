@@ -445,13 +445,13 @@ def test_gaps_that_touch_have_a_constraint_each(text, patterns):
 @pytest.mark.parametrize(
     ("text", "patterns", "message"),
     [
-        ("{mask:2}", "abc", "'abc' needs at least 3 tokens: 2 tokens are left"),
+        ("{mask:2}", "abc", "'abc' needs at least 3 tokens, but has room for 2;"),
         ("{mask:2}z{mask:2}", "[ab]+", "token 122, 'z', that is given at position 2 contradicts"),
         ("ab{mask:2}z{mask:2}", "[ab]+", "token 122, 'z', that is given at position 4 contradicts"),
         ("{mask:2} {mask:2}", ["a"], r"1 constraints for 2 gaps \(positions 0 to 1, 3 to 4\)"),
         ("{mask:2}", ["a", "b"], "2 constraints for 1 gaps .*every {mask} is a gap"),
         ("{mask}{mask:2}", ["a"], r"1 constraints for 2 gaps \(positions 0 to 0, 1 to 2\)"),
-        ("{mask:2}z{mask:2}", "[ab]+", "one constraint for 2 gaps spans them all"),
+        ("{mask:2}z{mask:2}", "[ab]+", "one constraint for 2 gaps must match the whole stretch"),
     ],
 )
 def test_what_cannot_be_is_named(model, text, patterns, message):

@@ -182,7 +182,7 @@ def test_without_a_network_a_download_fails_at_once(tmp_path, monkeypatch, capsy
         monkeypatch.setenv(name, proxy)
     monkeypatch.setattr(builders.Text8, "url", url)
     began = time.monotonic()
-    with pytest.raises(UserError, match=f"cannot download {url} .*; a copy put at ") as caught:
+    with pytest.raises(UserError, match=f"cannot download {url} .*, put it at ") as caught:
         open_corpus("text8", cache_dir=tmp_path / "cache").documents("train")
     assert time.monotonic() - began < 20  # with TFDS's own retries 205 s
     assert "\n" not in str(caught.value)

@@ -83,7 +83,7 @@ def test_names_that_look_like_splits_and_are_none_are_noted(tmp_path, capsys):
     assert sorted(open_corpus(str(folder), cache_dir=tmp_path).documents("all")) == [
         *("a.txt", "b.txt", "test.txt"),
     ]
-    assert "test.txt may be a split by name" in capsys.readouterr().err
+    assert "test.txt look like splits by name" in capsys.readouterr().err
 
 
 def test_source_code_has_no_splits(tmp_path, capsys):

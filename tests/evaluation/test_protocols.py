@@ -515,7 +515,7 @@ def test_a_file_that_is_not_an_evaluations_is_left_alone(place, tmp_path):
         ("radd", "--max-sequences 0", "max_sequences must be at least 1, got 0"),
         ("radd", "--t-min 0", "t_min must be in (0, 1), got 0.0"),
         ("radd", "--drop-every 10", "drop_every needs cut wrapped, got cut as_trained"),
-        ("radd", "--specials --length 2", "leaves no room between what opens and closes a row"),
+        ("radd", "--specials --length 2", "leaves no room for text: two tokens of every row"),
         (
             "radd",
             "--length 100000",

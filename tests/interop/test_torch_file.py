@@ -103,7 +103,7 @@ def test_a_payload_in_any_file_is_not_run_and_is_named(tmp_path, place, name):
 def test_a_plain_pickle_is_not_run_and_is_named(tmp_path, protocol):
     made, path = tmp_path / "made", tmp_path / "pytorch_model.bin"
     path.write_bytes(pickle.dumps({"a": Payload(made)}, protocol))
-    with pytest.raises(UserError, match=r"pytorch_model.bin: its pickle asks for \w+\.system"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is refused: .* call \w+\.system"):
         read_torch(path)
     assert not made.exists()
     pickle.loads(path.read_bytes())  # control: it would have been run
@@ -114,7 +114,7 @@ def test_a_payload_after_the_legacy_header_is_named(tmp_path):
     path = tmp_path / "a.bin"
     header = LEGACY + b"." + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
     path.write_bytes(header + pickle.dumps(Payload(tmp_path / "made"), 2))
-    with pytest.raises(UserError, match=r"a.bin: its pickle asks for \w+\.system"):
+    with pytest.raises(UserError, match=r"a.bin is refused: loading it would call \w+\.system"):
         read_torch(path)
     path.write_bytes(header + pickle.dumps({}, 2))
     with pytest.raises(UserError, match=r"a.bin is in the format of torch.save before PyTorch 1.6"):
@@ -154,7 +154,7 @@ GLOBAL = "c{}\n{}\n"  # opcodes of protocol 0
 )
 def test_only_known_names_are_taken(tmp_path, module, name):
     path = write(tmp_path / "a.bin", None, raw=(GLOBAL.format(module, name) + ".").encode())
-    with pytest.raises(UserError, match=f"asks for {module}.{name}, "):
+    with pytest.raises(UserError, match=f"would call {module}.{name}, "):
         read_torch(path)
 
 
@@ -233,7 +233,7 @@ def test_other_files_are_refused_by_what_they_are(tmp_path):
     with pytest.raises(UserError, match=r"a zip archive with 0 entries data\.pkl"):
         read_torch(tmp_path / "a.bin")
     (tmp_path / "a.bin").write_bytes(b"not anything")
-    with pytest.raises(UserError, match="it is no whole zip archive"):
+    with pytest.raises(UserError, match="it is not a zip archive, or it is incomplete"):
         read_torch(tmp_path / "a.bin")
     with pytest.raises(UserError, match="No such file"):
         read_torch(tmp_path / "nothing.bin")

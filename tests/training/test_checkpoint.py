@@ -197,10 +197,10 @@ def test_an_empty_directory_is_not_the_newest(tmp_path, capfd, state, abstract):
 def test_nothing_but_bad_checkpoints_is_an_error(tmp_path, state, abstract):
     checkpoints = save(tmp_path, state, [3])
     damage_array(tmp_path / "3")
-    with pytest.raises(UserError, match="is whole"):
+    with pytest.raises(UserError, match="are damaged"):
         checkpoints.restore_params()
     for _ in range(2):  # the second start finds none at all, and must not begin from nothing
-        with pytest.raises(UserError, match=r"no checkpoint in .* is whole; bad ones end in .bad"):
+        with pytest.raises(UserError, match=r"all checkpoints in .* are damaged \(renamed to"):
             checkpoints.restore_latest(abstract)
     assert checkpoints.steps() == []
 
@@ -208,14 +208,14 @@ def test_nothing_but_bad_checkpoints_is_an_error(tmp_path, state, abstract):
 def test_another_configuration_is_an_error_that_names_the_parameter(tmp_path, state):
     checkpoints = save(tmp_path, state, [3])
     wider = jax.eval_shape(lambda: setup(ADAMW, network=Toy(width=32))[0])
-    expected = r"another configuration: params/embed is float32\[7, 16\] there and float32\[7, 32\]"
+    expected = r"configuration: params/embed is float32\[7, 16\] in it, and float32\[7, 32\] in"
     with pytest.raises(UserError, match=expected):
         checkpoints.restore_latest(wider)
     assert checkpoints.steps() == [3]  # it is not bad, and stays
 
     abstract = jax.eval_shape(lambda: setup(ADAMW)[0])
     more = replace(abstract, params={**abstract.params, "extra": jnp.zeros(3)})
-    with pytest.raises(UserError, match=r"params/extra is absent there and float32\[3\] here"):
+    with pytest.raises(UserError, match=r"params/extra is absent in it, and float32\[3\] in the"):
         checkpoints.restore_latest(more)
 
 

@@ -407,7 +407,8 @@ def test_sigterm_ends_the_command_with_a_checkpoint(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert err == "\nnote: stopping after the step under way; once more to stop at once\n"
+    told = "note: stopping after the current step; send the signal (Ctrl-C) again to stop at once"
+    assert err == f"\n{told}\n"
     step = int(out.rpartition("stopped after step ")[2].split(";")[0])
     assert Checkpoints(tmp_path / "checkpoints").latest_good() == step
 

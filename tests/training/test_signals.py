@@ -68,7 +68,9 @@ def test_a_signal_is_answered_while_the_main_thread_is_in_c(capfd, number):
         hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # more than a second
         thread.join()
         assert stop(1)
-    assert answered == ["\nnote: stopping after the step under way; once more to stop at once\n"]
+    assert answered == [
+        "\nnote: stopping after the current step; send the signal (Ctrl-C) again to stop at once\n"
+    ]
 
 
 def test_other_signals_are_not_answered(capfd):

@@ -56,7 +56,7 @@ def refusals(network, description):
 
 
 def tensors(network):
-    """The names of SEDD's code below ``backbone``."""
+    """A dictionary from our parameters to published names: SEDD's with the prefix ``backbone.``."""
     return {ours: f"backbone.{name}" for ours, name in TENSORS.items()}
 
 

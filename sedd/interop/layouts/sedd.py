@@ -58,7 +58,7 @@ def refusals(network, description):
 
 
 def tensors(network):
-    """The names of SEDD's code."""
+    """A dictionary from our parameters to the tensor names of SEDD's code."""
     return TENSORS
 
 
