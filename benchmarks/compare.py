@@ -1,9 +1,16 @@
-"""Autoregression, RADD and SEDD side by side: the same network, data, batches and steps.
+"""Autoregression, RADD and SEDD compared: the same network, data, batches and steps.
 
-Each model is trained with each of the first ``seeds`` seeds: runs of ``train.py`` from
-``configs/quickstart.py``, which go on where they stopped when the command is given again, evaluated
-by ``evaluate.py`` on the same validation sequences. The autoregressive model's NLL is exact; of the
-others there is an upper bound.
+Each model is trained with the seeds 0 to ``seeds`` - 1 by ``train.py`` with
+``configs/quickstart.py``, and evaluated by ``evaluate.py`` on the same validation sequences. An
+interrupted comparison resumes when the same command is given again. The columns:
+
+- ``figure``: "exact NLL" for the autoregressive model; "bound" for the others, whose NLL is at most
+  the figure.
+- ``nats/token``, ``perplexity``, ``bits/character``: means over the seeds.
+- ``± seeds``, ``± sequences``, ``± draws``: standard errors of nats/token, over the seeds, over the
+  sequences of one evaluation, and of its Monte-Carlo draws.
+- ``training tokens``: scored tokens in all steps of one run.
+- ``tokens/s``: the median speed of training.
 
     python benchmarks/compare.py --workdir runs/compare --markdown docs/results.md
 """
@@ -46,27 +53,28 @@ MODELS = {  # (name, flags beside those of the quick start, which is radd)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all models share."""
+    """The settings that all models share."""
 
     workdir: Path
-    """The runs are here, a folder each; other settings take another one."""
+    """The directory of the runs, which has a folder for each. Give other settings another one."""
     models: tuple[str, ...] = tuple(MODELS)
+    """The models to compare, by their names in ``MODELS``."""
     corpus: str = "sotu"
     length: int = 128
     steps: int = 1000
-    """The learning rate rises in the first tenth of them."""
+    """Training steps. The learning rate rises during the first tenth of them."""
     batch_size: int = 16
     hidden_dim: int = 128
     num_layers: int = 4
     num_heads: int = 4
     seeds: int = 3
-    """Trainings of each model."""
+    """How many times each model is trained, with different seeds."""
     draws: int = 64
-    """Noise levels a sequence, of each bound."""
+    """Noise levels with which the bound of a sequence is estimated."""
     max_sequences: int = 512
-    """Validation sequences, evenly spread."""
+    """Validation sequences to evaluate, evenly spread over the split."""
     markdown: Path | None = None
-    """Write the table here, and how it was measured."""
+    """Write the table to this file, with a description of how it was measured."""
 
     def __post_init__(self):
         for name in self.models:
@@ -76,7 +84,7 @@ class Settings:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
     def folder(self, name: str, seed: int) -> Path:
-        """Where a run is."""
+        """The directory of the run of a model and a seed."""
         return self.workdir / name / str(seed)
 
 
@@ -91,7 +99,7 @@ def training_flags(settings: Settings, name: str, seed: int) -> list[str]:
         "data.length": settings.length,
         "training.steps": settings.steps,
         "training.batch-size": settings.batch_size,
-        "training.eval-every": settings.steps,  # the end is enough
+        "training.eval-every": settings.steps,  # only at the end
         "training.sample-every": None,
         "optimizer.name": "adamw",
         "optimizer.learning-rate": 3e-3,
@@ -119,7 +127,10 @@ def evaluation_flags(settings: Settings, name: str, seed: int) -> list[str]:
 
 
 def command(name: str, flags: list[str], *, quiet: bool = False) -> None:
-    """Run one of the project's commands; whatever it says on standard error is seen."""
+    """Run ``train.py`` or ``evaluate.py`` in a process of its own; exit with its code if it fails.
+
+    ``quiet`` suppresses its standard output.
+    """
     words = [sys.executable, str(ROOT / f"{name}.py"), *flags]
     code = subprocess.run(words, stdout=subprocess.DEVNULL if quiet else None).returncode
     if code:
@@ -127,7 +138,7 @@ def command(name: str, flags: list[str], *, quiet: bool = False) -> None:
 
 
 def figures(settings: Settings, name: str) -> dict[str, Any]:
-    """A row of the table, from what the commands left."""
+    """The row of a model: means over its seeds, from the files that the commands wrote."""
     folders = [settings.folder(name, seed) for seed in range(settings.seeds)]
     config, tokenizer = read_config(folders[0]), read_tokenizer(folders[0])
     assert config is not None
@@ -159,7 +170,7 @@ def figures(settings: Settings, name: str) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    """Train what is not trained, evaluate, and print the table."""
+    """Train and evaluate all models, as far as this is not done yet, and print the table."""
     if settings.markdown is not None:
         check_writable(settings.markdown, f"--markdown {settings.markdown}")
     runs = [(name, seed) for seed in range(settings.seeds) for name in settings.models]
@@ -168,7 +179,9 @@ def main(settings: Settings) -> None:
         last = read_metrics(settings.folder(*run))[-1]["step"]
         if last < settings.steps:
             where = settings.folder(*run)
-            raise UserError(f"{where} was stopped at step {last}: the same command goes on")
+            raise UserError(
+                f"{where} was stopped at step {last}; give the same command again to continue"
+            )
     for run in runs:
         command("evaluate", evaluation_flags(settings, *run), quiet=True)
     rows = [figures(settings, name) for name in settings.models]

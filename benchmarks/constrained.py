@@ -1,10 +1,19 @@
-"""What a constraint costs: to compile it for GPT-2's vocabulary, and a step of decoding with it.
+"""The cost of a constraint: compiling it for GPT-2's vocabulary, and decoding a step with it.
 
-Compile time is that of a pattern to a ready automaton, after the vocabulary was indexed once. The
-steps are for the product of 64 positions' distributions at batch 1, beside one call of a network of
-GPT-2-small's shape on the same 64 tokens. `program` is the compilation of the sampling step,
-`temporary` what it holds on the device beside its arguments; states × vocabulary in float32 would
-be `dense`. `check` is the check of 1,024 positions of which every second one is given.
+A step decodes 64 positions at batch 1 from the product of their distributions. It is compared with
+one call of a network of GPT-2-small's shape on 64 tokens. The columns:
+
+- ``compile s``: time from a pattern to its automaton, with the vocabulary indexed beforehand.
+- ``states``, ``classes``, ``edges``: the size of the automaton over tokens.
+- ``program s``: time to compile the sampling program.
+- ``most likely``, ``sample``, ``marginals``: milliseconds of one decoding.
+- ``temporary MB``: device memory of the sampling program beside its arguments.
+- ``dense MB``: the size of a float32 array of states × vocabulary, which is never formed.
+- ``check s``: time to check 1,024 positions, of which every second one is given.
+- ``sample of a call``: ``sample`` divided by the time of the network call.
+
+With ``--checkpoint`` nothing is timed. Samples are drawn by every sampler under 50 regexes, and the
+number of samples that match their regex is printed.
 
     python benchmarks/constrained.py
     python benchmarks/constrained.py --checkpoint runs/quickstart --length 32
@@ -84,21 +93,31 @@ PATTERNS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure."""
+    """The shapes to measure, or the model to draw with."""
 
     length: int = 64
+    """Positions of a step; with a checkpoint, tokens of a sample."""
     repeats: int = 3
+    """Timed runs of each program, of which the fastest counts."""
     tokenizer: str = "gpt2"
     cache_dir: Path = Path(default_cache_dir()).expanduser()
     """Where the tokenizer is kept, if it has to be downloaded."""
     hidden_dim: int = 768
+    """Width of the network to compare with."""
     num_layers: int = 12
+    """Layers of the network to compare with."""
     checkpoint: Path | None = None
-    """Draw with this model instead, and count what matches."""
+    """Do not measure time; draw samples with this model and count how many match their regex."""
 
 
 def steps(automaton: Automaton, length: int, repeats: int):
-    """Milliseconds of each question, and what the programs take to compile and hold."""
+    """Measure one decoding of random distributions: the columns from ``program s`` on.
+
+    Args:
+        automaton: the compiled pattern.
+        length: the number of positions.
+        repeats: timed runs of each program.
+    """
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.standard_normal((length, len(automaton.class_of))), jnp.float32)
     log_probs = jax.nn.log_softmax(2 * logits)
@@ -122,7 +141,10 @@ def steps(automaton: Automaton, length: int, repeats: int):
 
 
 def check_seconds(automaton: Automaton, length: int = 1024) -> float:
-    """Seconds to check ``length`` positions of which every second one is given, by some match."""
+    """Seconds of ``check_span`` on ``length`` positions, with every second token of a match given.
+
+    The match is a random path through the automaton.
+    """
     rng = np.random.default_rng(0)
     ways_LS = automaton._ways(np.full(length, -1), automaton.accepting)
     _, token_of = np.unique(automaton.class_of, return_index=True)
@@ -140,7 +162,7 @@ def check_seconds(automaton: Automaton, length: int = 1024) -> float:
 
 
 def network_call(num_tokens: int, settings: Settings) -> float:
-    """Milliseconds of a call, output layer included."""
+    """Milliseconds of one network call at batch 1, with the output layer at all positions."""
     network = build(
         "networks",
         "ddit",
@@ -162,7 +184,7 @@ def network_call(num_tokens: int, settings: Settings) -> float:
 
 
 def measure(settings: Settings) -> None:
-    """Compile times and steps, with GPT-2's vocabulary."""
+    """Measure compile times and steps with the tokenizer's vocabulary, and print the table."""
     tokenizer = build_tokenizer(settings.tokenizer, None, cache_dir=settings.cache_dir)
     tokens = tokenizer.token_bytes()
     begun = time.perf_counter()
@@ -251,11 +273,11 @@ caf(é|e)s?
 
 
 def shorter(texts: list[str]) -> list[float]:
-    """The verifier of those that search."""
+    """The verifier of the searching samplers: shorter texts have higher scores."""
     return [-len(text) / 10 for text in texts]
 
 
-SAMPLERS: dict[str, dict] = {  # what each is built with, beside its steps
+SAMPLERS: dict[str, dict] = {  # the options of each, beside its steps
     "euler": {},
     "tweedie": {},
     "event_jump": {},
@@ -271,7 +293,11 @@ SAMPLERS: dict[str, dict] = {  # what each is built with, beside its steps
 
 
 def match(settings: Settings, checkpoint: Path) -> None:
-    """How much of what a model draws matches, by sampler and steps; all of it should."""
+    """Count the samples that match their regex, for each sampler and number of steps.
+
+    The trained model and one with random weights draw them. Exits with code 1 if any sample does
+    not match.
+    """
     model = sedd.load(checkpoint)
     assert model.tokenizer is not None
     vocabulary, eos_id = model.tokenizer.token_bytes(), model.tokenizer.eos_id
@@ -296,7 +322,7 @@ def match(settings: Settings, checkpoint: Path) -> None:
     models = {"trained": model, "random": with_noise(model)}
     rows = []
     for sampler in SAMPLERS:
-        # It chooses its own number of steps.
+        # entropy_bounded chooses its own number of steps.
         counts = (None,) if sampler == "entropy_bounded" else (1, 4, settings.length)
         for count in counts:
             found = {name: matches(model, sampler, count) for name, model in models.items()}
@@ -309,7 +335,7 @@ def match(settings: Settings, checkpoint: Path) -> None:
 
 
 def with_noise(model: sedd.Model) -> sedd.Model:
-    """The model with weights that are hardly more than noise."""
+    """The model with random weights: independent normal numbers with standard deviation 0.3."""
     leaves, tree = jax.tree.flatten(model.denoiser.params)
     rng = np.random.default_rng(0)
     leaves = [jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
@@ -317,7 +343,7 @@ def with_noise(model: sedd.Model) -> sedd.Model:
 
 
 def main(settings: Settings) -> None:
-    """Measure, or with a checkpoint count matches."""
+    """Measure times; with a checkpoint, count matches instead."""
     if settings.checkpoint is None:
         measure(settings)
     else:

@@ -1,15 +1,20 @@
 """The share of JSON schemas that compile, and the cost of their automata over GPT-2's vocabulary.
 
-A suite is a file or a folder, whose `.json` files are read in order:
+A suite is a file, or a folder whose `.json` files are read in order. A file is one of these:
 
-- a file in BFCL's form, a line of JSON a question: the parameters of each function, with BFCL's
-  names of types replaced by JSON Schema's;
-- a file of JSON-Schema-Test-Suite: a list of objects with a `schema`;
-- any other file is one schema, as in SchemaStore.
+- BFCL's form, one question a line as JSON: its schemas are the parameters of each function, with
+  BFCL's names of types replaced by JSON Schema's;
+- JSON-Schema-Test-Suite: a list of objects, each with a `schema`;
+- any other file: one schema, as in SchemaStore.
 
 Without `--suites`, BFCL's `live_simple` from the package `bfcl-eval` is read (its data alone:
-`pip install --no-deps bfcl-eval`). Seconds are of the whole way from a schema to a ready automaton,
-each once; indexing the vocabulary is apart.
+`pip install --no-deps bfcl-eval`). The first row of a suite is about the schemas that compile; each
+other row is about one reason for which schemas are refused. The columns:
+
+- `schemas`, `share`: how many schemas of the suite the row is about.
+- `s`: seconds from a schema to its automaton, measured once. The vocabulary is indexed beforehand.
+- `states`, `classes`: the size of the automaton over tokens. `median` and `worst` (the largest
+  value) are over schemas.
 
     python benchmarks/json_schemas.py --suites JSON-Schema-Test-Suite/tests/draft7 schemastore/src
 """
@@ -38,7 +43,7 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Where the schemas and the vocabulary are."""
+    """The schemas and the vocabulary."""
 
     suites: tuple[Path, ...] = ()
     """Files and folders of schemas; by default BFCL's `live_simple` of the installed package."""
@@ -48,7 +53,10 @@ class Settings:
 
 
 def installed() -> Path:
-    """The package's file, found without an import of the package, which needs a lot more."""
+    """The path of ``FILE`` in the installed package ``bfcl-eval``.
+
+    The package is not imported, because its dependencies need not be installed.
+    """
     try:
         files = metadata.files("bfcl-eval") or []
     except metadata.PackageNotFoundError:
@@ -78,7 +86,7 @@ def schemas(suite: Path) -> Iterator[Any]:
 
 
 def renamed(schema: Any) -> Any:
-    """The schema with JSON Schema's names of types; "any" is no type."""
+    """Replace BFCL's names of types by JSON Schema's, at all depths; the type "any" is removed."""
     if not isinstance(schema, dict):
         return schema
     schema = dict(schema)
@@ -111,7 +119,7 @@ def main(settings: Settings) -> None:
 
 
 def measured(suite: Path, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """A row about the schemas that compile, and one for each reason why others do not."""
+    """The rows of a suite: the schemas that compile, then one row for each reason of a refusal."""
     compiled: list[tuple[float, TokenAutomaton]] = []
     refused: collections.Counter[str] = collections.Counter()
     for schema in schemas(suite):
@@ -145,13 +153,13 @@ def measured(suite: Path, vocabulary: Vocabulary) -> list[dict[str, Any]]:
 
 
 def reason(error: UserError) -> str:
-    """The keyword that is refused, where one is, and why."""
+    """The message of a refusal, with the last part of the path only: ``KEYWORD: PROBLEM``."""
     path, _, problem = str(error).partition(": ")
     return f"{path.rpartition('/')[2]}: {problem}"
 
 
 def spread(name: str, values: list[Any]) -> dict[str, Any]:
-    """The middle and the greatest of what was measured."""
+    """The columns ``NAME, median`` and ``NAME, worst`` (the largest value); None without values."""
     return {
         f"{name}, median": statistics.median(values) if values else None,
         f"{name}, worst": max(values, default=None),

@@ -1,4 +1,4 @@
-"""What every benchmark prints: a table for people and one line of JSON for programs."""
+"""The output of every benchmark: a table for people, and one line of JSON for programs."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from sedd.commands.cli import parse, run
 
 
 def start(main: Callable[[Any], Any], settings: type[Any], description: str | None) -> None:
-    """Run a benchmark with the settings that the command line has, and exit."""
+    """Parse the settings from the command line, run ``main`` with them, and exit."""
     run(lambda arguments: main(parse(settings, arguments, description=description or "")))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The device, the number of cores and the versions, for the caption of the table."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
-    """The least of several runs, after one that compiles."""
+    """The seconds of the fastest of ``repeats`` runs, after one run that compiles."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
@@ -45,7 +45,13 @@ def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:
-    """The rows as a table, and all of it as one JSON line."""
+    """Print the rows as a table, and the rows, settings and machine as one line of JSON.
+
+    Args:
+        title: the name of the benchmark.
+        rows: the rows; all have the same columns.
+        settings: shown in the caption.
+    """
     about = machine()
     caption = ", ".join(f"{name} {value}" for name, value in {**settings, **about}.items())
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")

@@ -1,9 +1,15 @@
-"""How good samples are at how many network calls, for a model of characters.
+"""The quality of samples of a character model against the number of network calls.
 
-The judge knows nothing of the model: an interpolated n-gram of characters (Witten and Bell, 1991)
-counted on the training split. It gives samples nats per character; held-out text gives the level to
-reach, and the unigram entropy beside it tells good samples from repetitive ones, which a judge
-likes too.
+A judge scores the samples: an n-gram model of characters (``Judge``), counted on the training
+split. The judge prefers repetitive text, so the entropy of the samples is printed as well. The
+first row is held-out text, whose figures good samples should have. The columns:
+
+- ``setting``: the option of the sampler that is varied, and its value.
+- ``calls``: network calls of a sample, on average.
+- ``nats/char``: −log p of the samples under the judge, per character; ``± s.e.`` is its standard
+  error over samples.
+- ``entropy``: of the frequencies of a sample's own characters, in nats, averaged over samples. It
+  is low for repetitive text.
 
     python benchmarks/sample_quality.py --checkpoint runs/quickstart --plot docs/images/quality.png
 """
@@ -23,7 +29,7 @@ from sedd.data.packing import unigram_entropy
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-SWEEPS = {  # label: (sampler, what is varied, its values, other options)
+SWEEPS = {  # label: (sampler, the varied option, its values, other options)
     "tweedie": ("tweedie", "steps", (8, 16, 32, 64, 128, 256), {}),
     "event_jump": ("event_jump", "steps", (8, 16, 32, 64, 128, 256, None), {}),
     "ordered, random": ("ordered", "steps", (8, 16, 32, 64, None), {"order": "random"}),
@@ -36,25 +42,38 @@ SWEEPS = {  # label: (sampler, what is varied, its values, other options)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The model, and how many samples a point."""
+    """The model, the judge and the number of samples."""
 
     checkpoint: Path = Path("runs/quickstart")
     num: int = 64
+    """Samples for each row."""
     order: int = 3
-    """Characters that the judge counts together."""
+    """The order n of the judge's n-grams."""
     seed: int = 0
     plot: Path | None = None
+    """Draw the figures against the network calls, and write the plot to this file."""
 
 
 class Judge:
-    """p_k(c | h) = (n(hc) + t(h)·p_{k-1}(c | h')) / (n(h) + t(h)), t(h) the distinct c after h."""
+    """An n-gram model with Witten-Bell smoothing (Witten and Bell, 1991).
+
+    p_k(c | h) = (n(hc) + t(h)·p_{k-1}(c | h')) / (n(h) + t(h)). Here h is the context of k - 1
+    tokens, h' is h without its first token, n counts occurrences in the training text, t(h) is the
+    number of distinct tokens after h, and p_0 is uniform. After a context that does not occur,
+    p_k = p_{k-1}.
+
+    Args:
+        tokens: the training text.
+        num_tokens: the number of different tokens.
+        order: the largest k.
+    """
 
     def __init__(self, tokens: np.ndarray, num_tokens: int, order: int):
         self.base, self.order = num_tokens, order
         self.tables = [np.unique(c, return_counts=True) for c in self._codes(tokens)]
 
     def _codes(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """For k = 1..order, each window of k tokens as one number."""
+        """For each k = 1, …, ``order``: all windows of k tokens, each as one number."""
         codes, code = [], np.zeros(len(tokens), np.int64)
         for k in range(self.order):
             code = code[: len(tokens) - k] * self.base + tokens[k:]
@@ -62,7 +81,10 @@ class Judge:
         return codes
 
     def nats(self, tokens_SL: np.ndarray) -> np.ndarray:
-        """Nats per token of each sequence, from its second token on where the context is short."""
+        """Mean nats per token of each sequence, [S].
+
+        All tokens count; the first ``order`` - 1 tokens are scored with a shorter context.
+        """
         return np.array([self._nats(row.astype(np.int64)).mean() for row in tokens_SL])
 
     def _nats(self, tokens: np.ndarray) -> np.ndarray:
@@ -87,12 +109,12 @@ def _look_up(keys, values, wanted):
 
 
 def entropies(tokens_SL: np.ndarray) -> float:
-    """The mean over sequences of the entropy of a sequence's own tokens, in nats."""
+    """The entropy of a sequence's own token frequencies in nats, averaged over sequences."""
     return float(np.mean([unigram_entropy(np.bincount(row)) for row in tokens_SL]))
 
 
 def main(settings: Settings) -> None:
-    """Sample by every sampler at every setting, judge, print and plot."""
+    """Draw with every sampler at every setting, score the samples, print and plot the figures."""
     model = sedd.load(settings.checkpoint)
     if model.tokenizer is None:
         raise sedd.UserError(f"{settings.checkpoint}: no tokenizer to read the corpus with")
@@ -146,7 +168,7 @@ def _error(values: np.ndarray) -> float:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Judged nats and entropy against calls, one line a sampler."""
+    """Plot nats per character and entropy against network calls, with a line for each sampler."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
     real = results[0]

@@ -1,9 +1,17 @@
-"""How long each sampler takes for a sample, and how much of that is the network.
+"""The time that each sampler takes for a sample, and the network's share of it.
 
-The network is random, of the given shape: what it says does not matter to the time, except to
-entropy_bounded, whose calls depend on the text. `network` is the time of as many calls of the
-transformer alone at the same batch, scaled from 64 of them in one program; the rest is the output
-layer, the noise and the sampler's own work. Seconds are divided by the batch.
+The network has random weights and the given shape. Its output does not affect the time, except for
+entropy_bounded, whose number of calls depends on the text. All times are those of a batch divided
+by the number of its sequences. The columns:
+
+- ``calls``: network calls that a sequence needs, on average.
+- ``of the batch``: network calls that are run for the whole batch.
+- ``s/sample``: the time of a sample.
+- ``network``: the time of ``of the batch`` calls of the transformer alone, scaled from at most 64
+  timed calls.
+- ``rest``: the other time: output layer, noise, and the sampler's own work.
+- ``total/network``: ``s/sample`` divided by ``network``.
+- ``speed-up``: the time of the first row divided by that of the row.
 
     python benchmarks/sampling.py --length 128 --batch 8 --steps 1024
 """
@@ -23,12 +31,12 @@ from sedd.configuration.components import build
 from sedd.denoiser import Denoiser
 from sedd.schedules import LogLinear
 
-CALLS = 64  # of the network alone, that are timed
+CALLS = 64  # the most calls of the network alone that are timed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The shapes to measure."""
+    """The shape of the network and of the batch, and the samplers to measure."""
 
     length: int = 128
     batch: int = 8
@@ -39,13 +47,13 @@ class Settings:
     vocabulary: int = 2048
     dtype: str = "float32"
     repeats: int = 1
-    """Runs of what is compiled; the fastest counts."""
+    """Timed runs of each compiled program, of which the fastest counts."""
     samplers: tuple[str, ...] = ()
     """Rows to measure, by the beginning of their names; all by default."""
 
 
 def cases(settings: Settings):
-    """(label, sampler) of each row."""
+    """Yield the label and the sampler of each row."""
     schedule, steps = LogLinear(), settings.steps
 
     def of(name, **options):
@@ -69,7 +77,7 @@ def cases(settings: Settings):
 
 
 def favourite(tokens_RL, real_RL):
-    """A verifier that costs nothing."""
+    """A verifier that takes no time: the score is the first token."""
     return np.asarray(tokens_RL)[:, 0].astype(np.float32)
 
 
@@ -95,7 +103,7 @@ def model(settings: Settings) -> Denoiser:
 
 
 def fastest(run, repeats: int):
-    """The least seconds of some runs of what is compiled, and what the last one returned."""
+    """The seconds of the fastest of ``repeats`` runs of a compiled program, and the last result."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -106,7 +114,7 @@ def fastest(run, repeats: int):
 
 @jax.jit
 def network_calls(denoiser, tokens_BL, count):
-    """The transformer, ``count`` times: each call's input depends on the one before."""
+    """Run the transformer ``count`` times; the input of a call depends on the call before it."""
 
     def one(_, tokens_BL):
         (hidden_BLD,) = denoiser.hidden(tokens_BL)
@@ -116,7 +124,7 @@ def network_calls(denoiser, tokens_BL, count):
 
 
 def main(settings: Settings) -> None:
-    """Measure every row, and its speed-up over the first."""
+    """Measure every sampler, and print the table."""
     denoiser = model(settings)
     batch, length = settings.batch, settings.length
     free_BL, tokens_BL = jnp.zeros((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
@@ -128,7 +136,8 @@ def main(settings: Settings) -> None:
             continue
         run = jax.jit(functools.partial(_draw, sampler)).lower(*arguments).compile()
         total, samples = fastest(lambda run=run: run(*arguments), settings.repeats)
-        # A search runs its candidates side by side: a round is a call of them all.
+        # A search draws ``width`` candidates of each sequence in one batch. ``calls_B`` counts each
+        # candidate, but one network call serves all of them.
         wide_BL = jnp.repeat(tokens_BL, sampler.width, 0)
         calls = round(float(samples.calls_B.max()) / sampler.width)
         some = min(calls, CALLS)

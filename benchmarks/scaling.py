@@ -1,8 +1,13 @@
-"""What a device holds and sends in a training step, by the number of devices.
+"""The memory and the communication of a training step on one device, by the number of devices.
 
-The step is compiled for simulated devices and not run: the figures are read from the program.
-`state` and `temporaries` are a device's; `sent` are the bytes of a collective's result, the most
-that a device sends or receives of it. The batch grows with the devices.
+The step is compiled for simulated CPU devices and not run; all figures are read from the compiled
+program. The batch grows with the number of devices. The columns:
+
+- ``parallel``: ``pmap`` (a copy of the state on each device) or ``fsdp`` (a part of it).
+- ``state MB``: the state and the batch of one device.
+- ``temporaries MB``: the intermediate arrays of one device.
+- ``all-reduce MB``, ``all-gather MB``, ``reduce-scatter MB``: the results of all collectives of
+  this kind in a step, on one device.
 
     python benchmarks/scaling.py
 """
@@ -20,7 +25,7 @@ from sedd.configuration.config import Config, DataOptions, TrainingOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The model, and the numbers of devices."""
+    """The model, the batch and the numbers of devices."""
 
     hidden_dim: int = 512
     num_layers: int = 8
@@ -28,12 +33,13 @@ class Settings:
     num_tokens: int = 8192
     length: int = 256
     sequences: int = 2
-    """Of a device."""
+    """Sequences in the batch for each device."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of devices to compile for."""
 
 
 def main(settings: Settings) -> None:
-    """Print a row for each way to run on each number of devices."""
+    """Compile the step with pmap and fsdp for each number of devices, and print the table."""
     simulate(max(settings.devices))
     rows = []
     for parallel in ("pmap", "fsdp"):
@@ -65,7 +71,7 @@ def main(settings: Settings) -> None:
 
 
 def simulate(number: int) -> None:
-    """So many devices on the CPU; before the first array."""
+    """Make JAX simulate ``number`` devices on the CPU. Call it before the first array is made."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
     prepare_cpu()

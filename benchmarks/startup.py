@@ -1,9 +1,10 @@
-"""How long ``sample.py --num 1`` takes at its first start and at the second, from processes.
+"""The time of ``sample.py --num 1`` at its first start and at later starts, in new processes.
+
+Each checkpoint has a new cache folder. The first start compiles the programs and writes them to
+that folder; later starts read them. The columns are wall-clock seconds and CPU seconds of the first
+start, both of the median later start, and the quotient of its CPU seconds and those of the first.
 
     python benchmarks/startup.py runs/quickstart
-
-The first start compiles; the second reads the programs that the first kept. Each checkpoint has a
-new cache folder.
 """
 
 import argparse
@@ -16,7 +17,12 @@ import time
 
 
 def start(checkpoint: str, cache: str) -> tuple[float, float]:
-    """Seconds on the clock and of CPU time that one start of the command takes."""
+    """Run ``sample --num 1`` once; returns its wall-clock seconds and its CPU seconds.
+
+    Args:
+        checkpoint: the directory of the run.
+        cache: the cache folder of compiled programs.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     subprocess.run(
@@ -34,7 +40,7 @@ def main() -> None:
     """Print a row of a Markdown table for each checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", help="directories of runs")
-    parser.add_argument("--repeats", type=int, default=3, help="starts after the first; the median")
+    parser.add_argument("--repeats", type=int, default=3, help="later starts; the median counts")
     settings = parser.parse_args()
     print("| checkpoint | first: s | CPU s | second: s | CPU s | ratio of CPU |")
     print("|---|--:|--:|--:|--:|--:|")

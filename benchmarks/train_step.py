@@ -1,12 +1,25 @@
-"""A training step: its speed, its memory and its compile time, beside the plain form of the loss.
+"""The speed, the memory and the compile time of a training step, beside the plain form of the loss.
 
-The plain form computes every logit of the batch, takes optax's softmax cross entropy of them, and
-clips the gradient with optax's ``clip_by_global_norm``. `plain loss` has the library's clipping.
-All steps run in turn, so that what else the machine does slows all.
+Three forms of the step are compared, with the same network and batch:
 
-    python benchmarks/train_step.py                                    # d 256, 6 layers, V 2049
+- ``sedd``: the library's step. It computes logits only where there is a loss, in chunks.
+- ``plain``: computes all logits of the batch, takes optax's softmax cross entropy of them, and
+  clips the gradient with optax's ``clip_by_global_norm``.
+- ``plain loss``: the loss of ``plain`` with the library's clipping.
+
+The forms take one step in turn, so that other work of the machine slows all of them alike. The
+columns:
+
+- ``s/step``, ``median``: the shortest and the median time of a step.
+- ``tokens/s``, ``TFLOP/s``, ``MFU``: from the shortest step. MFU needs a device of known peak.
+- ``temporaries MB``: the intermediate arrays of the compiled step.
+- ``speed``: the shortest step of ``plain`` divided by that of the form.
+
+With ``--depths`` only the compile time is measured; ``ratio`` is relative to the first depth.
+
+    python benchmarks/train_step.py                    # width 256, 6 layers, 2,048 tokens
     python benchmarks/train_step.py --shape gpt2-small --batch-size 4 --length 256
-    python benchmarks/train_step.py --depths 4 12 48                   # compile time
+    python benchmarks/train_step.py --depths 4 12 48   # compile time
 """
 
 import dataclasses
@@ -40,7 +53,7 @@ LOSSES = {"lambda_dce": LambdaDCE, "score_entropy": ScoreEntropy, "autoregressiv
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """The shape and the kind of the step."""
 
     shape: Literal["small", "gpt2-small"] = "small"
     objective: Literal["lambda_dce", "score_entropy", "autoregressive"] = "lambda_dce"
@@ -50,7 +63,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     steps: int = 5
-    """Timed steps of each form, after one that is not."""
+    """Timed steps of each form, after one step that is not timed."""
     depths: tuple[int, ...] = ()
     """Measure the compile time at these numbers of layers, and nothing else."""
 
@@ -91,7 +104,7 @@ def parts_of(settings: Settings, num_layers: int) -> Parts:
 
 
 def plain(kind):
-    """The objective with the logits of all positions, as it is usually written."""
+    """A subclass of the objective that computes the logits of all positions at once."""
 
     class Plain(kind):
         def summed_nats(self, network, params, corrupted, x0_BL, **kwargs):

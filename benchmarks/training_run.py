@@ -1,8 +1,14 @@
-"""What a training run does beside its steps: reading data, saving, and going on after a stop.
+"""The costs of a training run beside its steps: reading data, saving, and resuming.
 
-A real run of the loop on the embedded corpus, with ``saves`` checkpoints on the way. `stall` is how
-long a save keeps the loop after a finished step; the rest is written in the background. Last comes
-what a new process does to go on: read and verify the checkpoint, place it, compile, and a step.
+First the loader is measured alone: ``Mtokens/s`` are millions of tokens per second. Then the
+training loop runs on the embedded corpus and writes ``saves`` checkpoints. Its rows:
+
+- ``s/step``: the median time of a step.
+- ``stall of a save, s``: how long a save blocks the loop after the steps are finished, at the
+  median; the checkpoint itself is written in the background. ``in steps`` is the same in steps.
+- ``waiting for data``: the share of the run's time.
+- ``read and verify, s``, ``place, s``, ``compile and step, s``: the parts of resuming: reading the
+  checkpoint, copying it to the device, and compiling and running the first step.
 
     python benchmarks/training_run.py
 """
@@ -33,7 +39,7 @@ from sedd.training.state import init_state
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The model, and how long to run."""
+    """The model, the length of the run, and the batches of the loader."""
 
     hidden_dim: int = 640
     num_layers: int = 10
@@ -41,16 +47,18 @@ class Settings:
     length: int = 256
     batch_size: int = 16
     steps_between: int = 6
-    """Updates between two saves."""
+    """Steps between two saves."""
     saves: int = 3
+    """Checkpoints of the run."""
     corpus: str = "sotu"
     loader_length: int = 1024
+    """Tokens in a sequence when the loader is measured alone."""
     loader_batch_size: int = 512
     loader_batches: int = 200
 
 
 def main(settings: Settings) -> None:
-    """Print the loader's row, and the run's."""
+    """Measure the loader and a run, and print both tables."""
     config = Config(
         data=DataOptions(corpus=settings.corpus, tokenizer="bytes", length=settings.length),
         network=options(
@@ -70,7 +78,7 @@ def main(settings: Settings) -> None:
 
 
 def measure_loader(config: Config, settings: Settings) -> None:
-    """Tokens a second that nobody waits for but this loop."""
+    """Measure how many tokens per second the loader yields to a loop that does nothing else."""
     longer = dataclasses.replace(config.data, length=settings.loader_length)
     data = build_data(dataclasses.replace(config, data=longer))
     batches = Batches(data.train, batch_size=settings.loader_batch_size, seed=0)
@@ -84,7 +92,13 @@ def measure_loader(config: Config, settings: Settings) -> None:
 
 @contextmanager
 def timed_saves() -> Iterator[list[float]]:
-    """Seconds of each of the loop's saves, once the steps before it and the last save are done."""
+    """Within the block, time every save of the training loop.
+
+    Before a save is timed, the dispatched steps and the save before it are completed.
+
+    Yields:
+        A list, to which the seconds of each save are appended.
+    """
     stalls, save = [], loop._Loop.save
 
     def timed(self, state, step):
@@ -102,7 +116,7 @@ def timed_saves() -> Iterator[list[float]]:
 
 
 def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
-    """Of steps, saves and resuming."""
+    """Train in ``workdir``, resume from its last checkpoint, and print the table of the times."""
     data = build_data(config)
     parts = build_parts(config, data.tokenizer.num_tokens)
     step = build_step(config, parts)
