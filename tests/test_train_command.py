@@ -149,7 +149,7 @@ def test_a_configuration_is_readable_text(tmp_path, corpus):
     shown = corpus.replace("\udcff", r"\udcff")
     assert f'"{shown}"' in (tmp_path / "config.json").read_text("utf-8")
     there = differences(config, tiny_run.config())
-    assert there == [f'data.corpus is "{corpus}" there and "stdlib" here']
+    assert there == [f'data.corpus was "{corpus}" and is now "stdlib"']
 
 
 def test_init_from_is_recorded_and_kept(begun, tmp_path, text):
