@@ -136,7 +136,7 @@ TRAIN = [
     ("--sampler.steps 0", "samplers 'tweedie': --sampler.steps must be at least 1, got 0"),
     ("--process unifrom", "--process unifrom: processes has no 'unifrom'; did you mean 'uniform'"),
     ("--process uniform", "parameterizations 'conditional': it needs an absorbing process; score"),
-    ("--parameterization score", "objectives 'lambda_dce': it needs the parameterization"),
+    ("--parameterization score", "objectives 'lambda_dce': a cross entropy needs the para"),
     ("--training.batch-size 6", "batch_size must be divisible by devices × accumulate = 4 × 1"),
     ("--training.batch-size 8 --training.accumulate 4", "4 × 4 = 16, got 8; the nearest"),
     ("--config {place}/none.py", "--config {place}/none.py: no such file"),
