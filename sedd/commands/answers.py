@@ -99,9 +99,9 @@ class Answering:
 
     Args:
         model: the model.
-        counts: number of requests of each program in the whole run. The size of a program's batches
-            depends on it and on ``batch_size`` alone: the last batch is padded to the same size, so
-            that it compiles no program of its own.
+        counts: number of requests of each program in the whole run. All batches of a program have
+            the same size, which depends on this number and ``batch_size``. The last batch is padded
+            to it, so that no second program is compiled.
         batch_size: sequences in memory at the same time; the candidates of a search count.
         reshaped: whether any request of the run changes the conditionals. If so, every batch gets
             temperature, top-k and top-p as data, neutral for requests that set none, and all

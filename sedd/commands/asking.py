@@ -52,9 +52,9 @@ class Asking:
         model: the model that will draw.
         processor: the user's logit processor, or None.
         verifier: the user's verifier, or None.
-        samplers: samplers that were built already, by the options of a request's line as JSON.
-            Lines with equal options must get the same object, since a sampler is part of the key of
-            a compiled program.
+        samplers: the samplers built so far, by the ``sampler`` object of a request's line as JSON.
+            Lines with equal objects must get the same sampler, because a compiled program is looked
+            up by its sampler.
     """
 
     command: SampleCommand

@@ -35,8 +35,8 @@ def compile_regex(
         vocabulary: the bytes of each token; None for a token that is no text, such as the mask.
         eos_id: the end-of-text token, 0 to ``len(vocabulary) - 1``. With it, a string may end
             early and is filled up with this token.
-        cache_dir: compiled automata are read from and written to its folder ``automata``; None
-            compiles anew.
+        cache_dir: a directory; compiled automata are written to its folder ``automata`` and read
+            from there the next time. None always compiles.
 
     Raises:
         UserError: the pattern is malformed, unsupported, matches nothing or is too large (the
@@ -72,7 +72,7 @@ def compile_json_schema(
         schema: the schema as ``json.loads`` returns it.
         vocabulary: as for ``compile_regex``.
         depth: how deep values nest where the schema sets no limit, 0 to 64: in a schema that allows
-            any value, and in a reference within its own target.
+            any value, and in a recursive reference.
         eos_id: as for ``compile_regex``.
         cache_dir: as for ``compile_regex``.
 

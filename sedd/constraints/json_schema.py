@@ -28,8 +28,8 @@ The regex may match fewer texts than validate:
 - Arrays have the items of ``prefixItems`` and then those of ``items``; without ``items`` they end
   with ``prefixItems``.
 - ``uniqueItems`` is supported for items of an enum. More than four come in the enum's order.
-- Where the schema sets no limit, values nest ``depth`` deep: in a schema that allows any value, and
-  in recursion by ``$ref``.
+- Where the schema sets no limit, values nest at most ``depth`` deep: in a schema that allows any
+  value, and in a recursive ``$ref``.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def schema_to_regex(schema: Any, *, depth: int = DEPTH, compact: bool = False) -
     Args:
         schema: a JSON schema as ``json.loads`` returns it.
         depth: how deep values nest where the schema sets no limit, 0 to ``MAX_NESTING``: in a
-            schema that allows any value, and in a reference within its own target.
+            schema that allows any value, and in a recursive reference.
         compact: leave out the spaces after ``:`` and ``,``.
 
     Raises:
@@ -67,9 +67,9 @@ def schema_to_regex(schema: Any, *, depth: int = DEPTH, compact: bool = False) -
 def regex_to_compile(schema: Any, *, depth: int = DEPTH) -> Iterator[str]:
     """Yield the regex of ``schema``; the body of the ``with`` statement compiles it.
 
-    The body may raise RegexError because a part of the regex is too large. The user has not written
-    that regex, so the error becomes a UserError with the path of the smallest subschema whose own
-    regex contains the part.
+    The body may raise RegexError because a part of the regex is too large. The user did not write
+    that regex. The error is therefore replaced by a UserError with the path of the smallest
+    subschema whose regex contains the part.
     """
     converter = Converter(schema, depth, compact=False)
     pattern = converter.document()

@@ -83,7 +83,7 @@ class Restored:
 
 
 class BadCheckpointError(Exception):
-    """A checkpoint cannot be read, or differs from what was written; the message is a reason."""
+    """A checkpoint cannot be read, or its content has changed; the message is the reason."""
 
 
 class Checkpoints:
