@@ -117,11 +117,16 @@ class Activity:
             self._bar.update(self._task, description=self.doing, completed=self.completed)
 
     def say(self, message: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar where there is one.
+
+        If the reader of a pipe has gone away (``| head``), the line is lost and the work goes on:
+        a training run is worth more than its printed lines.
+        """
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
-            print(message, file=self._stream, flush=True)
+            with suppress(BrokenPipeError):
+                print(message, file=self._stream, flush=True)
         if self._heartbeat is not None:
             self._heartbeat.printed()
 

@@ -1,13 +1,16 @@
 """The configuration: through JSON and back, what it refuses, and how two of them differ."""
 
+import contextlib
 import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import ROOT
 
+from sedd.commands.train_start import check_same_data
 from sedd.configuration.build import build_parts
 from sedd.configuration.components import options
 from sedd.configuration.config import (
@@ -184,24 +187,32 @@ def test_a_cross_entropy_is_refused_where_it_would_leave_the_score_untrained(obj
         build_parts(with_component(config, "objective", objective), num_tokens=27)
 
 
-def test_a_corpus_that_has_changed_is_not_resumed():
-    from sedd.commands.train_start import check_same_data
+ONE = ["my.txt (train)", 12, 96, "digest"]
+TWO = ["x (train)", 7, 96, "other"]
 
-    class Now:
-        def state(self):
-            return {"parts": [("my.txt (train)", 12, 96, "digest")]}
 
-    def check(*part):
-        parts = [["my.txt (train)", *part]]
-        restored = Restored(state=None, step=1, data={"parts": parts}, pending={})  # pyright: ignore
-        check_same_data(Path("run"), restored, Now())  # pyright: ignore
-
-    check(12, 96, "digest")
-    check(12, 96)  # as older versions recorded it
-    with pytest.raises(UserError, match=r"corpus has changed .* had 11 sequences .* has 12"):
-        check(11, 96, "digest")
-    with pytest.raises(UserError, match=r"corpus has changed .* size is the same, but its text"):
-        check(12, 96, "another")
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ([ONE], [ONE], None),
+        ([ONE[:3]], [ONE], None),  # as older versions recorded it
+        ([ONE, TWO], [ONE, TWO], None),
+        ([["my.txt (train)", 11, 96, "digest"]], [ONE], "had 11 sequences .* has 12"),
+        ([["my.txt (train)", 12, 64, "digest"]], [ONE], "of 64 tokens, .* of 96"),
+        ([["your.txt (train)", 12, 96, "digest"]], [ONE], "your.txt .* my.txt"),
+        ([[*ONE[:3], "another"]], [ONE], "its size is the same, but its text"),
+        ([ONE, [*TWO[:3], "another"]], [ONE, TWO], "its size is the same, but its text"),
+        ([TWO, ONE], [ONE, TWO], "x .train. had 7"),
+    ],
+)
+def test_a_corpus_that_has_changed_is_not_resumed(there, here, message):
+    now = SimpleNamespace(state=lambda: {"parts": [tuple(part) for part in here]})
+    restored = Restored(state=None, step=1, data={"parts": there}, pending={})  # pyright: ignore
+    expected = contextlib.nullcontext()
+    if message is not None:
+        expected = pytest.raises(UserError, match=f"corpus has changed .*: .*{message}")
+    with expected:
+        check_same_data(Path("run"), restored, now)  # pyright: ignore
 
 
 @pytest.mark.parametrize(

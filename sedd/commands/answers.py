@@ -78,7 +78,7 @@ class Answer:
     def entropy(self) -> float:
         """Unigram entropy of the drawn tokens in nats; low where the text repeats itself."""
         drawn = self.tokens[~self.clamp.fixed_L]
-        return abs(unigram_entropy(np.bincount(drawn))) if len(drawn) else 0.0
+        return unigram_entropy(np.bincount(drawn)) if len(drawn) else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The line of the output file."""

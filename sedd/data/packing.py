@@ -129,7 +129,7 @@ class MappedFile:
 def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy of the frequencies ``counts / counts.sum()`` of tokens [N], in nats."""
     frequencies = counts[counts > 0] / counts.sum()
-    return float(-(frequencies * np.log(frequencies)).sum())
+    return abs(float((frequencies * np.log(frequencies)).sum()))  # never minus zero
 
 
 def pack(

@@ -1,7 +1,9 @@
 """Records, the report on the screen, and the picture."""
 
+import contextlib
 import io
 import json
+import os
 import resource
 import sys
 import time
@@ -143,6 +145,21 @@ def test_a_line_whenever_nothing_was_printed_for_a_while(monkeypatch):
     assert 1 <= len(lines) <= 4
     time.sleep(0.1)
     assert stream.getvalue().splitlines() == lines
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_run_goes_on_without_a_reader(monkeypatch, size):
+    """As after ``sedd train | head``, whose printed lines are lost: it has files to complete."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as stream:
+        report = ProgressReport(start=0, steps=10, stream=stream)
+        report.report(1, {"loss": 2.5})
+        report.doing("x" * size)
+        time.sleep(0.1)
+        report.say("y" * size)
+        report.close()
 
 
 def test_a_bar_where_there_is_a_terminal():
