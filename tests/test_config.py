@@ -198,7 +198,7 @@ TWO = ["x (train)", 7, 96, "other"]
         ([ONE[:3]], [ONE], None),  # as older versions recorded it
         ([ONE, TWO], [ONE, TWO], None),
         ([["my.txt (train)", 11, 96, "digest"]], [ONE], "had 11 sequences .* has 12"),
-        ([["my.txt (train)", 12, 64, "digest"]], [ONE], "of 64 tokens, .* of 96"),
+        ([["my.txt (train)", 12, 64, "digest"]], [ONE], "with 64 tokens .* with 96"),
         ([["your.txt (train)", 12, 96, "digest"]], [ONE], "your.txt .* my.txt"),
         ([[*ONE[:3], "another"]], [ONE], "its size is the same, but its text"),
         ([ONE, [*TWO[:3], "another"]], [ONE, TWO], "its size is the same, but its text"),
