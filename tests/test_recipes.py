@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import daily
 from tiny_run import ROOT
 
 from sedd.configuration.build import build_parts
@@ -23,19 +24,22 @@ PARAMETERS = {
     "owt_radd_medium": 405_191_762,
 }
 
-pytestmark = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+EACH_DAY = ("quickstart", "lm1b_sedd", "text8_radd", "owt_ar_small")
+every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
-def test_there_are_recipes(path):
+def test_there_are_recipes():
     assert PARAMETERS.keys() < {recipe.stem for recipe in RECIPES}
 
 
+@every
 def test_aim(path):
     config = load_config(path)
     assert config.aim
     assert "arXiv:" in config.aim or path.stem == "quickstart"
 
 
+@every
 def test_real_shape(path):
     config = load_config(path)
     num_tokens = NUM_TOKENS[config.data.tokenizer]
@@ -50,6 +54,11 @@ def test_real_shape(path):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.parametrize(
+    "path",
+    daily(RECIPES, [path for path in RECIPES if path.stem in EACH_DAY]),
+    ids=lambda p: p.stem,
+)
 def test_one_step_of_a_shrunken_copy(path):
     config = load_config(path)
     config = dataclasses.replace(

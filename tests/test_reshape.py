@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import L, N, f32, i32, keys
+from tiers import daily, nightly
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
@@ -223,7 +224,7 @@ def test_guidance():
 
 
 @pytest.mark.parametrize(
-    "sampler", [Ordered(schedule=SCHEDULE), Tweedie(schedule=SCHEDULE, steps=3)]
+    "sampler", [Ordered(schedule=SCHEDULE), nightly(Tweedie(schedule=SCHEDULE, steps=3))]
 )
 def test_guidance_takes_two_calls(sampler):
     fixed = (1, -1, -1, 0)
@@ -337,7 +338,9 @@ EVERY = [
 ]
 
 
-@pytest.mark.parametrize("sampler", EVERY, ids=lambda sampler: type(sampler).__name__)
+@pytest.mark.parametrize(
+    "sampler", daily(EVERY, EVERY[1::2]), ids=lambda sampler: type(sampler).__name__
+)
 def test_what_a_processor_bans_never_appears(sampler):
     denoiser = model(Reshape.of(logit_processor=place_decides))
     tokens_BL = np.asarray(oracle.draw(sampler, denoiser, 500, trace=False).tokens_BL)

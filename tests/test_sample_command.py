@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import tiny_run
-from tiers import daily
+from tiers import daily, nightly
 from tiny_run import TOKENIZER, call
 
 import sedd
@@ -206,7 +206,7 @@ def test_every_sampler_is_tried():
 
 @pytest.mark.parametrize(
     "sampler",
-    daily(FLAGS, ["tweedie", "event_jump", "semi_autoregressive", "best_of_n", "particle"]),
+    daily(FLAGS, ["event_jump", "semi_autoregressive", "particle"]),
 )
 def test_what_is_written(place, tmp_path, sampler):
     flags = f"--sampler {sampler} {FLAGS[sampler]} --num 2"
@@ -263,7 +263,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("sampler", ["tweedie", "entropy_bounded", "best_of_n"])
+@pytest.mark.parametrize("sampler", ["tweedie", nightly("entropy_bounded"), nightly("best_of_n")])
 def test_requests_of_every_kind(place, tmp_path, sampler):
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(map(json.dumps, KINDS)))
@@ -328,7 +328,7 @@ def test_flags_reach_the_sampler_that_they_are_of(place, tmp_path, flags, calls)
     assert line["calls"] == calls
 
 
-@pytest.mark.parametrize("inner", ["--inner tweedie --inner.steps 2", "--inner ordered"])
+@pytest.mark.parametrize("inner", [nightly("--inner tweedie --inner.steps 2"), "--inner ordered"])
 def test_the_best_is_picked(place, tmp_path, inner):
     seen = place / "seen.jsonl"
     seen.unlink(missing_ok=True)
@@ -341,7 +341,7 @@ def test_the_best_is_picked(place, tmp_path, inner):
         assert min(map(vowels, candidates)) < line["score"]
 
 
-@pytest.mark.parametrize("sampler", ["tweedie --steps 3", "confidence"])
+@pytest.mark.parametrize("sampler", [nightly("tweedie --steps 3"), "confidence"])
 def test_a_logit_processor(place, tmp_path, sampler):
     """It bans all tokens from 5 on, by -inf, and any sampler ends."""
     flags = f"--sampler {sampler} --prompt the"
@@ -461,7 +461,7 @@ def test_a_verifier_that_fails(place, loaded, monkeypatch, search, does):
     assert FAILING[does] in error
 
 
-@pytest.mark.parametrize("does", ["-jnp.inf", "jnp.nan"])
+@pytest.mark.parametrize("does", ["-jnp.inf", nightly("jnp.nan")])
 def test_a_processor_that_leaves_nothing(place, tmp_path, does):
     """Some samplers would go on for ever with nan."""
     (tmp_path / "code.py").write_text(

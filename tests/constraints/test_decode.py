@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from tiers import daily, nightly
 
 from sedd.constraints import compile_regex
 from sedd.constraints.decode import Automaton
@@ -76,7 +77,7 @@ def brute_force(next_SN, accepting, log_probs, *, start=0, fixed=None):
     return sorted(found, key=lambda pair: (-pair[0], pair[1]))
 
 
-@pytest.mark.parametrize("first", range(0, 200, 50))
+@pytest.mark.parametrize("first", daily(range(0, 200, 50), [0, 50]))
 def test_everything_against_brute_force(first):
     for seed in range(first, first + 50):
         automaton, log_probs, strings = random_case(seed)
@@ -111,7 +112,7 @@ def test_everything_against_brute_force(first):
         assert oracle.chi_square_p(counts, np.exp(values - log_z)) > 1e-4
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", daily(range(4), [0, 1]))
 def test_many_samples_have_their_law_and_no_other(seed):
     automaton, log_probs, strings = random_case(1000 + seed)
     index = {string: i for i, (_, string) in enumerate(strings)}
@@ -322,7 +323,7 @@ def test_the_first_of_many_equal_tokens_is_the_likeliest():
         assert automaton.most_likely(log_probs)[0][0] == place
 
 
-@pytest.mark.parametrize("offset", [-50.0, -200.0, -1e4])
+@pytest.mark.parametrize("offset", [nightly(-50.0), -200.0, nightly(-1e4)])
 def test_classes_that_underflow_beside_the_largest_token_keep_their_law(offset):
     """exp(-200) is 0 in float32: sums relative to the row's maximum would lose all of them."""
     log_probs = np.repeat(steep(1, offset), 2, axis=0)

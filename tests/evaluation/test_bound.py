@@ -12,6 +12,7 @@ import oracle
 import pytest
 from oracle import L, N, i32, keys
 from scipy import integrate, special, stats
+from tiers import daily, nightly
 
 from sedd.evaluation.bound import Scored, evaluate_bound, score_sequences, summarise
 from sedd.evaluation.monte_carlo import (
@@ -345,7 +346,7 @@ CASES = [
     ("uniform", "log_linear"),
     ("uniform", "geometric"),
 ]
-every = pytest.mark.parametrize(("kind", "noise"), CASES)
+every = pytest.mark.parametrize(("kind", "noise"), daily(CASES, [CASES[0], CASES[3]]))
 
 
 @every
@@ -626,7 +627,7 @@ covered = pytest.mark.parametrize(
     "world",
     [
         long_world,
-        lambda: long_score_world("absorbing", "log_linear"),
+        nightly(lambda: long_score_world("absorbing", "log_linear")),
         lambda: long_score_world("uniform", "geometric"),
     ],
     ids=["k_dce", "score-absorbing", "score-uniform"],

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from tiers import daily
 from tiny_run import TOKENIZER, call
 
 import sedd
@@ -142,8 +143,13 @@ def figures_of(case, data):
     return result
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
-@pytest.mark.parametrize("kind", ["radd", "sedd"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    daily(
+        itertools.product(["radd", "sedd"], PROTOCOLS),
+        [("radd", name) for name in PROTOCOLS if name != "sedd"] + [("sedd", "sedd")],
+    ),
+)
 def test_a_protocol_is_what_it_says(place, kind, name):
     """Rows exactly; the figure within 4 of its errors, which are small."""
     case = evaluation(

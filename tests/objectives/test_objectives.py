@@ -12,6 +12,7 @@ import oracle
 import pytest
 from oracle import f32, i32, keys
 from scipy import integrate, special, stats
+from tiers import daily
 
 from sedd.objectives.base import Corrupted, draw_uniform
 from sedd.objectives.k_dce import KDCE
@@ -152,7 +153,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# One schedule and one setting of each objective; `make test-all` tries all.
+EACH_DAY = ["lambda_dce", "k_dce", "t_dce_geometric", "t_dse_polynomial", "mdlm_4"]
+
+
+@pytest.mark.parametrize("name", daily(CASES, EACH_DAY))
 def test_mean_loss_is_the_exact_expectation(name):
     make, schedule, fields, exact = CASES[name]
     objective = make(schedule=schedule, parameterization=READING, **fields)

@@ -212,7 +212,7 @@ def test_particles_resampled_on_the_way_follow_their_law(verifier, score, tilt):
         assert oracle.chi_square_p(counts, wrong) < 1e-4
 
 
-@pytest.mark.parametrize("resample_every", [1, NEVER])
+@pytest.mark.parametrize("resample_every", [1, nightly(NEVER)])
 def test_the_law_tends_to_the_tilted_one(resample_every):
     """Each fall is over 3σ: one of D draws moves the distance by 1/D at most, so σ < 1/(2√D)."""
     count = 4000

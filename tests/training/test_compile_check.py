@@ -13,7 +13,8 @@ from sedd.commands.program_text import collectives_of, exhausted, sizes, tensor_
 from sedd.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-LENGTH, ROWS = 384, 3  # a length that is no width of the model
+LENGTH, ROWS = 640, 3  # a length that is no width of the models
+SMALL = ["--network.hidden-dim", "128", "--network.num-heads", "2", "--network.num-layers", "2"]
 
 
 def check(*arguments):
@@ -28,13 +29,23 @@ def check(*arguments):
     )
 
 
-@pytest.mark.parametrize("parallel", ["pmap", nightly("fsdp")])
-def test_gpt2_small_fits_four_chips_and_no_hidden_state_travels(parallel, tmp_path):
+@pytest.mark.parametrize(
+    ("parallel", "network", "parameters"),
+    [
+        ("pmap", SMALL, 13_312_082),
+        nightly("pmap", [], 162_265_682),
+        nightly("fsdp", [], 162_265_682),
+    ],
+)
+def test_a_step_fits_four_chips_and_no_hidden_state_travels(
+    parallel, network, parameters, tmp_path
+):
     program = tmp_path / "program.txt"
-    ran = check("--topology", "v5e:2x2", "--training.parallel", parallel, "--program", program)
+    flags = ("--topology", "v5e:2x2", "--training.parallel", parallel, "--program", program)
+    ran = check(*flags, *network)
     assert ran.returncode == 0, ran.stderr
     assert "fits" in ran.stdout
-    assert "162,265,682" in ran.stdout
+    assert f"{parameters:,}" in ran.stdout
     text = program.read_text()
     kinds = collectives_of(text)
     assert ("all-gather" in kinds) == (parallel == "fsdp")
@@ -48,7 +59,7 @@ def test_gpt2_small_fits_four_chips_and_no_hidden_state_travels(parallel, tmp_pa
     assert sorted(kernels) == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
     # Of hidden states nothing, and of parameters no more than each once in each direction.
     total = sum(size for _, size in kinds.values())
-    assert total < 3 * 4 * 162_265_682
+    assert total < 3 * 4 * parameters
 
 
 def test_a_slice_that_does_not_exist_is_one_line():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_toy
+from tiers import nightly
 from training_toy import ADAMW, Toy, ToyBatches, fake_validation, records, run
 
 from sedd.errors import UserError
@@ -78,7 +79,12 @@ def test_the_logged_loss_is_the_mean_of_the_window(uninterrupted):
 # a log; 25: a checkpoint is due anyway.
 @pytest.mark.parametrize(
     ("stop_at", "number"),
-    [(31, signal.SIGTERM), (40, signal.SIGINT), (21, signal.SIGTERM), (25, signal.SIGTERM)],
+    [
+        (31, signal.SIGTERM),
+        nightly(40, signal.SIGINT),
+        (21, signal.SIGTERM),
+        nightly(25, signal.SIGTERM),
+    ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, capsys, uninterrupted, stop_at, number):
     whole, expected = uninterrupted

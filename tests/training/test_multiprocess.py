@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiers import nightly
 from training_toy import SGD, history, run
 
 from sedd.errors import UserError
@@ -94,7 +95,7 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").latest_good() == step
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [0, nightly(1)])
 def test_the_death_of_one_process_ends_the_other(tmp_path, dies):
     processes = start(tmp_path, 1_000_000, 0)
     try:

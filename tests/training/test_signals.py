@@ -15,6 +15,7 @@ import time
 import jax
 import pytest
 import tiny_run
+from tiers import nightly
 from tiny_run import ROOT
 
 from sedd.training.signals import stop_requests
@@ -49,7 +50,7 @@ def test_an_interrupted_import_ends_without_a_traceback(command, module):
     assert (outcome.code, outcome.out, outcome.errors) == (-signal.SIGINT, "", [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [nightly(signal.SIGINT), signal.SIGTERM])
 def test_a_signal_is_answered_while_the_main_thread_is_in_c(capfd, number):
     """A call of C without the interpreter's lock, as compiling is; nothing in Python runs here."""
     jax.devices()  # what JAX prints at its start is no answer
