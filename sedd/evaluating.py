@@ -1,12 +1,14 @@
 """Evaluate a model from Python: ``sedd.evaluate``."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from sedd.data.tokenizers import Tokenizer
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.evaluation.datasets import DataSet, token_data_set
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, check_fit
 from sedd.evaluation.protocols import protocol as protocol_named
@@ -17,7 +19,7 @@ from sedd.types import Array, Key
 
 def evaluate(
     model: Model,
-    data: str | Any,
+    data: str | Path | Any,
     key: Key[Array, ""] | int = 0,
     *,
     protocol: str | Protocol = "default",
@@ -61,6 +63,9 @@ def evaluate(
         >>> result.standard_error < result.nats_per_token
         True
     """
+    for field, value in (("batch_size", batch_size), ("max_sequences", max_sequences)):
+        if value is not None and value < 1:
+            raise FieldError(field, f"must be at least 1, got {value}")
     if isinstance(protocol, str):
         name, protocol = protocol, protocol_named(protocol)
     else:
@@ -89,6 +94,7 @@ def _data_set(
     max_sequences: int | None,
 ) -> DataSet:
     """The rows to evaluate: a corpus cut as the protocol says, or the given token ids."""
+    data = os.fspath(data) if isinstance(data, Path) else data
     if not isinstance(data, str):
         num_tokens = model.process.num_tokens
         return token_data_set(data, scored_BL, num_tokens=num_tokens, max_sequences=max_sequences)

@@ -13,6 +13,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,20 +28,20 @@ Answerable = TypeVar("Answerable")
 # The fields of a line of a requests file: their types, and words for messages. Each field may be
 # null, which is its default.
 FIELD_TYPES: dict[str, tuple[Any, str]] = {
-    "id": ((str, int), "a string or a whole number"),
+    "id": ((str, Integral), "a string or a whole number"),
     "prompt": (str, "a string"),
     "suffix": (str, "a string"),
     "infill": (str, "a string"),
-    "length": (int, "a whole number"),
-    "seed": (int, "a whole number"),
-    "regex": ((str, list), "a string, or a list with one or null for each gap"),
-    "json_schema": ((dict, list), "an object, or a list with one or null for each gap"),
-    "json_schema_depth": (int, "a whole number"),
-    "temperature": ((int, float), "a number"),
-    "top_k": (int, "a whole number"),
-    "top_p": ((int, float), "a number"),
-    "guidance": ((int, float), "a number"),
-    "sampler": (dict, "an object of the sampler's options"),
+    "length": (Integral, "a whole number"),
+    "seed": (Integral, "a whole number"),
+    "regex": ((str, list, tuple), "a string, or a list with one or null for each gap"),
+    "json_schema": ((Mapping, list, tuple), "an object, or a list with one or null for each gap"),
+    "json_schema_depth": (Integral, "a whole number"),
+    "temperature": (Real, "a number"),
+    "top_k": (Integral, "a whole number"),
+    "top_p": (Real, "a number"),
+    "guidance": (Real, "a number"),
+    "sampler": (Mapping, "an object of the sampler's options"),
 }
 
 
@@ -89,6 +90,9 @@ class Request:
 
     def __post_init__(self):
         for name, value in vars(self).items():
+            kinds, wanted = FIELD_TYPES[name]
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise FieldError(name, f"must be {wanted}, got {_json(value)}")
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
                 raise FieldError(
                     name,
@@ -266,13 +270,9 @@ def _parse(line: bytes, number: int, seed: int) -> Request:
                 f"unknown field {name!r}{did_you_mean(name, FIELD_TYPES)}; "
                 f"it has {', '.join(FIELD_TYPES)}"
             )
-    for name, value in given.items():
-        kinds, wanted = FIELD_TYPES[name]
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise FieldError(name, f"must be {wanted}, got {_json(value)}")
     return Request(**{"id": number, "seed": seed + number - 1, **given})
 
 
 def _json(value: Any) -> str:
     """A value of a line as JSON, for messages."""
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=repr)

@@ -8,8 +8,9 @@ off. The ``sample`` command calls ``draw`` with batches of requests from a file.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,8 @@ def sample(
     texts = {name: value for name, value in texts.items() if value is not None}
     num, keys_B = _keys(key, num, {"clamp": clamp, "constraint": constraint, **texts})
     clamps, spans = _given(model, num, length, texts, clamp, constraint)
+    if rule not in get_args(Rule):
+        raise FieldError("rule", f"must be one of {', '.join(get_args(Rule))}, got {rule!r}")
     numbers = {name: options.pop(name) for name in NUMBERS if name in options}
     reshape = reshape_of(num, numbers, options.pop("logit_processor", None))
     built = _sampler(model, sampler, verifier, options)
@@ -144,6 +147,8 @@ def _sampler(
     """Build the sampler from its name and options; UserError on options for a built one."""
     if sampler is None:
         sampler = default_sampler(model.parts.parameterization)
+    if not isinstance(sampler, str | SamplerOptions | Sampler):
+        raise FieldError("sampler", f"must be a name, options or a sampler, got {sampler!r}")
     if not isinstance(sampler, Sampler):
         scorer = None if verifier is None else text_verifier(verifier, model.tokenizer)
         return build_sampler(sampler, model.schedule, verifier=scorer, **options)
@@ -166,9 +171,13 @@ def _keys(key: Any, num: int | None, given: Mapping[str, Any]) -> tuple[int, Arr
     ``num``, the keys and the lists among the values of ``given`` must agree in their number;
     UserError otherwise. One key is folded with the number of each sequence.
     """
-    if isinstance(key, int | np.integer):
-        key = jax.random.key(key)
-    key = jnp.asarray(key)
+    try:
+        key = jax.random.key(key) if isinstance(key, int | np.integer) else jnp.asarray(key)
+    except (TypeError, ValueError, OverflowError):
+        wanted = "must be an integer below 2**63 or keys of jax.random"
+        raise FieldError("key", f"{wanted}, got {key!r}") from None
+    if num is not None and (isinstance(num, bool) or not isinstance(num, Integral)):
+        raise FieldError("num", f"must be a whole number, got {num!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.shape[-1:] != (2,):
             raise FieldError("key", f"must be an integer or keys of jax.random, got {key.dtype}")
@@ -378,6 +387,8 @@ def reshape_of(
         FieldError: if a value is out of its range, or a list has another length than ``num``.
     """
     for name, value in numbers.items():
+        if any(isinstance(each, str) for each in (value if _is_list(value) else [value])):
+            raise FieldError(name, f"must be a number, got {value!r}")
         if np.ndim(value) and np.shape(value) != (num,):
             raise FieldError(name, f"must be a number or {num} numbers, got {len(value)}")
     unchanged = all(np.ndim(v) == 0 and v == NUMBERS[name] for name, v in numbers.items())

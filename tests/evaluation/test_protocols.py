@@ -387,11 +387,19 @@ def test_python_and_the_command_give_the_same_figures(place, tmp_path):
         (np.full((2, 12), 99), r"token ids must be in \[0, .*, got 99..99"),
         (np.full((2, 12), -1), "got -1..-1"),
         ("nosuch.txt", "no such file"),
+        (Path("nosuch.txt"), "no such file"),
     ],
 )
 def test_python_refuses_what_is_no_data(place, data, message):
     with pytest.raises(UserError, match=message):
         sedd.evaluate(sedd.load(place / "radd"), data)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_sequences"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_python_refuses_numbers_below_one(place, name, value):
+    with pytest.raises(UserError, match=f"^{name} must be at least 1, got {value}"):
+        sedd.evaluate(sedd.load(place / "radd"), np.zeros((1, LENGTH), int), **{name: value})
 
 
 # ---------------------------------------------------------------- going on
