@@ -5,17 +5,21 @@
 """
 
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError
 
 from sedd.arrays import bucket
+from sedd.data.network import why_hub_unreachable
 from sedd.errors import UserError
 
 # Exceptions of transformers: no such model, a pickle that PyTorch refuses, damaged weights.
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model: NAME or OWNER/NAME
 LOADING = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -206,6 +210,10 @@ def _load_pretrained(name: str) -> tuple[Any, Any, Any]:
     """PyTorch, and the tokenizer and the model called ``name``; raises UserError."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
+
+        # Before the import of transformers, which reads the variable that this may set.
+        on_hub = HUB_NAME.fullmatch(name) and not Path(name).is_dir()
+        unreachable = why_hub_unreachable() if on_hub else None
         from transformers import (  # pyright: ignore[reportMissingImports]
             AutoModelForCausalLM,
             AutoTokenizer,
@@ -216,6 +224,11 @@ def _load_pretrained(name: str) -> tuple[Any, Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except LOADING as error:
+        if unreachable:
+            raise UserError(
+                f"judge {name!r} cannot be loaded: the hub cannot be reached ({unreachable}), and "
+                "its cache does not hold this model; give the folder of a copy instead"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"judge {name!r} cannot be loaded: {reason}") from error
     return torch, tokenizer, model

@@ -246,10 +246,16 @@ def test_what_is_not_installed_is_named(monkeypatch):
         (SafetensorError("header too large"), "header too large"),
         (OSError("mine is not a local folder"), "mine is not a local folder"),
         (EOFError(), "EOFError"),
+        (
+            OSError("no connection, and not in the cache\nmuch more"),
+            r"the hub cannot be reached \(no route\)",
+        ),
     ],
 )
 def test_files_that_torch_refuses_are_one_line(monkeypatch, error, message):
     """With stand-ins for both libraries: what reading the weights raises."""
+    reason = "no route" if "route" in message else None
+    monkeypatch.setattr("sedd.evaluation.judges.why_hub_unreachable", lambda: reason)
 
     def refuse(name, dtype):
         raise error

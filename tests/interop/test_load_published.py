@@ -296,6 +296,14 @@ def test_what_the_hub_does_not_have_is_one_line(hub, path, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("path", ["hf://some/nothing", "hf://else/other@v1"])
+def test_without_a_network_the_cache_of_the_hub_is_asked(hub, monkeypatch, path):
+    monkeypatch.setattr("sedd.interop.hub.why_hub_unreachable", lambda: "no route")
+    with pytest.raises(UserError, match=rf"^checkpoint {path}: the hub cannot be reached \(no rou"):
+        sedd.load(path)
+    assert len(hub) == 1
+
+
 def test_without_the_extra_the_hub_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"needs the hub: pip install -e '\.\[hub\]'"):
