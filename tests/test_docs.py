@@ -123,7 +123,7 @@ def names(place):
 SMALLER = {
     '"sotu"': '"my.txt"',
     '"stdlib"': '"my.txt"',
-    '"bpe:1024"': '"bpe:300"',
+    '"bpe:1024"': '"bpe:280"',
     'load_config("quickstart")': "tiny",
     "steps=100": "steps=2",
     "pairs=64": "pairs=4",

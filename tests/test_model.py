@@ -190,6 +190,7 @@ def test_given_tokens_are_kept(model, sampler):
         assert result.text[row] == model.tokenizer.decode(last)
 
 
+@pytest.mark.parametrize("model", [nightly("radd"), "sedd", nightly("uniform")], indirect=True)
 def test_a_sequence_depends_on_its_key_alone(model):
     """Not on the others of its batch, nor on how far that is padded."""
     keys = jax.random.split(jax.random.key(1), 3)
@@ -231,6 +232,7 @@ def test_sample_refuses(runs, arguments, message):
         sedd.sample(sedd.load(runs["radd"]), jax.random.key(0), **arguments)
 
 
+@pytest.mark.parametrize("model", ["radd", "sedd", nightly("uniform")], indirect=True)
 def test_evaluate_is_the_bound_at_any_batch_size(model):
     tokens = np.random.default_rng(0).integers(0, model.process.num_tokens - 1, (7, 12))
     scored = np.ones(tokens.shape, bool)

@@ -124,7 +124,7 @@ def test_an_autoregressive_run_brings_its_sampler(place, tmp_path):
         ("--suffix end", "sees what is before"),
         ("--infill {{mask:3}}end", "sees what is before"),
         ("--sampler tweedie", "--sampler ordered --order forward"),
-        ("--steps 3", "--sampler ordered --order forward, without steps"),
+        ("--steps 3", "without steps (--sampler ordered --order forward)"),
         ("--prompt a --guidance 1", "guidance and constraints"),
         ("--regex [a-z]*", "guidance and constraints"),
     ],
@@ -396,7 +396,7 @@ def nothing_drawn(monkeypatch):
         (
             "radd",
             "--sampler particle --particles 9 --batch-size 8 --verifier {code}:vowels",
-            "--batch-size 8: particle draws 9 sequences at the same time for each one",
+            "--batch-size 8 is exceeded: particle draws 9 sequences at the same time for each one",
         ),
     ],
 )

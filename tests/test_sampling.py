@@ -481,7 +481,7 @@ def test_nan_ends_as_an_error_that_says_where(model, name):
     params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.denoiser.params)
     broken = replace(model, denoiser=replace(model.denoiser, params=params))
     clamp = from_infill(model.tokenizer, "ab{mask:3}", 5)
-    message = "sequence 0, position 2: the model's probabilities are nan"
+    message = "sequence 0, position 2: the probabilities are nan: check the parameters of the model"
     with pytest.raises(UserError, match=message):
         sedd.sample(broken, KEY, num=2, clamp=clamp, sampler=name, **NAN_OPTIONS[name])
 
@@ -529,7 +529,7 @@ def test_guidance_counts_for_those_that_were_given_something(model):
 def test_a_search_wraps_no_other_search(model):
     verifier = text_verifier(vowels, model.tokenizer)
     inner = build_sampler("best_of_n", model.schedule, n=2, verifier=verifier)
-    with pytest.raises(UserError, match=r"inner must be a sampler .*not .*search"):
+    with pytest.raises(UserError, match="inner must not be best_of_n or particle"):
         sedd.sample(model, KEY, sampler="best_of_n", verifier=vowels, inner=inner)
 
 

@@ -336,13 +336,13 @@ def test_classes_that_underflow_beside_the_largest_token_keep_their_law(offset):
     law = np.exp(values - top)
     expected = top + np.log(law.sum())
     assert automaton.log_partition(log_probs) == pytest.approx(expected, rel=1e-6)
-    drawn = automaton.sample(jax.random.key(1), log_probs, 4_000)
+    drawn = automaton.sample(jax.random.key(1), log_probs, 2_000)
     strings = [[2501, 2502], [2502, 2501], [2503, 2503]]
     counts = np.array([(drawn == string).all(1).sum() for string in strings])
-    assert counts.sum() == 4_000
+    assert counts.sum() == 2_000
     assert oracle.chi_square_p(counts, law / law.sum()) > 1e-4
     numbers = compile_regex(r"\d{4}b", NUMBERS)  # within a class, too
-    drawn = numbers.sample(jax.random.key(2), log_probs, 4_000)[:, 0]
+    drawn = numbers.sample(jax.random.key(2), log_probs, 2_000)[:, 0]
     law = np.exp(log_probs[0, :2500] - log_probs[0, :2500].max())
     counts = np.bincount(drawn, minlength=2500)
     assert oracle.chi_square_p(counts, law / law.sum()) > 1e-4

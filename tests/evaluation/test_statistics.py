@@ -16,7 +16,7 @@ from sedd.evaluation.permutation import distances_of, holm, permutation_test
 from sedd.evaluation.report import write_html
 from sedd.evaluation.statistics import compare, compare_documents
 
-ALPHA, SPLITS, WORDS = 0.01, 200, 100
+ALPHA, SPLITS, WORDS = 0.01, 100, 100
 
 
 @pytest.fixture(scope="module")

@@ -440,8 +440,11 @@ def test_blocks_need_a_mask_whatever_is_inside():
         (lambda: particle(zeros, 0), "particles must be at least 1, got 0"),
         (lambda: particle(zeros, 2, resample_every=0), "resample_every must be .* got 0"),
         (lambda: particle(zeros, 2, tilt=np.inf), "tilt must be finite, got inf"),
-        (lambda: particle(zeros, 2, best_of(zeros, 2)), "not a search"),
-        (lambda: SemiAutoregressive(schedule=NOISE, inner=best_of(zeros, 2)), "not a search"),
+        (lambda: particle(zeros, 2, best_of(zeros, 2)), "they draw whole sequences"),
+        (
+            lambda: SemiAutoregressive(schedule=NOISE, inner=best_of(zeros, 2)),
+            "they draw whole sequences",
+        ),
         (lambda: SemiAutoregressive(schedule=NOISE, inner=FORWARD, block_length=0), "got 0"),
     ],
 )

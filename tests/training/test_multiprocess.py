@@ -108,7 +108,7 @@ def test_the_death_of_one_process_ends_the_other(tmp_path, dies):
         outputs = finish(processes)
     other = processes[1 - dies]
     assert other.returncode not in (0, None)
-    assert "another process of the run is gone" in outputs[1 - dies][1], outputs[1 - dies]
+    assert "another process of the run died" in outputs[1 - dies][1], outputs[1 - dies]
     assert Checkpoints(tmp_path / "checkpoints").latest_good() >= 25
 
 
