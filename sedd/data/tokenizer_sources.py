@@ -78,11 +78,8 @@ def build_tokenizer(
     """
     path = Path(spec).expanduser()
     if end_of_text is not None and not path.is_file():
-        raise FieldError(
-            "end_of_text",
-            f"is {end_of_text!r}, but only a tokenizer from a JSON file takes it, and {spec!r} is "
-            "not a file",
-        )
+        needs = f"needs a tokenizer from a JSON file, and {spec!r} is not a file"
+        raise FieldError("end_of_text", f"is {end_of_text!r}, which {needs}")
     if spec == "text8":
         return Characters.of("text8", LETTERS, eos=False)
     if spec == "bytes":

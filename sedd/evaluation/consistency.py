@@ -71,15 +71,12 @@ def consistency(
     sigma = _noise(denoiser, sigma, x0_BL.shape[1])
     x0_PL, places_P2 = np.asarray(x0_BL)[positions[:, 0]], positions[:, 1:]
     true_P2 = np.take_along_axis(x0_PL, places_P2, 1)
-    masked_PL = x0_PL.copy()
-    np.put_along_axis(masked_PL, places_P2, denoiser.mask_id, 1)
+    np.put_along_axis(masked_PL := x0_PL.copy(), places_P2, denoiser.mask_id, 1)
     reader = _Reader(denoiser, sigma, batch_size)
     logits_2PN = reader(np.repeat(masked_PL, 2, 0), places_P2.ravel())  # with both masked
     both_P2N = _log_softmax(logits_2PN.reshape(pairs, 2, -1))
-    results = [
-        _measure_pair(reader, *pair, size)
-        for pair in zip(masked_PL, places_P2, true_P2, both_P2N, strict=True)
-    ]
+    pairs_P = zip(masked_PL, places_P2, true_P2, both_P2N, strict=True)
+    results = [_measure_pair(reader, *pair, size) for pair in pairs_P]
     arrays = {name: np.array([r[name] for r in results]) for name in results[0]}
     return Consistency(
         joints=tuple(JOINTS),

@@ -172,11 +172,9 @@ def score_data_set(
     first = sum(map(len, scored))
     starts = range(first, len(data.chosen), batch_size)
     batches = (data.rows(start, batch_size) for start in starts)
-    if track is not None:
-        batches = track(batches, data.label, len(starts))
-    for part in score_sequences(
-        denoiser, schedule, key, batches, estimate.compute, first=first, count_text=count_text
-    ):
+    batches = batches if track is None else track(batches, data.label, len(starts))
+    options = {"first": first, "count_text": count_text}
+    for part in score_sequences(denoiser, schedule, key, batches, estimate.compute, **options):
         scored.append(part)
         if journal is not None:
             journal.add(data.label, part)

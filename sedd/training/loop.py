@@ -122,8 +122,7 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
     SIGTERM, SIGINT and the preemption of one of several processes end the run with a checkpoint
     after the current step; a second signal acts as it does by default. In a run of one process, if
     ``batches``, ``validate`` or ``sample`` raises, a checkpoint of the last completed step is
-    written and the exception is raised again. With several processes the exception is raised
-    without a checkpoint.
+    written and the exception is raised again. With several processes there is no checkpoint.
 
     Args:
         run: the parts of the run.
