@@ -342,5 +342,5 @@ def test_an_unusual_end_of_text_is_noted_and_can_be_named(tmp_path, capsys, end)
     assert (again.eos_id, again.fingerprint()) == (named.eos_id, named.fingerprint())
     with pytest.raises(UserError, match=f"special tokens are {re.escape(end)}, <pad>"):
         build_tokenizer(str(path), None, cache_dir=tmp_path, end_of_text="</s>")
-    with pytest.raises(UserError, match=r"^end_of_text is '</s>', which needs .* 'bytes' is not a file"):
+    with pytest.raises(UserError, match=r"^end_of_text is '</s>', which .* 'bytes' is not a file"):
         build_tokenizer("bytes", None, cache_dir=tmp_path, end_of_text="</s>")
