@@ -43,6 +43,14 @@ def write_whole(path: Path, data: bytes) -> None:
         raise _cannot_write(path, error) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 by ``write_whole``.
+
+    Halves of surrogate pairs, which paths that are not UTF-8 contain, are written as escapes.
+    """
+    write_whole(path, text.encode(errors="backslashreplace"))
+
+
 @contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
     """Open a file for results that are written one after the other.

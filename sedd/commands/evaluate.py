@@ -34,13 +34,11 @@ from sedd.evaluation.protocols import ZEROSHOT, check_fit
 from sedd.evaluation.report import Section
 from sedd.evaluation.scoring import Estimate, EvaluationResult, choose_estimate, score_data_set
 from sedd.evaluation.tables import detail_table, summary_table
-from sedd.files import is_stdout, write_whole
+from sedd.files import is_stdout, write_text
 from sedd.model import Model
 from sedd.progress import Activity, track
 
 ALL = "zeroshot"  # stands for these data sets among the values of --data
-# A path that is no UTF-8 holds halves of surrogate pairs, which only an escape can write.
-ESCAPED = "backslashreplace"
 NO_TERMINAL_WIDTH = 160  # columns of the tables if standard output is a file or a pipe
 
 
@@ -236,9 +234,9 @@ def write_files(command, model, results, figures, sections, *, whole: bool) -> N
     if command.table is not None:
         table = summary_table(results)
         text = table.markdown() if command.table.suffix == ".md" else table.latex()
-        write_whole(command.table, f"{text}\n".encode(errors=ESCAPED))
+        write_text(command.table, f"{text}\n")
     if command.json is not None:
         text = json.dumps(figures, indent=2, ensure_ascii=False)
-        write_whole(command.json, f"{text}\n".encode(errors=ESCAPED))
+        write_text(command.json, f"{text}\n")
         if command.resume is None and command.journal is not None and whole:
             command.journal.unlink()

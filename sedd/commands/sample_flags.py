@@ -149,14 +149,15 @@ def sampler_for(arguments: Sequence[str]) -> str:
     checkpoint, _ = take(arguments, "--checkpoint")
     if checkpoint is None:
         return DEFAULT
+    path = Path(checkpoint).expanduser()
     try:
-        config = read_config(Path(checkpoint).expanduser())
+        config = read_config(path)
         if config is not None:
             return default_sampler_of(config)
     except UserError:  # ``sedd.load`` says what is wrong, unless the checkpoint is published
         pass
     try:
-        published = find_config(Path(checkpoint).expanduser())
+        published = find_config(path)
         kind = None if published is None else read_layout(published).description.parameterization
     except UserError:
         kind = None

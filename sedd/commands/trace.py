@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.files import write_whole
+from sedd.files import write_text
 
 PIECES = 8  # tokens of one character at most: four bytes, which may begin and end in other tokens
 _PLACEHOLDER = re.compile(r"\[\[(title|description|final|data)\]\]")
@@ -112,7 +112,7 @@ def write_trace(
     # One pass: a placeholder inside a value is not looked at again.
     page = _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
-    write_whole(path, page.encode(errors="backslashreplace"))
+    write_text(path, page)
 
 
 def _check(rows: Sequence[TraceRow], times_T1: Sequence[float] | None) -> None:

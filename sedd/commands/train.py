@@ -36,7 +36,7 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
-from sedd.files import check_writable, only_writer, write_whole
+from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
 from sedd.progress import Activity
 from sedd.training.distributed import Processes, connect
@@ -179,8 +179,7 @@ def save_description(workdir: Path, config: Config, data: Data) -> None:
         for name, content in described:
             indent = 2 if name == "config" else None
             text = json.dumps(content, indent=indent, ensure_ascii=False)
-            # A path that is no UTF-8 has halves of surrogate pairs, which only an escape can hold.
-            write_whole(workdir / f"{name}.json", text.encode(errors="backslashreplace"))
+            write_text(workdir / f"{name}.json", text)
         counts = io.BytesIO()
         np.save(counts, train_frequencies(data))
         write_whole(workdir / TRAIN_COUNTS, counts.getvalue())

@@ -18,8 +18,8 @@ from sedd.arrays import bucket
 from sedd.data.network import why_hub_unreachable
 from sedd.errors import UserError
 
-# Exceptions of transformers: no such model, a pickle that PyTorch refuses, damaged weights.
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model: NAME or OWNER/NAME
+# Exceptions of transformers: no such model, a pickle that PyTorch refuses, damaged weights.
 LOADING = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
 
 from sedd.evaluation.measured import Measured
-from sedd.files import write_whole
+from sedd.files import write_text
 
 Cell = str | int | float | Measured | None
 
@@ -144,7 +144,7 @@ def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> Non
     """
     parts = "\n".join(map(_section, sections))
     page = PAGE.format(title=html.escape(title), style=STYLE, sections=parts)
-    write_whole(Path(path), page.encode(errors="backslashreplace"))
+    write_text(Path(path), page)
 
 
 def show(cell: Cell) -> str:

@@ -22,7 +22,7 @@ class OptimizerOptions:
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
-    """adamw; muon (for the kernels of the blocks, Adam for all other parameters); or sgd (without
+    """adamw; muon (for the kernels of the blocks, AdamW for all other parameters); or sgd (without
     momentum)."""
     learning_rate: float = 3e-4
     """The highest learning rate, after the warm-up."""
