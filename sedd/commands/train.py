@@ -188,10 +188,14 @@ def save_description(workdir: Path, config: Config, data: Data) -> None:
 def introduce(workdir: Path, prepared: Prepared, *, complete: bool) -> None:
     """Print the sizes of the run, and where it resumes or that it is complete."""
     config, data, restored = prepared.config, prepared.data, prepared.restored
-    parameters = sum(x.size for x in jax.tree.leaves(prepared.state.params))
+    params = prepared.state.params
+    trained = prepared.parts.network.trainable(params)
+    parameters, training = (sum(x.size for x in jax.tree.leaves(t)) for t in (params, trained))
+    frozen = f" ({training:,} of them trained)" if training < parameters else ""
     rows = sum(packed.num_rows for packed, _ in data.train)
     console.print(
-        f"{parameters:,} parameters · {data.tokenizer.num_tokens:,} tokens in the vocabulary · "
+        f"{parameters:,} parameters{frozen} · "
+        f"{data.tokenizer.num_tokens:,} tokens in the vocabulary · "
         f"{rows:,} sequences of {config.data.length} · {jax.device_count()} "
         f"{jax.devices()[0].device_kind} · batch {config.training.batch_size}"
     )

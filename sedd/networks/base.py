@@ -134,6 +134,22 @@ class Network(ABC):
             read: rows to which the output layer is applied; may be an average.
         """
 
+    def trainable(self, params: Params) -> Params:
+        """Return the parameters that training changes: some entries of the dictionary ``params``.
+
+        By default these are all. The other entries are frozen: training computes no gradient for
+        them, and the optimizer has no state for them.
+        """
+        return params
+
+    def training_flops(self, length: int, read: float) -> float:
+        """Count the FLOPs of the forward and backward pass of one sequence in training.
+
+        The backward pass counts twice the forward pass (arXiv:2204.02311, appendix B). Arguments
+        are those of ``flops``.
+        """
+        return 3 * self.flops(length, read)
+
     def raw(self, params: Params, tokens_BL: Int[Array, "B L"], **kwargs) -> Float[Array, "B L V"]:
         """The raw output at every position, in float32; the arguments are those of ``hidden``."""
         weight_DV, bias_V = self.head(params)

@@ -33,7 +33,7 @@ def step_flops(network: Network, batch_size: int, length: int, *, read: float) -
         length: tokens in a sequence.
         read: positions in the batch at which the output layer runs.
     """
-    return 3 * batch_size * network.flops(length, read / batch_size)
+    return batch_size * network.training_flops(length, read / batch_size)
 
 
 def peak_flops(device=None) -> float | None:

@@ -163,7 +163,7 @@ class FullySharded:
             mesh=self.mesh,
             in_specs=(param_specs, PartitionSpec(), self._rows.spec),
             out_specs={
-                "grads": param_specs,
+                "grads": step.network.trainable(param_specs),
                 **dict.fromkeys(("nats", "tokens", "read"), PartitionSpec()),
             },
             check_vma=False,  # gradients are taken inside, and ``sum_over_devices`` sums them

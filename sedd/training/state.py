@@ -21,7 +21,7 @@ class TrainState:
     Args:
         step: the number of steps so far; a step whose update was skipped counts.
         params: the parameters.
-        opt_state: the optimizer's state.
+        opt_state: the optimizer's state, of the trainable parameters.
         ema_params: the moving average of the parameters, which is validated and sampled.
         key: the key of the run. It never changes: a step folds its number into it.
     """
@@ -58,7 +58,7 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),  # pyright: ignore[reportArgumentType]
+        opt_state=optimizer.init(network.trainable(params)),
         # A copy: the step donates its state, and no buffer can be donated twice.
         ema_params=jax.tree.map(jnp.copy, params),
         key=key,

@@ -30,7 +30,8 @@ class Step:
     """One training step, as two pure functions: ``totals`` of a batch, then an ``update``.
 
     The optimizer minimises the mean over the sequences of the global batch of each sequence's
-    summed nats.
+    summed nats. It changes the trainable parameters only (``Network.trainable``); frozen ones and
+    their averages stay as they are.
 
     Args:
         network: the network.
@@ -69,15 +70,15 @@ class Step:
             axis_name: the mapped axes over devices; None if one program holds the whole batch.
 
         Returns:
-            ``grads``, and the sums ``nats``, ``tokens`` (scored ones) and ``read`` (positions at
-            which the output layer ran).
+            ``grads`` of the trainable parameters, and the sums ``nats``, ``tokens`` (scored ones)
+            and ``read`` (positions at which the output layer ran).
         """
 
         def accumulate(totals, batch):
             return jax.tree.map(jnp.add, totals, self._micro_batch(params, key, batch)), None
 
         zero = {
-            "grads": jax.tree.map(jnp.zeros_like, params),
+            "grads": jax.tree.map(jnp.zeros_like, self.network.trainable(params)),
             "nats": jnp.zeros(()),
             "tokens": jnp.zeros((), jnp.int32),
             "read": jnp.zeros((), jnp.int32),
@@ -94,12 +95,12 @@ class Step:
         )
         keys_B = keys_of(dropout_key, batch["index"])
 
-        def summed_nats(params):
+        def summed_nats(trained):
             return self.objective.summed_nats(
-                self.network, params, corrupted, batch["x0"], keys_B=keys_B
+                self.network, params | trained, corrupted, batch["x0"], keys_B=keys_B
             )
 
-        nats, grads = jax.value_and_grad(summed_nats)(params)
+        nats, grads = jax.value_and_grad(summed_nats)(self.network.trainable(params))
         return {
             "grads": grads,
             "nats": nats,
@@ -115,14 +116,15 @@ class Step:
         gradient is not finite. Such an update changes only ``step``.
         """
         grads = jax.tree.map(lambda g: g / self.batch_size, totals["grads"])
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained, average = map(self.network.trainable, (state.params, state.ema_params))
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
         n = state.step + 1
         new_state = TrainState(
             step=n,
-            params=params,
+            params=state.params | trained,
             opt_state=opt_state,
-            ema_params=update_ema(state.ema_params, params, n, self.ema_decay),
+            ema_params=state.ema_params | update_ema(average, trained, n, self.ema_decay),
             key=state.key,
         )
         metrics = {
