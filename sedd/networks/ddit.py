@@ -193,22 +193,12 @@ class _Trunk(nn.Module):
             # [B, 1, C] for one noise level a sequence, [B, L, C] for one a position.
             condition_B1C = sigma_map(sigma_B).reshape(len(sigma_B), -1, net.condition_dim)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
-        # prevent_cse guards the recomputation from being merged with the forward pass; inside a
-        # scan the compiler cannot merge them anyway.
-        block = nn.remat(_Block, prevent_cse=False, policy=None if net.remat else is_kept)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
-            length=net.num_layers,
-        )
         layers = jnp.arange(net.num_layers, dtype=jnp.int32)
-        x_BLD, _ = blocks(net, name="blocks")(
+        x_BLD, _ = scanned_blocks(net, net.num_layers)(
             x_BLD, layers, condition_B1C, rotation_BL1K, attend, keys_B
         )
         shift, scale = _modulation(net, 2, condition_B1C)
-        return _Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype)
+        return Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype)
 
 
 class _Block(nn.Module):
@@ -235,10 +225,10 @@ class _Block(nn.Module):
                 branch_BLD = gate_B1D * keep(branch_BLD)
             return x_BLD + branch_BLD
 
-        h_BLD = _gathered(_Norm, jnp.float32)(net.norm_bias, name="norm_attention")(
+        h_BLD = _gathered(Norm, jnp.float32)(net.norm_bias, name="norm_attention")(
             x_BLD, shift_a, scale_a
         )
-        qkv_BLD = _dense(net, 3 * width, width, "qkv", bias=False)(h_BLD)
+        qkv_BLD = dense(net, 3 * width, width, "qkv", bias=False)(h_BLD)
         q_BLHK, k_BLHK, v_BLHK = rearrange(
             qkv_BLD, "b l (three h k) -> three b l h k", three=3, h=net.num_heads
         )
@@ -246,19 +236,38 @@ class _Block(nn.Module):
         q_BLHK, k_BLHK, v_BLHK = keep(q_BLHK), keep(k_BLHK), keep(v_BLHK)
         h_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, attend, backend=net.attention)
         h_BLD = rearrange(h_BLHK, "b l h k -> b l (h k)")
-        h_BLD = _dense(net, width, width, "attention_out", bias=False)(h_BLD)
+        h_BLD = dense(net, width, width, "attention_out", bias=False)(h_BLD)
         x_BLD = keep(add(x_BLD, h_BLD, gate_a, 0))
 
-        h_BLD = _gathered(_Norm, jnp.float32)(net.norm_bias, name="norm_mlp")(
+        h_BLD = _gathered(Norm, jnp.float32)(net.norm_bias, name="norm_mlp")(
             x_BLD, shift_m, scale_m
         )
-        h_BLF = keep(_dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD))
+        h_BLF = keep(dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD))
         h_BLF = jax.nn.gelu(h_BLF, approximate=True)
-        h_BLD = _dense(net, width, net.mlp_ratio * width, "mlp_out")(h_BLF)
+        h_BLD = dense(net, width, net.mlp_ratio * width, "mlp_out")(h_BLF)
         return add(x_BLD, h_BLD, gate_m, 1), None
 
 
-class _Norm(nn.Module):
+def scanned_blocks(net: DDiT, num_layers: int) -> nn.Module:
+    """Blocks in a row as one scan, named ``blocks``; their parameters have a leading layer axis.
+
+    Called with x, the number of each layer (for its dropout) and the other arguments of ``_Block``,
+    it returns (x, None).
+    """
+    # prevent_cse guards the recomputation from being merged with the forward pass; inside a
+    # scan the compiler cannot merge them anyway.
+    block = nn.remat(_Block, prevent_cse=False, policy=None if net.remat else is_kept)
+    blocks = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
+        length=num_layers,
+    )
+    return blocks(net, name="blocks")
+
+
+class Norm(nn.Module):
     """Layer normalisation in float32, followed by the modulation x·(1 + scale) + shift if given."""
 
     use_bias: bool
@@ -359,7 +368,7 @@ def _uniform(fan_in: int):
     return init
 
 
-def _dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = True) -> nn.Dense:
+def dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = True) -> nn.Dense:
     """A linear layer of a block in the compute type, gathered where it is used."""
     init = _uniform(fan_in)
     return _gathered(nn.Dense, net.dtype)(
