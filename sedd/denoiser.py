@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from sedd.arrays import along
 from sedd.constraints.base import Constraint, Read
-from sedd.networks.base import Attend, Network, read_out
+from sedd.networks.base import Attend, Memory, Network, read_out
 from sedd.networks.rows import Rows, over_chunks, row_sizes
+from sedd.parameterizations.any_subset import UNKNOWN, AnySubset
 from sedd.parameterizations.base import Parameterization
 from sedd.processes.base import Process
 from sedd.reshape import Reshape
@@ -72,6 +73,11 @@ class Denoiser:
     def causal(self) -> bool:
         """Whether the model is autoregressive, p(x_i | x_<i), with only one order of sampling."""
         return self.parameterization.causal
+
+    @property
+    def any_subset(self) -> bool:
+        """Whether one pass gives all conditionals of an order (``hidden_in_order``)."""
+        return isinstance(self.parameterization, AnySubset)
 
     @property
     def guided(self) -> bool:
@@ -167,6 +173,114 @@ class Denoiser:
             )
             for call in calls
         )
+
+    def hidden_in_order(
+        self,
+        x_BL: Int[Array, "B L"],
+        rank_BL: Int[Array, "B L"],
+        query_BK: Int[Array, "B K"],
+        query_rank_BK: Int[Array, "B K"],
+    ) -> Float[Array, "B K D"]:
+        """Call the network of an any-subset model once, for K predictions at any stage of an order.
+
+        Args:
+            x_BL: tokens.
+            rank_BL: 0 in the prompt, 1, 2, … at generated positions in their order, and ``UNKNOWN``
+                (``sedd.parameterizations.any_subset``) where the token is not known yet.
+            query_BK: the positions to predict; a position may occur more than once.
+            query_rank_BK: the rank of each prediction: it is conditioned on the lower ranks.
+
+        Returns:
+            The hidden state of each prediction, for ``log_conditional_in_order``.
+
+        Raises:
+            ValueError: if the model is no any-subset model.
+        """
+        call = self._any_subset.in_order(
+            x_BL, rank_BL, query_BK, query_rank_BK, attend=self.attend
+        )
+        return call.read(
+            self.network.hidden(
+                self.params, call.tokens_BM, positions_BL=call.positions_BM, attend=call.attend
+            )
+        )
+
+    def extend(
+        self,
+        memory: Memory,
+        tokens_BC: Int[Array, "B C"],
+        positions_BC: Int[Array, "B C"],
+        rank_BC: Int[Array, "B C"],
+        query_BK: Int[Array, "B K"],
+        query_rank_BK: Int[Array, "B K"],
+    ) -> tuple[Float[Array, "B K D"], Memory]:
+        """``hidden_in_order`` with a memory: compute C new content rows and K predictions only.
+
+        The content rows are written to the memory first, and the predictions see them. A row may be
+        overwritten: write the position again. Rows of a draft that was rejected do no harm as long
+        as they are overwritten before a query of a higher rank is asked.
+
+        Args:
+            memory: from ``self.network.memory(batch, length)``, or from an earlier call.
+            tokens_BC: tokens to write.
+            positions_BC: their positions, each at most once.
+            rank_BC: their ranks, as in ``hidden_in_order``; a row of rank ``UNKNOWN`` is not
+                written. Write the whole prompt in one call, since its rows see each other. A padded
+                position must never be written.
+            query_BK: the positions to predict.
+            query_rank_BK: the rank of each prediction.
+
+        Returns:
+            The hidden state of each prediction, and the new memory.
+
+        Raises:
+            UserError: if the network has no memory.
+            ValueError: if the model is no any-subset model.
+        """
+        call = self._any_subset.in_order(
+            tokens_BC, rank_BC, query_BK, query_rank_BK, positions_BC=positions_BC
+        )
+        assert call.attend is not None and call.attend.rank_q_BL is not None
+        assert call.positions_BM is not None
+        hidden_BMD, memory = self.network.extend(
+            self.params,
+            call.tokens_BM,
+            memory,
+            positions_BM=call.positions_BM,
+            rank_BM=call.attend.rank_q_BL,
+            write_BM=jnp.pad(rank_BC < UNKNOWN, ((0, 0), (0, query_BK.shape[1]))),
+        )
+        return call.read(hidden_BMD), memory
+
+    def log_conditional_in_order(
+        self,
+        hidden_BKD: Float[Array, "B K D"],
+        x_BL: Int[Array, "B L"],
+        query_BK: Int[Array, "B K"],
+    ) -> Float[Array, "B K N"]:
+        """The log conditionals of K predictions, changed by ``reshape`` if there is one.
+
+        Guidance and constraints are left out: a caller must refuse them.
+
+        Args:
+            hidden_BKD: from ``hidden_in_order`` or ``extend``.
+            x_BL: current tokens, for a logit processor.
+            query_BK: the position of each prediction.
+        """
+        raw_BKV = read_out(hidden_BKD, *self.network.head(self.params))
+        masks_BK = jnp.full(query_BK.shape, self.mask_id)
+        log_probs_BKN = self.parameterization.log_conditional(raw_BKV, masks_BK)
+        if self.reshape is None:
+            return log_probs_BKN
+        return self.reshape(log_probs_BKN, x_BL, query_BK)
+
+    @property
+    def _any_subset(self) -> AnySubset:
+        """The parameterization of an any-subset model; ValueError for another model."""
+        if not isinstance(self.parameterization, AnySubset):
+            kind = type(self.parameterization).__name__.lower()
+            raise ValueError(f"the parameterization {kind} has no pass over an order; any_subset has")
+        return self.parameterization
 
     def map_rows(
         self, select_BL: Bool[Array, "B L"], function: Callable[[Rows], Array], dtype

@@ -15,6 +15,7 @@ from sedd.configuration.components import build, makers, options
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.objectives.base import Corrupted
+from sedd.parameterizations.any_subset import AnySubset
 from sedd.parameterizations.autoregressive import Autoregressive
 from sedd.parameterizations.conditional import Conditional
 from sedd.parameterizations.score import Score
@@ -33,6 +34,7 @@ MODELS = {  # the readings that a component may be asked to work on
     "sedd_uniform": Score(process=Uniform(num_tokens=N)),
     "mdlm": Conditional(process=Absorbing(num_tokens=N), time_independent=False),
     "ar": Autoregressive(process=Absorbing(num_tokens=N)),
+    "any_subset": AnySubset(process=Absorbing(num_tokens=N)),
 }
 SMALL = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "condition_dim": 8, "steps": 6}
 
@@ -232,7 +234,7 @@ def test_objective(name):
             total = objective.summed_nats(network, raw_BLV, corrupted, x0_BL)
             return total, (corrupted, nats_BL)
 
-        raw_BLV = jax.random.normal(jax.random.key(0), (B, L, process.num_states))
+        raw_BLV = jax.random.normal(jax.random.key(0), (B, objective.rows(L), process.num_states))
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (total, (corrupted, nats_BL)), gradient = step(raw_BLV)
         assert isinstance(corrupted, Corrupted)

@@ -162,7 +162,12 @@ def run_of(
         validate=validator(config, parts, tokenizer, rows),
         sample=text_sampler(config, parts, tokenizer),
         unigram_nats=frequencies,
-        flops=partial(step_flops, parts.network, config.training.batch_size, config.data.length),
+        flops=partial(
+            step_flops,
+            parts.network,
+            config.training.batch_size,
+            parts.objective.rows(config.data.length),
+        ),
         profile=profile,
         wandb={"project": config.training.wandb} if config.training.wandb else None,
     )

@@ -25,6 +25,7 @@ from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError, fields_within, mistakes_in
 from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
+from sedd.parameterizations.any_subset import AnySubset
 from sedd.parameterizations.base import Parameterization
 from sedd.processes.base import Process
 from sedd.samplers.base import Sampler, SamplerOptions
@@ -85,6 +86,12 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
         objective=config.objective.build(schedule=schedule, parameterization=parameterization),
         sampler=sampler,
     )
+    if isinstance(parameterization, AnySubset) and config.objective.name != "any_subset":
+        raise FieldError(
+            "objective",
+            f"{config.objective.name} does not train the passes over an order of the "
+            "parameterization any_subset: use any_subset",
+        )
     parts.sampler.check(parts.denoiser(None))
     return parts
 
@@ -95,9 +102,10 @@ def default_sampler(parameterization: Parameterization) -> str:
     - ``event_jump`` for a time-independent model: there it is exact at one network call a position,
       and never takes more calls than τ-leaping;
     - ``tweedie`` for a model that depends on the noise level: it works on every process;
-    - ``ordered``, from left to right, for an autoregressive model.
+    - ``ordered``, from left to right, for an autoregressive model, and for an any-subset model,
+      which is trained to fill gaps from left to right.
     """
-    if parameterization.causal:
+    if parameterization.causal or isinstance(parameterization, AnySubset):
         return "ordered"
     return "event_jump" if parameterization.time_independent else "tweedie"
 
@@ -117,7 +125,7 @@ def with_default_sampler(config: Config, before: Config) -> Config:
 
     Used where process or parameterization were changed and the sampler was not named: event_jump,
     for example, cannot draw from a model that depends on the noise level. ``steps`` is kept, except
-    for ``ordered``, which draws from autoregressive models without it. A configuration whose parts
+    for ``ordered``, which draws from left to right without it. A configuration whose parts
     do not fit is returned as it is; ``build_parts`` reports it.
 
     Args:

@@ -1,4 +1,5 @@
 from .base import Attend as Attend
+from .base import Memory as Memory
 from .base import Network as Network
 from .base import read_out as read_out
 from .ddit import DDiT as DDiT

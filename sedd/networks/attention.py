@@ -151,8 +151,9 @@ def refusal(backend: str, q_BLHK: Array, attend: Attend | None) -> str | None:
         if width % 8 or width > 128:
             return f"needs a head width that is a multiple of 8, at most 128, got {width}"
         masked = attend is not None and (attend.kind == "ranks" or attend.segment_BL is not None)
-        if length % 2 and masked:
-            return f"needs an even length under a mask, got {length}"
+        keys = length if attend is None else attend.num_keys(length)
+        if masked and (length % 2 or keys % 2):
+            return f"needs an even length under a mask, got {length}, with {keys} keys"
     if backend == "splash":
         if length % LANES:
             return f"needs a length that is a multiple of {LANES}, got {length}"

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from sedd.errors import UserError
 from sedd.types import Array, Bool, Float, Int, Key, Params
 
 Kind = Literal["all", "causal", "ranks"]
@@ -26,11 +27,13 @@ class Attend:
     - ``all``: every query sees every key;
     - ``causal``: query i sees the keys j <= i;
     - ``ranks``: query i sees key j if ``rank_k[j] <= rank_q[i]``, or ``<`` if ``strict``. Blocks
-      and permuted orders are written in this way, with more or fewer keys than queries if needed.
+      and permuted orders are written in this way. If there are fewer ranks of keys than of queries,
+      only the first rows are keys, and nobody sees the other rows.
 
-    ``segment_BL`` is the number of each row's segment; queries and keys are then the same L rows. A
-    query sees only keys of its own segment, which separates padding from text and packed documents
-    from each other. A query that sees no key has attention output 0.
+    ``segment_BL`` is the number of each row's segment; queries and keys are then the same rows, or
+    the keys are the first of them. A query sees only keys of its own segment, which separates
+    padding from text and packed documents from each other. A query that sees no key has attention
+    output 0.
 
     Raises ``ValueError`` unless both ranks are given for the kind ``ranks``, and none for others.
     """
@@ -53,6 +56,10 @@ class Attend:
         if self.strict and self.kind != "ranks":
             raise ValueError(f"strict compares ranks: it needs kind 'ranks', got {self.kind!r}")
 
+    def num_keys(self, rows: int) -> int:
+        """How many of a network's rows are keys: the first ones."""
+        return rows if self.rank_k_BL is None else self.rank_k_BL.shape[1]
+
     def mask(self, queries: int, keys: int) -> Bool[Array, "B 1 Q K"]:
         """Return the mask, True where a query sees a key; it broadcasts to [B, 1, Q, K].
 
@@ -70,8 +77,26 @@ class Attend:
             rank_q, rank_k = self.rank_q_BL[:, :, None], self.rank_k_BL[:, None, :]
             seen = rank_k < rank_q if self.strict else rank_k <= rank_q
         if self.segment_BL is not None:
-            seen = seen & (self.segment_BL[:, :, None] == self.segment_BL[:, None, :])
+            seen = seen & (self.segment_BL[:, :, None] == self.segment_BL[:, None, :keys])
         return seen[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Keys and values of rows that a network has seen: an exact cache, see ``Network.extend``.
+
+    There are S slots. The row of position p is kept in slot p, and ``rank_BS`` is its rank as a
+    key; an empty slot has the rank ``EMPTY``, which no query sees. Every array has the sequences
+    first, so that a sampler's state may hold a memory.
+    """
+
+    keys: Float[Array, "B layers S H K"]
+    values: Float[Array, "B layers S H K"]
+    rank_BS: Int[Array, "B S"]
+
+
+EMPTY = 2**30  # a rank above that of any query
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +143,44 @@ class Network(ABC):
         Raises:
             ValueError: if a ``time_conditioned`` network gets no ``sigma_B``, or another one does.
         """
+
+    def memory(self, batch: int, slots: int) -> Memory:
+        """An empty memory for sequences of ``slots`` positions; UserError without ``extend``."""
+        raise UserError(f"the network {type(self).__name__} has no memory of rows; ddit has one")
+
+    def extend(
+        self,
+        params: Params,
+        tokens_BM: Int[Array, "B M"],
+        memory: Memory,
+        *,
+        positions_BM: Int[Array, "B M"],
+        rank_BM: Int[Array, "B M"],
+        write_BM: Bool[Array, "B M"],
+    ) -> tuple[Float[Array, "B M D"], Memory]:
+        """Compute the hidden states of new rows only, given the rows in the memory.
+
+        Rows with ``write_BM`` are written to the memory, each to the slot of its position, which is
+        overwritten. Then every row sees the slots whose rank is not above its own; rows that are
+        not written are seen by nobody. The result is that of ``hidden`` on all rows together if no
+        row of the memory would see a row that was written after it.
+
+        Args:
+            params: parameters.
+            tokens_BM: token ids of the new rows.
+            memory: the rows so far, from ``memory`` or an earlier call.
+            positions_BM: the position of each row, in 0..S-1; no position is written twice.
+            rank_BM: the rank of each row, as a query and as a key, below ``EMPTY``.
+            write_BM: which rows are written.
+
+        Returns:
+            The hidden states of the new rows, and the memory with the written ones.
+
+        Raises:
+            UserError: if the network has no memory.
+            ValueError: if the network is conditioned on the noise level.
+        """
+        raise UserError(f"the network {type(self).__name__} has no memory of rows; ddit has one")
 
     @abstractmethod
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:

@@ -25,9 +25,9 @@ from einops import rearrange
 
 from sedd.errors import FieldError
 from sedd.networks.attention import Backend, attention, is_kept, keep
-from sedd.networks.base import Attend, Network
+from sedd.networks.base import EMPTY, Attend, Memory, Network
 from sedd.networks.shard import whole
-from sedd.types import Array, Float, Int, Key, Params
+from sedd.types import Array, Bool, Float, Int, Key, Params
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
 SIGMA_FREQUENCIES = 128
@@ -130,10 +130,46 @@ class DDiT(Network):
             raise ValueError("this network is not conditioned on the time: sigma_B must be None")
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
+        trunk = self._trunk(params)
+        hidden_BLD, _ = trunk(tokens_BL, positions_BL, attend, sigma_B, keys_B, None, None)
+        return hidden_BLD
+
+    def _trunk(self, params: Params):
+        """The bound module of the trunk."""
         # Sharded blocks are gathered one layer at a time inside the scan, all else here.
         trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
-        bound = _Trunk(self).bind({"params": trunk})
-        return bound(tokens_BL, positions_BL, attend, sigma_B, keys_B)
+        return _Trunk(self).bind({"params": trunk})
+
+    def memory(self, batch: int, slots: int) -> Memory:
+        """An empty memory; its keys and values have the compute type."""
+        shape = (batch, self.num_layers, slots, self.num_heads, self.head_dim)
+        return Memory(
+            keys=jnp.zeros(shape, self.dtype),
+            values=jnp.zeros(shape, self.dtype),
+            rank_BS=jnp.full((batch, slots), EMPTY, jnp.int32),
+        )
+
+    def extend(
+        self,
+        params: Params,
+        tokens_BM: Int[Array, "B M"],
+        memory: Memory,
+        *,
+        positions_BM: Int[Array, "B M"],
+        rank_BM: Int[Array, "B M"],
+        write_BM: Bool[Array, "B M"],
+    ) -> tuple[Float[Array, "B M D"], Memory]:
+        """Hidden states of new rows, and the memory with them; see ``Network.extend``."""
+        if self.time_conditioned:
+            raise ValueError("a network that is conditioned on the time has no memory of rows")
+        # A scatter drops rows whose slot is out of range.
+        slot_BM = jnp.where(write_BM, positions_BM, memory.rank_BS.shape[1])
+        rank_BS = _put(memory.rank_BS, slot_BM, rank_BM)
+        attend = Attend(kind="ranks", rank_q_BL=rank_BM, rank_k_BL=rank_BS)
+        past = (memory.keys, memory.values)
+        trunk = self._trunk(params)
+        hidden_BMD, past = trunk(tokens_BM, positions_BM, attend, None, None, past, slot_BM)
+        return hidden_BMD, Memory(keys=past[0], values=past[1], rank_BS=rank_BS)
 
     def flops(self, length: int, read: float) -> float:
         """Count the FLOPs of the forward pass of one sequence; arguments as of ``Network.flops``.
@@ -167,7 +203,7 @@ def _init(network: DDiT, key: Key[Array, ""]) -> Params:
     sigma_B = jnp.zeros(1, jnp.float32) if network.time_conditioned else None
     # Parameters do not depend on the backend of the attention, which may refuse length 1.
     trunk = _Trunk(replace(network, attention="einsum"))
-    params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None)["params"]
+    params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None, None, None)["params"]
     head = {
         "kernel": jnp.zeros((network.hidden_dim, network.num_states), jnp.float32),
         "bias": jnp.zeros(network.num_states, jnp.float32),
@@ -176,12 +212,17 @@ def _init(network: DDiT, key: Key[Array, ""]) -> Params:
 
 
 class _Trunk(nn.Module):
-    """The network without its output layer: embedding, blocks and final norm."""
+    """The network without its output layer: embedding, blocks and final norm.
+
+    ``past`` are the keys and values of a ``Memory``, [B, layers, S, H, K] each, and ``slot_BL`` the
+    slot of each row, S for a row that is not written; None without a memory. Returns the hidden
+    states and the new ``past``.
+    """
 
     net: DDiT
 
     @nn.compact
-    def __call__(self, tokens_BL, positions_BL, attend, sigma_B, keys_B):
+    def __call__(self, tokens_BL, positions_BL, attend, sigma_B, keys_B, past, slot_BL):
         net = self.net
         embed = nn.Embed(
             net.num_states, net.hidden_dim, embedding_init=_uniform(net.hidden_dim), name="embed"
@@ -194,24 +235,35 @@ class _Trunk(nn.Module):
             condition_B1C = sigma_map(sigma_B).reshape(len(sigma_B), -1, net.condition_dim)
         rotation_BL1K = rotary(positions_BL, net.head_dim)
         layers = jnp.arange(net.num_layers, dtype=jnp.int32)
-        x_BLD, _ = scanned_blocks(net, net.num_layers)(
-            x_BLD, layers, condition_B1C, rotation_BL1K, attend, keys_B
-        )
+        blocks = scanned_blocks(net, net.num_layers, memory=past is not None)
+        memory = () if past is None else (past, slot_BL)
+        x_BLD, past = blocks(x_BLD, layers, condition_B1C, rotation_BL1K, attend, keys_B, *memory)
         shift, scale = _modulation(net, 2, condition_B1C)
-        return Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype)
+        return Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype), past
 
 
 class _Block(nn.Module):
     """One layer: attention and an MLP, each added to the residual stream as a branch.
 
     A branch is norm, modulation, layers, dropout and gate. The gate and the modulation come from
-    the condition; without a condition there are none.
+    the condition; without a condition there are none. ``past`` are the layer's keys and values in
+    a memory, [B, S, H, K] each: the rows are written to them, and they replace the rows' own.
     """
 
     net: DDiT
 
     @nn.compact
-    def __call__(self, x_BLD, layer, condition_B1C, rotation_BL1K, attend, keys_B):
+    def __call__(
+        self,
+        x_BLD,
+        layer,
+        condition_B1C,
+        rotation_BL1K,
+        attend,
+        keys_B,
+        past=None,
+        slot_BL=None,
+    ):
         net = self.net
         width = x_BLD.shape[-1]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulation(net, 6, condition_B1C)
@@ -234,6 +286,12 @@ class _Block(nn.Module):
         )
         q_BLHK, k_BLHK = rotate(q_BLHK, rotation_BL1K), rotate(k_BLHK, rotation_BL1K)
         q_BLHK, k_BLHK, v_BLHK = keep(q_BLHK), keep(k_BLHK), keep(v_BLHK)
+        if past is not None:
+            past = tuple(map(_put, past, (slot_BL, slot_BL), (k_BLHK, v_BLHK)))
+            k_BLHK, v_BLHK = past
+        elif attend is not None:
+            keys = attend.num_keys(k_BLHK.shape[1])
+            k_BLHK, v_BLHK = k_BLHK[:, :keys], v_BLHK[:, :keys]
         h_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, attend, backend=net.attention)
         h_BLD = rearrange(h_BLHK, "b l h k -> b l (h k)")
         h_BLD = dense(net, width, width, "attention_out", bias=False)(h_BLD)
@@ -245,14 +303,15 @@ class _Block(nn.Module):
         h_BLF = keep(dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD))
         h_BLF = jax.nn.gelu(h_BLF, approximate=True)
         h_BLD = dense(net, width, net.mlp_ratio * width, "mlp_out")(h_BLF)
-        return add(x_BLD, h_BLD, gate_m, 1), None
+        return add(x_BLD, h_BLD, gate_m, 1), past
 
 
-def scanned_blocks(net: DDiT, num_layers: int) -> nn.Module:
+def scanned_blocks(net: DDiT, num_layers: int, *, memory: bool = False) -> nn.Module:
     """Blocks in a row as one scan, named ``blocks``; their parameters have a leading layer axis.
 
     Called with x, the number of each layer (for its dropout) and the other arguments of ``_Block``,
-    it returns (x, None).
+    it returns (x, None). With ``memory`` the last two arguments are ``past`` and ``slot_BL`` of
+    ``_Trunk``, and it returns (x, past).
     """
     # prevent_cse guards the recomputation from being merged with the forward pass; inside a
     # scan the compiler cannot merge them anyway.
@@ -261,10 +320,17 @@ def scanned_blocks(net: DDiT, num_layers: int) -> nn.Module:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore
+        in_axes=(0, *[nn.broadcast] * 4, *((1, nn.broadcast) if memory else ())),  # pyright: ignore
+        out_axes=1,
         length=num_layers,
     )
     return blocks(net, name="blocks")
+
+
+def _put(slots: Array, slot_BM: Array, rows: Array) -> Array:
+    """Write rows [B, M, …] to their slots [B, S, …]; a slot that is out of range is dropped."""
+    sequence_B1 = jnp.arange(len(rows))[:, None]
+    return slots.at[sequence_B1, slot_BM].set(rows, mode="drop")
 
 
 class Norm(nn.Module):

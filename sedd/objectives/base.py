@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sedd.arrays import along
 from sedd.networks.base import Network
 from sedd.objectives.rows import row_nats, summed_nats
-from sedd.parameterizations.base import Parameterization
+from sedd.parameterizations.base import Inputs, Parameterization
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key, Params
 
@@ -30,11 +30,13 @@ class Corrupted:
         xt_BL: the corrupted tokens.
         weight_BL: the weight of each position's loss; 0 where the position has no loss.
         sigma: total noise, [B] or [B, L]; None if the objective has no time.
+        rank_BL: the order of generation, for the objective ``any_subset``: 0 in the prompt.
     """
 
     xt_BL: Int[Array, "B L"]
     weight_BL: Float[Array, "B L"]
     sigma: Float[Array, "..."] | None = None
+    rank_BL: Int[Array, "B L"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,24 @@ class Objective(ABC):
             scored_BL: positions that may be corrupted and have a loss.
         """
 
+    def corrupt_at(
+        self,
+        step: Int[Array, ""] | int,
+        keys_B: Key[Array, " B"],
+        u_B: Float[Array, " B"],
+        x0_BL: Int[Array, "B L"],
+        scored_BL: Bool[Array, "B L"],
+    ) -> Corrupted:
+        """``corrupt`` in training, after ``step`` updates.
+
+        It differs from ``corrupt`` only in an objective that changes while the model is trained.
+        """
+        return self.corrupt(keys_B, u_B, x0_BL, scored_BL)
+
+    def rows(self, length: int) -> int:
+        """The number of rows that the network gets for a sequence of this length."""
+        return length
+
     @abstractmethod
     def row_nats(
         self,
@@ -123,6 +143,10 @@ class Objective(ABC):
         x0_R, xt_R, *sigma = leaves
         return self.row_nats(raw_RV, x0_R, xt_R, sigma[0] if sigma else None)
 
+    def _inputs(self, corrupted: Corrupted, x0_BL: Int[Array, "B L"]) -> Inputs:
+        """The network call for a corrupted batch."""
+        return self.parameterization.inputs(corrupted.xt_BL)
+
     def _rows(
         self,
         network: Network,
@@ -134,7 +158,7 @@ class Objective(ABC):
     ):
         """Run the network, and return the arguments of ``rows.summed_nats`` for all positions."""
         xt_BL, sigma = corrupted.xt_BL, corrupted.sigma
-        inputs = self.parameterization.inputs(xt_BL)
+        inputs = self._inputs(corrupted, x0_BL)
         hidden_BLD = inputs.read(
             network.hidden(
                 params,

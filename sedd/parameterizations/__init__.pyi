@@ -1,3 +1,4 @@
+from .any_subset import AnySubset as AnySubset
 from .autoregressive import Autoregressive as Autoregressive
 from .base import Inputs as Inputs
 from .base import Parameterization as Parameterization

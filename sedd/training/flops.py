@@ -30,7 +30,7 @@ def step_flops(network: Network, batch_size: int, length: int, *, read: float) -
     Args:
         network: the network.
         batch_size: sequences in the batch.
-        length: tokens in a sequence.
+        length: rows of the network for a sequence, ``Objective.rows``.
         read: positions in the batch at which the output layer runs.
     """
     return batch_size * network.training_flops(length, read / batch_size)

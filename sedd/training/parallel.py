@@ -144,13 +144,13 @@ class FullySharded:
         self._rows = NamedSharding(self.mesh, PartitionSpec(None, (DATA, FSDP)))
 
         # The step sees split parameters as ``Shard``s; specs and optimizer see plain arrays.
-        def totals(params, key, batch):
+        def totals(params, key, step_number, batch):
             params = jax.tree.map(
                 lambda leaf, axis: leaf if axis == 0 else Shard(part=leaf, axis=axis, over=FSDP),
                 params,
                 axes,
             )
-            totals = step.totals(params, key, batch, axis_name=(DATA, FSDP))
+            totals = step.totals(params, key, step_number, batch, axis_name=(DATA, FSDP))
             grads = jax.tree.map(
                 lambda leaf: leaf.part if isinstance(leaf, Shard) else leaf,
                 totals["grads"],
@@ -161,7 +161,7 @@ class FullySharded:
         mapped = jax.shard_map(
             totals,
             mesh=self.mesh,
-            in_specs=(param_specs, PartitionSpec(), self._rows.spec),
+            in_specs=(param_specs, PartitionSpec(), PartitionSpec(), self._rows.spec),
             out_specs={
                 "grads": step.network.trainable(param_specs),
                 **dict.fromkeys(("nats", "tokens", "read"), PartitionSpec()),
@@ -170,8 +170,7 @@ class FullySharded:
         )
 
         def run(state: TrainState, batch: Batch):
-            key = jax.random.fold_in(state.key, state.step)
-            return step.update(state, mapped(state.params, key, batch))
+            return step.update(state, mapped(state.params, state.key, state.step, batch))
 
         whole = NamedSharding(self.mesh, PartitionSpec())
         self.run = jax.jit(run, donate_argnums=0, out_shardings=(self.shardings, whole))

@@ -55,15 +55,18 @@ class Step:
         self, state: TrainState, batch: Batch, *, axis_name: AxisNames
     ) -> tuple[TrainState, Metrics]:
         """Run ``totals`` and ``update``; each device holds the whole state."""
-        key = jax.random.fold_in(state.key, state.step)
-        return self.update(state, self.totals(state.params, key, batch, axis_name=axis_name))
+        totals = self.totals(state.params, state.key, state.step, batch, axis_name=axis_name)
+        return self.update(state, totals)
 
-    def totals(self, params: Params, key: Array, batch: Batch, *, axis_name: AxisNames) -> Totals:
+    def totals(
+        self, params: Params, key: Array, step: Array, batch: Batch, *, axis_name: AxisNames
+    ) -> Totals:
         """Compute sums over the global batch, one micro-batch after the other.
 
         Args:
             params: the parameters. A ``Shard`` among them gets the gradient of its part.
-            key: the key of the step.
+            key: the key of the run.
+            step: the number of steps so far.
             batch: this device's part of the batch, A micro-batches of b sequences: ``x0`` and
                 ``scored`` [A, b, L], and ``index`` [A, b], each sequence's place in the global
                 batch.
@@ -74,8 +77,10 @@ class Step:
             and ``read`` (positions at which the output layer ran).
         """
 
+        key = jax.random.fold_in(key, step)
+
         def accumulate(totals, batch):
-            return jax.tree.map(jnp.add, totals, self._micro_batch(params, key, batch)), None
+            return jax.tree.map(jnp.add, totals, self._micro_batch(params, key, step, batch)), None
 
         zero = {
             "grads": jax.tree.map(jnp.zeros_like, self.network.trainable(params)),
@@ -86,12 +91,13 @@ class Step:
         totals, _ = jax.lax.scan(accumulate, zero, batch)
         return sum_over_devices(totals, axis_name)
 
-    def _micro_batch(self, params, key, batch) -> Totals:
+    def _micro_batch(self, params, key, step, batch) -> Totals:
         """The sums over one micro-batch: corrupt it, then differentiate its summed nats."""
         times_key, corruption_key, dropout_key = jax.random.split(key, 3)
         u_B = draw_uniform(times_key, batch["index"], self.batch_size, stratified=self.stratified)
-        corrupted = self.objective.corrupt(
-            keys_of(corruption_key, batch["index"]), u_B, batch["x0"], batch["scored"]
+        corruption_keys_B = keys_of(corruption_key, batch["index"])
+        corrupted = self.objective.corrupt_at(
+            step, corruption_keys_B, u_B, batch["x0"], batch["scored"]
         )
         keys_B = keys_of(dropout_key, batch["index"])
 
