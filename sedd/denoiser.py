@@ -196,9 +196,7 @@ class Denoiser:
         Raises:
             ValueError: if the model is no any-subset model.
         """
-        call = self._any_subset.in_order(
-            x_BL, rank_BL, query_BK, query_rank_BK, attend=self.attend
-        )
+        call = self._any_subset.in_order(x_BL, rank_BL, query_BK, query_rank_BK, attend=self.attend)
         return call.read(
             self.network.hidden(
                 self.params, call.tokens_BM, positions_BL=call.positions_BM, attend=call.attend
@@ -240,7 +238,8 @@ class Denoiser:
         call = self._any_subset.in_order(
             tokens_BC, rank_BC, query_BK, query_rank_BK, positions_BC=positions_BC
         )
-        assert call.attend is not None and call.attend.rank_q_BL is not None
+        assert call.attend is not None
+        assert call.attend.rank_q_BL is not None
         assert call.positions_BM is not None
         hidden_BMD, memory = self.network.extend(
             self.params,
@@ -279,7 +278,9 @@ class Denoiser:
         """The parameterization of an any-subset model; ValueError for another model."""
         if not isinstance(self.parameterization, AnySubset):
             kind = type(self.parameterization).__name__.lower()
-            raise ValueError(f"the parameterization {kind} has no pass over an order; any_subset has")
+            raise ValueError(
+                f"the parameterization {kind} has no pass over an order; any_subset has"
+            )
         return self.parameterization
 
     def map_rows(

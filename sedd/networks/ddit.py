@@ -287,8 +287,11 @@ class _Block(nn.Module):
         q_BLHK, k_BLHK = rotate(q_BLHK, rotation_BL1K), rotate(k_BLHK, rotation_BL1K)
         q_BLHK, k_BLHK, v_BLHK = keep(q_BLHK), keep(k_BLHK), keep(v_BLHK)
         if past is not None:
-            past = tuple(map(_put, past, (slot_BL, slot_BL), (k_BLHK, v_BLHK)))
-            k_BLHK, v_BLHK = past
+            k_BLHK, v_BLHK = (
+                _put(slots, slot_BL, rows)
+                for slots, rows in zip(past, (k_BLHK, v_BLHK), strict=True)
+            )
+            past = (k_BLHK, v_BLHK)
         elif attend is not None:
             keys = attend.num_keys(k_BLHK.shape[1])
             k_BLHK, v_BLHK = k_BLHK[:, :keys], v_BLHK[:, :keys]
@@ -327,7 +330,7 @@ def scanned_blocks(net: DDiT, num_layers: int, *, memory: bool = False) -> nn.Mo
     return blocks(net, name="blocks")
 
 
-def _put(slots: Array, slot_BM: Array, rows: Array) -> Array:
+def _put(slots: Array, slot_BM, rows: Array) -> Array:
     """Write rows [B, M, …] to their slots [B, S, …]; a slot that is out of range is dropped."""
     sequence_B1 = jnp.arange(len(rows))[:, None]
     return slots.at[sequence_B1, slot_BM].set(rows, mode="drop")

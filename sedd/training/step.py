@@ -76,7 +76,6 @@ class Step:
             ``grads`` of the trainable parameters, and the sums ``nats``, ``tokens`` (scored ones)
             and ``read`` (positions at which the output layer ran).
         """
-
         key = jax.random.fold_in(key, step)
 
         def accumulate(totals, batch):

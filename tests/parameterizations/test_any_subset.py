@@ -72,6 +72,7 @@ def seen_by_the_rules(rank_L):
 
 def test_every_row_sees_what_the_rules_say():
     call = READING.in_order(X_BL, RANK_BL, ALL_BL, RANK_BL)
+    assert call.attend is not None
     got = np.asarray(call.attend.mask(2 * L, call.attend.num_keys(2 * L)))[:, 0]
     np.testing.assert_array_equal(got, [seen_by_the_rules(rank) for rank in np.asarray(RANK_BL)])
     np.testing.assert_array_equal(call.tokens_BM[:, L:], np.full((B, L), MASK))
@@ -84,6 +85,7 @@ def test_segments_hold_for_query_rows_too():
     call = READING.in_order(
         X_BL, RANK_BL, query_BK, i32([[9, 9]] * B), attend=Attend(segment_BL=segment_BL)
     )
+    assert call.attend is not None
     own = np.take_along_axis(np.asarray(segment_BL), np.asarray(query_BK), 1)
     seen = np.asarray(call.attend.mask(L + 2, L))[:, 0, L:]
     np.testing.assert_array_equal(seen, own[:, :, None] == np.asarray(segment_BL)[:, None])
@@ -152,8 +154,10 @@ def extend(model, memory, tokens, positions, rank, query, query_rank):
 
 
 def test_the_memory_gives_the_hidden_states_of_the_full_pass():
-    """Content is written one or two rows at a time, with prompts, drafts that are rejected, and
-    sequences that are at different stages."""
+    """Content is written a few rows at a time, and drafts that are rejected are overwritten.
+
+    The sequences have prompts of different sizes and are at different stages.
+    """
     model = denoiser()
     full = np.asarray(in_order(model, X_BL, RANK_BL, ALL_BL, RANK_BL))
     order_BL = np.argsort(np.asarray(RANK_BL), axis=1, kind="stable")
@@ -205,7 +209,7 @@ def test_other_models_refuse():
     radd = Denoiser(
         params=None, network=NETWORK, parameterization=Conditional(process=READING.process)
     )
-    with pytest.raises(ValueError, match="conditional has no pass over an order"):
+    with pytest.raises(ValueError, match="parameterization conditional has no pass over an order"):
         radd.hidden_in_order(X_BL, RANK_BL, ALL_BL, RANK_BL)
     table = oracle.table_denoiser(oracle.random_table(), oracle.N).network
     with pytest.raises(UserError, match="TableNetwork has no memory"):
