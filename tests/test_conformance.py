@@ -119,7 +119,7 @@ def test_says_what_it_is_and_where_it_comes_from(family, name):
     assert own
     assert not own.startswith(f"{constructor.__name__}("), "the dataclass' own signature"
     module = inspect.getmodule(constructor).__doc__
-    assert "arXiv:" in own + (module if family != "schedules" else "")
+    assert "arXiv:" in own + (module or "" if family != "schedules" else "")
 
 
 @every
