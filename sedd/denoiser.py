@@ -39,7 +39,8 @@ class Denoiser:
         parameterization: gives the raw output its meaning.
         attend: which positions see which, for a batch with padding.
         reshape: changes the conditionals of masked positions; only on absorbing processes.
-        given_BL: the given tokens. If set, guidance makes a second network call without them.
+        given_BL: which positions hold given tokens. If set, guidance makes a second network call,
+            in which these are masked.
         constraint: draws the tokens of some positions jointly, through ``propose``.
     """
 

@@ -34,15 +34,19 @@ def evaluate(
     Args:
         model: from ``load``.
         data: token ids [S, L], or a corpus as ``evaluate.py --data`` takes it: the name of one, a
-            file, a folder, or ``NAME=FILE``.
+            file, a folder, or ``NAME=FILE``, which reads the known data set NAME from FILE.
         key: a key, or an integer seed. The draws of a sequence depend on this key and on the
             sequence's number in the data, not on ``batch_size`` or the number of devices.
         protocol: a ``Protocol`` or the name of one; ``dataclasses.replace`` changes fields of a
-            named one. For token ids only the estimate of the protocol applies, not its cut.
+            named one. For token ids only ``estimator``, ``outer_terms``, ``t_min`` and ``draws``
+            apply.
         scored_BL: which token ids are scored, [S, L]; the others are conditioned on. Default: all.
         order: "forward", "backward" or "random": compute the exact likelihood of the tokens
-            revealed in this order instead of a bound. Only for time-independent absorbing models.
-        split: split of the corpus; by default the protocol's.
+            revealed in this order instead of a bound. Needs a time-independent absorbing model that
+            is not autoregressive.
+        split: split of the corpus. By default the protocol's split of a known data set, the
+            validation split of the training corpus, all of any other file, or the validation split
+            of any other corpus.
         max_sequences: evaluate at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 

@@ -88,7 +88,7 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """A hash of the parameters and the components, the same for every copy of a model."""
+        """A hash of the parameters and of the configuration without data, training and sampler."""
         digest = hashlib.blake2b(digest_size=16)
         config = {**self.config.to_json(), "data": None, "training": None, "sampler": None}
         digest.update(json.dumps(config, sort_keys=True).encode())
@@ -203,7 +203,9 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
             bound. Default: the newest one that is complete.
 
     Raises:
-        UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration.
+        UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration;
+            if ``step`` is given for a published checkpoint, or is "best" for a run that was never
+            validated.
 
     Example:
         >>> import sedd

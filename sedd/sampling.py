@@ -39,7 +39,7 @@ class SampleResult:
     """The drawn sequences, in the order of the keys."""
 
     tokens: np.ndarray
-    """Token ids [B, L]; a sequence that is shorter than L is followed by padding."""
+    """Token ids [B, L]; a shorter sequence is filled up with 0s to the longest, L."""
     calls: np.ndarray
     """Network calls for each sequence, [B]: guidance and the candidates of a search included."""
     text: list[str] | None
@@ -47,7 +47,8 @@ class SampleResult:
     trace: np.ndarray | None
     """Token ids at the start and after every round, [T, B, L]; None unless ``trace`` was set."""
     times: np.ndarray | None
-    """Diffusion time of each frame of the trace, [T]; None if sequences differ in their times."""
+    """Diffusion time of each frame of the trace, [T]; None without a trace, or if sequences differ
+    in their times."""
     score: np.ndarray | None
     """The verifier's scores, [B]; None without a verifier."""
 
@@ -81,9 +82,11 @@ def sample(
     """Draw sequences from a model.
 
     The arguments from ``prompt`` to ``constraint`` are one value for all sequences, or a list with
-    one for each. Sequences of different lengths share a batch, padded and masked. The number of
-    sequences and the length are rounded up to a few sizes (``sedd.arrays.bucket``): calls of nearby
-    sizes share a compiled program, as do other texts, seeds, temperatures, top-k and top-p.
+    one for each. Sequences of different lengths share a batch; attention excludes the padding. The
+    number of sequences and the length are rounded up to a few sizes (``sedd.arrays.bucket``). Calls
+    of equal rounded sizes share a compiled program, whatever their texts, seeds, temperatures,
+    top-k and top-p. Calls with none of these numbers, without padding, or with guidance have
+    programs of their own.
 
     Args:
         model: from ``sedd.load``.
@@ -96,13 +99,14 @@ def sample(
         prompt: text at the start.
         suffix: text at the end.
         infill: text with gaps: ``{mask:12}`` leaves 12 tokens free, ``{mask}`` one.
-        regex: regex that the free text must match. The value for a sequence may be a list with a
-            regex or None for each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
+        regex: regex that everything from the first free token to the last must match, given text in
+            between included. The value for a sequence may also be a list with a regex or None for
+            each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
         json_schema: a JSON Schema of the free text, in the same form; excludes ``regex``.
         json_schema_depth: how deep values nest where the schema sets no limit, 0 to 64: in a
             schema that allows any value, and in recursion by ``$ref``; by default 2.
-        clamp: the given tokens as a ``Clamp``, instead of texts.
-        constraint: compiled automata, instead of ``regex`` and ``json_schema``.
+        clamp: the given tokens as a ``sedd.constraints.clamp.Clamp``, instead of texts.
+        constraint: a compiled ``Automaton`` in the form of ``regex``, instead of it.
         rule: how a step draws under a constraint: ``"joint"`` (a sample restricted to matches),
             ``"most_likely"`` (the most likely match) or ``"dingo"`` (arXiv:2505.23061); see
             ``sedd.constraints.spans.Spans``. At temperature 0, ``joint`` becomes ``most_likely``.
@@ -115,7 +119,8 @@ def sample(
 
     Raises:
         UserError: for an unknown option, lists of different lengths, a text that does not fit, a
-            sampler that the model does not support, or a verifier that fails.
+            sampler that the model does not support, a verifier that fails, or probabilities that
+            are nan.
         FieldError: for a bad value; ``field`` is the name of the argument.
 
     Example:

@@ -58,7 +58,8 @@ class EvaluateCommand:
     is printed."""
     order: Annotated[Order | None, unset("forward|backward|random")] = None
     """Instead of a bound, compute the exact likelihood of the tokens in this order, with one
-    network call for each token."""
+    network call for each token. Needs a time-independent absorbing model
+    that is not autoregressive."""
     table: Annotated[Path | None, unset("FILE.md|FILE.tex")] = None
     """Write the table to this file, in Markdown or LaTeX."""
     samples: Annotated[Path | None, unset("FILE.jsonl")] = None

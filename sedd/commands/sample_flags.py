@@ -71,9 +71,11 @@ class SampleCommand:
     infill, length, seed, regex, json_schema, json_schema_depth, temperature, top_k, top_p,
     guidance, and sampler (an object of the sampler's options). The flags are the defaults."""
     regex: Annotated[tuple[str, ...], unset("REGEX")] = ()
-    """Regular expression that the free text must match: one for all of it, or one for each gap."""
+    """Regular expression that the text must match: one for everything from the first free token to
+    the last, given text in between included, or one for each gap."""
     json_schema: Annotated[tuple[str, ...], unset("FILE.json|'{…}'")] = ()
-    """JSON Schema of the free text, a file or inline: one for all of it, or one for each gap."""
+    """JSON Schema of the text, a file or inline: one for everything from the first free token to
+    the last, or one for each gap."""
     json_schema_depth: Annotated[int | None, unset("INT")] = None
     """How deep values nest where the JSON Schema sets no limit, as in a recursive $ref; by default
     2."""
@@ -92,14 +94,15 @@ class SampleCommand:
     """Weight w of classifier-free guidance by the given text: p(with)^(1+w) / p(without)^w. 0 is
     off; above 0 the network calls double."""
     logit_processor: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
-    """A JAX function of (log_probs [B, K, N], tokens [B, L], positions [B, K]) that returns changed
-    log_probs."""
+    """A JAX function of the log probabilities [B, K, N] at K positions of each sequence, the tokens
+    [B, L] and these positions [B, K]; it returns changed log probabilities."""
     verifier: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
     """A function from a list of texts to one score each, higher is better; for the samplers
     best_of_n and particle."""
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
-    id, text, tokens, calls, entropy, seed and, of a search, score."""
+    id, text, tokens, calls, entropy (in nats, of the frequencies of its tokens), seed and, of a
+    search, score."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32

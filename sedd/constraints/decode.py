@@ -101,13 +101,15 @@ class Automaton(TokenAutomaton):
     probabilities of N tokens at L positions, and these options:
 
     - ``fixed``: [L] given tokens, -1 where a position is free.
-    - ``start``: the state before the first position, from ``run`` on the text before; 0 by default.
+    - ``start``: the state before the first position, from ``run`` on the tokens before; default 0.
     - ``budget``: how many tokens may follow the L positions to complete the string; 0 by default.
 
     With an end-of-text token (``eos_id``) the string may end early and is filled up with it. Then
     ``budget`` is a maximum; without an end-of-text token, exactly ``budget`` tokens follow.
 
-    They raise UserError, naming the position, if no string is possible or if a probability is nan.
+    Log probabilities are those of the product of the distributions before it is restricted to
+    matches. A token in ``fixed`` counts as certain. The methods raise UserError, with the reason,
+    if no string is possible or a probability is nan.
     """
 
     @classmethod

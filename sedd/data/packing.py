@@ -150,8 +150,22 @@ def pack(
 ) -> Packed:
     """Cut a split into rows of ``length`` tokens; the split is tokenised if it was not before.
 
-    The arguments ``length``, ``wrap``, ``drop_every``, ``around``, ``truncate`` and ``pad_last``
-    are explained in ``Cut``; all others in ``token_files``.
+    Args:
+        corpus: from ``open_corpus``.
+        tokenizer: from ``build_tokenizer``.
+        split: split of the corpus.
+        length: tokens in a row, L; at least 1.
+        wrap: whether documents are joined and then cut into rows. Otherwise each begins a new row,
+            and the rest of its last row is padding, which is not scored.
+        cache_dir: the directory for the token files.
+        workers: threads that tokenise; None for one per core, at most 16.
+        progress: called with the numbers of documents and tokens so far.
+        max_documents: read only so many documents.
+        drop_every: with ``wrap``: join only so many documents at a time, and drop the remainder
+            that does not fill a row after each group. None joins all documents.
+        around: ids that open and close every row, within ``length``; both are scored.
+        truncate: without ``wrap``: keep one row of each document and drop the rest of it.
+        pad_last: with ``wrap``: keep each remainder as a row, filled up with padding.
 
     Returns:
         The rows, read from files in ``cache_dir/packed``.
@@ -208,13 +222,7 @@ class Cut:
     and takes as many rows as it needs; the rest of its last row is padding, which is not scored.
 
     Args:
-        length: tokens in a row, L; at least 1.
-        wrap: whether documents are joined.
-        drop_every: with ``wrap``: join only so many documents at a time, and drop the remainder
-            that does not fill a row after each group. None joins all documents.
-        around: ids that open and close every row, within ``length``; both are scored.
-        truncate: without ``wrap``: keep one row of each document and drop the rest of it.
-        pad_last: with ``wrap``: keep each remainder as a row, filled up with padding.
+        length, wrap, drop_every, around, truncate, pad_last: as in ``pack``.
     """
 
     length: int

@@ -304,8 +304,9 @@ def evaluate_bound(
         batches: pairs of tokens and of positions to score.
         draws: noise levels for each sequence; a multiple of 4.
         t_min: the smallest time of a score entropy, in (0, 1).
-        estimator: see ``sequence_nats``.
-        outer_terms: see ``summarise``.
+        estimator: as in ``MonteCarlo``.
+        outer_terms: whether the prior and the reconstruction are added to a score entropy. Without
+            them the result is no bound, but the mean over t in [t_min, 1].
         count_text: maps ids of scored tokens to (characters, bytes), for figures per character.
         devices: the devices to use; all local ones by default.
 

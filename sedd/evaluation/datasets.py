@@ -85,7 +85,7 @@ class DataSet:
 
     @property
     def counts(self) -> np.ndarray:
-        """How many times each token is scored, by id up to the largest scored one, [at most N]."""
+        """How often each token id is scored, [n], where n - 1 is the largest id that is scored."""
         return self._read[1]
 
     @property

@@ -318,9 +318,16 @@ def check_draws(draws: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MonteCarlo:
-    """``sequence_nats`` with its options fixed.
+    """Estimates the bound on -log p of each sequence of a batch.
 
     Instances are hashable, and equal options share one compiled program.
+
+    Args:
+        draws: noise levels for each sequence; a multiple of 4, else ``FieldError``.
+        t_min: the smallest time of a score entropy, in (0, 1).
+        estimator: "k_dce", "score_entropy" or "exact" (of autoregressive models). "auto" is k_dce
+            for time-independent absorbing models, exact for autoregressive ones, and score_entropy
+            for others.
     """
 
     draws: int = 16

@@ -65,7 +65,8 @@ class Published:
 def load_published(path: str | os.PathLike) -> Published:
     """Read the network, the parameters and the description of the checkpoint in ``path``.
 
-    The network computes in float32. The published code computes in bfloat16 on a GPU, as does
+    ``path`` is a local directory. The parameters are the averaged (EMA) ones if the checkpoint has
+    them. The network computes in float32. The published code computes in bfloat16 on a GPU, as does
     ``dataclasses.replace(network, dtype="bfloat16")``.
 
     An MDLM checkpoint without ``time_conditioning`` holds a network that is conditioned on σ but
@@ -73,8 +74,9 @@ def load_published(path: str | os.PathLike) -> Published:
     ``at_constant_sigma``).
 
     Raises:
-        UserError: if keys of the configuration are missing or not understood, or if tensors are
-            missing, unexpected, transposed or of a wrong shape; the message lists all of them.
+        UserError: if there is no configuration or no file of tensors, if keys of the configuration
+            are missing or not understood, or if tensors are missing, unexpected, transposed or of a
+            wrong shape; the message lists all of them.
 
     Example:
         >>> from sedd.interop.published import load_published

@@ -30,7 +30,7 @@ class Attend:
       and permuted orders are written in this way. If there are fewer ranks of keys than of queries,
       only the first rows are keys, and nobody sees the other rows.
 
-    ``segment_BL`` is the number of each row's segment; queries and keys are then the same rows, or
+    ``segment_BL`` is the id of each row's segment; queries and keys are then the same rows, or
     the keys are the first of them. A query sees only keys of its own segment, which separates
     padding from text and packed documents from each other. A query that sees no key has attention
     output 0.

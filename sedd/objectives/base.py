@@ -41,7 +41,9 @@ class Corrupted:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A training loss in nats, whose mean over draws is a bound on -log p(x0) or a term of one.
+    """A training loss in nats.
+
+    Its mean over draws is a bound on -log p(x0), or a term of one up to a stated factor.
 
     Positions that are not scored are conditioned on: they are never corrupted and have no loss.
 

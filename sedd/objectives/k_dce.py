@@ -12,10 +12,12 @@ from sedd.objectives.base import DenoisingCrossEntropy
 class KDCE(DenoisingCrossEntropy):
     """The loss -(L/k)·Σ_masked log c(x0), where a uniformly random set of k positions is masked.
 
-    L is the number of scored positions, and k is uniform in 1..L. The mean over draws is the NLL
-    under any-order autoregression, averaged over all orders of the positions: the j-th token of an
-    order is predicted from the j - 1 before it, and a random order with a random j is a random
-    subset with a random position of it. arXiv:2406.03736, equation 3.10.
+    Here c(x0) is the model's probability of the clean token at a masked position, L is the number
+    of scored positions, and k is uniform in 1..L. The mean over draws is the NLL of any-order
+    autoregression, averaged over all orders of the positions. To predict the j-th token of a random
+    order is to predict one of the k = L - j + 1 positions that are still masked. The loss averages
+    over these k, and the factor L turns the mean over k into a sum over j. arXiv:2406.03736,
+    equation 3.10.
     """
 
     def __post_init__(self):

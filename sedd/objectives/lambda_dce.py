@@ -11,7 +11,8 @@ from sedd.objectives.base import DenoisingCrossEntropy
 class LambdaDCE(DenoisingCrossEntropy):
     """The loss -(1/λ)·Σ_masked log c(x0), where λ, uniform in (0, 1], is the probability of a mask.
 
-    The mean over draws is the expected NLL over all orders, as for ``k_dce``. The variance diverges
+    Here c(x0) is the model's probability of the clean token at a masked position. The mean over
+    draws is the expected NLL over all orders, as for ``k_dce``. The variance diverges
     logarithmically at small λ, where few positions are masked and the weight 1/λ is large.
     arXiv:2406.03736, equation 3.8.
     """

@@ -12,8 +12,9 @@ from sedd.objectives.base import DenoisingCrossEntropy
 class MDLM(DenoisingCrossEntropy):
     """The loss -T·((α_s - α_t)/(1 - α_t))·Σ_masked log c(x0), with s = (i-1)/T and t = i/T.
 
-    α = exp(-σ) is the probability that a token is not masked, and i is uniform in 1..T. The mean
-    over i is the sum over the T steps of the reverse process. arXiv:2406.07524, equation 9.
+    Here c(x0) is the model's probability of the clean token at a masked position, α = exp(-σ) is
+    the probability that a token is not masked, and i is uniform in 1..T. The mean over i is the sum
+    over the T steps of the reverse process. arXiv:2406.07524, equation 9.
 
     Args:
         num_steps: T, at least 1.

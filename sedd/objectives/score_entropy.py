@@ -15,7 +15,8 @@ class ScoreEntropy(Objective):
     SE_i is ``Process.score_entropy`` at position i. It compares the model's score with the ratios
     Pr(y | x0) / Pr(xt | x0) of the corruption, and is 0 if they agree. With the parameterization
     ``conditional`` this is RADD's t-DSE, which equals t-DCE at every xt (arXiv:2406.03736, section
-    3.3).
+    3.3). The mean over draws is 1/(1 - t_min) times the integral over t in [t_min, 1], which is the
+    diffusion term of the bound.
 
     Args:
         t_min: the smallest time, in (0, 1).

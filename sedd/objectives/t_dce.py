@@ -13,8 +13,10 @@ from sedd.objectives.base import DenoisingCrossEntropy
 class TDCE(DenoisingCrossEntropy):
     """The loss -(rate/expm1(σ))·Σ_masked log c(x0), with t uniform in [t_min, 1].
 
-    The published code adds a term that does not depend on the parameters. arXiv:2406.03736,
-    equation 3.6.
+    Here c(x0) is the model's probability of the clean token at a masked position. The mean over
+    draws is 1/(1 - t_min) times the integral over t in [t_min, 1], which is the diffusion term of
+    the bound. The published code adds a term that does not depend on the parameters.
+    arXiv:2406.03736, equation 3.6.
 
     Args:
         t_min: the smallest time, in (0, 1).

@@ -16,6 +16,8 @@ class Autoregressive(Parameterization):
     first row has the mask, so that the first token is modelled too. The process serves only for its
     mask: there is no noise level and no score. Sampling must go from left to right, because a mask
     among the tokens before a position is an input that the network was not trained with.
+
+    Raises ``ValueError`` unless the process is absorbing.
     """
 
     normalised = True

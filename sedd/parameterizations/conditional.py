@@ -15,6 +15,8 @@ class Conditional(Parameterization):
 
     On an absorbing process c does not depend on the time, and the log score at a mask is
     log c - log expm1(σ) (theorem 1 of the paper). The network then needs no time input.
+
+    Raises ``ValueError`` unless the process is absorbing.
     """
 
     normalised = True

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sedd.arrays import along
 from sedd.errors import FieldError
-from sedd.types import Array, Float, Int, Key
+from sedd.types import Array, Bool, Float, Int, Key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Process(ABC):
     certain, and only masked positions remain to be drawn. Objectives, samplers and bounds that rely
     on this property test ``absorbing``, never ``mask_id``: a process may have a mask and at the
     same time visible tokens that are wrong.
+
+    Raises ``FieldError`` if ``num_tokens`` is below 2.
     """
 
     absorbing: ClassVar[bool]
@@ -67,7 +69,8 @@ class Process(ABC):
     ) -> Float[Array, "*b V"]:
         """Likelihoods Pr(x | y) of x under every earlier state y: column x of P_σ.
 
-        Posteriors of the earlier state are proportional to these, so the entries need not sum to 1.
+        They are no distribution over y: the entries need not sum to 1. The posterior of y is
+        proportional to its entry times its prior probability.
         """
 
     @abstractmethod
@@ -94,7 +97,7 @@ class Process(ABC):
         """
 
     @abstractmethod
-    def can_move(self, x: Int[Array, "*b"]) -> Array:
+    def can_move(self, x: Int[Array, "*b"]) -> Bool[Array, "*b"]:
         """Whether the reverse process may still change x; False if x is certainly clean."""
 
     @abstractmethod

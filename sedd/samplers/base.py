@@ -216,7 +216,10 @@ class SteppedSampler(Sampler):
 
     @abstractmethod
     def max_rounds(self, length: int) -> int:
-        """An upper bound on the rounds for ``length`` free positions, the size of a trace."""
+        """An upper bound on the rounds for ``length`` free positions.
+
+        A trace has one frame more, for the start.
+        """
 
     def sigma(self, state: State) -> Float[Array, " B"]:
         """The total noise of the next round, for networks that are conditioned on it."""

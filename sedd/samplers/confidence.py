@@ -1,4 +1,4 @@
-"""Surest position first: for imperfect models, easy before hard; exact at one position a call.
+"""Surest position first, which helps imperfect models; exact if steps is unset.
 
 arXiv:2502.06768, section 4.
 """

@@ -17,11 +17,11 @@ from sedd.samplers.reveal import Ranked
 class EntropyBounded(Ranked):
     """Draw as many positions a call as an error bound of ``gamma`` nats allows.
 
-    Masked positions are sorted by entropy. A call draws the longest run of the least entropies
-    whose sum, without the largest of them, is at most ``gamma``. That sum bounds the mutual
-    information of the positions, which is the error of drawing them independently (a KL
-    divergence). With ``gamma`` 0 the law is the model's own: one position a call, and several only
-    if all but one of them are certain. A larger ``gamma`` takes fewer calls.
+    Masked positions are sorted by entropy, the lowest first. A call draws the first k of them, for
+    the largest k such that the entropies of the first k - 1 sum to at most ``gamma``. That sum
+    bounds the mutual information of the k positions, which is the error of drawing them
+    independently (a KL divergence). With ``gamma`` 0 the law is the model's own: one position a
+    call, and several only if all but one of them are certain. A larger ``gamma`` takes fewer calls.
     """
 
     gamma: float = 0.1

@@ -1,4 +1,4 @@
-"""Event-jump: τ-leaping in the fewest calls, for time-independent models; exact without steps.
+"""Event-jump: τ-leaping in the fewest calls, for time-independent models; exact if steps is unset.
 
 It skips the steps in which nothing is revealed. arXiv:2406.03736, arXiv:2409.02908.
 """

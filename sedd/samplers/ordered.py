@@ -1,4 +1,4 @@
-"""Fixed order of positions: for autoregressive models, to compare orders; exact one at a time.
+"""Fixed order of positions: for autoregressive models, to compare orders; exact if steps is unset.
 
 arXiv:2406.03736, section 3.3.
 """

@@ -39,10 +39,10 @@ class Particle(Sampler):
     Each request has ``particles`` sequences that are drawn side by side. Every ``resample_every``
     rounds, each of them is completed by one draw of all its masked positions, and the completion is
     scored. If tilt·score has risen by d since the last scoring, the particle's weight is multiplied
-    by exp(d). If the weights of a request have become uneven (an effective number of particles
-    below half, which 2 particles never reach), particles are resampled in proportion to their
-    weights. At the end one particle is drawn by its weight. With finitely many particles the law
-    lies between p and the tilted law: 1 particle draws from p.
+    by exp(d). If the normalised weights w of a request have become uneven (1/Σw² is below
+    ``particles``/2, which 2 particles never reach), particles are resampled in proportion to their
+    weights. At the end one particle is drawn by its weight. With 1 particle the law is p; it
+    approaches the tilted law as ``particles`` grows.
 
     The network calls of all particles and of their completions are counted.
     """

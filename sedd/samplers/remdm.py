@@ -25,11 +25,11 @@ Strategy = Literal["cap", "rescale", "loop", "confidence"]
 class ReMDM(SteppedSampler):
     """Reveal masked tokens and mask revealed ones again, so that early mistakes can be redrawn.
 
-    In each of ``steps`` intervals of t = 1 - k/steps, a revealed token is masked with probability ς
-    and a mask is revealed with probability (a' - (1 - ς)a)/(1 - a). Here a and a' are the shares of
-    revealed positions before and after the interval. The expected share then follows the schedule
-    for every ς up to ς_max = min(1, (1 - a')/a). With ς = 0 the law is that of event_jump. The
-    ``strategy`` sets ς:
+    Time falls from 1 to 0 in ``steps`` equal intervals. In each of them a revealed token is masked
+    with probability ς, and a mask is revealed with probability (a' - (1 - ς)a)/(1 - a). Here a and
+    a' are the scheduled shares of revealed positions at the start and the end of the interval. The
+    expected share then follows the schedule for every ς up to ς_max = min(1, (1 - a')/a). With ς =
+    0 the law is that of event_jump. The ``strategy`` sets ς:
 
     - cap: min(eta, ς_max);
     - rescale: eta·ς_max;
@@ -50,7 +50,7 @@ class ReMDM(SteppedSampler):
     eta: float = 0.02
     """Remasking strength in [0, 1]: the largest ς under cap and loop, else a factor of ς_max."""
     t_on: float = 0.55
-    """Strategy loop: the time, falling from 1 to 0, at which remasking begins."""
+    """Strategy loop: the time, falling from 1 to 0, at which remasking begins; in (0, 1)."""
     t_off: float = 0.05
     """Strategy loop: the time at which remasking ends, at most t_on."""
     alpha_on: float = 0.9

@@ -10,7 +10,7 @@ from sedd.samplers.tau_leaping import TauLeaping
 
 @dataclass(frozen=True, kw_only=True)
 class Tweedie(TauLeaping):
-    """Step with the posterior of each position given the tokens at t, for Δσ = σ(t) - σ(s).
+    """Step from t to s: draw each position from its posterior at s given all tokens at t.
 
     If the score is exact, this is the best step, in KL divergence, that changes positions
     independently of each other. Under absorbing noise with the log-linear schedule its law is that

@@ -11,7 +11,7 @@ from sedd.schedules.base import NoiseSchedule
 
 @dataclass(frozen=True, kw_only=True)
 class Geometric(NoiseSchedule):
-    """σ = sigma_min^(1-t) · sigma_max^t: log σ is linear in t. arXiv:2310.16834, section 3.3."""
+    """σ = sigma_min^(1-t) · sigma_max^t: log σ is linear in t. arXiv:2310.16834."""
 
     sigma_min: float = 1e-4
     """Total noise at t = 0, above 0."""

@@ -12,7 +12,7 @@ from sedd.schedules.base import NoiseSchedule
 class LogLinear(NoiseSchedule):
     """1 - exp(-σ) = (1 - eps)·t: the share of touched tokens grows at a constant rate.
 
-    arXiv:2310.16834, section 3.3.
+    arXiv:2310.16834.
     """
 
     eps: float = 1e-3

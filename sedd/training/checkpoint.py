@@ -179,9 +179,9 @@ class Checkpoints:
     def restore_latest(self, abstract_state: TrainState) -> Restored | None:
         """Read the newest undamaged checkpoint; returns None if there is no checkpoint.
 
-        ``abstract_state`` has the shapes and types of the configuration's state. Damaged
-        checkpoints are reported on standard error and renamed to ``<step>.bad``, so that they
-        neither count as the newest nor are overwritten.
+        ``abstract_state`` has the shapes and types of the state that is expected, from
+        ``jax.eval_shape``. Damaged checkpoints are reported on standard error and renamed to
+        ``<step>.bad``, so that they neither count as the newest nor are overwritten.
 
         Raises:
             UserError: if the checkpoint belongs to another configuration, or all are damaged.

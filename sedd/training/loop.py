@@ -99,14 +99,15 @@ class Run:
     """The last step of the run."""
     cadence: Cadence = Cadence()
     learning_rate: Callable[[int], Any] | None = None
-    """The learning rate of an update, for the log."""
+    """Maps the number of updates so far, from 0, to the learning rate of the next, for the log."""
     validate: Callable[[Params], dict[str, Any]] | None = None
     """Maps averaged parameters to figures, which are logged as ``validation_NAME``. The figure
     ``nats_per_token`` is required: it decides about the best checkpoint."""
     sample: Callable[[Params], list[str]] | None = None
     """Maps averaged parameters to texts, which are written to ``samples/``."""
     unigram_nats: float | None = None
-    """Nats per validation token of the training frequencies, drawn in ``curves.png``."""
+    """Cross entropy of the validation tokens under the frequencies of the training tokens, in nats
+    per token; a dashed line in ``curves.png``."""
     flops: Callable[..., float] | None = None
     """``flops(read=rows)`` gives the FLOPs of a step whose output layer runs at ``rows`` positions.
     """
@@ -119,14 +120,18 @@ class Run:
 def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainResult:
     """Run the updates ``state.step + 1 … run.steps``.
 
-    SIGTERM, SIGINT and the preemption of one of several processes end the run with a checkpoint
-    after the current step; a second signal acts as it does by default. In a run of one process, if
-    ``batches``, ``validate`` or ``sample`` raises, a checkpoint of the last completed step is
-    written and the exception is raised again. With several processes there is no checkpoint.
+    SIGTERM and, in a run of one process, SIGINT end the run with a checkpoint after the current
+    step; a second signal acts as it does by default. SIGTERM to one of several processes ends all
+    of them. Signals are caught in the main thread only.
+
+    In a run of one process, if ``batches``, ``validate`` or ``sample`` raises, a checkpoint of the
+    last completed step is written and the exception is raised again. With several processes there
+    is no checkpoint.
 
     Args:
         run: the parts of the run.
-        state: the state to start from, placed on the devices by ``run.parallel``.
+        state: the state to start from, placed on the devices by ``run.parallel``. Its arrays are
+            donated to the first step and cannot be used afterwards.
         pending: the loop's state from the checkpoint that ``state`` comes from; None at the start
             of a run.
 

@@ -18,7 +18,8 @@ class OptimizerOptions:
     Raises:
         FieldError: ``learning_rate``, ``eps`` or ``clip_norm`` is not positive, ``warmup_steps`` or
             ``weight_decay`` is negative, ``final_fraction`` is not in [0, 1], or a decay
-            (``beta1``, ``beta2``, ``ema_decay``) is not in [0, 1).
+            (``beta1``, ``beta2``, ``ema_decay``) is not in [0, 1), or ``name`` or ``schedule`` is
+            none of its choices.
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
@@ -43,7 +44,8 @@ class OptimizerOptions:
     clip_norm: float | None = 1.0
     """The largest norm of the gradient of the mean over sequences; None for no clipping."""
     ema_decay: float = 0.9999
-    """Decay of the averaged parameters (EMA), which are validated and sampled."""
+    """Decay of the averaged parameters (EMA), which are validated and sampled; at update n it is at
+    most (1 + n)/(10 + n)."""
 
     def __post_init__(self):
         for field, choices in (

@@ -29,17 +29,18 @@ AxisNames = str | tuple[str, ...] | None
 class Step:
     """One training step, as two pure functions: ``totals`` of a batch, then an ``update``.
 
-    The optimizer minimises the mean over the sequences of the global batch of each sequence's
-    summed nats. It changes the trainable parameters only (``Network.trainable``); frozen ones and
+    The optimizer minimises the nats of the global batch divided by its sequences, not by its
+    tokens. It changes the trainable parameters only (``Network.trainable``); frozen ones and
     their averages stay as they are.
 
     Args:
         network: the network.
         objective: the loss and its corruption.
         optimizer: the optimizer.
-        ema_decay: decay of the averaged parameters.
+        ema_decay: decay of the averaged parameters; at update n it is at most (1 + n)/(10 + n).
         batch_size: sequences of the global batch.
-        stratified: whether the noise levels of a batch are spread evenly over [0, 1).
+        stratified: whether the uniform draws that determine the noise levels of a batch are spread
+            evenly over [0, 1), or independent.
         skip_nonfinite: whether an update is skipped if the loss or the gradient is not finite.
     """
 
