@@ -25,6 +25,7 @@ def evaluate(
     protocol: str | Protocol = "default",
     scored_BL: Any = None,
     order: Order | None = None,
+    orders: int = 1,
     split: str | None = None,
     max_sequences: int | None = None,
     batch_size: int = 32,
@@ -43,7 +44,10 @@ def evaluate(
         scored_BL: which token ids are scored, [S, L]; the others are conditioned on. Default: all.
         order: "forward", "backward" or "random": compute the exact likelihood of the tokens
             revealed in this order instead of a bound. Needs a time-independent absorbing model that
-            is not autoregressive.
+            is not autoregressive. It takes a network call for each token, or one in all for an
+            any-subset model.
+        orders: with the order "random", average the likelihood over so many orders: a bound on
+            -log of its mean over all orders, which falls as their number grows.
         split: split of the corpus. By default the protocol's split of a known data set, the
             validation split of the training corpus, all of any other file, or the validation split
             of any other corpus.
@@ -79,7 +83,7 @@ def evaluate(
         model.schedule,
         jax.random.key(key) if isinstance(key, int) else key,
         _data_set(model, data, protocol, name, scored_BL, split, max_sequences),
-        choose_estimate(protocol, model.denoiser, order),
+        choose_estimate(protocol, model.denoiser, order, orders),
         protocol=protocol,
         protocol_name=name,
         batch_size=batch_size,

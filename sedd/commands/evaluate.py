@@ -113,7 +113,7 @@ def checked_estimate(command: EvaluateCommand, model: Model) -> Estimate:
         spelled_out=command.spelled_out,
     )
     try:
-        return choose_estimate(command.protocol, model.denoiser, command.order)
+        return choose_estimate(command.protocol, model.denoiser, command.order, command.orders)
     except FieldError as error:
         raise UserError(error.named(f"--{error.field}")) from error
 

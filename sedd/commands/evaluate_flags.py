@@ -58,8 +58,10 @@ class EvaluateCommand:
     is printed."""
     order: Annotated[Order | None, unset("forward|backward|random")] = None
     """Instead of a bound, compute the exact likelihood of the tokens in this order, with one
-    network call for each token. Needs a time-independent absorbing model
-    that is not autoregressive."""
+    network call for each token, or one in all for an any-subset model. Needs a time-independent
+    absorbing model that is not autoregressive."""
+    orders: int = 1
+    """With --order random: average the likelihood over so many orders."""
     table: Annotated[Path | None, unset("FILE.md|FILE.tex")] = None
     """Write the table to this file, in Markdown or LaTeX."""
     samples: Annotated[Path | None, unset("FILE.jsonl")] = None

@@ -129,7 +129,8 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     run = run_of(workdir, prepared, rows, frequencies, profile=command.profile)
     result = train(run, prepared.state, pending=restored.pending if restored else None)
     if not result.stopped and jax.process_index() == 0:
-        exact = prepared.parts.parameterization.causal
+        denoiser = prepared.parts.denoiser(None)
+        exact = denoiser.causal or denoiser.any_subset
         conclude(workdir, data, rows, frequencies, exact=exact)
 
 
@@ -313,7 +314,8 @@ def conclude(
         data: the corpus, for the trigram model.
         rows: the validation rows.
         frequencies: nats per validation token of the training frequencies, the first baseline.
-        exact: whether the figures are likelihoods (of an autoregressive model) or upper bounds.
+        exact: whether the figures are likelihoods, of an autoregressive model or of one order, or
+            upper bounds.
     """
     files = f"written to {workdir}: checkpoints/, curves.png, metrics.jsonl, samples/, tensorboard/"
     validated = [r for r in read_metrics(workdir) if r.get("validation_nats_per_token") is not None]

@@ -19,7 +19,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.denoiser import Denoiser
 from sedd.evaluation.measured import ratio_of
-from sedd.evaluation.monte_carlo import REPLICATES, Estimator, MonteCarlo, SequenceNats, resolve
+from sedd.evaluation.monte_carlo import (
+    REPLICATES,
+    Estimator,
+    MonteCarlo,
+    SequenceNats,
+    is_exact,
+    label_of,
+    resolve,
+)
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
 
@@ -39,15 +47,17 @@ class BoundResult:
         nats_per_token: the bound divided by the number of scored tokens.
         standard_error: of ``nats_per_token``, over sequences. It contains the Monte-Carlo error;
             for a single sequence it is the Monte-Carlo error alone.
-        standard_error_draws: the Monte-Carlo error of ``nats_per_token`` for these sequences.
+        standard_error_draws: the Monte-Carlo error of ``nats_per_token`` for these sequences. It is
+            not estimated for random orders, and 0; ``standard_error`` contains it.
         prior: the KL divergence of the prior, in nats per token.
         diffusion: the diffusion term, in nats per token.
         reconstruction: the reconstruction term, in nats per token.
         nats_per_sequence: the bound of a sequence, as a mean over sequences.
         num_sequences: evaluated sequences.
         num_tokens: scored tokens.
-        draws: noise levels for each sequence; 0 if the figures are exact.
-        estimator: "k_dce", "score_entropy", "exact", or an order such as "forward order".
+        draws: noise levels, or random orders, for each sequence; 0 if the figures are exact.
+        estimator: "k_dce", "score_entropy", "exact", "forward order" or the like for the likelihood
+            of one order, or "8 random orders".
         is_bound: whether the figures are an upper bound; False for an exact likelihood.
         exact: whether the figures are the negative log likelihood itself.
         num_characters: of the scored text; None if the tokenizer does not tell.
@@ -235,7 +245,7 @@ def summarise(
     Args:
         scored: the sequences, in one or more parts.
         draws: noise levels for each sequence; 0 if the terms are exact.
-        estimator: an estimator that ``resolve`` returned, or the name of an order.
+        estimator: what ``label_of`` says of the estimator.
         t_min: the smallest time of a score entropy.
         outer_terms: whether to add the prior and the reconstruction of a score entropy. Without
             them the figures are no bound. The other estimators do not have these terms.
@@ -321,8 +331,8 @@ def evaluate_bound(
     resolved = resolve(estimator, denoiser)
     return summarise(
         list(scored),
-        draws=0 if resolved == "exact" else draws,
-        estimator=resolved,
+        draws=0 if is_exact(resolved) else draws,
+        estimator=label_of(resolved),
         t_min=t_min,
         outer_terms=outer_terms,
     )

@@ -8,6 +8,8 @@ There is one estimator for each kind of model:
   [t_min, 1], the KL divergence of the prior, and the reconstruction of x0 from the tokens at t_min
   (arXiv:2310.16834, theorem 3.6). Without the last two terms the sum is not a bound.
 - ``exact``, for autoregressive models: the likelihood itself, in one network call.
+- ``ordered``, for time-independent absorbing models: the likelihood of the tokens in one order, or
+  averaged over several random orders (``sedd.evaluation.ordered``).
 
 A mean over independent random noise levels would need many network calls. Three measures reduce its
 variance and leave its expectation as it is: the levels are stratified and antithetic (``level``),
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 from sedd.arrays import at
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
+from sedd.evaluation.ordered import Order, nats_over_orders
 from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.base import Corrupted, Objective
 from sedd.objectives.k_dce import KDCE
@@ -34,7 +37,7 @@ from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
-Estimator = Literal["auto", "k_dce", "score_entropy", "exact"]
+Estimator = Literal["auto", "k_dce", "score_entropy", "exact", "ordered"]
 REPLICATES = 4  # independent estimates of each sequence's bound; their spread is the draws' error
 
 
@@ -62,10 +65,13 @@ def sequence_nats(
     draws: int,
     t_min: float = 1e-3,
     estimator: Estimator = "auto",
+    order: Order = "forward",
+    orders: int = 1,
 ) -> SequenceNats:
     """Estimate the bound on -log p(x0) of each sequence, given its positions that are not scored.
 
-    Network calls: ``draws``, and 4 more if there is a reconstruction term; 1 if the NLL is exact.
+    Network calls: ``draws``, and 4 more if there is a reconstruction term; 1 if the NLL is exact;
+    for ``ordered`` those of ``nats_over_orders``.
 
     Args:
         denoiser: the model.
@@ -75,8 +81,10 @@ def sequence_nats(
         scored_BL: positions whose tokens are counted; the others are never corrupted.
         draws: noise levels for each sequence; a multiple of 4.
         t_min: the smallest time of a score entropy, in (0, 1).
-        estimator: "auto" takes k_dce for a model that has it, exact for an autoregressive one, and
-            score_entropy for all others.
+        estimator: "auto" takes exact for an autoregressive model, ordered for an any-subset model,
+            k_dce for other time-independent absorbing ones, and score_entropy for all others.
+        order: the order of the estimator ``ordered``.
+        orders: how many random orders it averages over.
 
     Raises:
         FieldError: if ``draws`` is not a positive multiple of 4.
@@ -86,6 +94,9 @@ def sequence_nats(
     estimator = resolve(estimator, denoiser)
     if estimator == "exact":
         return _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL)
+    if estimator == "ordered":
+        nats_B = nats_over_orders(denoiser, keys_B, x0_BL, scored_BL, order=order, orders=orders)
+        return _one_term(nats_B)
     diffusion = _Diffusion.of(denoiser, schedule, x0_BL, scored_BL, estimator, t_min)
 
     def replicate(r):
@@ -221,15 +232,21 @@ class _Diffusion:
 
 
 def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
-    """-log p(x0) of an autoregressive model; all replicates are the same."""
+    """-log p(x0) of an autoregressive model."""
     objective = Autoregressive(schedule=schedule, parameterization=denoiser.parameterization)
     zero_B = jnp.zeros(len(x0_BL))
     corrupted = objective.corrupt(keys_B, zero_B, x0_BL, scored_BL)
     nats_BL = objective.nats(denoiser.network, denoiser.params, corrupted, x0_BL)
+    return _one_term(nats_BL.sum(-1))
+
+
+def _one_term(nats_B: Float[Array, " B"]) -> SequenceNats:
+    """Nats that are no sum of terms; all replicates are the same, so that their spread is 0."""
+    nats_BR = jnp.repeat(nats_B[:, None], REPLICATES, 1)
     return SequenceNats(
-        prior_B=zero_B,
-        diffusion_BR=jnp.repeat(nats_BL.sum(-1)[:, None], REPLICATES, 1),
-        reconstruction_BR=jnp.zeros((len(x0_BL), REPLICATES)),
+        prior_B=jnp.zeros_like(nats_B),
+        diffusion_BR=nats_BR,
+        reconstruction_BR=jnp.zeros_like(nats_BR),
     )
 
 
@@ -303,11 +320,25 @@ def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
     if estimator == "exact":
         raise ValueError("estimator exact needs an autoregressive model")
     any_order = denoiser.process.absorbing and denoiser.time_independent
-    if estimator == "k_dce" and not any_order:
-        raise ValueError("estimator k_dce needs a time-independent absorbing model")
+    if estimator in ("k_dce", "ordered") and not any_order:
+        raise ValueError(f"estimator {estimator} needs a time-independent absorbing model")
+    if estimator == "auto" and denoiser.any_subset:
+        return "ordered"
     if estimator == "auto":
         return "k_dce" if any_order else "score_entropy"
     return estimator
+
+
+def is_exact(estimator: Estimator, orders: int = 1) -> bool:
+    """Whether a resolved estimator draws nothing, and gives the likelihood of one order."""
+    return estimator == "exact" or (estimator == "ordered" and orders == 1)
+
+
+def label_of(estimator: Estimator, order: Order = "forward", orders: int = 1) -> str:
+    """The name of a resolved estimator in tables: "k_dce", "forward order", "8 random orders"."""
+    if estimator != "ordered":
+        return estimator
+    return f"{order} order" if orders == 1 else f"{orders} {order} orders"
 
 
 def check_draws(draws: int) -> None:
@@ -333,6 +364,8 @@ class MonteCarlo:
     draws: int = 16
     t_min: float = 1e-3
     estimator: Estimator = "auto"
+    order: Order = "forward"
+    orders: int = 1
 
     def __post_init__(self):
         check_draws(self.draws)

@@ -6,9 +6,8 @@ function over the rows of a data set and sums up the figures.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from sedd.data.baselines import unigram_nats
@@ -17,13 +16,12 @@ from sedd.errors import FieldError
 from sedd.evaluation.bound import BoundResult, score_sequences, summarise
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.journal import Journal
-from sedd.evaluation.monte_carlo import REPLICATES, MonteCarlo, SequenceNats, resolve
-from sedd.evaluation.ordered import make_order, ordered_nats
+from sedd.evaluation.monte_carlo import MonteCarlo, SequenceNats, is_exact, label_of, resolve
+from sedd.evaluation.ordered import Order
 from sedd.evaluation.protocols import Protocol, describe
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
 
-Order = Literal["forward", "backward", "random"]
 # Shows progress: takes the batches, a label and the number of batches, and yields the batches.
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -67,32 +65,12 @@ class EvaluationResult(BoundResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InOrder:
-    """Computes the exact NLL of each sequence's tokens, revealed in one order.
-
-    An instance is called like a ``MonteCarlo``. All replicates are the same, so their spread is 0.
-
-    Args:
-        order: "forward", "backward" or "random".
-    """
-
-    order: Order
-
-    def __call__(self, denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
-        order_BL = make_order(self.order, keys_B, scored_BL)
-        nats_B = ordered_nats(denoiser, order_BL, x0_BL, scored_BL)
-        nats_BR = jnp.repeat(nats_B[:, None], REPLICATES, 1)
-        zero_BR = jnp.zeros_like(nats_BR)
-        return SequenceNats(prior_B=zero_BR[:, 0], diffusion_BR=nats_BR, reconstruction_BR=zero_BR)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """How the nats of a sequence are computed.
 
     Args:
-        name: "k_dce", "score_entropy", "exact", or an order such as "forward order".
-        draws: noise levels for each sequence; 0 if the likelihood is exact.
+        name: as ``label_of`` returns it.
+        draws: noise levels or orders for each sequence; 0 if the likelihood is exact.
         compute: the function on batches that ``score_sequences`` calls.
     """
 
@@ -101,35 +79,50 @@ class Estimate:
     compute: Callable[..., SequenceNats]
 
 
-def choose_estimate(chosen: Protocol, denoiser: Denoiser, order: Order | None = None) -> Estimate:
+def choose_estimate(
+    chosen: Protocol, denoiser: Denoiser, order: Order | None = None, orders: int = 1
+) -> Estimate:
     """Return the estimate that the protocol asks for; with ``order``, the exact NLL of that order.
 
     Args:
         chosen: the protocol.
         denoiser: the model, which decides what "auto" stands for.
-        order: replaces the protocol's estimator.
+        order: replaces the protocol's estimator by ``ordered``, whose order is forward by default.
+        orders: average the likelihood over so many random orders; needs the order random.
 
     Raises:
         FieldError: if the model does not have the estimator; or, with ``order``, if it is
-            autoregressive, depends on the noise level, or is not absorbing.
+            autoregressive, depends on the noise level, or is not absorbing; or if ``orders`` is
+            below 1 or goes with another order.
     """
-    if order is None:
-        try:
-            name = resolve(chosen.estimator, denoiser)
-        except ValueError as error:
-            problem = str(error).removeprefix("estimator ")
-            raise FieldError("estimator", problem) from error
-        compute = MonteCarlo(draws=chosen.draws, t_min=chosen.t_min, estimator=chosen.estimator)
-        return Estimate(name=name, draws=0 if name == "exact" else chosen.draws, compute=compute)
-    if denoiser.causal:
+    if orders < 1:
+        raise FieldError("orders", f"must be at least 1, got {orders}")
+    if order is not None and denoiser.causal:
         raise FieldError(
             "order",
             f"{order}: an autoregressive model has one order only, from left to right; leave the "
             "order out",
         )
-    if not denoiser.time_independent or not denoiser.process.absorbing:
-        raise FieldError("order", f"{order} needs a time-independent absorbing model")
-    return Estimate(name=f"{order} order", draws=0, compute=InOrder(order=order))
+    estimator = chosen.estimator if order is None else "ordered"
+    try:
+        resolved = resolve(estimator, denoiser)
+    except ValueError as error:
+        if order is not None:
+            problem = f"{order} needs a time-independent absorbing model"
+            raise FieldError("order", problem) from error
+        raise FieldError("estimator", str(error).removeprefix("estimator ")) from error
+    order = order or "forward"
+    if orders > 1 and (resolved != "ordered" or order != "random"):
+        raise FieldError("orders", f"{orders} averages over random orders: it needs order random")
+    draws = orders if resolved == "ordered" else chosen.draws
+    compute = MonteCarlo(
+        draws=chosen.draws, t_min=chosen.t_min, estimator=resolved, order=order, orders=orders
+    )
+    return Estimate(
+        name=label_of(resolved, order, orders),
+        draws=0 if is_exact(resolved, orders) else draws,
+        compute=compute,
+    )
 
 
 def score_data_set(

@@ -1,6 +1,8 @@
 """The NLL of an order against the chain rule over an enumerable world."""
 
+import functools
 import itertools
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,14 @@ import pytest
 from oracle import L, N, i32, keys
 from scipy import special
 
-from sedd.evaluation.ordered import make_order, ordered_nats
+from sedd.denoiser import Denoiser
+from sedd.errors import FieldError
+from sedd.evaluation.ordered import make_order, nats_over_orders, ordered_nats
+from sedd.evaluation.protocols import Protocol
+from sedd.evaluation.scoring import choose_estimate
+from sedd.networks.ddit import DDiT
+from sedd.parameterizations.any_subset import UNKNOWN, AnySubset
+from sedd.processes.absorbing import Absorbing
 
 ORDERS = np.array(list(itertools.permutations(range(L))))
 CLEAN = oracle.all_states(N)
@@ -100,3 +109,122 @@ def test_models_without_such_a_law_are_refused():
         ordered_nats(oracle.Oracle("absorbing").score_denoiser(), i32([[0, 1, 2, 3]]), x, x >= 0)
     with pytest.raises(ValueError, match="needs an absorbing process"):
         ordered_nats(oracle.Oracle("uniform").score_denoiser(), i32([[0, 1, 2, 3]]), x, x >= 0)
+
+
+# ---------------------------------------------------------------- any-subset models
+
+
+@functools.cache
+def any_subset_denoiser():
+    """A small transformer with random weights."""
+    network = DDiT(
+        num_states=N + 1,
+        time_conditioned=False,
+        hidden_dim=16,
+        num_layers=2,
+        num_heads=2,
+        dropout=0.0,
+    )
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: 0.4 * rng.standard_normal(x.shape, np.float32), shapes)
+    parameterization = AnySubset(process=Absorbing(num_tokens=N))
+    return Denoiser(params=params, network=network, parameterization=parameterization)
+
+
+@functools.partial(jax.jit, compiler_options=oracle.QUICKLY)
+def one_call(denoiser, xt_BL, rank_BL, position_B1, rank_B1):
+    """[B, N]: log conditionals of one position, the known content given."""
+    hidden = denoiser.hidden_in_order(xt_BL, rank_BL, position_B1, rank_B1)
+    return denoiser.log_conditional_in_order(hidden, xt_BL, position_B1)[:, 0]
+
+
+def test_one_pass_gives_the_nats_of_a_call_for_each_token():
+    denoiser = any_subset_denoiser()
+    rng = np.random.default_rng(4)
+    x0_BL, scored_BL = rng.integers(0, N, (20, 8)), rng.random((20, 8)) < 0.8
+    scored_BL[0] = False
+    order_BL = np.stack([rng.permutation(8) for _ in range(20)])
+    got = run(denoiser, i32(order_BL), i32(x0_BL), jnp.asarray(scored_BL))
+    total = np.zeros(20)
+    xt_BL, rank_BL = np.where(scored_BL, N, x0_BL), np.where(scored_BL, UNKNOWN, 0)
+    row, done = np.arange(20), np.zeros(20, int)
+    for place in order_BL.T:
+        counts = scored_BL[row, place]
+        rank = done + 1
+        log_probs = one_call(
+            denoiser, i32(xt_BL), i32(rank_BL), i32(place[:, None]), i32(rank[:, None])
+        )
+        token = x0_BL[row, place]
+        total -= np.where(counts, np.asarray(log_probs)[row, token], 0)
+        xt_BL[row, place] = token
+        rank_BL[row, place] = np.where(counts, rank, 0)
+        done += counts
+    np.testing.assert_allclose(got, total, rtol=1e-5, atol=1e-5)
+    assert got[0] == 0
+
+
+def test_one_pass_is_one_call_of_the_network():
+    calls = []
+
+    class Counting(DDiT):
+        def hidden(self, params, tokens_BL, **kwargs):
+            jax.debug.callback(lambda: calls.append(tokens_BL.shape))
+            return super().hidden(params, tokens_BL, **kwargs)
+
+    model = any_subset_denoiser()
+    network = Counting(**{f.name: getattr(model.network, f.name) for f in fields(DDiT)})
+    counted = replace(model, network=network)
+    jax.block_until_ready(run(counted, i32([[3, 2, 1, 0]]), i32([[0, 1, 2, 0]]), ALL_BL[:1]))
+    jax.effects_barrier()
+    assert calls == [(1, 8)]
+
+
+# ---------------------------------------------------------------- several orders
+
+
+def test_the_mean_over_orders_bounds_their_mixture_from_above_and_falls():
+    """Against all 24 orders of a table whose conditionals are inconsistent."""
+    denoiser = oracle.table_denoiser(oracle.random_table(seed=5, scale=1.5), N)
+    x0_L, count = np.array([0, 2, 1, 1]), 2000
+    of_each = run(denoiser, i32(ORDERS), i32(np.tile(x0_L, (24, 1))), jnp.ones((24, L), bool))
+    mixture = np.log(24) - special.logsumexp(-np.asarray(of_each, np.float64))
+    means = []
+    for orders in (1, 2, 16):
+        estimate = jax.jit(functools.partial(nats_over_orders, order="random", orders=orders))
+        x0_BL, scored_BL = i32(np.tile(x0_L, (count, 1))), jnp.ones((count, L), bool)
+        nats_B = np.asarray(estimate(denoiser, keys(7, count), x0_BL, scored_BL), np.float64)
+        means.append((nats_B.mean(), nats_B.std() / np.sqrt(count)))
+    (one, one_error), (two, two_error), (many, many_error) = means
+    assert abs(one - np.mean(of_each)) < 4 * one_error
+    # Of two independent orders, exactly: the mean over all pairs.
+    pairs = np.log(2) - np.logaddexp(-of_each[:, None], -of_each[None])
+    assert abs(two - pairs.mean()) < 4 * two_error
+    assert one > two + 4 * one_error
+    assert two > many + 4 * two_error
+    assert many > mixture - 4 * many_error
+    assert many - mixture < 0.1 * (one - mixture)
+
+
+def test_an_estimate_names_its_order_and_refuses_what_makes_no_sense():
+    radd = oracle.table_denoiser(oracle.random_table(), N)
+    for model, estimator, name in (
+        (radd, "auto", "k_dce"),
+        (any_subset_denoiser(), "auto", "forward order"),
+        (any_subset_denoiser(), "k_dce", "k_dce"),
+        (radd, "ordered", "forward order"),
+    ):
+        assert choose_estimate(Protocol(estimator=estimator), model).name == name
+    averaged = choose_estimate(Protocol(), radd, "random", 8)
+    assert (averaged.name, averaged.draws) == ("8 random orders", 8)
+    assert choose_estimate(Protocol(), radd, "random").draws == 0
+    for order, orders, message in (
+        ("random", 0, "orders must be at least 1, got 0"),
+        ("forward", 3, "orders 3 averages over random orders: it needs order random"),
+        (None, 3, "orders 3 averages over random orders: it needs order random"),
+    ):
+        with pytest.raises(FieldError, match=f"^{message}$"):
+            choose_estimate(Protocol(), radd, order, orders)
+    sedd = oracle.Oracle("absorbing").score_denoiser()
+    with pytest.raises(FieldError, match=r"^estimator ordered needs a time-"):
+        choose_estimate(Protocol(estimator="ordered"), sedd)
