@@ -137,6 +137,18 @@ TRAIN = [
     ("--process unifrom", "--process unifrom: processes has no 'unifrom'; did you mean 'uniform'"),
     ("--process uniform", "parameterizations 'conditional': it needs an absorbing process; score"),
     ("--parameterization score", "objectives 'lambda_dce': a cross entropy needs the para"),
+    (
+        "--parameterization any_subset",
+        "--objective lambda_dce does not train the passes over an order of the parameterization",
+    ),
+    (
+        "--objective any_subset",
+        "objectives 'any_subset': it trains the parameterization any_subset only, got conditional",
+    ),
+    (
+        "--parameterization any_subset --objective any_subset --objective.min-rate 2",
+        "objectives 'any_subset': --objective.min-rate must be in [0, 1], got 2.0",
+    ),
     ("--training.batch-size 6", "batch_size must be divisible by devices × accumulate = 4 × 1"),
     ("--training.batch-size 8 --training.accumulate 4", "4 × 4 = 16, got 8; the nearest"),
     ("--config {place}/none.py", "--config {place}/none.py: no such file"),

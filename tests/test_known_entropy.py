@@ -55,6 +55,8 @@ MODELS = {
     "lambda-dce": ("absorbing", "conditional", "lambda_dce", {}),
     "k-dce": ("absorbing", "conditional", "k_dce", {}),
     "mdlm": ("absorbing", "conditional", "mdlm", {"num_steps": 100}),
+    # Its figure is the likelihood in the order from left to right.
+    "any-subset": ("absorbing", "any_subset", "any_subset", {}),
 }
 
 

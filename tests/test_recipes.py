@@ -22,6 +22,7 @@ PARAMETERS = {
     "owt_sedd_medium": 424_477_010,
     "owt_radd_small": 162_265_682,
     "owt_radd_medium": 405_191_762,
+    "owt_any_subset_small": 162_265_682,  # RADD-small's, for --init-from
 }
 
 EACH_DAY = ("quickstart", "lm1b_sedd", "text8_radd", "owt_ar_small")

@@ -49,7 +49,7 @@ def detail_table(result: EvaluationResult) -> Table:
     rows: list[tuple[Cell, Cell]] = [
         (f"nats per token{at_most}", Measured(nats, error)),
     ]
-    if not result.exact:
+    if result.standard_error_draws:  # 0 if it is not estimated, or nothing is drawn
         rows.append(("  of it the error of the draws", result.standard_error_draws))
     perplexity = Measured(result.perplexity, result.perplexity * error)
     rows.append((f"perplexity{at_most}", perplexity))
