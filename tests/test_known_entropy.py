@@ -22,7 +22,7 @@ CHAIN = np.array([[0.1, 0.75, 0.15], [0.1, 0.1, 0.8], [0.7, 0.2, 0.1]])
 
 def stationary() -> np.ndarray:
     values, vectors = np.linalg.eig(CHAIN.T)
-    pi = np.real(vectors[:, np.argmax(values.real)])
+    pi = np.real(vectors[:, np.argmax(np.real(values))])
     return pi / pi.sum()
 
 

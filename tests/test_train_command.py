@@ -2,18 +2,14 @@
 
 import json
 import os
-from dataclasses import replace
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import tiny_run
 
-import sedd
 from sedd.commands.cli import parse_config
 from sedd.commands.train import TrainCommand, save_description
-from sedd.configuration.components import options, values
 from sedd.configuration.config import differences, load_config
 from sedd.model import read_config
 
@@ -96,7 +92,6 @@ def test_a_run_that_was_killed_before_its_plot_is_not_complete(begun):
         ("lm1b_radd", "--parameterization score --process uniform", "tweedie", 128),
         ("text8_sedd", "--parameterization conditional", "event_jump", None),
         ("quickstart", "--parameterization autoregressive", "ordered", None),
-        ("quickstart", "--parameterization any_subset", "ordered", None),
         ("owt_ar_small", "--parameterization score", "tweedie", 128),
         ("quickstart", "--parameterization score --sampler remdm", "remdm", 64),
         ("quickstart", "--parameterization conditional", "event_jump", 64),
@@ -169,33 +164,6 @@ def test_init_from_is_recorded_and_kept(begun, tmp_path, text):
     assert read_config(new).init_from == str(workdir)
     tiny_run.call("train", "--workdir", new, *tiny_run.TINY, *flags, 2)
     assert read_config(new).init_from == str(workdir)
-
-
-def test_an_any_subset_run_starts_from_radd(tmp_path, text):
-    """From a run, and from its published form: the parameters are the same tree."""
-    radd = tiny_run.config("radd", corpus=str(text))
-    shape = {"norm_bias": True, "condition_dim": 128}  # that of published checkpoints
-    network = options("networks", "ddit", **values(radd.network) | shape)
-    run = tiny_run.make_run(tmp_path / "radd", replace(radd, network=network))
-    published = tmp_path / "published"
-    outcome = tiny_run.call("export", "--checkpoint", run, "--output", published)
-    assert outcome.code == 0, outcome.err
-    flags = ("--data.corpus", text, "--training.steps", 1, "--optimizer.learning-rate", 1e-9)
-    kind = ("--parameterization", "any_subset", "--objective", "any_subset")
-    kind += ("--network.norm-bias", "--network.condition-dim", 128)
-    for source in (run, published):
-        new = tmp_path / f"from_{source.name}"
-        outcome = tiny_run.call(
-            *("train", "--workdir", new, *tiny_run.TINY, *flags, *kind, "--init-from", source),
-            *("--evaluation.max-sequences", 8),
-        )
-        assert outcome.code == 0, outcome.err
-        assert "validation NLL at step 1" in outcome.out
-        assert read_config(new).sampler.name == "ordered"
-        begun = jax.tree.leaves(sedd.load(new).denoiser.params)
-        there = jax.tree.leaves(sedd.load(run).denoiser.params)
-        for one, other in zip(begun, there, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize(
