@@ -53,12 +53,13 @@ def text(words: int = 2000, seed: int = 0) -> str:
 
 
 def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> Config:
-    """The smallest model: absorbing "radd" or "sedd", "uniform" SEDD, or autoregressive "ar"."""
-    if kind == "ar":
+    """The smallest model: absorbing "radd" or "sedd", "uniform" SEDD, "ar", or "any_subset"."""
+    if kind in ("ar", "any_subset"):
+        name = "autoregressive" if kind == "ar" else kind
         return dataclasses.replace(
             config("radd", corpus=corpus, length=length),
-            parameterization=options("parameterizations", "autoregressive"),
-            objective=options("objectives", "autoregressive"),
+            parameterization=options("parameterizations", name),
+            objective=options("objectives", name),
             sampler=options("samplers", "ordered"),
         )
     score = kind != "radd"

@@ -270,7 +270,8 @@ def show(command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
     parts = build_parts(config, num_tokens)
     params = jax.eval_shape(parts.network.init, jax.random.key(0))
     size, length = config.training.batch_size, config.data.length
-    model = step_flops(parts.network, size, length, read=size * length / 2) / compiled.num_devices
+    rows = parts.objective.rows(length)
+    model = step_flops(parts.network, size, rows, read=size * length / 2) / compiled.num_devices
     table = Table(title=f"{command.topology}, {config.training.parallel}", title_justify="left")
     table.add_column("of one device")
     table.add_column("", justify="right")

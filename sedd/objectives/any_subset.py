@@ -39,7 +39,8 @@ class AnySubset(DenoisingCrossEntropy):
     min_rate: float = 0.0
     """Lower end of the rates, in [0, 1]; each sequence has at least one generated position."""
     max_rate: float = 1.0
-    """Upper end of the rates, in (0, 1]. The network gets ⌈max_rate·L⌉ query rows."""
+    """Upper end of the rates, in (0, 1]. The network gets ⌈max_rate·L⌉ query rows beside the
+    L rows of content."""
     start_rate: float | None = None
     """The rate of all sequences before the first update, in (0, 1]; from there both ends move
     linearly. None starts with the final range."""
@@ -78,9 +79,13 @@ class AnySubset(DenoisingCrossEntropy):
             )
 
     def num_queries(self, length: int) -> int:
-        """Query rows of the network for sequences of this length, ⌈largest rate · length⌉."""
+        """Query rows of the network for sequences of this length: ⌈largest rate · length⌉.
+
+        The number is rounded up to an even one, which cuDNN's attention needs under a mask.
+        """
         # Rounding must not add a row: 0.29 · 100 is 28.999999999999996 or 29.000000000000004.
-        return math.ceil(max(self.max_rate, self.start_rate or 0) * length - 1e-6)
+        count = math.ceil(max(self.max_rate, self.start_rate or 0) * length - 1e-6)
+        return min(count + count % 2, length)
 
     def rows(self, length):
         return length + self.num_queries(length)
@@ -96,7 +101,9 @@ class AnySubset(DenoisingCrossEntropy):
         length = x0_BL.shape[1]
         total_B = scored_BL.sum(-1)
         size_B = jnp.ceil((high - (high - low) * u_B) * total_B - 1e-4).astype(jnp.int32)
-        size_B = jnp.clip(size_B, 1, jnp.minimum(total_B, self.num_queries(length)))
+        # In float32 the size may be rounded up by one; there must be a query row for each.
+        size_B = jnp.clip(size_B, 1, self.num_queries(length))
+        size_B = jnp.minimum(size_B, total_B)
         # Ranks of a random permutation; float32 uniform draws would tie in long sequences.
         place_BL = jax.vmap(lambda key: jax.random.permutation(key, length))(keys_B)
         place_BL = jnp.where(scored_BL, place_BL, length)

@@ -1,6 +1,7 @@
 """Two-stream rows of any-subset models: what each row sees, the gradient, and the exact cache."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -214,5 +215,11 @@ def test_other_models_refuse():
     table = oracle.table_denoiser(oracle.random_table(), oracle.N).network
     with pytest.raises(UserError, match="TableNetwork has no memory"):
         table.memory(2, 4)
+    timed = replace(NETWORK, time_conditioned=True)
+    flags = jnp.ones((B, L), bool)
+    with pytest.raises(ValueError, match="conditioned on the time has no memory"):
+        timed.extend(
+            None, X_BL, timed.memory(B, L), positions_BM=ALL_BL, rank_BM=RANK_BL, write_BM=flags
+        )
     with pytest.raises(ValueError, match="give segments only"):
         READING.inputs(X_BL, Attend(kind="causal"))
