@@ -208,7 +208,7 @@ class TableNetwork(_Direct):
             raise ValueError("sigma_B goes with time_conditioned")
         index_B = self._index(tokens_BL)
         raw_BLV = params["table"][index_B]
-        if self.time_conditioned:
+        if sigma_B is not None:
             raw_BLV = raw_BLV + params["slope"][index_B] * jnp.sin(jnp.log(sigma_B))[:, None, None]
         return raw_BLV
 
@@ -237,6 +237,16 @@ class ConstantNetwork(_Direct):
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
     ):
         return jnp.broadcast_to(params, (len(tokens_BL), *params.shape[1:]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithCausalHead(ConstantNetwork):
+    """The same, with a new causal head: it changes nothing."""
+
+    has_causal_head = True
+
+    def causal_hidden(self, params, hidden_BLD, tokens_BL, order_BL, *, keys_B=None):
+        return hidden_BLD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +283,7 @@ class ExactScoreNetwork(_Direct):
         )
         if "shift" in params:  # a distortion [V^L, L, V]
             log_score += params["shift"][own_B]
-        if absorbing:
+        if absorbing and sigma_B is not None:
             log_score += (jnp.log(jnp.expm1(sigma_B)) + math.log(num_tokens))[:, None, None]
         return log_score
 

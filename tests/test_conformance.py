@@ -224,9 +224,8 @@ def test_objective(name):
         process = reading.process
         rng = np.random.default_rng(0)
         x0_BL, scored_BL = i32(rng.integers(0, N, (B, L))), jnp.asarray(rng.random((B, L)) < 0.8)
-        network = oracle.ConstantNetwork(
-            num_states=process.num_states, time_conditioned=not reading.time_independent
-        )
+        kind = oracle.WithCausalHead if objective.trains_causal_head else oracle.ConstantNetwork
+        network = kind(num_states=process.num_states, time_conditioned=not reading.time_independent)
 
         def loss(raw_BLV, objective=objective, network=network, x0_BL=x0_BL, scored_BL=scored_BL):
             corrupted = objective.corrupt(keys(0, B), f32([0.1, 0.5, 0.95]), x0_BL, scored_BL)

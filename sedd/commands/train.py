@@ -36,8 +36,10 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
+from sedd.evaluation.causal_head import causal_nats
 from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
+from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
 from sedd.training.distributed import Processes, connect
 from sedd.training.flops import step_flops
@@ -231,6 +233,8 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
         tokenizer: to count characters and bytes, for bits per character and per byte.
         held_out: the rows to validate on.
     """
+    if isinstance(parts.objective, SelfSpeculative):
+        return partial(validate_causal_head, config, parts, parts.objective, held_out)
     count_text = text_counter(tokenizer)
 
     def validate(params) -> dict[str, Any]:
@@ -247,6 +251,28 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
         return figures | {k: v for k, v in result.to_json().items() if k.startswith("bits") and v}
 
     return validate
+
+
+def validate_causal_head(
+    config: Config, parts: Parts, objective: SelfSpeculative, held_out: ValidationRows, params
+) -> dict[str, Any]:
+    """The figures of a causal head: nats per masked token, and how many fewer than the trunk's.
+
+    Arguments are those of ``validator``, and the averaged parameters.
+    """
+    causal, _, gain = causal_nats(
+        parts.denoiser(params),
+        objective,
+        jax.random.key(config.seed),
+        held_out,
+        draws=config.evaluation.draws,
+    )
+    return {
+        "nats_per_token": causal.value,
+        "standard_error": causal.error or 0.0,  # unknown for a single sequence
+        "gain": gain.value,
+        "gain_error": gain.error or 0.0,
+    }
 
 
 def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
@@ -326,6 +352,14 @@ def conclude(
         return
     last = validated[-1]
     nats, error = last["validation_nats_per_token"], last["validation_standard_error"]
+    if (gain := last.get("validation_gain")) is not None:
+        console.print(
+            f"\nvalidation at step {last['step']:,}, nats per masked token, ± standard error\n"
+            f"  {nats:.4f} ± {error:.4f} by the causal head\n"
+            f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently: "
+            f"{gain:.4f} ± {last['validation_gain_error']:.4f} more\n{files}"
+        )
+        return
     sign = "=" if exact else "≤"
     console.print(
         f"\nvalidation {'NLL' if exact else 'bound'} at step {last['step']:,}, ± standard error\n"

@@ -38,7 +38,7 @@ from sedd.training.state import TrainState, init_state
 
 # Options of a network that change neither the number nor the shape of its parameters: --init-from
 # accepts weights of a network that differs in these.
-FREE = ("dropout", "remat", "dtype", "attention")
+FREE = ("dropout", "remat", "dtype", "attention", "freeze")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,11 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     elif config.init_from is not None:
         source = source_of(config.init_from, config)
         tokenizer = source.tokenizer
+    elif getattr(config.network, "freeze", False):
+        raise UserError(
+            f"--network {config.network.name} trains a part of the network on a frozen trunk: name "
+            "a trained one by --init-from RUN, or train both with --no-network.freeze"
+        )
 
     data = read_data(config, tokenizer)
     parts = build_parts(config, data.tokenizer.num_tokens)
@@ -94,9 +99,11 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         if restored:
             state = parallel.place(restored.state)
         elif source is not None:
-            expected = kinds_of(jax.eval_shape(parts.network.init, jax.random.key(0)))
             params = source.denoiser.params
-            require_same(f"--init-from {config.init_from}", kinds_of(params), expected)
+            expected = jax.eval_shape(parts.network.init, jax.random.key(0))
+            if parts.network.has_causal_head and "causal" not in params:
+                del expected["causal"]  # the source is the trunk: the causal head is new
+            require_same(f"--init-from {config.init_from}", kinds_of(params), kinds_of(expected))
             state = parallel.place(make_state(params=params))
         else:
             state = parallel.init(make_state)

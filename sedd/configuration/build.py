@@ -92,6 +92,7 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
             f"{config.objective.name} does not train the passes over an order of the "
             "parameterization any_subset: use any_subset",
         )
+    parts.objective.check(parts.network)
     parts.sampler.check(parts.denoiser(None))
     return parts
 

@@ -113,6 +113,8 @@ class Network(ABC):
     time_conditioned: bool  # whether ``hidden`` takes the total noise
     # The key of the parameters that are stacked over layers: a scan runs over their first axis.
     stacked: ClassVar[str | None] = None
+    # Whether there is a ``causal_hidden``, with the parameters ``causal``.
+    has_causal_head: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, key: Key[Array, ""]) -> Params:
@@ -181,6 +183,26 @@ class Network(ABC):
             ValueError: if the network is conditioned on the noise level.
         """
         raise UserError(f"the network {type(self).__name__} has no memory of rows; ddit has one")
+
+    def causal_hidden(
+        self,
+        params: Params,
+        hidden_BLD: Float[Array, "B L D"],
+        tokens_BL: Int[Array, "B L"],
+        order_BL: Int[Array, "B L"],
+        *,
+        keys_B: Key[Array, " B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Compute the hidden states of tokens given each other; see ``CausalHead``.
+
+        Only networks with ``has_causal_head`` have this method; others raise ``UserError``.
+        """
+        raise UserError(f"the network {type(self).__name__} has no causal head; causal_head has")
+
+    @property
+    def frozen_trunk(self) -> bool:
+        """Whether training changes neither ``hidden`` nor ``head``."""
+        return False
 
     @abstractmethod
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:

@@ -237,7 +237,8 @@ class _Trunk(nn.Module):
         layers = jnp.arange(net.num_layers, dtype=jnp.int32)
         blocks = scanned_blocks(net, net.num_layers, memory=past is not None)
         memory = () if past is None else (past, slot_BL)
-        x_BLD, past = blocks(x_BLD, layers, condition_B1C, rotation_BL1K, attend, keys_B, *memory)
+        rotations = (rotation_BL1K, rotation_BL1K)
+        x_BLD, past = blocks(x_BLD, layers, condition_B1C, rotations, attend, keys_B, *memory)
         shift, scale = _modulation(net, 2, condition_B1C)
         return Norm(net.norm_bias, name="norm")(x_BLD, shift, scale).astype(net.dtype), past
 
@@ -246,8 +247,9 @@ class _Block(nn.Module):
     """One layer: attention and an MLP, each added to the residual stream as a branch.
 
     A branch is norm, modulation, layers, dropout and gate. The gate and the modulation come from
-    the condition; without a condition there are none. ``past`` are the layer's keys and values in
-    a memory, [B, S, H, K] each: the rows are written to them, and they replace the rows' own.
+    the condition; without a condition there are none. ``rotations`` are the rotary phases of the
+    queries and of the keys. ``past`` are the layer's keys and values in a memory, [B, S, H, K]
+    each: the rows are written to them, and they replace the rows' own.
     """
 
     net: DDiT
@@ -258,7 +260,7 @@ class _Block(nn.Module):
         x_BLD,
         layer,
         condition_B1C,
-        rotation_BL1K,
+        rotations,
         attend,
         keys_B,
         past=None,
@@ -284,7 +286,7 @@ class _Block(nn.Module):
         q_BLHK, k_BLHK, v_BLHK = rearrange(
             qkv_BLD, "b l (three h k) -> three b l h k", three=3, h=net.num_heads
         )
-        q_BLHK, k_BLHK = rotate(q_BLHK, rotation_BL1K), rotate(k_BLHK, rotation_BL1K)
+        q_BLHK, k_BLHK = map(rotate, (q_BLHK, k_BLHK), rotations)
         q_BLHK, k_BLHK, v_BLHK = keep(q_BLHK), keep(k_BLHK), keep(v_BLHK)
         if past is not None:
             k_BLHK, v_BLHK = (

@@ -6,4 +6,5 @@ from .k_dce import KDCE as KDCE
 from .lambda_dce import LambdaDCE as LambdaDCE
 from .mdlm import MDLM as MDLM
 from .score_entropy import ScoreEntropy as ScoreEntropy
+from .self_speculative import SelfSpeculative as SelfSpeculative
 from .t_dce import TDCE as TDCE

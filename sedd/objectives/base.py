@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.arrays import along
+from sedd.errors import UserError
 from sedd.networks.base import Network
 from sedd.objectives.rows import row_nats, summed_nats
 from sedd.parameterizations.base import Inputs, Parameterization
@@ -30,7 +31,8 @@ class Corrupted:
         xt_BL: the corrupted tokens.
         weight_BL: the weight of each position's loss; 0 where the position has no loss.
         sigma: total noise, [B] or [B, L]; None if the objective has no time.
-        rank_BL: the order of generation, for the objective ``any_subset``: 0 in the prompt.
+        rank_BL: the order of generation, for the objectives ``any_subset`` and
+            ``self_speculative``. The prompt has the rank 0, or the lowest ranks.
     """
 
     xt_BL: Int[Array, "B L"]
@@ -59,6 +61,8 @@ class Objective(ABC):
     parameterization: Parameterization
     causal: ClassVar[bool] = False
     """Whether the objective trains causal parameterizations, and only these."""
+    trains_causal_head: ClassVar[bool] = False
+    """Whether the objective trains networks with a causal head, and only these."""
 
     def __post_init__(self):
         if self.causal and not self.parameterization.causal:
@@ -69,6 +73,15 @@ class Objective(ABC):
             raise ValueError(
                 "it corrupts tokens anywhere, but the parameterization autoregressive sees only "
                 "those before a position: train it with the objective autoregressive"
+            )
+
+    def check(self, network: Network) -> None:
+        """Raise UserError if the objective cannot train the network."""
+        if self.trains_causal_head != network.has_causal_head:
+            raise UserError(
+                "the objective self_speculative trains the network causal_head, and nothing else "
+                f"does: got a network {'with' if network.has_causal_head else 'without'} a causal "
+                f"head and the objective {type(self).__name__}"
             )
 
     @property
@@ -226,12 +239,13 @@ class DenoisingCrossEntropy(Objective):
         picked_R = jnp.take_along_axis(logits_RN, x0_R[..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits_RN, -1) - picked_R
 
-    def _masked(self, masked_BL, x0_BL, weight_B, sigma=None) -> Corrupted:
+    def _masked(self, masked_BL, x0_BL, weight_B, sigma=None, rank_BL=None) -> Corrupted:
         """Mask the chosen positions, and give each of them the weight of its sequence."""
         return Corrupted(
             xt_BL=jnp.where(masked_BL, self.process.mask, x0_BL),
             weight_BL=jnp.where(masked_BL, weight_B[:, None], 0.0),
             sigma=sigma,
+            rank_BL=rank_BL,
         )
 
     def _require_time_independent(self) -> None:

@@ -49,12 +49,16 @@ def init_state(
         network: makes the parameters.
         optimizer: makes its state.
         seed: determines the parameters and the key of the run.
-        params: parameters to start from, in place of new ones.
+        params: parameters to start from. Entries that are missing are new, such as those of a
+            causal head on a given trunk.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    if params is None:
-        params = jax.jit(network.init)(init_key)
-    params = jax.tree.map(jnp.asarray, params)
+    given = params or {}
+
+    def missing(key):
+        return {name: tree for name, tree in network.init(key).items() if name not in given}
+
+    params = jax.tree.map(jnp.asarray, jax.jit(missing)(init_key) | given)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

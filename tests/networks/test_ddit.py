@@ -151,7 +151,7 @@ def test_the_scan_is_the_loop_over_layers(net, num_layers):
     for i in range(num_layers):
         block = {"params": jax.tree.map(lambda x, i=i: x[i], trunk["blocks"])}
         condition_B1C = None if condition_BC is None else condition_BC[:, None]
-        x_BLD, _ = apply(block, x_BLD, i, condition_B1C, rotation, None, KEYS)
+        x_BLD, _ = apply(block, x_BLD, i, condition_B1C, (rotation, rotation), None, KEYS)
     x_BLD = (x_BLD - x_BLD.mean(-1, keepdims=True)) / jnp.sqrt(x_BLD.var(-1, keepdims=True) + 1e-5)
     x_BLD = x_BLD * trunk["norm"]["scale"][None, None]
     if net.norm_bias:

@@ -1,12 +1,34 @@
 """Frozen parameters: no gradient, no state of the optimizer, and no change."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-from training_toy import ADAMW, SGD, Toy, history, setup
+from training_toy import ADAMW, SGD, N, Toy, ToyBatches, history, run, setup
 
+from sedd.networks.causal_head import CausalHead
+from sedd.objectives.self_speculative import SelfSpeculative
+from sedd.parameterizations.conditional import Conditional
+from sedd.processes.absorbing import Absorbing
+from sedd.schedules import LogLinear
 from sedd.training import parallel
+from sedd.training.loop import Cadence
+
+HEAD = CausalHead(
+    num_states=N + 1,
+    time_conditioned=False,
+    hidden_dim=16,
+    num_layers=2,
+    num_heads=2,
+    norm_bias=True,
+    dropout=0.1,
+)
+
+
+def self_speculative():
+    return SelfSpeculative(
+        schedule=LogLinear(), parameterization=Conditional(process=Absorbing(num_tokens=N))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +59,44 @@ def test_frozen_parameters_have_no_gradient_no_state_and_never_change(monkeypatc
             assert (tree["mix"] != start.params["mix"]).all()
         moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
         assert len(moments) == 2 * 3  # Adam's two averages of mix, kernel and bias
+
+
+def test_a_causal_head_is_the_same_on_two_devices_and_its_trunk_never_changes(monkeypatch):
+    """The head of the trunk is random here, so that the loss depends on the causal block."""
+    monkeypatch.setattr(parallel, "LEAST_SPLIT", 16)
+    state, _ = setup(network=HEAD, objective=self_speculative)
+    kernel = jax.random.normal(jax.random.key(5), (16, N + 1))
+    params = state.params | {"head": state.params["head"] | {"kernel": kernel}}
+    losses = {}
+    for devices, fsdp in ((1, None), (2, None), (2, 2)):
+        _, runner = setup(SGD, network=HEAD, objective=self_speculative, devices=devices, fsdp=fsdp)
+        placed = runner.place(replace(state, params=params, ema_params=params))
+        batches, losses[devices, fsdp] = ToyBatches(), []
+        for _ in range(6):
+            placed, metrics = runner(placed, next(batches))
+            losses[devices, fsdp] += [float(metrics["loss"]), float(metrics["grad_norm"])]
+        for tree in (placed.params, placed.ema_params):
+            for name in ("trunk", "head"):
+                assert jax.tree.all(jax.tree.map(np.array_equal, tree[name], params[name]))
+            assert tree["causal"]["out"]["kernel"].any()
+    np.testing.assert_allclose(losses[2, None], losses[1, None], rtol=1e-5)
+    np.testing.assert_allclose(losses[2, 2], losses[1, None], rtol=1e-5)
+
+
+def test_a_resumed_run_with_a_causal_head_is_bit_exact(tmp_path):
+    common = {
+        "network": HEAD,
+        "objective": self_speculative,
+        "of_steps": 6,
+        "cadence": Cadence(log_every=1, checkpoint_every=3),
+    }
+    whole = run(tmp_path / "whole", 6, **common)
+    run(tmp_path / "parts", 3, **common)
+    parts = run(tmp_path / "parts", 6, **common)
+    state, resumed = (
+        jax.tree.map(np.asarray, (s.params, s.ema_params, s.opt_state))
+        for s in (whole.state, parts.state)
+    )
+    assert jax.tree.all(jax.tree.map(np.array_equal, state, resumed))
+    moments = [x for x in jax.tree.leaves(state[2]) if x.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(state[0]["causal"]))
