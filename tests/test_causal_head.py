@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib
+import json
 import math
 
 import jax
@@ -344,6 +346,17 @@ def test_mistakes_are_one_line(text, trunk, tmp_path, flags, message):
     assert outcome.code == 2
     [line] = outcome.errors
     assert message in line
+
+
+def test_the_benchmark_prints_a_row_for_each_fraction(trained, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tiny_run.ROOT / "benchmarks"))
+    benchmark = importlib.import_module("causal_head")
+    sizes = {"masked": (1.0, 0.5), "sequences": 4, "draws": 2}
+    benchmark.main(benchmark.Settings(checkpoint=trained[0], **sizes))
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert [row["masked"] for row in rows] == [1.0, 0.5]
+    for row in rows:
+        assert row["difference"] == pytest.approx(row["trunk"] - row["causal head"])
 
 
 def test_no_published_layout_holds_it(trained, tmp_path):

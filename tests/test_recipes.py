@@ -72,6 +72,10 @@ def test_one_step_of_a_shrunken_copy(path):
     parts = build_parts(config, num_tokens)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     state = init_state(parts.network, optimizer, config.seed)
+    if frozen := parts.network.frozen_trunk:  # it is a trained one: its output layer is not 0
+        kernel = jax.random.normal(jax.random.key(0), state.params["head"]["kernel"].shape)
+        params = state.params | {"head": {"kernel": kernel, "bias": state.params["head"]["bias"]}}
+        state = init_state(parts.network, optimizer, config.seed, params=params)
     step = Step(
         network=parts.network,
         objective=parts.objective,
@@ -88,4 +92,5 @@ def test_one_step_of_a_shrunken_copy(path):
     assert metrics["grad_norm"] > 0
     assert metrics["tokens"] == batch * length
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, after.params)
-    assert moved["head"]["kernel"] > 0  # the layers below it get a gradient only after this step
+    # The layers below get a gradient only after this step.
+    assert (moved["causal"]["out"] if frozen else moved["head"])["kernel"] > 0

@@ -11,7 +11,7 @@ The block's rows are sorted by σ. Row j holds h_σ(j), h_σ(j+1) and the embedd
 the rows up to j. The result is added to h_σ(j+1), and the trunk's output layer reads the sum. The
 last layer of the block is 0 in fresh parameters, so that q = p at the start of training.
 
-Two things differ from the paper:
+Two things differ from the paper's description:
 
 - It encodes σ(j) in half of the rotary channels and σ(j+1) in the other half. Here this holds for
   the keys; all channels of a query encode σ(j+1), the position to be predicted. Otherwise no

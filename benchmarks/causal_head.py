@@ -1,0 +1,71 @@
+"""What a causal head gains, by the fraction of the tokens that is masked.
+
+Each row has the nats per masked token of the trunk, which predicts the tokens independently, and of
+the causal head, which predicts them one after the other in a random order, on the same masks of the
+validation text. The error is that of the difference, over sequences.
+
+    python benchmarks/causal_head.py --checkpoint runs/causal_head
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from report import report, start
+
+import sedd
+from sedd.configuration.build import ValidationRows, build_data
+from sedd.evaluation.causal_head import causal_nats
+from sedd.objectives.self_speculative import SelfSpeculative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured."""
+
+    checkpoint: Path
+    """A run with a causal head."""
+    masked: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
+    """Fractions of the tokens that are masked."""
+    sequences: int = 128
+    """Sequences of the validation split, at most."""
+    draws: int = 4
+    """Masks and orders for each sequence."""
+    seed: int = 0
+
+
+def main(settings: Settings) -> None:
+    """Measure every fraction, and print a table."""
+    model = sedd.load(settings.checkpoint)
+    if not isinstance(model.parts.objective, SelfSpeculative):
+        raise sedd.UserError(f"--checkpoint {settings.checkpoint}: the model has no causal head")
+    data = build_data(model.config, tokenizer=model.tokenizer)
+    held_out = ValidationRows(
+        parts=[packed for packed, _ in data.validation],
+        max_sequences=settings.sequences,
+        batch_size=min(32, settings.sequences),
+    )
+    rows = []
+    for masked in settings.masked:
+        causal, trunk, gain = causal_nats(
+            model.denoiser,
+            model.parts.objective,
+            jax.random.key(settings.seed),
+            held_out,
+            draws=settings.draws,
+            masked=masked,
+        )
+        rows.append(
+            {
+                "masked": masked,
+                "trunk": trunk.value,
+                "causal head": causal.value,
+                "difference": gain.value,
+                "±": gain.error,
+            }
+        )
+    report("causal_head", rows, draws=settings.draws, sequences=settings.sequences)
+
+
+if __name__ == "__main__":
+    start(main, Settings, __doc__)
