@@ -46,8 +46,9 @@ def evaluate(
             revealed in this order instead of a bound. Needs a time-independent absorbing model that
             is not autoregressive. It takes a network call for each token, or one in all for an
             any-subset model.
-        orders: with the order "random", average the likelihood over so many orders: a bound on
-            -log of its mean over all orders, which falls as their number grows.
+        orders: K, only with the order "random": compute -log of the mean likelihood over K random
+            orders. In expectation this is an upper bound on -log of the mean over all orders; it
+            falls as K grows.
         split: split of the corpus. By default the protocol's split of a known data set, the
             validation split of the training corpus, all of any other file, or the validation split
             of any other corpus.

@@ -93,9 +93,10 @@ def sample(
         key: an integer seed or one key, from which each sequence derives its own, or a key for each
             sequence. ``jax.random.key`` and ``jax.random.PRNGKey`` make keys.
         num: number of sequences; by default the number of keys, the length of the lists, or 1.
-        length: tokens in a sequence, the given ones included; by default the training length.
+        length: tokens in a sequence, the given ones included; by default the training length, or
+            with ``infill`` the length of the text. Not with ``clamp``, which has its own length.
         sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. Default: event_jump;
-            tweedie for a time-dependent model, ordered for an autoregressive one.
+            tweedie for a time-dependent model; ordered for an autoregressive or any-subset one.
         prompt: text at the start.
         suffix: text at the end.
         infill: text with gaps: ``{mask:12}`` leaves 12 tokens free, ``{mask}`` one.

@@ -67,8 +67,8 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
     """Build every component for a vocabulary of ``num_tokens`` tokens, the mask not counted.
 
     Raises:
-        UserError: an option is out of range, or two components do not fit each other. The error
-            names the field.
+        FieldError: an option is out of range.
+        UserError: two components do not fit each other; the message names one of them.
     """
     process = config.process.build(num_tokens=num_tokens)
     schedule = config.schedule.build()
@@ -247,7 +247,7 @@ def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=N
     Args:
         config: its ``data`` is used.
         tokenizer: that of the run that is resumed or started from; None to build the configured
-            one, from the training text if need be.
+            one, from the corpus if it needs one.
         progress: called with the numbers of documents and tokens so far.
 
     Raises:

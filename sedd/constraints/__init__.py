@@ -33,7 +33,7 @@ def compile_regex(
     Args:
         pattern: the regex; ``sedd.constraints.regex`` states the supported constructs.
         vocabulary: the bytes of each of the N tokens, as ``Tokenizer.token_bytes`` returns them;
-            None for a token that is no text. The mask is none of the N.
+            None for a token that is no text. Leave out the mask.
         eos_id: the end-of-text token, 0 to ``len(vocabulary) - 1``. With it, a string may end
             early and is filled up with this token.
         cache_dir: a directory; compiled automata are written to its folder ``automata`` and read
@@ -78,8 +78,10 @@ def compile_json_schema(
         cache_dir: as for ``compile_regex``.
 
     Raises:
-        UserError: the schema is malformed, unsupported, allows no value or is too large. The
-            message begins with the path of the keyword at fault, such as ``#/properties/age``.
+        UserError: the schema is malformed, unsupported, allows no value or is too large; the
+            message begins with the path of the keyword at fault, such as ``#/properties/age``. Or
+            no tokens spell a value.
+        FieldError: the depth is out of range.
 
     Example:
         >>> from sedd.constraints import compile_json_schema

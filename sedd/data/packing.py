@@ -29,9 +29,9 @@ class TooShortError(UserError):
 class Packed:
     """Rows of ``length`` tokens, read from a memory map.
 
-    All counts are of scored tokens. These are the tokens of the documents, without dropped ones
-    (the remainders of joined documents, the rests of truncated ones); with separate documents also
-    without the ends of documents. The two ids of ``around`` are scored in addition, once a row.
+    All counts but ``num_dropped`` are of scored tokens: the tokens of documents that are in rows,
+    and the two ids of ``around`` in every row. The end of a document is scored if documents are
+    joined, and not scored if they are separate.
 
     The scored tokens spell a text of ``text_characters`` characters and ``text_bytes`` bytes of
     UTF-8. Nats per character are therefore nats per token times
@@ -171,7 +171,8 @@ def pack(
         The rows, read from files in ``cache_dir/packed``.
 
     Raises:
-        UserError: if there is no text, or a number is out of range.
+        UserError: if there is no text, or ``length``, ``max_documents`` or ``drop_every`` is below
+            1.
         TooShortError: if joined documents do not fill one row.
 
     Example:
@@ -233,8 +234,10 @@ class Cut:
     pad_last: bool = False
 
     def __post_init__(self):
-        if self.length < 1:
-            raise UserError(f"length must be at least 1, got {self.length}")
+        for name in ("length", "drop_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
 
     @property
     def equal(self) -> bool:

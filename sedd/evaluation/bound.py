@@ -48,7 +48,8 @@ class BoundResult:
         standard_error: of ``nats_per_token``, over sequences. It contains the Monte-Carlo error;
             for a single sequence it is the Monte-Carlo error alone.
         standard_error_draws: the Monte-Carlo error of ``nats_per_token`` for these sequences. It is
-            not estimated for random orders, and 0; ``standard_error`` contains it.
+            0 for random orders, where it is not estimated; the ``standard_error`` over two or more
+            sequences contains it.
         prior: the KL divergence of the prior, in nats per token.
         diffusion: the diffusion term, in nats per token.
         reconstruction: the reconstruction term, in nats per token.

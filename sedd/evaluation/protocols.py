@@ -26,8 +26,8 @@ class Protocol:
 
     estimator: Estimator = "auto"
     """auto: k_dce (mean over orders) for time-independent absorbing models, ordered for any-subset
-    models, else score_entropy. ordered: the likelihood in one order, see order. Autoregressive
-    models always have exact, the likelihood itself."""
+    models, else score_entropy. ordered: the likelihood in one order, forward unless an order is
+    given. Autoregressive models always have exact, the likelihood itself."""
     outer_terms: bool = True
     """Add the prior and the reconstruction to a score entropy. Without them the figure is no bound,
     but the mean of the loss over t in [t_min, 1]."""

@@ -143,7 +143,8 @@ class Network(ABC):
             keys_B: a key for each sequence turns dropout on; None turns it off.
 
         Raises:
-            ValueError: if a ``time_conditioned`` network gets no ``sigma_B``, or another one does.
+            ValueError: if ``sigma_B`` is missing and the network is ``time_conditioned``, or is
+                given and it is not.
         """
 
     def memory(self, batch: int, slots: int) -> Memory:

@@ -45,7 +45,8 @@ class Corrupted:
 class Objective(ABC):
     """A training loss in nats.
 
-    Its mean over draws is a bound on -log p(x0), or a term of one up to a stated factor.
+    Its mean over draws is a bound on -log p(x0), or a term of one up to a stated factor, unless the
+    subclass states another quantity.
 
     Positions that are not scored are conditioned on: they are never corrupted and have no loss.
 

@@ -69,10 +69,11 @@ class AnySubset(Conditional):
         Args:
             tokens_BC: tokens of the content rows.
             rank_BC: ranks of the content rows: 0 for the prompt, ``UNKNOWN`` for rows that no query
-                shall see. Prompt positions have equal ranks; the generated ones need not.
+                shall see. Content rows of equal rank see each other, as those of the prompt do.
             query_BK: position of each query row; a position may have several, or none.
             query_rank_BK: rank of each query row; it sees the lower ranks. To draft several
-                positions given n known ones, all their queries have the rank n + 1.
+                positions after n generated ones (the prompt does not count), give all their queries
+                the rank n + 1.
             positions_BC: position of each content row; by default 0..C-1.
             attend: segments of the C positions, if any; then all positions must be content rows.
 

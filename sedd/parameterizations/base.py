@@ -33,7 +33,7 @@ class Inputs:
     read_BL: Int[Array, "B L"] | None = None  # None reads position i at row i
 
     def read(self, hidden_BMD: Float[Array, "B M D"]) -> Float[Array, "B L D"]:
-        """Select the hidden states at which positions 0..L-1 are read."""
+        """Select the hidden states of the predictions: those at rows ``read_BL``, in this order."""
         if self.read_BL is None:
             return hidden_BMD
         return jnp.take_along_axis(hidden_BMD, self.read_BL[..., None], 1)

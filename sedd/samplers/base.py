@@ -105,8 +105,9 @@ class Sampler(ABC):
         """Draw one sequence for each key.
 
         On an absorbing process the free positions follow the model's conditional given the fixed
-        tokens, with an error that vanishes as the steps grow; samplers with another law say so, and
-        have a ``caveat`` if it is biased. On a uniform process the free positions do not follow the
+        tokens, with an error that vanishes as the steps grow. Samplers with another law state it in
+        their docstring; ``caveat`` warns of a bias that is not the purpose of a sampler. On a
+        uniform process the free positions do not follow the
         conditional: the score of such a model regards the fixed tokens as noisy. A fixed mask stays
         a mask.
 

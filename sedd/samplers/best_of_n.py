@@ -26,6 +26,7 @@ class BestOfN(Sampler):
 
     inner: Sampler
     verifier: Verifier
+    """Scores tokens; ``text_verifier`` makes one from a function on texts."""
     n: int = 8
     """Sequences drawn for each one that is returned."""
 

@@ -49,6 +49,7 @@ class Particle(Sampler):
 
     inner: SteppedSampler
     verifier: Verifier
+    """Scores tokens; ``text_verifier`` makes one from a function on texts."""
     particles: int = 8
     """Sequences drawn side by side for each one that is returned."""
     tilt: float = 1.0

@@ -2,7 +2,8 @@
 
 A module that defines ``matches`` is a layout. It must define all of these:
 
-- ``NAME`` and ``CODE``: the name of the layout, and the code that reads it;
+- ``NAME``: the name of the layout;
+- ``CODE``: a phrase that names the published code, such as "the code of RADD (arXiv:2406.03736)";
 - ``matches(config, names) -> bool``: whether a configuration is of this layout; ``names`` are the
   names of its tensors, empty if they are not known;
 - ``read(config) -> Layout``: read the configuration; UserError if keys are missing;
