@@ -72,6 +72,12 @@ def test_a_new_head_changes_nothing():
     keys_B = jax.random.split(jax.random.key(0), B)
     dropped_BLD = causal_hidden(params, h_BLD, TOKENS, ORDER, keys_B=keys_B)
     np.testing.assert_array_equal(dropped_BLD, h_BLD)
+    narrow = dataclasses.replace(NET, dtype="bfloat16")
+    h_BLD16 = narrow.hidden(params, TOKENS)
+    np.testing.assert_array_equal(
+        narrow.causal_hidden(params, h_BLD16, TOKENS, ORDER).view(jnp.uint16),
+        h_BLD16.view(jnp.uint16),
+    )
     q_BLD = causal_hidden(random_params(), h_BLD, TOKENS, ORDER)
     assert (jnp.abs(q_BLD - h_BLD).max(-1) > 1e-3).sum() == B * (L - 1)  # control
     np.testing.assert_array_equal(np.argmax((q_BLD == h_BLD).all(-1), 1), ORDER[:, 0])
@@ -226,9 +232,9 @@ def test_a_new_head_has_the_nats_of_the_trunk_and_they_are_k_dce():
 
 
 def test_only_the_two_go_together():
-    with pytest.raises(UserError, match="self_speculative trains the network causal_head"):
+    with pytest.raises(UserError, match="trains a causal head, and this network has none"):
         OBJECTIVE.check(TRUNK)
-    with pytest.raises(UserError, match="with a causal head and the objective LambdaDCE"):
+    with pytest.raises(UserError, match="does not train the causal head of the network"):
         LambdaDCE(**FITS).check(NET)
     OBJECTIVE.check(NET)
 
@@ -336,12 +342,25 @@ def test_training_goes_on_from_a_run_with_a_head(trained, text, tmp_path):
             ("--init-from", "TRUNK", "--network.hidden-dim", 24),
             "its network.hidden_dim is 16 and --network.hidden-dim is 24",
         ),
-        (("--init-from", "TRUNK", "--objective", "k_dce"), "got a network with a causal head"),
-        (("--init-from", "TRUNK", "--network", "ddit"), "got a network without a causal head"),
+        (
+            ("--init-from", "TRUNK", "--objective", "k_dce"),
+            "--objective k_dce does not train the causal head of the network: use self_speculative",
+        ),
+        (
+            ("--init-from", "TRUNK", "--network", "ddit"),
+            "--objective self_speculative trains a causal head, and this network has none: use",
+        ),
+        (
+            ("--init-from", "OTHER"),
+            "its parameterization is autoregressive; the frozen trunk of a network causal_head",
+        ),
     ],
 )
 def test_mistakes_are_one_line(text, trunk, tmp_path, flags, message):
-    flags = [trunk if flag == "TRUNK" else flag for flag in flags]
+    if "OTHER" in flags:
+        other = tiny_run.config("ar", corpus=str(text))
+        trunk = tiny_run.make_run(tmp_path / "other", other)
+    flags = [trunk if flag in ("TRUNK", "OTHER") else flag for flag in flags]
     outcome = train(tmp_path / "run", text, *flags)
     assert outcome.code == 2
     [line] = outcome.errors

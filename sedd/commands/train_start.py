@@ -233,7 +233,8 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
 
     Raises:
         UserError: it cannot be loaded, its tokenizer is another one, or its network differs in an
-            option that changes the parameters.
+            option that changes the parameters. A frozen trunk must also have the same
+            parameterization.
     """
     where = f"--init-from {init_from}"
     try:
@@ -245,6 +246,12 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
         raise UserError(
             f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
             "weights can be used only with the tokenizer that they were trained with"
+        )
+    reading, needed = source.config.parameterization.name, config.parameterization.name
+    if getattr(config.network, "freeze", False) and reading != needed:
+        raise UserError(
+            f"{where}: its parameterization is {reading}; the frozen trunk of a network "
+            f"{config.network.name} must have {needed}"
         )
     here = values(config.network)
     other = [

@@ -92,7 +92,10 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
             f"{config.objective.name} does not train the passes over an order of the "
             "parameterization any_subset: use any_subset",
         )
-    parts.objective.check(parts.network)
+    try:
+        parts.objective.check(parts.network)
+    except UserError as error:
+        raise FieldError("objective", f"{config.objective.name} {error}") from None
     parts.sampler.check(parts.denoiser(None))
     return parts
 

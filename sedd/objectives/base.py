@@ -78,12 +78,10 @@ class Objective(ABC):
 
     def check(self, network: Network) -> None:
         """Raise UserError if the objective cannot train the network."""
-        if self.trains_causal_head != network.has_causal_head:
-            raise UserError(
-                "the objective self_speculative trains the network causal_head, and nothing else "
-                f"does: got a network {'with' if network.has_causal_head else 'without'} a causal "
-                f"head and the objective {type(self).__name__}"
-            )
+        if self.trains_causal_head and not network.has_causal_head:
+            raise UserError("trains a causal head, and this network has none: use causal_head")
+        if network.has_causal_head and not self.trains_causal_head:
+            raise UserError("does not train the causal head of the network: use self_speculative")
 
     @property
     def process(self):
