@@ -1,4 +1,4 @@
-"""Evaluate a model from Python: ``sedd.evaluate``."""
+"""Evaluate a model from Python: ``sedd.evaluate`` and ``sedd.price``."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,17 @@ import numpy as np
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.datasets import DataSet, token_data_set
+from sedd.evaluation.price import Price
+from sedd.evaluation.price_draws import measure_price
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, check_fit
 from sedd.evaluation.protocols import protocol as protocol_named
-from sedd.evaluation.scoring import EvaluationResult, Order, choose_estimate, score_data_set
+from sedd.evaluation.scoring import (
+    EvaluationResult,
+    Order,
+    Track,
+    choose_estimate,
+    score_data_set,
+)
 from sedd.model import Model
 from sedd.types import Array, Key
 
@@ -90,6 +98,84 @@ def evaluate(
         batch_size=batch_size,
         count_text=text_counter(model.tokenizer),
         train_counts_N=model.train_counts,
+    )
+
+
+def price(
+    model: Model,
+    x0_BL: str | Path | Any,
+    key: Key[Array, ""] | int = 0,
+    *,
+    draws: int = 64,
+    max_sequences: int | None = None,
+    batch_size: int = 32,
+) -> Price:
+    """Measure what revealing several tokens in one network call costs a model, in nats.
+
+    See ``docs/parallel_decoding.md``. The result is also the profile of the sampler ``planned``.
+
+    Args:
+        model: a time-independent absorbing model, from ``load``.
+        x0_BL: token ids [S, L], or a corpus as ``evaluate`` takes it. All tokens are priced; rows
+            with padding are refused.
+        key: a key, or an integer seed.
+        draws: network calls for each sequence, at least 2. With at least L draws (and L at most
+            128) every number of known tokens is measured, otherwise as many as there are draws, and
+            those between them are interpolated.
+        max_sequences: measure at most so many sequences, evenly spread.
+        batch_size: sequences in a batch, over all devices.
+
+    Raises:
+        UserError: if the model is autoregressive, depends on the noise level or is of another
+            process, or the data cannot be read or have padding.
+        FieldError: if a number is out of its range.
+
+    Example:
+        >>> import sedd
+        >>> model = sedd.load("runs/quickstart")
+        >>> price = sedd.price(model, "my.txt", draws=12, max_sequences=32)
+        >>> price.nats_by_known.shape, sum(price.plan(4))
+        ((12,), 12)
+        >>> price.nats_per_token([1] * 12).value < price.nats_per_token([12]).value
+        True
+    """
+    for field, value in (("batch_size", batch_size), ("max_sequences", max_sequences)):
+        if value is not None and value < 1:
+            raise FieldError(field, f"must be at least 1, got {value}")
+    chosen = protocol_named("default")
+    data = _data_set(model, x0_BL, chosen, "default", None, None, max_sequences)
+    return price_of(
+        model,
+        data,
+        jax.random.key(key) if isinstance(key, int) else key,
+        draws=draws,
+        batch_size=batch_size,
+    )
+
+
+def price_of(
+    model: Model,
+    data: DataSet,
+    key: Key[Array, ""],
+    *,
+    draws: int,
+    batch_size: int,
+    track: Track | None = None,
+) -> Price:
+    """Measure the price of parallelism on the rows of a data set; see ``price``.
+
+    ``track`` wraps the batches to show progress.
+    """
+    starts = range(0, len(data.chosen), batch_size)
+    batches = (data.rows(start, batch_size) for start in starts)
+    return measure_price(
+        model.denoiser,
+        model.schedule,
+        key,
+        batches if track is None else track(batches, f"price of {data.label}", len(starts)),
+        model=model.digest,
+        length=data.length,
+        draws=draws,
     )
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class Model:
         """Tokens in a training sequence, L."""
         return self.config.data.length
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A hash of the parameters and of the configuration without data, training and sampler."""
         digest = hashlib.blake2b(digest_size=16)

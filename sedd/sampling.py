@@ -114,7 +114,8 @@ def sample(
         verifier: for best_of_n and particle: a function from a list of texts to one finite score
             each, higher is better.
         trace: also return the tokens after every round.
-        options: options of the sampler (``steps=128``), and of ``sedd.reshape.Reshape``:
+        options: options of the sampler (``steps=128``; for planned, ``profile`` is a ``sedd.price``
+            or its file), and of ``sedd.reshape.Reshape``:
             ``temperature``, ``top_k``, ``top_p``, ``guidance`` (one number, or one a sequence) and
             ``logit_processor``.
 
@@ -287,6 +288,8 @@ def draw(
         else None,
     )
     sampler.check(denoiser)
+    for length in set(lengths):
+        check_profile(sampler, model, length)
     verifier_error(sampler)  # forget the error of an earlier call
     tokens_BL, fixed_BL = jnp.asarray(tokens_BL), jnp.asarray(fixed_BL)
     samples = _run(sampler, denoiser, keys_B[row_of_B], tokens_BL, fixed_BL, trace=trace)
@@ -297,6 +300,30 @@ def draw(
             if not span.automaton.accepts(tokens_L[span.start : span.start + span.length]):
                 raise RuntimeError(f"drawn, but no match of {span.automaton.pattern!r}")  # our bug
     return result
+
+
+def check_profile(sampler: Sampler | None, model: Model, length: int | None = None) -> None:
+    """Check the price profile of ``planned``, also as an inner sampler.
+
+    Args:
+        sampler: the sampler.
+        model: the model that will draw.
+        length: tokens in the sequence; None checks the model alone.
+
+    Raises:
+        FieldError: the profile was measured with another model, or on sequences of another length.
+    """
+    while sampler is not None:
+        profile = getattr(sampler, "profile", None)
+        if profile is not None and profile.model != model.digest:
+            raise FieldError("profile", f": it was measured with another model than {model.source}")
+        if profile is not None and length not in (None, profile.length):
+            raise FieldError(
+                "profile",
+                f": it was measured on sequences of {profile.length} tokens, and this one has "
+                f"{length}: draw {profile.length} tokens, or measure with rows of {length}",
+            )
+        sampler = getattr(sampler, "inner", None)
 
 
 def _padded(clamps: Sequence[Clamp]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

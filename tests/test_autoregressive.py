@@ -3,6 +3,8 @@
 Exact on an enumerable world, whose factors p(x_i | x_<i) a table holds; causal on a transformer.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+
 import dataclasses
 import functools
 from unittest import mock
@@ -31,6 +33,7 @@ from sedd.processes.absorbing import Absorbing
 from sedd.processes.uniform import Uniform
 from sedd.reshape import Reshape
 from sedd.samplers.ordered import Ordered
+from sedd.samplers.planned import Profile
 from sedd.schedules import LogLinear
 
 CLEAN = oracle.all_states(N)
@@ -179,6 +182,8 @@ def test_every_other_sampler_names_the_one_that_works():
     for name, given in [*cases.items(), ("ordered", {"steps": 2})]:
         if "verifier" in sampler_fields()[name]:
             given = {**given, "verifier": len}
+        if "profile" in sampler_fields()[name]:
+            given = {**given, "profile": Profile(model="m", nats_L=(1.0,))}
         sampler = build_sampler(name, LogLinear(), **given)
         with pytest.raises(UserError, match=f"^sampler '{name}' .*--sampler ordered --order forw"):
             sampler.check(EXACT)

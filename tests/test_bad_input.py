@@ -85,6 +85,7 @@ def place(tmp_path_factory):
     for kind in ("sedd", "uniform"):
         (top / kind).mkdir()
         tiny_run.make_run(top / kind, tiny_run.config(kind))
+    tiny_run.profile_of(sedd.load(whole)).save(top / "price.json")
     for name in ("truncated", "other", "no_config", "no_checkpoint"):
         shutil.copytree(whole, top / name)
     tiny_run.truncate(top / "truncated" / "checkpoints" / "4" / "ema_params")
@@ -244,7 +245,7 @@ LATER = "needs a time-independent model: this one depends on the noise level (eu
 UNMASKED = "needs a model of the absorbing process; in the process of this model visible tokens"
 NEEDS = " needs --verifier FILE.py:FUNCTION, a function from a list of texts to a score each"
 PROCESSOR = "--sampler ordered --logit-processor {place}/code.py"
-WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm"
+WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm"  # not planned
 SAMPLERS = [  # of the options of sampling
     ("--temperature -1", "--temperature must be finite and at least 0, got -1.0"),
     ("--temperature nan", "--temperature must be finite and at least 0, got nan"),
@@ -362,6 +363,23 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler best_of_n --inner orderd", "--inner orderd: .*did you mean 'ordered'?"),
     ("--sampler semi_autoregressive --inner best_of_n", f"--inner best_of_n: .* wraps {WRAPS}"),
     ("--sampler semi_autoregressive --inner semi_autoregressive", f": .* wraps {WRAPS}"),
+    ("--sampler semi_autoregressive --inner planned", f"--inner planned: .* wraps {WRAPS}"),
+    ("--sampler planned", "sampler 'planned' needs --profile FILE.json, which evaluate.py --price"),
+    ("--sampler best_of_n --inner planned {score}", "sampler 'planned' needs --profile FILE.json"),
+    ("--profile {place}/price.json", "price.json: sampler 'event_jump' takes no profile; planned"),
+    ("--sampler planned --profile {place}/none", "--profile {place}/none: No such file or dir"),
+    ("--sampler planned --profile {text}", "--profile {text}: not readable as JSON"),
+    ("--sampler planned --profile {place}/null.json", "null.json: holds no price profile; eval"),
+    (
+        "--sampler planned {profile} --calls 0",
+        "'planned': --calls must be from 1 to 12, the",
+    ),
+    ("--sampler planned {profile} --calls 13", "--calls must be from 1 to 12, .* got 13"),
+    ("--sampler planned {profile} --length 9", "--profile: it was measured on sequences of 12 tok"),
+    (
+        "--sampler planned {profile} --checkpoint {place}/sedd",
+        "--profile: it was measured with another model than {place}/sedd",
+    ),
     ("--sampler best_of_n --inner particle {score}", "--inner particle: best_of_n wraps"),
     # The user's functions.
     ("--sampler best_of_n", f"--sampler best_of_n{NEEDS}"),
@@ -398,6 +416,11 @@ EVALUATE = [
     ("--data {text} --draws 6", "draws must be a positive multiple of 4, got 6"),
     ("--data {text} --draws 0", "draws must be a positive multiple of 4, got 0"),
     ("--data {text} --max-sequences 0", "max_sequences must be at least 1, got 0"),
+    ("--data {text} --price 13", "--price 13: calls must be from 1 to 12, the tokens of a row"),
+    (
+        "--data {text} --price 4 --checkpoint {place}/sedd",
+        "--price: the price of parallelism needs a time-independent absorbing model",
+    ),
     ("--data {text} --seed -1", "seed must be in [0, 2**32), got -1"),
     ("--data {text} --split tset", "has no split 'tset': it has train, validation, all"),
     ("--data corpus:stdlb", "--data corpus:stdlb: unknown corpus 'stdlb', did you mean 'stdlib'?"),
@@ -432,6 +455,7 @@ def test_a_mistake_is_one_line(place, tmp_path, command, arguments, message):
     names = {"place": place, "run": place / "run", "text": place / "text.txt"}
     names["long"] = "abcdefghijkl"
     names["score"] = f"--verifier {place}/code.py:score"
+    names["profile"] = f"--profile {place}/price.json"
     given = arguments.format(**names).split()
     cache = [f"--{'data.' if command == 'train' else ''}cache-dir", tmp_path / "cache"]
     before = {

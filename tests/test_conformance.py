@@ -22,6 +22,7 @@ from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
 from sedd.processes.uniform import Uniform
 from sedd.samplers.base import Samples
+from sedd.samplers.planned import Profile
 from sedd.samplers.tweedie import Tweedie
 from sedd.schedules import LogLinear
 
@@ -37,6 +38,7 @@ MODELS = {  # the readings that a component may be asked to work on
     "any_subset": AnySubset(process=Absorbing(num_tokens=N)),
 }
 SMALL = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "condition_dim": 8, "steps": 6}
+SMALL |= {"calls": 3}
 
 every = pytest.mark.parametrize(("family", "name"), COMPONENTS)
 
@@ -55,6 +57,7 @@ def context(reading):
         "time_conditioned": not reading.time_independent,
         "inner": Tweedie(schedule=LogLinear(), steps=6),
         "verifier": first_tokens,
+        "profile": Profile(model="m", nats_L=(3.0, 2.5, 2.0, 1.5, 1.2, 1.0)),
     }
 
 

@@ -69,6 +69,7 @@ def place(tmp_path_factory):
     with mock.patch.object(tiny_run, "TOKENIZER", every):
         for name, kind in (("quickstart", "radd"), ("any_subset", "any_subset")):
             make_run(top / "runs" / name, tiny_run.config(kind, corpus=str(top / "my.txt")))
+    tiny_run.profile_of(sedd.load(top / "runs/quickstart")).save(top / "price.json")
     return top
 
 

@@ -33,6 +33,7 @@ FLAGS = {  # of every sampler, so that each does some of its own
     "confidence": "--by margin --steps 3",
     "entropy_bounded": "--gamma 4",
     "token_confidence": "--threshold 0.3",
+    "planned": "--calls 3 --profile {place}/price.json",
     "remdm": "--steps 6 --eta 0.5",
     "semi_autoregressive": "--block-length 4 --inner confidence --inner.by max_probability",
     "best_of_n": "--n 2 --inner tweedie --inner.steps 2 --verifier {code}:vowels",
@@ -76,12 +77,13 @@ def place(tmp_path_factory):
         (top / kind).mkdir()
         tiny_run.make_run(top / kind, tiny_run.config(kind, length=LENGTH))
     (top / "code.py").write_text(CODE)
+    tiny_run.profile_of(sedd.load(top / "radd"), LENGTH).save(top / "price.json")
     return top
 
 
 def draw(place, flags, *more, kind="radd", code=0):
     """The command's outcome; its exit code must be this one."""
-    flags = flags.format(code=place / "code.py").split()
+    flags = flags.format(code=place / "code.py", place=place).split()
     result = call("sample", "--checkpoint", place / kind, *flags, *more)
     assert result.code == code, result.err
     return result
@@ -246,7 +248,7 @@ def test_what_is_written(place, tmp_path, sampler):
         assert html.escape(final) in trace
     assert f"wrote 2 samples to {tmp_path / 'out.jsonl'}\nwrote {page}\n" in result.out
     for option in FLAGS[sampler].split()[::2]:
-        if option not in ("--inner", "--verifier"):
+        if option not in ("--inner", "--verifier", "--profile"):
             assert f"<dt>{option[2:].replace('-', '_')}</dt>" in trace
     # A sequence is that of its seed: the second one is the first one of the seed after.
     (again, _) = answers(place, tmp_path, flags, "--prompt", "the {", "--seed", 6)

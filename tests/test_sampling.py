@@ -1,5 +1,9 @@
 """``sedd.sample``: what is compiled, which options go where, what is refused, what comes back."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false, reportOptionalSubscript=false
+
 import gc
 from dataclasses import replace
 
@@ -463,6 +467,7 @@ NAN_OPTIONS = {
     "confidence": {"by": "entropy"},
     "entropy_bounded": {"gamma": 0.1},
     "token_confidence": {"steps": 3},
+    "planned": {"calls": 3},
     "remdm": {"steps": 3},
     "semi_autoregressive": {"inner": "confidence", "block_length": 4},
     "best_of_n": {"inner": "event_jump", "verifier": vowels, "n": 2},
@@ -482,8 +487,13 @@ def test_nan_ends_as_an_error_that_says_where(model, name):
     broken = replace(model, denoiser=replace(model.denoiser, params=params))
     clamp = from_infill(model.tokenizer, "ab{mask:3}", 5)
     message = "sequence 0, position 2: the probabilities are nan: check the parameters of the model"
+    options = {**NAN_OPTIONS[name], **profile_if_planned(name, broken, 5)}
     with pytest.raises(UserError, match=message):
-        sedd.sample(broken, KEY, num=2, clamp=clamp, sampler=name, **NAN_OPTIONS[name])
+        sedd.sample(broken, KEY, num=2, clamp=clamp, sampler=name, **options)
+
+
+def profile_if_planned(name, model, length):
+    return {"profile": tiny_run.profile_of(model, length)} if name == "planned" else {}
 
 
 @pytest.mark.parametrize(
@@ -543,6 +553,7 @@ FRAMES = {  # of the trace of twelve positions, of which seven are free
     "confidence": ({"steps": 4}, 5),
     "entropy_bounded": ({"gamma": 0.0}, 8),
     "token_confidence": ({"steps": 3}, 4),
+    "planned": ({"calls": 4}, 5),
     "remdm": ({"steps": 5, "eta": 0.5}, None),  # as many as its draws need
     "semi_autoregressive": (
         {"block_length": 3, "inner": sedd.samplers.options("ordered", steps=2)},
@@ -563,9 +574,10 @@ TIMED = ("euler", "tweedie", "best_of_n")
 def test_the_trace_of_every_sampler(model, name):
     """From masks to the result, what is given standing still, no mask left at the end."""
     options, frames = FRAMES[name]
+    options = {**options, **profile_if_planned(name, model, 12)}
     clamps = [
         from_infill(model.tokenizer, "ab{mask:4}cde{mask:3}"),
-        from_prompt(model.tokenizer, 5, prompt="ab"),
+        from_prompt(model.tokenizer, 12 if name == "planned" else 5, prompt="ab"),
     ]
     result = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
     mask_id = model.process.mask_id

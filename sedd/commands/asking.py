@@ -19,6 +19,7 @@ from sedd.commands.answers import Asked, Program
 from sedd.commands.sample_flags import (
     SampleCommand,
     one_or_each,
+    read_profile,
     read_schema,
     reshape_numbers,
 )
@@ -33,9 +34,10 @@ from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.ordered import Ordered
+from sedd.samplers.planned import Profile
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import TextVerifier, text_verifier
-from sedd.sampling import NUMBERS, reshape_of
+from sedd.sampling import NUMBERS, check_profile, reshape_of
 
 TRACED = 64  # sequences on a trace page, which holds every frame of each of them
 REFUSALS = 20  # printed refusals: a file that holds no requests at all may have thousands of lines
@@ -52,6 +54,7 @@ class Asking:
         model: the model that will draw.
         processor: the user's logit processor, or None.
         verifier: the user's verifier, or None.
+        profile: the price profile for the sampler planned, or None.
         samplers: the samplers built so far, by the ``sampler`` object of a request's line as JSON.
             Lines with equal objects must get the same sampler, because a compiled program is looked
             up by its sampler.
@@ -61,15 +64,16 @@ class Asking:
     model: sedd.Model
     processor: Any
     verifier: TextVerifier | None
+    profile: Profile | None
     samplers: dict[str, Sampler] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, command: SampleCommand, model: sedd.Model) -> "Asking":
-        """Load the user's functions and build the sampler of the flags.
+        """Load the user's functions and the price profile, and build the sampler of the flags.
 
         Raises:
-            UserError: a function cannot be loaded, the sampler does not go with the model, or the
-                model has no tokenizer.
+            UserError: a function or the profile cannot be loaded, the sampler or the profile does
+                not go with the model, or the model has no tokenizer.
         """
         processor = verifier = None
         if command.logit_processor is not None:
@@ -78,7 +82,13 @@ class Asking:
         if command.verifier is not None:
             function = load_function(command.verifier, "--verifier")
             verifier = text_verifier(function, model.tokenizer, command.verifier)
-        asking = cls(command=command, model=model, processor=processor, verifier=verifier)
+        asking = cls(
+            command=command,
+            model=model,
+            processor=processor,
+            verifier=verifier,
+            profile=read_profile(command),
+        )
         asking.sampler({}, reshape_numbers(command))
         if model.tokenizer is None:
             raise UserError(
@@ -104,7 +114,10 @@ class Asking:
             check_changes(changes, options)
             options = options.updated(changes)
             check_integers(options)
-            sampler = build_sampler(options, self.model.schedule, verifier=self.verifier)
+            sampler = build_sampler(
+                options, self.model.schedule, verifier=self.verifier, profile=self.profile
+            )
+            check_profile(sampler, self.model)
             self.samplers[spelt] = sampler
         sampler = self.samplers[spelt]
         reshape = reshape_of(1, numbers, self.processor)
@@ -144,6 +157,7 @@ class Asking:
         numbers = {**reshape_numbers(command), **own}
         sampler = self.sampler(request.sampler or {}, numbers)
         check_order(sampler, clamp.length)
+        check_profile(sampler, self.model, clamp.length)
         return Asked(request, clamp, spans, sampler, numbers)
 
     @contextlib.contextmanager

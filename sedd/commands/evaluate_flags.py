@@ -71,6 +71,10 @@ class EvaluateCommand:
     consistency: Annotated[int | None, unset("PAIRS")] = None
     """Test, at this many pairs of adjacent positions, whether the model's conditionals belong to
     one joint distribution."""
+    price: Annotated[tuple[int, ...] | None, unset("CALLS [CALLS ...]")] = None
+    """Measure what these numbers of network calls for a text cost in nats, if each call reveals
+    several tokens, on the text of the first data set. --json then holds the profile for the
+    sampler planned."""
     report: Annotated[Path | None, unset("FILE.html")] = None
     """Write all results to one HTML page."""
     resume: Annotated[Path | None, unset("FILE.jsonl")] = None
@@ -90,6 +94,8 @@ class EvaluateCommand:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+        if self.price == ():
+            raise ValueError("--price needs numbers of network calls, such as 1 4 16 64")
         if self.data == ():
             raise ValueError("--data needs a value")
         if self.judge is not None and self.samples is None:

@@ -4,6 +4,7 @@
 
 - ``--samples``: statistics of samples against as many real texts of the same length.
 - ``--judge``: generative perplexity of both under another model, and MAUVE of its features.
+- ``--price``: nats per token if several tokens are revealed in a network call.
 - ``--consistency``: whether the model's conditionals at pairs of positions belong to one joint
   distribution.
 """
@@ -21,18 +22,22 @@ import jax.numpy as jnp
 
 from sedd.commands.evaluate_flags import EvaluateCommand
 from sedd.errors import UserError, did_you_mean
+from sedd.evaluating import price_of
 from sedd.evaluation.consistency import consistency, draw_pairs
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.generative_perplexity import generative_perplexity
 from sedd.evaluation.judges import Judge, WindowJudge, hugging_face_judge
 from sedd.evaluation.mauve import mauve
 from sedd.evaluation.monte_carlo import REPLICATES, sequence_nats
+from sedd.evaluation.price_draws import check_model, check_scored
+from sedd.evaluation.price_report import price_figures, price_section
 from sedd.evaluation.report import Section, write_html
 from sedd.evaluation.scoring import EvaluationResult
 from sedd.evaluation.smollm2 import load_smollm2
 from sedd.evaluation.statistics import compare
 from sedd.evaluation.tables import detail_table, summary_table, title
 from sedd.model import Model, load
+from sedd.progress import Activity, track
 
 # Consistency is computed on all pairs of tokens if the vocabulary has at most this many tokens, and
 # on the 128 most likely tokens otherwise.
@@ -76,8 +81,11 @@ class Comparisons:
 
         Raises:
             UserError: there are fewer than 2 samples or rows of ``data``, or fewer pairs of
-                neighbouring scored positions than ``--consistency`` asks for.
+                neighbouring scored positions than ``--consistency`` asks for; or the price does not
+                exist for the model, the rows or a number of calls.
         """
+        if self.command.price is not None:
+            self._check_price(self.command.price, data)
         if self.samples is not None and min(len(self.samples), len(data.chosen)) < 2:
             raise UserError(
                 f"--samples {self.command.samples}: at least 2 samples and 2 rows of text are "
@@ -101,13 +109,16 @@ class Comparisons:
             UserError: a test cannot be computed from these samples.
         """
         sections, figures = [], {}
-        if self.samples is not None:
-            try:
-                sections += self._of_samples(self.samples, data, figures)
-            except ValueError as error:
-                raise UserError(f"--samples {self.command.samples}: {error}") from error
-        if self.command.consistency is not None:
-            sections.append(self._of_conditionals(data, self.command.consistency, figures))
+        if self.command.price is not None:
+            sections.append(self._of_parallelism(data, self.command.price, figures))
+        with Activity("comparing samples and conditionals"):
+            if self.samples is not None:
+                try:
+                    sections += self._of_samples(self.samples, data, figures)
+                except ValueError as error:
+                    raise UserError(f"--samples {self.command.samples}: {error}") from error
+            if self.command.consistency is not None:
+                sections.append(self._of_conditionals(data, self.command.consistency, figures))
         return sections, figures
 
     @property
@@ -127,6 +138,35 @@ class Comparisons:
             figures["generative_perplexity"] = judged.to_json()
             sections += [judged.section(), mauve_section(self.judge, samples, real, figures)]
         return [*sections, Section(title="Samples", samples=samples[:SHOWN])]
+
+    def _check_price(self, calls: Sequence[int], data: DataSet) -> None:
+        """Check that the price of each number of calls can be measured on the rows of ``data``."""
+        try:
+            check_model(self.model.denoiser)
+            check_scored(data.counts.sum() == len(data.chosen) * data.length)
+        except UserError as error:
+            raise UserError(f"--price: {error}") from error
+        for number in calls:
+            if not 1 <= number <= data.length:
+                raise UserError(
+                    f"--price {number}: calls must be from 1 to {data.length}, the tokens of a row"
+                )
+
+    def _of_parallelism(
+        self, data: DataSet, calls: Sequence[int], figures: dict[str, Any]
+    ) -> Section:
+        """Measure the price of parallelism; adds the figures and the profile to ``figures``."""
+        price = price_of(
+            self.model,
+            data,
+            self._key,
+            draws=self.command.protocol.draws,
+            batch_size=self.command.batch_size,
+            track=track,
+        )
+        rows = price_figures(price, self.model.schedule, calls)
+        figures["price"] = {**price.to_json(), "figures": [row.to_json() for row in rows]}
+        return price_section(price, rows)
 
     def _of_conditionals(self, data: DataSet, pairs: int, figures: dict[str, Any]) -> Section:
         """Test at pairs of adjacent positions whether the conditionals belong to one joint."""

@@ -23,14 +23,18 @@ from sedd.commands.sampler_flags import (
     nested_type,
     pick,
     refuse_flags_of_others,
+    sampler_options,
 )
 from sedd.commands.user_code import load_function
 from sedd.configuration.build import default_sampler_of
 from sedd.configuration.components import Options, makers
 from sedd.errors import UserError
+from sedd.evaluation.price import Price
 from sedd.files import check_writable
 from sedd.interop.layouts import find_config, read_layout
 from sedd.model import read_config
+from sedd.samplers.base import SamplerOptions
+from sedd.samplers.planned import Profile
 from sedd.sampling import NUMBERS, reshape_of
 
 TITLE = "Draw text from a trained model: from nothing, after a prompt, or into gaps."
@@ -99,6 +103,9 @@ class SampleCommand:
     verifier: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
     """A function from a list of texts to one score each, higher is better; for the samplers
     best_of_n and particle."""
+    profile: Annotated[Path | None, unset("FILE.json")] = None
+    """Price profile of the model, for the sampler planned: the file of evaluate.py --price 1 4 16
+    --json FILE.json."""
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
     id, text, tokens, calls, entropy (in nats, of the frequencies of its tokens), seed and, of a
@@ -265,7 +272,37 @@ def check_functions(command: SampleCommand) -> None:
         )
     if command.logit_processor is not None:
         load_function(command.logit_processor, "--logit-processor")
+    read_profile(command)
     reshape_numbers(command)
+
+
+def read_profile(command: SampleCommand) -> Profile | None:
+    """Read the file of ``--profile``; None if the sampler is not planned.
+
+    Raises:
+        UserError: planned has no profile, another sampler has one, or the file cannot be read.
+    """
+    names, options = [command.sampler.name], sampler_options(command.sampler)
+    while isinstance(options.values.get("inner"), SamplerOptions):
+        options = options.values["inner"]
+        names.append(options.name)
+    takers = [name for name in names if "profile" in fields_of(name)]
+    if command.profile is None:
+        if takers:
+            raise UserError(
+                f"sampler {takers[0]!r} needs --profile FILE.json, which evaluate.py --price 1 4 "
+                "16 --json FILE.json writes"
+            )
+        return None
+    if not takers:
+        raise UserError(
+            f"--profile {command.profile}: sampler {names[-1]!r} takes no profile; planned does"
+        )
+    try:
+        return Price.load(command.profile).profile
+    except UserError as error:
+        problem = str(error).removeprefix(f"{command.profile.expanduser()}: ")
+        raise UserError(f"--profile {command.profile}: {problem}") from error
 
 
 def reshape_numbers(command: SampleCommand) -> dict[str, Any]:

@@ -60,9 +60,12 @@ def pick(name: str | None, inner: str | None, innermost: str | None) -> list[typ
 def _wraps(outer: str, inner: str, nested: bool) -> bool:
     """Whether ``outer`` may wrap ``inner``; if ``nested``, ``inner`` may not wrap a further one.
 
-    A search (a sampler with a verifier) cannot be an inner sampler.
+    A search (a sampler with a verifier) cannot be an inner sampler, and a sampler with a profile,
+    which plans whole sequences, cannot fill blocks.
     """
     fields = fields_of(inner)
+    if "profile" in fields and "block_length" in fields_of(outer):
+        return False
     return inner != outer and "verifier" not in fields and not (nested and "inner" in fields)
 
 

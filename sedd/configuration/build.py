@@ -23,12 +23,14 @@ from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError, fields_within, mistakes_in
+from sedd.evaluation.price import Price
 from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
 from sedd.parameterizations.any_subset import AnySubset
 from sedd.parameterizations.base import Parameterization
 from sedd.processes.base import Process
 from sedd.samplers.base import Sampler, SamplerOptions
+from sedd.samplers.planned import Profile
 from sedd.samplers.verifier import Verifier
 from sedd.schedules import NoiseSchedule
 from sedd.training.optimizer import make_optimizer
@@ -152,6 +154,7 @@ def build_sampler(
     schedule: NoiseSchedule,
     *,
     verifier: Verifier | None = None,
+    profile: Price | Profile | str | Path | None = None,
     **values: Any,
 ) -> Sampler:
     """Build a sampler from its name and options, and the samplers that it wraps.
@@ -160,16 +163,21 @@ def build_sampler(
         sampler: the name, or the name with its options.
         schedule: the noise schedule of the model.
         verifier: the scoring function of a search (best_of_n, particle).
+        profile: the price profile of planned, or of a search whose inner sampler is planned: a
+            ``Price`` or its file.
         values: more options. ``inner`` of a sampler that wraps another one is a name, options or
             a sampler; event_jump by default.
 
     Raises:
-        UserError: the name or an option is unknown, ``inner`` or ``verifier`` is given to a sampler
-            that takes none, or the verifier of a search is missing.
-        FieldError: a value is out of range; the field is a path such as ``inner.steps``.
+        UserError: the name or an option is unknown, ``inner``, ``verifier`` or ``profile`` is given
+            to a sampler that takes none, or the verifier of a search or the profile of planned is
+            missing.
+        FieldError: a value is out of range, or the file of the profile cannot be read; the field is
+            a path such as ``inner.steps``.
     """
     if isinstance(sampler, SamplerOptions):
         name, values = sampler.name, {**sampler.values, **values}
+        profile = values.pop("profile", profile)
     else:
         name = sampler
     fields = {field.name for field in dataclasses.fields(maker("samplers", name))}
@@ -177,20 +185,41 @@ def build_sampler(
     for what, given, takers in (
         ("inner", values.get("inner"), "semi_autoregressive, best_of_n and particle"),
         ("verifier", verifier, "best_of_n and particle"),
+        ("profile", None if "inner" in fields else profile, "planned"),
     ):
         if given is not None and what not in fields:
-            raise UserError(f"sampler {name!r} takes no {what}; {takers} do")
+            verb = "do" if " and " in takers else "does"
+            raise UserError(f"sampler {name!r} takes no {what}; {takers} {verb}")
     inner = values.pop("inner", None) or "event_jump"
     if "verifier" in fields:
         if verifier is None:
             raise UserError(f"sampler {name!r} needs a verifier: a function that scores texts")
         context["verifier"] = verifier
+    if "profile" in fields:
+        if profile is None:
+            raise UserError(
+                f"sampler {name!r} needs a profile: the price of the model, as sedd.price or "
+                "evaluate.py --price … --json FILE measure it"
+            )
+        with mistakes_in("profile"):
+            context["profile"] = _profile(profile)
     if "inner" in fields:
         if not isinstance(inner, Sampler):
             with fields_within("inner"):
-                inner = build_sampler(inner, schedule)
+                inner = build_sampler(inner, schedule, profile=profile)
         context["inner"] = inner
     return build("samplers", name, **context, **values)
+
+
+def _profile(profile: Price | Profile | str | Path) -> Profile:
+    """The profile of a measured price or of its file; UserError if it is none."""
+    if isinstance(profile, str | Path):
+        profile = Price.load(profile)
+    if isinstance(profile, Price):
+        return profile.profile
+    if not isinstance(profile, Profile):
+        raise UserError(f"must be a Price or its file, got {profile!r}")
+    return profile
 
 
 def build_step(config: Config, parts: Parts) -> Step:

@@ -178,13 +178,44 @@ def score_sequences(
     Args:
         denoiser: the model.
         schedule: its noise schedule.
-        key: the key of sequence i is ``fold_in(key, i)``, where i is its place in the corpus. The
-            estimates therefore do not depend on the batches or on the devices.
+        key: see ``estimates``.
         batches: pairs of tokens x0_BL and of scored_BL, each of any size; empty ones are skipped.
         estimate: a hashable function with the positional arguments of ``sequence_nats``.
         first: the place in the corpus of the first sequence, for an evaluation that is resumed.
         count_text: maps the ids of scored tokens to (characters, bytes) of their text.
         devices: the devices to use; all local ones by default.
+    """
+    options = {"first": first, "devices": devices}
+    for x0_BL, scored_BL, nats in estimates(denoiser, schedule, key, batches, estimate, **options):
+        yield _on_host(nats, x0_BL, scored_BL, count_text)
+
+
+def estimates(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    key: Key[Array, ""],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    estimate: Callable[..., Any],
+    *,
+    first: int = 0,
+    devices: Sequence[Any] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+    """Run an estimate on each batch on all local devices.
+
+    Args:
+        denoiser: the model.
+        schedule: its noise schedule.
+        key: the key of sequence i is ``fold_in(key, i)``, where i is its place in the corpus. The
+            estimates therefore do not depend on the batches or on the devices.
+        batches: pairs of tokens x0_BL and of scored_BL, each of any size; empty ones are skipped.
+        estimate: a hashable function of (denoiser, schedule, keys_B, x0_BL, scored_BL) that returns
+            arrays with a row for each sequence.
+        first: the place in the corpus of the first sequence.
+        devices: the devices to use; all local ones by default.
+
+    Yields:
+        x0_BL, scored_BL, and the estimate of the batch. The estimate may have more rows than the
+        batch; those behind the batch only fill it.
     """
     devices = jax.local_devices() if devices is None else devices
     mesh = Mesh(np.asarray(devices), ("devices",))
@@ -208,7 +239,7 @@ def score_sequences(
             mesh=mesh,
             estimate=estimate,
         )
-        yield _on_host(nats, x0_BL, scored_BL, count_text)
+        yield x0_BL, scored_BL, nats
         first += size
 
 

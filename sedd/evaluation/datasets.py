@@ -74,6 +74,11 @@ class DataSet:
         return self.source.rows(self.chosen[places])
 
     @property
+    def length(self) -> int:
+        """Tokens in a row, padding included."""
+        return self.rows(0, 1)[0].shape[1]
+
+    @property
     def num_rows_not_evaluated(self) -> int:
         """Rows of the split that are not evaluated, because ``max_sequences`` leaves them out."""
         return self.source.num_rows - len(self.chosen)

@@ -10,6 +10,8 @@ from .euler import Euler as Euler
 from .event_jump import EventJump as EventJump
 from .ordered import Ordered as Ordered
 from .particle import Particle as Particle
+from .planned import Planned as Planned
+from .planned import Profile as Profile
 from .remdm import ReMDM as ReMDM
 from .semi_autoregressive import SemiAutoregressive as SemiAutoregressive
 from .token_confidence import TokenConfidence as TokenConfidence

@@ -40,6 +40,10 @@ class SemiAutoregressive(SteppedSampler):
             raise FieldError(
                 "inner", "must not be best_of_n or particle: they draw whole sequences"
             )
+        if hasattr(self.inner, "profile"):
+            raise FieldError(
+                "inner", "must not be planned: its groups are those of a whole sequence"
+            )
 
     @property
     def caveat(self):

@@ -1,5 +1,9 @@
 """Constraints in the samplers: whatever the sampler and its steps, the result matches."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
+
 import dataclasses
 import json
 import math
@@ -51,6 +55,7 @@ SAMPLERS = {
     "confidence": ["steps"],
     "entropy_bounded": [],
     "token_confidence": ["steps"],
+    "planned": ["steps"],
     "remdm": ["steps"],
     "semi_autoregressive": ["steps"],
     "best_of_n": ["steps"],
@@ -123,6 +128,8 @@ def assert_all_match(result, patterns=REGEXES):
 )
 def test_every_sampler_always_matches(model, automata, name, steps):
     options = {} if steps is None else {"steps": steps}
+    if name == "planned":
+        options = {"calls": steps, "profile": tiny_run.profile_of(model, LENGTH)}
     if name in ("semi_autoregressive", "best_of_n", "particle"):
         options = {"inner": sedd.samplers.options("event_jump", **options)}
     if name == "semi_autoregressive":

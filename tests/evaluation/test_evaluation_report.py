@@ -14,6 +14,7 @@ import tiny_run
 import sedd
 from sedd.commands.evaluate_report import judge_of, read_samples
 from sedd.errors import UserError
+from sedd.evaluation.price import Price
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def test_everything_on_one_page_and_in_json(place):
     ran = evaluate(
         *(place, "radd", "--samples", place / "samples.jsonl", "--judge", place / "ar"),
         *("--consistency", 2, "--report", place / "r.html", "--json", place / "r.json"),
+        *("--price", 1, 6, 48),
     )
     assert ran.code == 0, ran.err
     figures = json.loads((place / "r.json").read_text())
@@ -47,15 +49,41 @@ def test_everything_on_one_page_and_in_json(place):
     assert 0 < figures["mauve"]["score"] <= 1
     assert str(place / "ar") in figures["mauve"]["features"]
     page = (place / "r.html").read_text()
-    for title in ("Upper bound", "Samples", "consistent"):
+    for title in ("Upper bound", "Samples", "consistent", "What parallelism costs"):
         assert title in page
     assert "<script" not in page
     assert "prefers-color-scheme: dark" in page
     assert "the figures are exact" not in page
     for told in ("step 4", f"sedd {sedd.__version__}", f"jax {jax.__version__}", " UTC"):
         assert told in page
-    for printed in ("stop words", "Arnold–Gokhale"):
+    for printed in ("stop words", "Arnold–Gokhale", "best plan", "Bits per token"):
         assert printed in ran.out
+
+
+def test_the_price_in_json_is_the_profile_of_planned(place, tmp_path):
+    """The file of the test above."""
+    if not (place / "r.json").exists():
+        test_everything_on_one_page_and_in_json(place)
+    figures, price = json.loads((place / "r.json").read_text()), Price.load(place / "r.json")
+    assert price.model == sedd.load(place / "radd").digest == figures["model"]
+    assert (price.length, price.num_sequences, price.draws) == (48, 60, 4)
+    one, six, whole = rows = figures["price"]["figures"]
+    assert [row["calls"] for row in rows] == [1, 6, 48]
+    assert (six["groups"], whole["groups"]) == (price.plan(6), [1] * 48)
+    assert (six["plan_nats"], six["plan_error"]) == price.plan_nats(6)
+    assert (six["equal_nats"], six["equal_error"]) == price.nats_per_token([8] * 6)
+    # One call: the tokens of all sequences given masks alone, in any order.
+    assert one["plan_nats"] == pytest.approx(price.nats_by_known[0])
+    for row in rows:
+        assert row["event_jump_calls"] <= row["calls"] + 1e-6
+    # Interpolated between four levels, for conditionals that hardly depend on what is known.
+    assert abs(whole["plan_nats"] - figures["nats_per_token"]) < 4 * whole["plan_error"]
+    ran = tiny_run.call(
+        *("sample", "--checkpoint", place / "radd", "--sampler", "planned", "--calls", 5),
+        *("--profile", place / "r.json", "--output", tmp_path / "out.jsonl"),
+    )
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "out.jsonl").read_text())["calls"] == 5
 
 
 def test_few_samples_have_no_mauve_and_it_says_so(place):
@@ -117,9 +145,12 @@ def test_features_have_seen_the_last_token(place):
     found = judge.features(texts)
     assert np.abs(found[0] - found[1]).max() > 0.01
     for text, feature in zip(texts, found, strict=True):
-        [ids] = model.tokenizer.encode_batch([text])
+        [ids] = model.text_reader.tokenizer.encode_batch([text])
         x_1L = jnp.asarray([[*ids, 1]])  # whatever follows
         np.testing.assert_allclose(model.denoiser.hidden(x_1L)[0][0, len(ids)], feature, atol=1e-5)
+
+
+PADDED = ("--price", 4, "--cut", "whole", "--max-sequences", 9999)  # the last row is padded
 
 
 @pytest.mark.parametrize(
@@ -128,12 +159,26 @@ def test_features_have_seen_the_last_token(place):
         (("--judge", "smollm2"), "--judge smollm2 takes --samples FILE.jsonl, which is missing"),
         (("--consistency", 0), "consistency must be at least 1, got 0"),
         (("--samples", "none.jsonl"), "--samples none.jsonl: No such file"),
+        (("--price",), "--price needs"),
+        (("--price", "few"), "--price: "),
+        (("--price", 4, 0), "--price 0: calls must be from 1 to 48, the tokens of a row"),
+        (("--price", 49), "--price 49: calls must be from 1 to 48, the tokens of a row"),
+        (PADDED, "--price: some rows have padding or given tokens, and the price is that of texts"),
     ],
 )
 def test_flags_that_do_not_fit(place, arguments, message):
     ran = evaluate(place, "radd", *arguments)
     assert ran.code == 2
     assert message in ran.errors[0]
+
+
+def test_an_autoregressive_model_has_no_price(place):
+    ran = evaluate(place, "ar", "--price", 4)
+    assert ran.code == 2
+    assert ran.errors == [
+        "error: --price: an autoregressive model has no price of parallelism: it draws one token a "
+        "call"
+    ]
 
 
 def test_samples_end_where_json_lines_do(tmp_path):
