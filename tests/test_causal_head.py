@@ -305,11 +305,11 @@ def test_a_run_trains_the_head_only_and_prints_its_gain(trained, trunk):
     total = sum(x.size for x in jax.tree.leaves(params))
     assert outcome.out.startswith(f"{total:,} parameters ({count:,} of them trained) · ")
     [start] = [i for i, line in enumerate(outcome.out.splitlines()) if "masked token" in line]
-    causal, both, *_ = outcome.out.splitlines()[start + 1 :]
+    causal, both, difference, *_ = outcome.out.splitlines()[start + 1 :]
     assert causal.endswith("by the causal head")
     assert "by the trunk" in both
     assert float(both.split()[0]) - float(causal.split()[0]) == pytest.approx(
-        float(both.split(": ")[1].split()[0]), abs=2e-4
+        float(difference.removeprefix("  difference: ").split()[0]), abs=2e-4
     )
     kept = {name: params[name] for name in ("trunk", "head")}
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, before.denoiser.params))

@@ -335,6 +335,8 @@ def conclude(
 ) -> None:
     """Print the last validation beside two baselines on the same tokens, and list the files.
 
+    The figures of a causal head are compared with those of its trunk instead.
+
     Args:
         workdir: the directory of the run, whose ``metrics.jsonl`` holds the validation.
         data: the corpus, for the trigram model.
@@ -356,8 +358,8 @@ def conclude(
         console.print(
             f"\nvalidation at step {last['step']:,}, nats per masked token, ± standard error\n"
             f"  {nats:.4f} ± {error:.4f} by the causal head\n"
-            f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently: "
-            f"{gain:.4f} ± {last['validation_gain_error']:.4f} more\n{files}"
+            f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently\n"
+            f"  difference: {gain:.4f} ± {last['validation_gain_error']:.4f}\n{files}"
         )
         return
     sign = "=" if exact else "≤"
