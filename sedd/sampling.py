@@ -42,6 +42,9 @@ class SampleResult:
     """Token ids [B, L]; a shorter sequence is filled up with 0s to the longest, L."""
     calls: np.ndarray
     """Network calls for each sequence, [B]: guidance and the candidates of a search included."""
+    rows: np.ndarray
+    """Rows that each sequence had in the batches of these calls, [B]: one a call, except where a
+    sampler calls the network with several versions of a sequence."""
     text: list[str] | None
     """The decoded sequences; None without a tokenizer."""
     trace: np.ndarray | None
@@ -51,6 +54,9 @@ class SampleResult:
     in their times."""
     score: np.ndarray | None
     """The verifier's scores, [B]; None without a verifier."""
+    log_prob: np.ndarray | None
+    """Log probability in nats of the drawn tokens given the given ones, [B], in the order in which
+    they were drawn, with temperature and the like; None if the sampler does not compute it."""
 
 
 @partial(jax.jit, static_argnames=("sampler", "trace"))
@@ -382,10 +388,12 @@ def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]
     return SampleResult(
         tokens=tokens[:num, :longest],
         calls=calls[:num],
+        rows=np.asarray(samples.rows_B)[:num],
         text=text,
         trace=trace,
         times=times,
         score=None if score is None else score[:num],
+        log_prob=None if samples.log_prob_B is None else np.asarray(samples.log_prob_B)[:num],
     )
 
 

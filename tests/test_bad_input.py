@@ -245,7 +245,7 @@ LATER = "needs a time-independent model: this one depends on the noise level (eu
 UNMASKED = "needs a model of the absorbing process; in the process of this model visible tokens"
 NEEDS = " needs --verifier FILE.py:FUNCTION, a function from a list of texts to a score each"
 PROCESSOR = "--sampler ordered --logit-processor {place}/code.py"
-WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm"  # not planned
+WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm, speculative"  # not planned
 SAMPLERS = [  # of the options of sampling
     ("--temperature -1", "--temperature must be finite and at least 0, got -1.0"),
     ("--temperature nan", "--temperature must be finite and at least 0, got nan"),
@@ -331,6 +331,16 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler ordered --order 3,3", "--order must be forward, .* such as 3,0,2, got '3,3'"),
     ("--sampler ordered --order x", "--order must be forward, .* such as 3,0,2, got 'x'"),
     ("--sampler ordered --order -1,2", "--order must be forward, .* such as 3,0,2, got '-1,2'"),
+    ("--sampler speculative --draft stael", "--draft: .*'stael'"),
+    ("--sampler speculative --lookahead 0", "--lookahead must be at least 1, got 0"),
+    (
+        "--sampler speculative --lookahead 1",
+        "--lookahead must be at least 2, got 1: a single",
+    ),
+    ("--sampler speculative --order 1,1", "--order must be forward, .* such as 3,0,2, got '1,1'"),
+    ("--sampler speculative --order 12", "--order: there is no position 12 in a length of 12"),
+    ("--sampler speculative --regex a+", "sampler 'speculative' takes no constraint: the tokens"),
+    ("--checkpoint {place}/sedd --sampler speculative", f"sampler 'speculative' {LATER}"),
     ("--sampler ordered --order 3,12", "--order: there is no position 12 in a length of 12"),
     ("--sampler ordered --order 99999999999", "--order: there is no position 99999999999 in a"),
     (
@@ -344,7 +354,7 @@ SAMPLERS = [  # of the options of sampling
     # Flags of another sampler.
     ("--gamma 0.1", "--gamma: it is a flag of entropy_bounded, not of event_jump"),
     ("--sampler euler --block-length=3", "--block-length: it is a flag of semi_autoregressive, no"),
-    ("--sampler tweedie --order x", "--order: it is a flag of ordered, not of tweedie"),
+    ("--sampler tweedie --order x", "--order: it is a flag of ordered and speculative, not of tw"),
     ("--sampler best_of_n --t_on 1 {score}", "--t_on: it is a flag of remdm, not of best_of_n"),
     ("--sampler entropy_bounded --gama 1", "unrecognized option --gama; did you mean --gamma?"),
     ("--sampler best_of_n --inner.t-on 1 {score}", "--inner.t-on: .* of remdm, not of event_jump"),

@@ -26,6 +26,7 @@ from sedd.processes.absorbing import Absorbing
 from sedd.processes.uniform import Uniform
 from sedd.samplers.confidence import Confidence
 from sedd.samplers.event_jump import EventJump
+from sedd.samplers.speculative import Speculative
 from sedd.samplers.tweedie import Tweedie
 from sedd.schedules import LogLinear
 
@@ -69,6 +70,10 @@ PROGRAMS = {
         EventJump(schedule=LOG_LINEAR, steps=8),
     ),
     "confidence": (Conditional(process=Absorbing(num_tokens=N)), Confidence(schedule=LOG_LINEAR)),
+    "speculative": (
+        Conditional(process=Absorbing(num_tokens=N)),
+        Speculative(schedule=LOG_LINEAR, bonus=True),
+    ),
     "control": (Score(process=Absorbing(num_tokens=N)), every_log_score),
 }
 

@@ -306,7 +306,7 @@ def test_what_an_answer_holds(model):
     asked = [asked_of(model, request)]
     ((one,),) = answering(model, asked, 32, traced=1).answers(asked)
     line = json.loads(json.dumps(one.to_json()))
-    assert line.keys() == {"id", "text", "tokens", "calls", "entropy", "seed"}
+    assert line.keys() == {"id", "text", "tokens", "calls", "rows", "entropy", "seed"}
     assert (line["id"], line["calls"], line["seed"]) == ("x", 5, 9)
     assert line["text"] == model.tokenizer.decode(line["tokens"])
     assert line["text"].startswith("ab")

@@ -36,6 +36,7 @@ FLAGS = {  # of every sampler, so that each does some of its own
     "planned": "--calls 3 --profile {place}/price.json",
     "remdm": "--steps 6 --eta 0.5",
     "semi_autoregressive": "--block-length 4 --inner confidence --inner.by max_probability",
+    "speculative": "--draft stale --lookahead 3 --bonus --order random",
     "best_of_n": "--n 2 --inner tweedie --inner.steps 2 --verifier {code}:vowels",
     "particle": "--particles 2 --tilt 2 --resample-every 2 --verifier {code}:vowels",
 }
@@ -218,7 +219,10 @@ def test_what_is_written(place, tmp_path, sampler):
         *("--output", tmp_path / "out.jsonl", "--trace", page),
     )
     lines = read(tmp_path / "out.jsonl")
-    fields = {"id": int, "text": str, "tokens": list, "calls": int, "entropy": float, "seed": int}
+    fields = {"id": int, "text": str, "tokens": list, "calls": int, "rows": int}
+    fields |= {"entropy": float, "seed": int}
+    if sampler == "speculative":
+        fields["log_prob"] = float
     if sampler in SEARCHES:
         fields["score"] = float
     trace = page.read_text()
@@ -237,7 +241,12 @@ def test_what_is_written(place, tmp_path, sampler):
         assert 1 <= line["calls"] <= 2 * 2 * 7  # candidates, and completions of each round
         if sampler in SEARCHES:
             assert line["score"] == pytest.approx(vowels(line["text"]), abs=1e-6)
-        said = f"{line['id']} · seed {line['seed']} · {line['calls']} network calls · "
+        said = f"{line['id']} · seed {line['seed']} · {line['calls']} network calls"
+        if sampler == "speculative":
+            said += f" of {line['rows']} rows · {7 / line['calls']:.2f} tokens a call"
+        else:
+            assert line["rows"] == line["calls"]
+        said += " · "
         assert said + f"entropy {line['entropy']:.2f} nats" in result.out
         assert line["text"] in result.out
         pieces = (TOKENIZER.decode([token], keep_eos=True) for token in line["tokens"])
@@ -247,7 +256,7 @@ def test_what_is_written(place, tmp_path, sampler):
         )
         assert html.escape(final) in trace
     assert f"wrote 2 samples to {tmp_path / 'out.jsonl'}\nwrote {page}\n" in result.out
-    for option in FLAGS[sampler].split()[::2]:
+    for option in (word for word in FLAGS[sampler].split() if word.startswith("--")):
         if option not in ("--inner", "--verifier", "--profile"):
             assert f"<dt>{option[2:].replace('-', '_')}</dt>" in trace
     # A sequence is that of its seed: the second one is the first one of the seed after.
@@ -675,7 +684,8 @@ def test_help_says_what_each_option_of_a_sampler_is(monkeypatch, capsys, name):
     words = " ".join(re.findall(r"[^\s│─╭╮╰╯]+", out))
     for field in dataclasses.fields(options_type("samplers", name)):
         flag = field.name.replace("_", "-")
-        (said,) = re.findall(rf" --{flag} (?:[A-Z]+|{{\S+}})(.*?)(?=--|$|\(default)", words)
+        value = rf"(?: [A-Z]+| {{\S+}}|, --no-{flag})"
+        (said,) = re.findall(rf" --{flag}{value}(.*?)(?=--|$|\(default)", words)
         assert said.strip().endswith("."), f"--{flag}: {said!r}"
 
 

@@ -216,6 +216,7 @@ def compiled(model, texts, length, seed, **options):
     [
         {"sampler": "event_jump", "steps": 5},
         {"sampler": "confidence"},
+        {"sampler": "speculative", "lookahead": 3},
         {"sampler": "best_of_n", "n": 2, "verifier": vowels, "inner": FIVE_STEPS},
     ],
 )
@@ -390,7 +391,8 @@ def test_clamps_that_do_not_fit_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["event_jump", "ordered", "confidence", "entropy_bounded", "token_confidence"]
+    "name",
+    ["event_jump", "ordered", "confidence", "entropy_bounded", "token_confidence", "speculative"],
 )
 def test_a_sampler_says_which_model_it_needs(models, name):
     for kind, need in (("sedd", "time-independent"), ("uniform", "absorbing")):
@@ -472,6 +474,7 @@ NAN_OPTIONS = {
     "semi_autoregressive": {"inner": "confidence", "block_length": 4},
     "best_of_n": {"inner": "event_jump", "verifier": vowels, "n": 2},
     "particle": {"inner": "event_jump", "verifier": vowels, "particles": 2},
+    "speculative": {"lookahead": 2},
 }
 
 
@@ -479,7 +482,7 @@ NAN_OPTIONS = {
     "name",
     daily(
         sorted(makers("samplers")),
-        ["event_jump", "remdm", "particle"],
+        ["event_jump", "remdm", "speculative", "particle"],
     ),
 )
 def test_nan_ends_as_an_error_that_says_where(model, name):
@@ -563,6 +566,7 @@ FRAMES = {  # of the trace of twelve positions, of which seven are free
         {"n": 2, "verifier": vowels, "inner": sedd.samplers.options("tweedie", steps=5)},
         7,
     ),
+    "speculative": ({"lookahead": 2}, 5),  # two positions a round
     "particle": ({"particles": 2, "verifier": vowels, "resample_every": 2, "tilt": 3.0}, 8),
 }
 TIMED = ("euler", "tweedie", "best_of_n")
@@ -599,6 +603,7 @@ def test_the_trace_of_every_sampler(model, name):
         assert (np.diff(result.times) < 0).all()
         assert (result.times[0], result.times[-1]) == (1.0, 0.0)
     assert (result.score is not None) == (name in ("best_of_n", "particle"))
+    assert (result.log_prob is not None) == (name == "speculative")
 
 
 def test_a_result_is_without_padding(model):

@@ -67,8 +67,12 @@ class Answer:
     text: str
     calls: int
     """Network calls that the sequence needed."""
+    rows: int
+    """Rows that it had in the batches of these calls."""
     score: float | None
     """The verifier's score if the sampler is a search, else None."""
+    log_prob: float | None
+    """Log probability of the drawn tokens in nats; None if the sampler does not compute it."""
     frames: np.ndarray | None
     """Token ids at the start and after every round, [T, L], where a trace is kept."""
     times: np.ndarray | None
@@ -80,6 +84,15 @@ class Answer:
         drawn = self.tokens[~self.clamp.fixed_L]
         return unigram_entropy(np.bincount(drawn)) if len(drawn) else 0.0
 
+    @property
+    def work(self) -> str:
+        """The network calls, and where a call took several rows, what they achieved."""
+        calls = f"{self.calls} network calls"
+        if self.rows == self.calls:
+            return calls
+        tokens = int((~self.clamp.fixed_L).sum())
+        return f"{calls} of {self.rows} rows · {tokens / self.calls:.2f} tokens a call"
+
     def to_json(self) -> dict[str, Any]:
         """The line of the output file."""
         return {
@@ -87,9 +100,11 @@ class Answer:
             "text": self.text,
             "tokens": self.tokens.tolist(),
             "calls": self.calls,
+            "rows": self.rows,
             "entropy": round(self.entropy, 6),
             "seed": self.request.seed,
             **({} if self.score is None else {"score": self.score}),
+            **({} if self.log_prob is None else {"log_prob": self.log_prob}),
         }
 
 
@@ -192,9 +207,16 @@ class Answering:
                 tokens=result.tokens[row, : one.clamp.length],
                 text=result.text[row] if result.text else "",
                 calls=int(result.calls[row]),
-                score=None if result.score is None else float(str(result.score[row])),
+                rows=int(result.rows[row]),
+                score=_shortest(result.score, row),
+                log_prob=_shortest(result.log_prob, row),
                 frames=None if result.trace is None else result.trace[:, row, : one.clamp.length],
                 times=result.times,
             )
             for row, one in enumerate(batch)
         ]
+
+
+def _shortest(values: np.ndarray | None, row: int) -> float | None:
+    """A float32 as the float with its fewest digits; None without values."""
+    return None if values is None else float(str(values[row]))

@@ -34,8 +34,10 @@ from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.ordered import Ordered
+from sedd.samplers.orders import listed
 from sedd.samplers.planned import Profile
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
+from sedd.samplers.speculative import Speculative
 from sedd.samplers.verifier import TextVerifier, text_verifier
 from sedd.sampling import NUMBERS, check_profile, reshape_of
 
@@ -291,13 +293,14 @@ def parts(sampler: Sampler) -> Iterator[Sampler]:
 
 
 def check_order(sampler: Sampler, length: int) -> None:
-    """Check ``--order 3,0,2`` of the sampler ``ordered``, also as an inner sampler.
+    """Check ``--order 3,0,2`` of a sampler that has an order, also as an inner sampler.
 
     Raises:
         UserError: the order names a position beyond ``length`` tokens.
     """
     for depth, part in enumerate(parts(sampler)):
-        last = max(part.positions) if isinstance(part, Ordered) and part.order[0].isdigit() else -1
+        has_order = isinstance(part, Ordered | Speculative)
+        last = max(listed(part.order), default=-1) if has_order else -1
         if last >= length:
             raise UserError(
                 f"--{'inner.' * depth}order: there is no position {last} in a length of {length}, "

@@ -167,7 +167,7 @@ def show(one: Answer, tokenizer: Any) -> None:
     plain.
     """
     about = (
-        f"{printable(str(one.request.id))} · seed {one.request.seed} · {one.calls} network calls · "
+        f"{printable(str(one.request.id))} · seed {one.request.seed} · {one.work} · "
         f"entropy {one.entropy:.2f} nats"
     )
     if one.score is not None:

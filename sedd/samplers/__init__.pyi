@@ -14,5 +14,6 @@ from .planned import Planned as Planned
 from .planned import Profile as Profile
 from .remdm import ReMDM as ReMDM
 from .semi_autoregressive import SemiAutoregressive as SemiAutoregressive
+from .speculative import Speculative as Speculative
 from .token_confidence import TokenConfidence as TokenConfidence
 from .tweedie import Tweedie as Tweedie

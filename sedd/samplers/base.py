@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.schedules import NoiseSchedule
-from sedd.types import Array, Bool, Float, Int, Key
+from sedd.types import Array, Bool, Float, Int, Key, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -27,10 +27,12 @@ class Samples:
 
     tokens_BL: Int[Array, "B L"]
     calls_B: Int[Array, " B"]  # network calls that each sequence needed; guidance doubles them
+    rows_B: Int[Array, " B"]  # rows of the batches of these calls that belonged to the sequence
     trace_TBL: Int[Array, "T B L"] | None = None  # tokens at the start and after every round
     rounds: Int[Array, ""] | None = None  # rounds run; frames after them repeat the last one
     times_T: Float[Array, " T"] | None = None  # diffusion times of the trace's frames, 1 to 0
     score_B: Float[Array, " B"] | None = None  # scores of a search's verifier
+    log_prob_B: Float[Array, " B"] | None = None  # of the drawn tokens, if the sampler computes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,28 +173,44 @@ class State:
     free_BL: Bool[Array, "B L"]  # positions to draw; the others are given
     keys_B: Key[Array, " B"]
     calls_B: Int[Array, " B"]  # network calls so far; guidance is not counted here
+    rows_B: Int[Array, " B"]  # rows of the batches of these calls that belonged to the sequence
     round_B: Int[Array, " B"]  # rounds in which the sequence was active
     plan: Any  # a pytree of decisions made at the start, such as an order
+    log_prob_B: Float[Array, " B"] | None = None  # of the tokens drawn so far, in nats
 
-    def moved(self, x_BL: Int[Array, "B L"], called_B: Bool[Array, " B"], active_B) -> "State":
+    @classmethod
+    def starting(cls, keys_B: Key[Array, " B"], **fields: Any) -> "State":
+        """A state with these fields, before any round or network call."""
+        zero_B = jnp.zeros(len(keys_B), jnp.int32)
+        return cls(keys_B=keys_B, calls_B=zero_B, rows_B=zero_B, round_B=zero_B, **fields)
+
+    def called(self, calls_B: Shaped[Array, " B"], rows_B=None) -> "State":
+        """Return the state with further network calls, of one row each unless ``rows_B`` says more.
+
+        Args:
+            calls_B: network calls of each sequence; a boolean counts as 0 or 1.
+            rows_B: rows of their batches that belonged to the sequence.
+        """
+        rows_B = calls_B if rows_B is None else rows_B
+        return replace(self, calls_B=self.calls_B + calls_B, rows_B=self.rows_B + rows_B)
+
+    def moved(self, x_BL: Int[Array, "B L"], active_B: Bool[Array, " B"]) -> "State":
         """Return the state one round later, with new tokens at free positions of active rows.
 
         Args:
             x_BL: new tokens; ignored at given positions and in sequences that are not active.
-            called_B: sequences for which the network was called in this round.
             active_B: sequences that took part in this round.
         """
         return replace(
             self,
             x_BL=jnp.where(self.free_BL & active_B[:, None], x_BL, self.x_BL),
-            calls_B=self.calls_B + called_B,
             round_B=self.round_B + active_B,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedSampler(Sampler):
-    """A sampler that proceeds in rounds of at most one network call.
+    """A sampler that proceeds in rounds of one network call, or two (``speculative``).
 
     A call runs ``start``, and then ``advance`` while any sequence is ``active``.
     """
@@ -253,9 +271,11 @@ class SteppedSampler(Sampler):
         return Samples(
             tokens_BL=state.x_BL,
             calls_B=state.calls_B * denoiser.calls_each,
+            rows_B=state.rows_B * denoiser.calls_each,
             trace_TBL=None if frames is None else fill(frames, rounds),
             rounds=rounds,
             times_T=self.times() if trace else None,
+            log_prob_B=state.log_prob_B,
         )
 
 

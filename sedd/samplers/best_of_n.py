@@ -68,10 +68,12 @@ class BestOfN(Sampler):
         return Samples(
             tokens_BL=drawn.tokens_BL[best_B],
             calls_B=drawn.calls_B.reshape(batch, n).sum(1),
+            rows_B=drawn.rows_B.reshape(batch, n).sum(1),
             trace_TBL=None if drawn.trace_TBL is None else drawn.trace_TBL[:, best_B],
             rounds=drawn.rounds,
             times_T=drawn.times_T,
             score_B=score_Bn.max(1),
+            log_prob_B=None if drawn.log_prob_B is None else drawn.log_prob_B[best_B],
         )
 
 

@@ -5,11 +5,8 @@ arXiv:2406.03736, section 3.3.
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
-from sedd.errors import FieldError
-from sedd.samplers.noise import random_rank
-from sedd.samplers.reveal import Revealing, check_steps, dense_rank, group_of
+from sedd.samplers.orders import check_order, order_ranks
+from sedd.samplers.reveal import Revealing, check_steps, group_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +28,7 @@ class Ordered(Revealing):
 
     def __post_init__(self):
         check_steps(self.steps)
-        if self.order in ("forward", "backward", "random"):
-            return
-        try:
-            positions = self.positions
-        except ValueError:
-            positions = [-1]
-        if min(positions) < 0 or len(set(positions)) < len(positions):
-            raise FieldError(
-                "order",
-                "must be forward, backward, random, or distinct positions from 0 on such as "
-                f"3,0,2, got {self.order!r}",
-            )
-
-    @property
-    def positions(self) -> list[int]:
-        """The positions of a listed order; ValueError if ``order`` is no list of numbers."""
-        return [int(word) for word in self.order.split(",")]
+        check_order(self.order)
 
     @property
     def left_to_right(self):
@@ -55,18 +36,7 @@ class Ordered(Revealing):
 
     def make_plan(self, keys_B, free_BL):
         """The round in which each position is drawn."""
-        place_L = jnp.arange(free_BL.shape[1])
-        if self.order == "random":
-            rank_BL = random_rank(keys_B, free_BL)
-        else:
-            if self.order == "backward":
-                place_L = -place_L
-            elif self.order != "forward":
-                # Listed positions sort before all others: they get the places -k to -1.
-                listed = jnp.asarray(self.positions)
-                first = jnp.arange(len(listed)) - len(listed)
-                place_L = place_L.at[listed].set(first, mode="drop")
-            rank_BL = dense_rank(jnp.broadcast_to(place_L, free_BL.shape), free_BL)
+        rank_BL = order_ranks(self.order, keys_B, free_BL)
         return group_of(rank_BL, free_BL.sum(1), self.steps)
 
     def choose(self, state, masked_BL, prediction):

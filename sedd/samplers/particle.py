@@ -74,7 +74,7 @@ class Particle(Sampler):
 
     @property
     def width(self):
-        return self.particles
+        return self.particles * self.inner.width
 
     def check(self, denoiser):
         super().check(denoiser)
@@ -143,13 +143,14 @@ class Particle(Sampler):
         log_weight, value = log_weight + new_value - value, new_value
         ancestor, uneven_B = resample(fold(own_keys_B, tick), log_weight, due_B)
         take = (ancestor + count * jnp.arange(batch)[:, None]).ravel()
-        state = replace(state, calls_B=state.calls_B + called)
-        calls_B = state.calls_B  # a call counts whether or not its particle survives
+        state = state.called(called)
+        # A call counts whether or not its particle survives.
+        counts = {"calls_B": state.calls_B, "rows_B": state.rows_B}
         state = jax.tree.map(lambda rows: rows[take], state)
         # Copies of one particle continue with different keys, or they would stay equal.
         fresh = fold(fold(slot_keys, 2), tick)
         keys = jnp.where(jnp.repeat(uneven_B, count), fresh, state.keys_B)
-        state = replace(state, keys_B=keys, calls_B=calls_B)
+        state = replace(state, keys_B=keys, **counts)
         frames = None if frames is None else frames[:, take]
         log_weight = jnp.where(uneven_B[:, None], 0.0, log_weight)
         return Crowd(state, frames, log_weight, jnp.take_along_axis(value, ancestor, 1), tick)
@@ -166,13 +167,19 @@ class Particle(Sampler):
         last_keys_B = fold(own_keys_B, 0)
         chosen_B = jax.vmap(jax.random.categorical)(last_keys_B, log_weight)
         row_B = chosen_B + count * jnp.arange(batch)
+
+        def of_all(count_R):
+            return (count_R * denoiser.calls_each).reshape(batch, count).sum(1)
+
         return Samples(
             tokens_BL=state.x_BL[row_B],
-            calls_B=(state.calls_B * denoiser.calls_each).reshape(batch, count).sum(1),
+            calls_B=of_all(state.calls_B),
+            rows_B=of_all(state.rows_B),
             trace_TBL=None if frames is None else fill(frames[:, row_B], rounds),
             rounds=rounds,
             times_T=self.inner.times() if trace else None,
             score_B=score[jnp.arange(batch), chosen_B],
+            log_prob_B=None if state.log_prob_B is None else state.log_prob_B[row_B],
         )
 
     def complete(self, denoiser: Denoiser, state: State, keys_B: Key[Array, " B"]):

@@ -128,13 +128,10 @@ class ReMDM(SteppedSampler):
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         """All free positions masked; the plan is ψ of each token, infinite at masks."""
-        zero_B = jnp.zeros(len(keys_B), jnp.int32)
-        return State(
+        return State.starting(
+            keys_B,
             x_BL=jnp.where(fixed_BL, tokens_BL, denoiser.mask_id),
             free_BL=~fixed_BL,
-            keys_B=keys_B,
-            calls_B=zero_B,
-            round_B=zero_B,
             plan=jnp.full(tokens_BL.shape, jnp.inf),  # ψ
         )
 
@@ -188,9 +185,8 @@ class ReMDM(SteppedSampler):
             psi_BL = jnp.where(reveals_BL, jnp.exp(log_psi_BL), psi_BL)
         state = self.masked_again(denoiser, state, remasks_BL & called_B[:, None])
         return replace(
-            state,
+            state.called(called_B),
             x_BL=jnp.where(reveals_BL, drawn_BL, state.x_BL),
-            calls_B=state.calls_B + called_B,
             round_B=state.round_B + called_B,
             plan=jnp.where(reveals_BL, psi_BL, state.plan),
         )

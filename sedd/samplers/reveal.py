@@ -114,13 +114,10 @@ class Revealing(SteppedSampler):
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         """All free positions masked, with the plan made."""
         free_BL = ~fixed_BL
-        zero_B = jnp.zeros(len(keys_B), jnp.int32)
-        return State(
+        return State.starting(
+            fold(keys_B, 1),
             x_BL=jnp.where(fixed_BL, tokens_BL, denoiser.mask_id),
             free_BL=free_BL,
-            keys_B=fold(keys_B, 1),
-            calls_B=zero_B,
-            round_B=zero_B,
             plan=self.make_plan(fold(keys_B, 0), free_BL),
         )
 
@@ -142,7 +139,8 @@ class Revealing(SteppedSampler):
         if denoiser.constraint is not None and denoiser.constraint.wants_commit:
             prediction = prediction.proposing(round_keys_B, chosen_BL)
         drawn_BL = prediction.draw(chosen_BL)
-        return state.moved(jnp.where(chosen_BL, drawn_BL, state.x_BL), active_B, active_B)
+        state = state.called(active_B)
+        return state.moved(jnp.where(chosen_BL, drawn_BL, state.x_BL), active_B)
 
     def max_rounds(self, length):
         """At most one round for each free position."""

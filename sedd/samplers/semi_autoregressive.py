@@ -49,6 +49,10 @@ class SemiAutoregressive(SteppedSampler):
     def caveat(self):
         return self.inner.caveat
 
+    @property
+    def width(self):
+        return self.inner.width
+
     def check(self, denoiser):
         super().check(denoiser)
         self.inner.check(denoiser)
@@ -103,7 +107,7 @@ class SemiAutoregressive(SteppedSampler):
             here.x_BL,
             ~(state.free_BL & (block_BL == block_B[:, None])),
         )
-        fresh = replace(fresh, calls_B=here.calls_B)
+        fresh = replace(fresh, calls_B=here.calls_B, rows_B=here.rows_B, log_prob_B=here.log_prob_B)
 
         def select(new, old):
             """Rows of ``new`` for sequences whose block is done, of ``old`` for the others."""

@@ -80,13 +80,10 @@ class TauLeaping(SteppedSampler):
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         """Tokens of the prior at free positions."""
         prior_BL = denoiser.process.sample_prior(fold(keys_B, 0), tokens_BL.shape[1])
-        zero_B = jnp.zeros(len(keys_B), jnp.int32)
-        return State(
+        return State.starting(
+            keys_B,
             x_BL=jnp.where(fixed_BL, tokens_BL, prior_BL),
             free_BL=~fixed_BL,
-            keys_B=keys_B,
-            calls_B=zero_B,
-            round_B=zero_B,
             plan=None,
         )
 
@@ -134,4 +131,4 @@ class TauLeaping(SteppedSampler):
         leaves_BL = moved_BL != x_BL
         moved_BL = denoiser.propose(fold(keys_B, 3), x_BL, leaves_BL, read, moved_BL)
         moved_BL = jnp.where(leaves_BL, moved_BL, x_BL)
-        return state.moved(moved_BL, active_B, active_B)
+        return state.called(active_B).moved(moved_BL, active_B)

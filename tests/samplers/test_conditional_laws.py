@@ -4,6 +4,7 @@ Draws are held against a law by χ² at 1e-4; controls fail the same test.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -117,14 +118,13 @@ def library_step(sampler, free, plan, round):
     """[V^L, V^L]: what the library reveals in a round of any state, by its own conditionals."""
     x_SL = i32(world().states)
     count = len(x_SL)
-    state = State(
+    state = State.starting(
+        oracle.keys(0, count),
         x_BL=x_SL,
         free_BL=jnp.broadcast_to(jnp.asarray(free), x_SL.shape),
-        keys_B=oracle.keys(0, count),
-        calls_B=jnp.zeros(count, jnp.int32),
-        round_B=jnp.full(count, round),
         plan=jnp.broadcast_to(jnp.asarray(plan), (count, *np.shape(plan))),
     )
+    state = dataclasses.replace(state, round_B=jnp.full(count, round))
     return library_kernel(np.asarray(library_choice(sampler, denoiser(), state)).tobytes())
 
 

@@ -35,6 +35,7 @@ from sedd.samplers.particle import Particle
 from sedd.samplers.remdm import ReMDM
 from sedd.samplers.reveal import dense_rank, group_of, group_size
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
+from sedd.samplers.speculative import Speculative
 from sedd.samplers.token_confidence import TokenConfidence
 from sedd.samplers.tweedie import Tweedie
 from sedd.schedules import Cosine, Geometric, LogLinear
@@ -210,6 +211,7 @@ def samplers():
         "token_confidence": TokenConfidence(schedule=LOG_LINEAR, steps=4),
         "threshold": TokenConfidence(schedule=LOG_LINEAR, threshold=0.6),
         "blocks": SemiAutoregressive(schedule=LOG_LINEAR, inner=jump, block_length=3),
+        "speculative": Speculative(schedule=LOG_LINEAR, lookahead=3, order="random", bonus=True),
         "best_of_n": BestOfN(schedule=LOG_LINEAR, inner=jump, verifier=scores, n=3),
         "particle": Particle(
             schedule=LOG_LINEAR, inner=jump, verifier=scores, particles=4, resample_every=2
@@ -221,7 +223,7 @@ def samplers():
 
 
 SAMPLERS = samplers()
-EACH_DAY = ["euler", "event_jump", "entropy", "blocks", "particle", "cap"]
+EACH_DAY = ["euler", "event_jump", "entropy", "blocks", "speculative", "particle", "cap"]
 LENGTHS = [4, 16, 4, 3]
 KEYS = keys(4, 4)
 

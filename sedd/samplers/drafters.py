@@ -1,0 +1,250 @@
+"""What a speculative sampler asks of a model: drafts of the next tokens, and their verification.
+
+The sampler draws the positions of a sequence in a fixed order. A round looks at the next K of them,
+the ``Window``. The *target* of a position is the model's conditional given all positions before it
+in the order. A ``Drafter`` provides, for all K positions at once,
+
+- in ``draft``, distributions from which the sampler draws K tokens, the *drafts*. They need not be
+  the targets: they may be predicted without the other drafts, or by a cheaper model;
+- in ``verify``, the targets, where each position sees the drafts before it.
+
+The sampler then accepts or rejects the drafts so that the tokens follow the targets, whatever the
+drafts followed. The drafter decides alone how many network calls a round takes, and reports them.
+
+What a drafter knows from earlier rounds is its *memo*, a pytree in the state of the sampler:
+predictions that are not used up, or keys and values of a cache. Every leaf has a row for each
+sequence, because samplers that wrap another one copy and replace rows. A round is
+
+    drafted = drafter.draft(denoiser, memo, window)
+    tokens = a draw from drafted.log_probs_BKN
+    verified = drafter.verify(denoiser, drafted, window, tokens)
+    kept = how many of the drafts are accepted
+    memo = drafter.settle(verified.memo, kept)
+
+and afterwards the kept drafts are visible, and one further token from the target if a draft was
+rejected. ``begin`` makes the memo before the first round, without a network call.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sedd.denoiser import Denoiser
+from sedd.networks.rows import Rows
+from sedd.types import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The next K positions of each sequence in its order, with the current tokens.
+
+    A sequence that has fewer than K masks left fills its window with positions of no meaning.
+    """
+
+    x_BL: Int[Array, "B L"]
+    positions_BK: Int[Array, "B K"]
+    left_B: Int[Array, " B"]  # masks that the sequence has left; 0 if it is finished
+
+    @property
+    def valid(self) -> Bool[Array, "B K"]:
+        """The entries that have a meaning; they come first."""
+        return jnp.arange(self.positions_BK.shape[1]) < self.left_B[:, None]
+
+    def write(self, tokens_BK: Int[Array, "B K"], count: Int[Array, "..."]) -> Int[Array, "B L"]:
+        """The tokens [B, L] after the first ``count`` valid positions are set to ``tokens_BK``.
+
+        ``count`` is one number for each sequence, [B], or the same for all.
+        """
+        batch, length = self.x_BL.shape
+        entry_1K = jnp.arange(self.positions_BK.shape[1])[None]
+        written_BK = self.valid & (entry_1K < jnp.broadcast_to(count, (batch,))[:, None])
+        place_BK = jnp.where(written_BK, self.positions_BK, length)
+        row_B1 = jnp.arange(batch)[:, None]
+        return self.x_BL.at[row_B1, place_BK].set(tokens_BK.astype(self.x_BL.dtype), mode="drop")
+
+
+class Computed(NamedTuple):
+    """The distributions at the positions of a window, and what they cost."""
+
+    log_probs_BKN: Float[Array, "B K N"]  # without meaning where the window is not valid
+    memo: Any
+    calls_B: Int[Array, " B"]  # network calls of each sequence
+    rows_B: Int[Array, " B"]  # rows of the batches of these calls
+
+
+class Drafter(ABC):
+    """Drafts and verifies the tokens of a window; the module's docstring describes a round.
+
+    A drafter is hashable and holds no arrays, as it is a static part of the compiled program.
+    """
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """The largest number of rows that a network call takes for each sequence."""
+
+    @abstractmethod
+    def begin(self, denoiser: Denoiser, x_BL: Int[Array, "B L"]) -> Any:
+        """The memo of sequences before their first round; it must not call the network."""
+
+    @abstractmethod
+    def draft(self, denoiser: Denoiser, memo: Any, window: Window) -> Computed:
+        """The distributions from which the drafts are to be drawn."""
+
+    @abstractmethod
+    def verify(
+        self,
+        denoiser: Denoiser,
+        drafted: Computed,
+        window: Window,
+        tokens_BK: Int[Array, "B K"],
+    ) -> Computed:
+        """The targets, given the drafts.
+
+        Entry j is the conditional of position j given the visible tokens and the drafts 0 to j - 1,
+        changed by the denoiser's ``Reshape`` as the drafts' distributions are. If a draft was
+        drawn from the target itself, ``verify`` returns the entry of ``drafted`` as it is. The
+        sampler then accepts the draft for certain, whatever the rounding errors of a second
+        computation would be.
+
+        Args:
+            denoiser: the model.
+            drafted: the result of ``draft``.
+            window: the window.
+            tokens_BK: the drafts.
+        """
+
+    def settle(self, memo: Any, kept_B: Int[Array, " B"]) -> Any:
+        """The memo of the next round, after the first ``kept_B`` drafts were accepted."""
+        return memo
+
+
+class Pending(NamedTuple):
+    """The memo of ``ByRows``: hidden states from which the next window is drafted."""
+
+    hidden: tuple[Float[Array, "B L D"], ...]
+    ready_B: Bool[Array, " B"]  # sequences whose hidden states are filled
+
+
+class Prefixes(NamedTuple):
+    """The memo of ``ByRows`` between ``verify`` and ``settle``."""
+
+    hidden: tuple[Float[Array, "B C L D"], ...]  # of the contexts of the verification
+    ready_B: Bool[Array, " B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByRows(Drafter):
+    """Verifies in a wider batch, with one row for each number of visible drafts.
+
+    It works with every time-independent absorbing model. The verification is one network call on
+    the *contexts* of each sequence: context c has the first c drafts visible, and predicts position
+    c of the window. The drafts are predicted together, by one network call on the current tokens
+    (context 0 of a window). The first draft is then drawn from its target.
+
+    Args:
+        lookahead: number of positions in a window, K.
+        bonus: also compute context K. If all drafts are accepted, its tokens are the current ones
+            of the next round, which then drafts from its hidden states without a call.
+        stale: in all rounds but the first, draft from the hidden states of the context with as many
+            drafts as were accepted. These predictions lack the newest token of the sequence. A
+            round is one network call, and the first draft is verified as well.
+    """
+
+    lookahead: int
+    bonus: bool
+    stale: bool
+
+    @property
+    def first(self) -> int:
+        """The smallest context that is verified."""
+        return 0 if self.stale else 1
+
+    @property
+    def width(self):
+        return max(self.lookahead + self.bonus - self.first, 1)
+
+    def begin(self, denoiser, x_BL):
+        """No hidden states yet; None if none are ever reused."""
+        if not (self.bonus or self.stale):
+            return None
+        shapes = jax.eval_shape(denoiser.hidden, x_BL)
+        return Pending(_zeros(shapes), jnp.zeros(len(x_BL), bool))
+
+    def draft(self, denoiser, memo, window):
+        """Predict the window from the current tokens, or from hidden states of the last round."""
+        needs_B = window.left_B > 0
+        call = partial(denoiser.hidden, window.x_BL)
+        if memo is None:
+            hidden = call()
+        else:
+            needs_B = needs_B & ~memo.ready_B
+            hidden = jax.tree.map(
+                partial(_select, needs_B), _call_if(needs_B.any(), call), memo.hidden
+            )
+        log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions_BK)
+        calls_B = needs_B.astype(jnp.int32)
+        return Computed(log_probs_BKN, memo, calls_B, calls_B)
+
+    def verify(self, denoiser, drafted, window, tokens_BK):
+        """Call the network on the contexts, and read one position of each."""
+        batch, lookahead = tokens_BK.shape
+        contexts = jnp.arange(self.first, lookahead + self.bonus)
+        count, num_read = len(contexts), lookahead - self.first
+        needs_B = window.left_B > self.first
+        wide = denoiser.repeat(count)
+        x_BCL = jax.vmap(partial(window.write, tokens_BK), out_axes=1)(contexts)
+        x_RL = x_BCL.reshape(batch * count, -1)
+        rows = Rows(
+            sequence_R=(count * jnp.arange(batch)[:, None] + jnp.arange(num_read)[None]).ravel(),
+            position_R=window.positions_BK[:, self.first :].ravel(),
+        )
+
+        def call():
+            hidden = wide.hidden(x_RL)
+            read_RN = wide.log_conditional_rows(hidden, x_RL, rows)
+            return hidden, read_RN.reshape(batch, num_read, read_RN.shape[-1])
+
+        hidden, targets_BKN = _call_if(needs_B.any(), call)
+        if not self.stale:
+            targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
+        memo = None
+        if drafted.memo is not None:
+            own = tuple(h_RLD.reshape(batch, count, *h_RLD.shape[1:]) for h_RLD in hidden)
+            memo = Prefixes(own, needs_B)
+        calls_B = needs_B.astype(jnp.int32)
+        return Computed(targets_BKN, memo, calls_B, count * calls_B)
+
+    def settle(self, memo, kept_B):
+        """Choose the context of the next draft: the one with the drafts that were accepted.
+
+        Without ``stale`` only context K will do, as all others lack the last token.
+        """
+        if memo is None:
+            return None
+        count = memo.hidden[0].shape[1]
+        context_B = jnp.minimum(kept_B - self.first, count - 1)
+        hidden = tuple(h_BCLD[jnp.arange(len(kept_B)), context_B] for h_BCLD in memo.hidden)
+        ready_B = memo.ready_B if self.stale else memo.ready_B & (kept_B == self.lookahead)
+        return Pending(hidden, ready_B)
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _call_if(needed: Bool[Array, ""], function: Callable[[], Any]) -> Any:
+    """``function()`` if it is needed, else zeros of the same shapes."""
+    shapes = jax.eval_shape(function)
+    return jax.lax.cond(needed, function, lambda: _zeros(shapes))
+
+
+def _select(choose_B: Bool[Array, " B"], yes: Array, no: Array) -> Array:
+    """The sequences of ``yes`` where ``choose_B``, and of ``no`` elsewhere."""
+    return jnp.where(choose_B.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)

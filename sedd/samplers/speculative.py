@@ -1,0 +1,219 @@
+"""Several positions a network call, exact: for accelerators that are idle at small batches.
+
+Speculative decoding, arXiv:2302.01318, in a fixed order of positions, arXiv:2504.20456.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+
+from sedd.arrays import at
+from sedd.denoiser import Denoiser
+from sedd.errors import FieldError, UserError, did_you_mean
+from sedd.networks.rows import Rows
+from sedd.samplers.base import State, SteppedSampler
+from sedd.samplers.drafters import ByRows, Drafter, Window
+from sedd.samplers.noise import coins, fold, tokens_at
+from sedd.samplers.orders import check_order, order_ranks
+from sedd.samplers.reveal import masked
+from sedd.types import Array, Bool, Float, Int, Key
+
+Draft = Literal["batch", "stale"]
+
+
+class Plan(NamedTuple):
+    """The plan of a sequence: its order, and what the drafter knows."""
+
+    order_BL: Int[Array, "B L"]  # the position of each rank; the free positions come first
+    memo: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculative(SteppedSampler):
+    """Draft ``lookahead`` positions at once, verify them together, and keep those that hold.
+
+    The law is that of ``ordered`` at one position a call: the product of the model's conditionals
+    in the order. A round drafts the next positions independently of each other, and computes the
+    conditional of each given the drafts before it. A draft d with draft probability p(d) and
+    conditional q(d) is accepted with probability min(1, q(d) / p(d)). The first draft that is
+    rejected is replaced by a draw from max(q - p, 0), normalised, and those after it are discarded.
+
+    At a lookahead of 2 or more, ``batch`` never takes more network calls than there are free
+    positions, and ``stale`` at most one more. A call computes several rows of a batch, so that the
+    work grows even where the number of calls falls. Sequences advance independently of each other.
+    """
+
+    needs_absorbing: ClassVar[bool] = True
+    needs_time_independent: ClassVar[bool] = True
+
+    draft: Draft = "batch"
+    """How a round drafts. batch: by a network call on the current tokens, whose first draft is
+    always accepted; a round is two calls, for at least two tokens. stale: from the hidden states of
+    the last verification, which lack the newest token; a round is one call, for at least one."""
+    lookahead: int = 4
+    """Positions that a round drafts. The verification takes a row of the batch for each but the
+    first, with stale for each."""
+    order: str = "forward"
+    """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
+    Listed positions that a sequence does not have are ignored."""
+    bonus: bool = False
+    """Verify one row more, in which all drafts are visible. If all are accepted, the next round
+    drafts from this row: with batch without a call, with stale by predictions that lack nothing."""
+    coupled: bool = False
+    """Draw drafts and verified tokens with the same noise, and accept while they are equal. The
+    tokens are those of ordered with the same order and seed, up to rounding errors of the
+    network. Fewer drafts are accepted, except at temperature 0, where it makes no difference."""
+
+    def __post_init__(self):
+        if self.draft not in get_args(Draft):
+            known = get_args(Draft)
+            raise FieldError(
+                "draft",
+                f"must be one of {', '.join(known)}, got {self.draft!r}"
+                f"{did_you_mean(str(self.draft), known)}",
+            )
+        if self.lookahead < 1:
+            raise FieldError("lookahead", f"must be at least 1, got {self.lookahead}")
+        if self.lookahead == 1 and self.draft == "batch" and not self.bonus:
+            raise FieldError(
+                "lookahead",
+                "must be at least 2, got 1: a single draft of batch is never verified, as by the "
+                "sampler ordered; or set bonus, which verifies the token after it",
+            )
+        check_order(self.order)
+
+    @property
+    def drafter(self) -> Drafter:
+        """What ``draft`` names."""
+        return ByRows(lookahead=self.lookahead, bonus=self.bonus, stale=self.draft == "stale")
+
+    @property
+    def width(self):
+        return self.drafter.width
+
+    def check(self, denoiser):
+        super().check(denoiser)
+        if denoiser.constraint is not None:
+            raise UserError(
+                "sampler 'speculative' takes no constraint: the tokens of a span are drawn "
+                "jointly, but a draft is verified by the conditional of its position alone "
+                "(ordered draws in the same order under constraints)"
+            )
+
+    def max_rounds(self, length):
+        """A round reveals at least one position."""
+        return length
+
+    def active(self, denoiser, state):
+        """Sequences with masks left."""
+        return masked(denoiser, state).any(1)
+
+    def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
+        """All free positions masked; keys as of ``ordered``."""
+        x_BL = jnp.where(fixed_BL, tokens_BL, denoiser.mask_id)
+        rank_BL = order_ranks(self.order, fold(keys_B, 0), ~fixed_BL)
+        return State.starting(
+            fold(keys_B, 1),
+            x_BL=x_BL,
+            free_BL=~fixed_BL,
+            plan=Plan(jnp.argsort(rank_BL, axis=1), self.drafter.begin(denoiser, x_BL)),
+            log_prob_B=jnp.zeros(len(keys_B)),
+        )
+
+    def advance(self, denoiser, state):
+        """Draft the window of each sequence, verify it, and reveal what was accepted."""
+        assert state.log_prob_B is not None  # set by ``start``
+        drafter, active_B = self.drafter, self.active(denoiser, state)
+        window = self.window(denoiser, state)
+        rows = Rows.at(window.positions_BK)
+        keys_B = fold(state.keys_B, state.round_B)
+        draft_keys_B = state.keys_B if self.coupled else fold(keys_B, 0)
+        drafted = drafter.draft(denoiser, state.plan.memo, window)
+        tokens_BK = draw(draft_keys_B, rows, drafted.log_probs_BKN)
+        verified = drafter.verify(denoiser, drafted, window, tokens_BK)
+        targets_BKN = verified.log_probs_BKN
+        if self.coupled:
+            own_BK = draw(draft_keys_B, rows, targets_BKN)
+            kept_B, tokens_BK = run(window, tokens_BK == own_BK), own_BK
+        else:
+            kept_B, tokens_BK = accept(
+                keys_B, window, tokens_BK, drafted.log_probs_BKN, targets_BKN
+            )
+        new_BK = window.valid & (jnp.arange(self.lookahead) <= kept_B[:, None])
+        log_prob_BK = jnp.where(new_BK, at(targets_BKN, tokens_BK), 0.0)
+        state = state.called(
+            drafted.calls_B + verified.calls_B, drafted.rows_B + verified.rows_B
+        ).moved(window.write(tokens_BK, kept_B + 1), active_B)
+        return replace(
+            state,
+            plan=state.plan._replace(memo=drafter.settle(verified.memo, kept_B)),
+            log_prob_B=state.log_prob_B + log_prob_BK.sum(1),
+        )
+
+    def window(self, denoiser: Denoiser, state: State) -> Window:
+        """The next ``lookahead`` positions of each sequence that are still masked."""
+        left_B = masked(denoiser, state).sum(1)
+        rank_BK = (state.free_BL.sum(1) - left_B)[:, None] + jnp.arange(self.lookahead)
+        rank_BK = jnp.minimum(rank_BK, state.x_BL.shape[1] - 1)
+        positions_BK = jnp.take_along_axis(state.plan.order_BL, rank_BK, 1)
+        return Window(x_BL=state.x_BL, positions_BK=positions_BK, left_B=left_B)
+
+
+def draw(
+    keys_B: Key[Array, " B"], rows: Rows, log_probs_BKN: Float[Array, "B K N"]
+) -> Int[Array, "B K"]:
+    """Draw a token for each entry; ``rows`` are the B·K entries."""
+    shape = log_probs_BKN.shape
+    return tokens_at(keys_B, rows, log_probs_BKN.reshape(-1, shape[2])).reshape(shape[:2])
+
+
+def run(window: Window, agrees_BK: Bool[Array, "B K"]) -> Int[Array, " B"]:
+    """How many valid entries agree before the first that does not."""
+    return jnp.cumprod(agrees_BK & window.valid, 1).sum(1)
+
+
+def accept(
+    keys_B: Key[Array, " B"],
+    window: Window,
+    tokens_BK: Int[Array, "B K"],
+    drafted_BKN: Float[Array, "B K N"],
+    targets_BKN: Float[Array, "B K N"],
+) -> tuple[Int[Array, " B"], Int[Array, "B K"]]:
+    """Accept drafts by their coins, and draw a token in the place of the first that is rejected.
+
+    Args:
+        keys_B: the keys of this round; drafts have used the number 0.
+        window: the window.
+        tokens_BK: the drafts.
+        drafted_BKN: log probabilities from which they were drawn.
+        targets_BKN: log probabilities that the tokens are to follow.
+
+    Returns:
+        The number of accepted drafts [B], and the tokens [B, K] with the replacement behind them.
+        A probability of nan rejects the draft, and the replacement is ``NAN``.
+    """
+    log_ratio_BK = at(targets_BKN, tokens_BK) - at(drafted_BKN, tokens_BK)
+    ratio_R = jnp.exp(jnp.minimum(log_ratio_BK, 0.0)).reshape(-1)
+    heads_R = coins(fold(keys_B, 1), Rows.at(window.positions_BK), ratio_R)
+    kept_B = run(window, heads_R.reshape(tokens_BK.shape))
+    row_B = jnp.arange(len(kept_B))
+    last_B = jnp.minimum(kept_B, tokens_BK.shape[1] - 1)
+    rows = Rows(sequence_R=row_B, position_R=window.positions_BK[row_B, last_B])
+    rest_BN = residual(drafted_BKN[row_B, last_B], targets_BKN[row_B, last_B])
+    replacement_B = tokens_at(fold(keys_B, 2), rows, rest_BN)
+    return kept_B, tokens_BK.at[row_B, kept_B].set(replacement_B, mode="drop")
+
+
+def residual(drafted: Float[Array, "*b N"], target: Float[Array, "*b N"]) -> Float[Array, "*b N"]:
+    """The log of max(q - p, 0), for log probabilities p of a draft and q of its target.
+
+    It is the law of the token that replaces a rejected draft, not normalised. If it is 0
+    throughout, which only rounding errors bring about, the result is log q.
+    """
+    rest = jnp.maximum(jnp.exp(target) - jnp.exp(drafted), 0.0)
+    nothing = rest.sum(-1, keepdims=True) == 0
+    return jnp.where(nothing, target, jnp.log(rest))
+
+
+make = Speculative
