@@ -331,7 +331,7 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler ordered --order 3,3", "--order must be forward, .* such as 3,0,2, got '3,3'"),
     ("--sampler ordered --order x", "--order must be forward, .* such as 3,0,2, got 'x'"),
     ("--sampler ordered --order -1,2", "--order must be forward, .* such as 3,0,2, got '-1,2'"),
-    ("--sampler speculative --draft stael", "--draft: .*'stael'"),
+    ("--sampler speculative --draft stael", "--draft must be one of batch, stale, got 'stael'"),
     ("--sampler speculative --lookahead 0", "--lookahead must be at least 1, got 0"),
     (
         "--sampler speculative --lookahead 1",
@@ -340,6 +340,10 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler speculative --order 1,1", "--order must be forward, .* such as 3,0,2, got '1,1'"),
     ("--sampler speculative --order 12", "--order: there is no position 12 in a length of 12"),
     ("--sampler speculative --regex a+", "sampler 'speculative' takes no constraint: the tokens"),
+    (
+        "--sampler semi_autoregressive --inner speculative --regex a+",
+        "sampler 'speculative' takes no constraint: the tokens",
+    ),
     ("--checkpoint {place}/sedd --sampler speculative", f"sampler 'speculative' {LATER}"),
     ("--sampler ordered --order 3,12", "--order: there is no position 12 in a length of 12"),
     ("--sampler ordered --order 99999999999", "--order: there is no position 99999999999 in a"),
