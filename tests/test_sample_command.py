@@ -36,7 +36,7 @@ FLAGS = {  # of every sampler, so that each does some of its own
     "planned": "--calls 3 --profile {place}/price.json",
     "remdm": "--steps 6 --eta 0.5",
     "semi_autoregressive": "--block-length 4 --inner confidence --inner.by max_probability",
-    "speculative": "--draft stale --lookahead 3 --bonus --order random",
+    "speculative": "--draft batch --lookahead 3 --bonus --order random",
     "best_of_n": "--n 2 --inner tweedie --inner.steps 2 --verifier {code}:vowels",
     "particle": "--particles 2 --tilt 2 --resample-every 2 --verifier {code}:vowels",
 }

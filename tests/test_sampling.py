@@ -566,7 +566,7 @@ FRAMES = {  # of the trace of twelve positions, of which seven are free
         {"n": 2, "verifier": vowels, "inner": sedd.samplers.options("tweedie", steps=5)},
         7,
     ),
-    "speculative": ({"lookahead": 2}, 5),  # two positions a round
+    "speculative": ({"lookahead": 2, "draft": "batch"}, 5),  # two positions a round
     "particle": ({"particles": 2, "verifier": vowels, "resample_every": 2, "tilt": 3.0}, 8),
 }
 TIMED = ("euler", "tweedie", "best_of_n")

@@ -19,7 +19,7 @@ from sedd.samplers.orders import check_order, order_ranks
 from sedd.samplers.reveal import masked
 from sedd.types import Array, Bool, Float, Int, Key
 
-Draft = Literal["batch", "stale"]
+Draft = Literal["stale", "batch"]
 
 
 class Plan(NamedTuple):
@@ -39,27 +39,28 @@ class Speculative(SteppedSampler):
     conditional q(d) is accepted with probability min(1, q(d) / p(d)). The first draft that is
     rejected is replaced by a draw from max(q - p, 0), normalised, and those after it are discarded.
 
-    At a lookahead of 2 or more, ``batch`` never takes more network calls than there are free
-    positions, and ``stale`` at most one more. A call computes several rows of a batch, so that the
-    work grows even where the number of calls falls. Sequences advance independently of each other.
+    There are at most as many network calls as free positions, or one more if ``draft`` is stale. A
+    call computes several rows of a batch: the number of calls falls, the work grows. Sequences
+    advance independently of each other.
     """
 
     needs_absorbing: ClassVar[bool] = True
     needs_time_independent: ClassVar[bool] = True
 
-    draft: Draft = "batch"
-    """How a round drafts. batch: by a network call on the current tokens, whose first draft is
-    always accepted; a round is two calls, for at least two tokens. stale: from the hidden states of
-    the last verification, which lack the newest token; a round is one call, for at least one."""
+    draft: Draft = "stale"
+    """How a round drafts. stale: from the hidden states of the last verification, which lack the
+    newest token; a round is one network call, for at least one token. batch: by a call of its own
+    on the current tokens, whose first draft is always accepted; a round is two calls, for at least
+    two tokens."""
     lookahead: int = 4
-    """Positions that a round drafts. The verification takes a row of the batch for each but the
-    first, with stale for each."""
+    """Positions that a round drafts. The verification takes a row of the batch for each; with batch
+    for each but the first."""
     order: str = "forward"
     """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
     Listed positions that a sequence does not have are ignored."""
     bonus: bool = False
     """Verify one row more, in which all drafts are visible. If all are accepted, the next round
-    drafts from this row: with batch without a call, with stale by predictions that lack nothing."""
+    drafts from it: with batch without a call, with stale from predictions that lack no token."""
     coupled: bool = False
     """Draw drafts and verified tokens with the same noise, and accept while they are equal. The
     tokens are those of ordered with the same order and seed, up to rounding errors of the
@@ -135,18 +136,16 @@ class Speculative(SteppedSampler):
         targets_BKN = verified.log_probs_BKN
         if self.coupled:
             own_BK = draw(draft_keys_B, rows, targets_BKN)
-            kept_B, tokens_BK = run(window, tokens_BK == own_BK), own_BK
+            kept_B, tokens_BK = leading(window, tokens_BK == own_BK), own_BK
         else:
             kept_B, tokens_BK = accept(
                 keys_B, window, tokens_BK, drafted.log_probs_BKN, targets_BKN
             )
         new_BK = window.valid & (jnp.arange(self.lookahead) <= kept_B[:, None])
         log_prob_BK = jnp.where(new_BK, at(targets_BKN, tokens_BK), 0.0)
-        state = state.called(
-            drafted.calls_B + verified.calls_B, drafted.rows_B + verified.rows_B
-        ).moved(window.write(tokens_BK, kept_B + 1), active_B)
+        calls_B, rows_B = drafted.calls_B + verified.calls_B, drafted.rows_B + verified.rows_B
         return replace(
-            state,
+            state.called(calls_B, rows_B).moved(window.write(tokens_BK, kept_B + 1), active_B),
             plan=state.plan._replace(memo=drafter.settle(verified.memo, kept_B)),
             log_prob_B=state.log_prob_B + log_prob_BK.sum(1),
         )
@@ -168,8 +167,8 @@ def draw(
     return tokens_at(keys_B, rows, log_probs_BKN.reshape(-1, shape[2])).reshape(shape[:2])
 
 
-def run(window: Window, agrees_BK: Bool[Array, "B K"]) -> Int[Array, " B"]:
-    """How many valid entries agree before the first that does not."""
+def leading(window: Window, agrees_BK: Bool[Array, "B K"]) -> Int[Array, " B"]:
+    """How many valid entries agree before the first that does not, [B]."""
     return jnp.cumprod(agrees_BK & window.valid, 1).sum(1)
 
 
@@ -196,7 +195,7 @@ def accept(
     log_ratio_BK = at(targets_BKN, tokens_BK) - at(drafted_BKN, tokens_BK)
     ratio_R = jnp.exp(jnp.minimum(log_ratio_BK, 0.0)).reshape(-1)
     heads_R = coins(fold(keys_B, 1), Rows.at(window.positions_BK), ratio_R)
-    kept_B = run(window, heads_R.reshape(tokens_BK.shape))
+    kept_B = leading(window, heads_R.reshape(tokens_BK.shape))
     row_B = jnp.arange(len(kept_B))
     last_B = jnp.minimum(kept_B, tokens_BK.shape[1] - 1)
     rows = Rows(sequence_R=row_B, position_R=window.positions_BK[row_B, last_B])

@@ -211,7 +211,7 @@ def samplers():
         "token_confidence": TokenConfidence(schedule=LOG_LINEAR, steps=4),
         "threshold": TokenConfidence(schedule=LOG_LINEAR, threshold=0.6),
         "blocks": SemiAutoregressive(schedule=LOG_LINEAR, inner=jump, block_length=3),
-        "speculative": Speculative(schedule=LOG_LINEAR, lookahead=3, order="random", bonus=True),
+        "speculative": Speculative(schedule=LOG_LINEAR, lookahead=3, order="random"),
         "best_of_n": BestOfN(schedule=LOG_LINEAR, inner=jump, verifier=scores, n=3),
         "particle": Particle(
             schedule=LOG_LINEAR, inner=jump, verifier=scores, particles=4, resample_every=2

@@ -33,8 +33,8 @@ GIVEN = (-1, 2, -1, -1)
 V = N + 1
 
 
-def speculative(**options):
-    return Speculative(schedule=LOG_LINEAR, **options)
+def speculative(draft="batch", **options):
+    return Speculative(schedule=LOG_LINEAR, draft=draft, **options)
 
 
 @functools.cache
@@ -400,11 +400,14 @@ def test_within_blocks_and_searches():
     [
         (
             {"draft": "bacth"},
-            "draft must be one of batch, stale, got 'bacth'; did you mean 'batch'",
+            "draft must be one of stale, batch, got 'bacth'; did you mean 'batch'",
         ),
         ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
         ({"lookahead": 0, "bonus": True}, "lookahead must be at least 1, got 0"),
-        ({"lookahead": 1}, "lookahead must be at least 2, got 1: .* or set bonus"),
+        (
+            {"lookahead": 1, "draft": "batch"},
+            "lookahead must be at least 2, got 1: .* or set bonus",
+        ),
         ({"order": "0,0"}, "order must be forward, .* such as 3,0,2, got '0,0'"),
         ({"order": "sideways"}, "order must be forward, .* such as 3,0,2, got 'sideways'"),
     ],
