@@ -326,7 +326,9 @@ def test_the_entropy_is_of_what_was_drawn(tokens, entropy):
         tokens=np.array([*clamp.tokens_L[:2], *tokens]),
         text="",
         calls=1,
+        rows=1,
         score=None,
+        log_prob=None,
         frames=None,
         times=None,
     )
