@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +26,8 @@ from sedd.sampling import NUMBERS
 LENGTH = 10
 
 
-def read(tmp_path, text):
+def read(tmp_path, text) -> list[Any]:
+    """What the file yields: a ``Read`` for each good line, a UserError for each bad one."""
     path = tmp_path / "requests.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with RequestFile(path) as file:
@@ -176,7 +177,8 @@ def test_a_pipe_is_read_twice(tmp_path):
     writer.start()
     with RequestFile(tmp_path / "pipe") as file:
         for _ in range(2):
-            first, bad, last = file.read(0, lambda request: request)
+            lines: list[Any] = list(file.read(0, lambda request: request))
+            first, bad, last = lines
             assert (first.id, last.id) == ("a", "b")
             assert "line 2: not JSON" in str(bad)
     writer.join()
@@ -211,7 +213,7 @@ def test_requests_of_other_programs_are_answered_in_their_order(model):
     assert [[one.request.id for one in batch] for batch in batches] == [[0], [1], [2, 3, 4]]
     assert [one.calls for batch in batches for one in batch] == [3, 4, 6, 3, 4]
     for one in [each for batch in batches for each in batch]:
-        (alone,) = answering(model, asked, 2, reshaped=True).answers([asked[one.request.id]])
+        (alone,) = answering(model, asked, 2, reshaped=True).answers([asked[int(one.request.id)]])
         np.testing.assert_array_equal(alone[0].tokens, one.tokens)
 
 
@@ -305,6 +307,7 @@ def test_what_an_answer_holds(model):
     request = Request(id="x", prompt="ab", length=6, seed=9)
     asked = [asked_of(model, request)]
     ((one,),) = answering(model, asked, 32, traced=1).answers(asked)
+    assert one.frames is not None
     line = json.loads(json.dumps(one.to_json()))
     assert line.keys() == {"id", "text", "tokens", "calls", "rows", "entropy", "seed"}
     assert (line["id"], line["calls"], line["seed"]) == ("x", 5, 9)
@@ -369,7 +372,8 @@ def test_the_depth_of_a_schema(tmp_path, schema, around):
     lines = [{"json_schema": schema, "json_schema_depth": depth} for depth in (0, 1, None, 3)]
     path.write_text("\n".join(map(json.dumps, lines)))
     with RequestFile(path) as file:
-        given = [request.constraint(Bytes(), None) for request in file.read(0, lambda one: one)]
+        requests: list[Any] = list(file.read(0, lambda one: one))
+    given = [request.constraint(Bytes(), None) for request in requests]
     for automaton, depth in zip(given, (0, 1, 2, 3), strict=True):
         text = "1"
         for _ in range(depth):
@@ -418,7 +422,9 @@ def test_stretches_join_as_in_the_whole_text(scheme, stretches, sizes):
     clamp = from_infill(tokenizer, "".join(map("".join, zip(stretches, gaps, strict=True))))
     tokens_L = np.where(clamp.fixed_L, clamp.tokens_L, tokenizer.backend.token_to_id("1"))
     filled = zip(stretches, [*sizes, 0], strict=True)
-    assert tokenizer.decode(tokens_L) == "".join(text + "1" * size for text, size in filled)
+    assert tokenizer.decode(tokens_L.tolist()) == "".join(
+        text + "1" * size for text, size in filled
+    )
 
 
 def test_a_suffix_is_no_beginning():
@@ -426,5 +432,5 @@ def test_a_suffix_is_no_beginning():
     clamp = from_prompt(tokenizer, 9, prompt="the", suffix="state")
     (alone,) = tokenizer.encode_batch(["state"])
     ids = clamp.tokens_L[clamp.fixed_L]
-    assert tokenizer.decode(ids) == "thestate"
+    assert tokenizer.decode(ids.tolist()) == "thestate"
     assert tokenizer.decode([*tokenizer.encode_batch(["the"])[0], *alone]) == "the state"

@@ -6,6 +6,7 @@
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,25 +63,27 @@ def _cache(tmp_path_factory):
 
 def test_texts_are_one_for_all_or_one_each(model):
     options = {"sampler": "ordered", "steps": 2, "length": 9}
-    one = sedd.sample(model, 0, num=3, prompt="the ", suffix="s", **options)
+    one: Any = sedd.sample(model, 0, num=3, prompt="the ", suffix="s", **options)
     assert all(text.startswith("the ") and text.endswith("s") for text in one.text)
     clamp = from_prompt(model.tokenizer, 9, prompt="the ", suffix="s")
     same = sedd.sample(model, KEY, num=3, clamp=clamp, sampler="ordered", steps=2)
     np.testing.assert_array_equal(one.tokens, same.tokens)
-    each = sedd.sample(model, 0, prompt=["a", "b", "cat"], **options)
+    each: Any = sedd.sample(model, 0, prompt=["a", "b", "cat"], **options)
     assert [text[:1] for text in each.text] == ["a", "b", "c"]
-    gaps = sedd.sample(model, 0, infill=["a{mask:2}b", "c{mask:4}"], sampler="ordered", steps=2)
+    gaps: Any = sedd.sample(
+        model, 0, infill=["a{mask:2}b", "c{mask:4}"], sampler="ordered", steps=2
+    )
     assert (gaps.text[0][0], gaps.text[0][3], gaps.text[1][0]) == ("a", "b", "c")
 
 
 def test_constraints_are_one_for_all_or_one_each(model):
     options = {"sampler": "ordered", "steps": 2, "length": 6}
-    one = sedd.sample(model, 0, num=2, regex="(cat|dog)s", **options)
+    one: Any = sedd.sample(model, 0, num=2, regex="(cat|dog)s", **options)
     assert {text.rstrip("s") for text in one.text} <= {"cat", "dog"}
-    each = sedd.sample(model, 0, regex=["[ab]+", None], prompt=["a", "b"], **options)
+    each: Any = sedd.sample(model, 0, regex=["[ab]+", None], prompt=["a", "b"], **options)
     assert set(each.text[0]) <= {"a", "b"}
     gaps = ["x{mask:2}y{mask:1}", "x{mask:2}y{mask:1}"]
-    result = sedd.sample(
+    result: Any = sedd.sample(
         model, 0, infill=gaps, regex=[["ab", None], "c{2}yd"], sampler="ordered", steps=2
     )
     assert result.text[0].startswith("xaby")
@@ -100,7 +103,7 @@ def test_the_depth_of_a_schema_is_one_for_all_or_one_each(model, monkeypatch, sc
     monkeypatch.setattr(sedd.sampling, "draw", lambda *given, **_: given[4])  # the spans alone
     bytewise = replace(model, tokenizer=Bytes())
 
-    def spans(**given):
+    def spans(**given) -> Any:
         return sedd.sample(bytewise, 0, length=40, **given)
 
     texts = ["1"]
@@ -120,7 +123,8 @@ def test_the_depth_of_a_schema_is_one_for_all_or_one_each(model, monkeypatch, sc
 def test_keys_of_every_kind(model):
     options = {"sampler": "ordered", "steps": 2, "num": 2}
     tokens = sedd.sample(model, jax.random.key(3), **options).tokens
-    for key in (3, np.int64(3), jax.random.PRNGKey(3), np.array([0, 3], np.uint32)):
+    every: list[Any] = [3, np.int64(3), jax.random.PRNGKey(3), np.array([0, 3], np.uint32)]
+    for key in every:
         np.testing.assert_array_equal(sedd.sample(model, key, **options).tokens, tokens)
     own = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(2))
     for keys in (own, jax.random.key_data(own)):
@@ -202,13 +206,19 @@ def test_buckets():
     assert len(np.unique(sizes[512:1024])) == 4  # an octave
 
 
+def programs() -> int:
+    """How many programs have been compiled."""
+    jitted: Any = _run
+    return jitted._cache_size()
+
+
 def compiled(model, texts, length, seed, **options):
     """How many programs a call adds."""
-    before = _run._cache_size()
+    before = programs()
     clamps = [from_infill(model.tokenizer, text, length) for text in texts]
     result = sedd.sample(model, jax.random.key(seed), num=len(texts), clamp=clamps, **options)
     assert result.tokens.shape == (len(texts), length)
-    return _run._cache_size() - before
+    return programs() - before
 
 
 @pytest.mark.parametrize(
@@ -250,16 +260,16 @@ SETTINGS = {  # of 16 requests; None and 1.0 are off
 def test_requests_of_sixteen_settings_share_a_program(model, options):
     """And each is drawn bit for bit as by itself; one that changes nothing as without settings."""
     keys_B = jax.random.split(KEY, 16)
-    before = _run._cache_size()
+    before = programs()
     together = sedd.sample(model, keys_B, **options, **SETTINGS)
     sedd.sample(model, keys_B, **options, temperature=0.5)
     sedd.sample(model, keys_B, **options, top_p=0.5, top_k=4)
-    assert _run._cache_size() == before + 1
+    assert programs() == before + 1
     for i in range(16):
         own = {name: values[i : i + 1] for name, values in SETTINGS.items()}
         alone = sedd.sample(model, keys_B[i : i + 1], **options, **own)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
-    assert _run._cache_size() == before + 2  # one sequence is another size of batch
+    assert programs() == before + 2  # one sequence is another size of batch
     plain = sedd.sample(model, keys_B, **options)
     same_B = (plain.tokens == together.tokens).all(1)
     changes_nothing_B = [i == 5 for i in range(16)]  # temperature 1, and neither top-p nor top-k
@@ -417,6 +427,7 @@ class Moody:
     """A verifier that fails in one of several ways until its mood is better."""
 
     __name__ = "moody"
+    mood: str
 
     def __call__(self, texts):
         if self.mood == "raises":
@@ -440,6 +451,7 @@ FAILURES = {
 @pytest.mark.parametrize("sampler", ["best_of_n", "particle"])
 def test_a_failing_verifier_is_named_and_may_recover(model, sampler):
     verifier = Moody()
+    own: dict[str, Any]
     own = {"n": 2} if sampler == "best_of_n" else {"particles": 2, "resample_every": 2}
     own["inner"] = sedd.samplers.options("event_jump", steps=4)
     for mood, message in FAILURES.items():
@@ -514,7 +526,9 @@ def test_a_processor_that_gives_nan_at_times_is_found(model, name):
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
 def test_nan_stays_nan_whatever_the_shape(model, options):
-    broken = {"logit_processor": lambda log_probs, x_BL, positions_BK: log_probs * jnp.nan}
+    broken: dict[str, Any] = {
+        "logit_processor": lambda log_probs, x_BL, positions_BK: log_probs * jnp.nan
+    }
     with pytest.raises(UserError, match="are nan"):
         sedd.sample(model, KEY, length=4, sampler="ordered", **options, **broken)
 
@@ -583,7 +597,7 @@ def test_the_trace_of_every_sampler(model, name):
         from_infill(model.tokenizer, "ab{mask:4}cde{mask:3}"),
         from_prompt(model.tokenizer, 12 if name == "planned" else 5, prompt="ab"),
     ]
-    result = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
+    result: Any = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
     mask_id = model.process.mask_id
     assert result.trace.shape[1:] == (2, 12)
     assert len(result.trace) == (frames or result.calls.max() + 1)
@@ -607,7 +621,7 @@ def test_the_trace_of_every_sampler(model, name):
 
 
 def test_a_result_is_without_padding(model):
-    result = sedd.sample(model, KEY, num=9, length=11, sampler="event_jump", steps=4)
+    result: Any = sedd.sample(model, KEY, num=9, length=11, sampler="event_jump", steps=4)
     assert result.tokens.shape == (9, 11)
     assert result.calls.shape == (9,)
     assert len(result.text) == 9
@@ -619,7 +633,7 @@ def test_a_result_is_without_padding(model):
 def test_what_is_given_whole_takes_no_call(model, name):
     clamps = [from_prompt(model.tokenizer, n, prompt="abcdefghijkl"[:n]) for n in (12, 5)]
     options, _ = FRAMES[name]
-    result = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
+    result: Any = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
     assert result.calls.tolist() == [0, 0]
     assert result.trace.shape == (1, 2, 12)
     assert result.text == ["abcdefghijkl", "abcde"]

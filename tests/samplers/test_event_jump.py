@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -538,7 +539,8 @@ def test_memory_does_not_grow_with_the_steps(kind):
 
     def temporary(steps, trace=False):
         lowered = run.lower(kind(schedule=LOG_LINEAR, steps=steps), *args, trace=trace)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        analysis: Any = lowered.compile().memory_analysis()
+        return analysis.temp_size_in_bytes
 
     few, many = temporary(8), temporary(8000)
     print(f"\n{kind.__name__}: {few} bytes at 8 steps, {many} at 8000")

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections import defaultdict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ GIVEN = (-1, 2, -1, -1)
 V = N + 1
 
 
-def speculative(draft="batch", **options):
+def speculative(draft: Any = "batch", **options):
     return Speculative(schedule=LOG_LINEAR, draft=draft, **options)
 
 
