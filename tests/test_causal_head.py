@@ -326,9 +326,15 @@ def test_samples_and_bounds_are_those_of_the_trunk(trained, trunk):
     assert results[0].nats_per_token == results[1].nats_per_token
 
 
-def test_training_goes_on_from_a_run_with_a_head(trained, text, tmp_path):
-    outcome = train(tmp_path / "second", text, "--init-from", trained[0])
+def test_head_and_trunk_can_be_trained_together_from_a_run_with_a_head(trained, text, tmp_path):
+    assert "--network.no-freeze" in train(tmp_path / "frozen", text).err
+    second = tmp_path / "second"
+    outcome = train(second, text, "--network.no-freeze", "--init-from", trained[0])
     assert outcome.code == 0, outcome.err
+    assert "of them trained" not in outcome.out
+    before, after = (sedd.load(run).denoiser.params for run in (trained[0], second))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    assert jax.tree.all(moved)
 
 
 @pytest.mark.parametrize(

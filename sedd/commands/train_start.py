@@ -86,7 +86,7 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     elif getattr(config.network, "freeze", False):
         raise UserError(
             f"--network {config.network.name} trains a part of the network on a frozen trunk: name "
-            "a trained one by --init-from RUN, or train both with --no-network.freeze"
+            "a trained one by --init-from RUN, or train both with --network.no-freeze"
         )
 
     data = read_data(config, tokenizer)
