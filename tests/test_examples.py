@@ -18,6 +18,7 @@ ENTRY_POINTS = {
         sedd.load,
         sedd.sample,
         sedd.evaluate,
+        sedd.price,
         sedd.samplers.options,
         sedd.Model.log_score,
         sedd.Model.log_conditional,

@@ -17,6 +17,7 @@ from sedd.constraints import compile_regex
 from sedd.constraints.spans import Span, batch_spans
 from sedd.denoiser import Denoiser
 from sedd.evaluation.monte_carlo import sequence_nats
+from sedd.evaluation.price_draws import ProfileDraws
 from sedd.networks.ddit import DDiT
 from sedd.networks.rows import CHUNK_BYTES
 from sedd.parameterizations.any_subset import AnySubset
@@ -36,6 +37,11 @@ LOG_LINEAR = LogLinear()
 
 def validate(denoiser, keys_B, x0_BL, scored_BL):
     return sequence_nats(denoiser, LOG_LINEAR, keys_B, x0_BL, scored_BL, draws=4)
+
+
+def price(denoiser, keys_B, x0_BL, scored_BL):
+    draws = ProfileDraws(known=(0, 255, 511), repeats=1)
+    return draws(denoiser, LOG_LINEAR, keys_B, x0_BL, scored_BL)
 
 
 def every_log_score(denoiser, keys_B, x_BL, scored_BL):
@@ -61,6 +67,7 @@ PROGRAMS = {
     "tweedie, uniform": (Score(process=Uniform(num_tokens=N)), TWEEDIE),
     "validate, ordered": (AnySubset(process=Absorbing(num_tokens=N)), validate),
     "validate, k-DCE": (Conditional(process=Absorbing(num_tokens=N)), validate),
+    "price": (Conditional(process=Absorbing(num_tokens=N)), price),
     "event_jump": (
         Conditional(process=Absorbing(num_tokens=N)),
         EventJump(schedule=LOG_LINEAR, steps=8),
