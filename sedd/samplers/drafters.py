@@ -27,7 +27,7 @@ rejected. ``begin`` makes the memo before the first round, without a network cal
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,13 +48,22 @@ class Window:
     """
 
     x_BL: Int[Array, "B L"]
-    positions_BK: Int[Array, "B K"]
-    left_B: Int[Array, " B"]  # masks that the sequence has left; 0 if it is finished
+    order_BL: Int[Array, "B L"]  # the position of each rank; the free positions come first
+    known_B: Int[Array, " B"]  # free positions that are visible: the rank of the next one
+    left_B: Int[Array, " B"]  # free positions that are masked; 0 if the sequence is finished
+    size: int = field(metadata={"static": True})  # K
+
+    @property
+    def positions(self) -> Int[Array, "B K"]:
+        """The positions of the ranks known, known + 1, …"""
+        rank_BK = self.known_B[:, None] + jnp.arange(self.size)
+        rank_BK = jnp.minimum(rank_BK, self.order_BL.shape[1] - 1)
+        return jnp.take_along_axis(self.order_BL, rank_BK, 1)
 
     @property
     def valid(self) -> Bool[Array, "B K"]:
         """The entries that have a meaning; they come first."""
-        return jnp.arange(self.positions_BK.shape[1]) < self.left_B[:, None]
+        return jnp.arange(self.size) < self.left_B[:, None]
 
     def write(self, tokens_BK: Int[Array, "B K"], count: Int[Array, "..."]) -> Int[Array, "B L"]:
         """The tokens [B, L] after the first ``count`` valid positions are set to ``tokens_BK``.
@@ -62,9 +71,8 @@ class Window:
         ``count`` is one number for each sequence, [B], or the same for all.
         """
         batch, length = self.x_BL.shape
-        entry_1K = jnp.arange(self.positions_BK.shape[1])[None]
-        written_BK = self.valid & (entry_1K < jnp.broadcast_to(count, (batch,))[:, None])
-        place_BK = jnp.where(written_BK, self.positions_BK, length)
+        first_BK = jnp.arange(self.size) < jnp.broadcast_to(count, (batch,))[:, None]
+        place_BK = jnp.where(self.valid & first_BK, self.positions, length)
         row_B1 = jnp.arange(batch)[:, None]
         return self.x_BL.at[row_B1, place_BK].set(tokens_BK.astype(self.x_BL.dtype), mode="drop")
 
@@ -188,7 +196,7 @@ class ByRows(Drafter):
             hidden = jax.tree.map(
                 partial(_select, needs_B), _call_if(needs_B.any(), call), memo.hidden
             )
-        log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions_BK)
+        log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions)
         calls_B = needs_B.astype(jnp.int32)
         return Computed(log_probs_BKN, memo, calls_B, calls_B)
 
@@ -203,7 +211,7 @@ class ByRows(Drafter):
         x_RL = x_BCL.reshape(batch * count, -1)
         rows = Rows(
             sequence_R=(count * jnp.arange(batch)[:, None] + jnp.arange(num_read)[None]).ravel(),
-            position_R=window.positions_BK[:, self.first :].ravel(),
+            position_R=window.positions[:, self.first :].ravel(),
         )
 
         def call():

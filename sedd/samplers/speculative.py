@@ -127,7 +127,7 @@ class Speculative(SteppedSampler):
         assert state.log_prob_B is not None  # set by ``start``
         drafter, active_B = self.drafter, self.active(denoiser, state)
         window = self.window(denoiser, state)
-        rows = Rows.at(window.positions_BK)
+        rows = Rows.at(window.positions)
         keys_B = fold(state.keys_B, state.round_B)
         draft_keys_B = state.keys_B if self.coupled else fold(keys_B, 0)
         drafted = drafter.draft(denoiser, state.plan.memo, window)
@@ -153,10 +153,13 @@ class Speculative(SteppedSampler):
     def window(self, denoiser: Denoiser, state: State) -> Window:
         """The next ``lookahead`` positions of each sequence that are still masked."""
         left_B = masked(denoiser, state).sum(1)
-        rank_BK = (state.free_BL.sum(1) - left_B)[:, None] + jnp.arange(self.lookahead)
-        rank_BK = jnp.minimum(rank_BK, state.x_BL.shape[1] - 1)
-        positions_BK = jnp.take_along_axis(state.plan.order_BL, rank_BK, 1)
-        return Window(x_BL=state.x_BL, positions_BK=positions_BK, left_B=left_B)
+        return Window(
+            x_BL=state.x_BL,
+            order_BL=state.plan.order_BL,
+            known_B=state.free_BL.sum(1) - left_B,
+            left_B=left_B,
+            size=self.lookahead,
+        )
 
 
 def draw(
@@ -194,11 +197,11 @@ def accept(
     """
     log_ratio_BK = at(targets_BKN, tokens_BK) - at(drafted_BKN, tokens_BK)
     ratio_R = jnp.exp(jnp.minimum(log_ratio_BK, 0.0)).reshape(-1)
-    heads_R = coins(fold(keys_B, 1), Rows.at(window.positions_BK), ratio_R)
+    heads_R = coins(fold(keys_B, 1), Rows.at(window.positions), ratio_R)
     kept_B = leading(window, heads_R.reshape(tokens_BK.shape))
     row_B = jnp.arange(len(kept_B))
-    last_B = jnp.minimum(kept_B, tokens_BK.shape[1] - 1)
-    rows = Rows(sequence_R=row_B, position_R=window.positions_BK[row_B, last_B])
+    last_B = jnp.minimum(kept_B, window.size - 1)
+    rows = Rows(sequence_R=row_B, position_R=window.positions[row_B, last_B])
     rest_BN = residual(drafted_BKN[row_B, last_B], targets_BKN[row_B, last_B])
     replacement_B = tokens_at(fold(keys_B, 2), rows, rest_BN)
     return kept_B, tokens_BK.at[row_B, kept_B].set(replacement_B, mode="drop")

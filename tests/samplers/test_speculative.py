@@ -221,13 +221,13 @@ def test_a_drafter_reads_the_contexts_that_it_should(drafter):
         start = min(known + kept + 1, L)
         if sampler.draft == "batch" and drafter.bonus and kept == k:
             after, start = put(x, window, drafts), known + k
-        first.append((x, np.resize(window, k), L - known))
-        second.append((after, np.resize([*order[start : start + k], 0], k), L - start))
+        first.append((x, order, known))
+        second.append((after, order, start))
         cases.append((x, window, drafts, kept, after, order[start : start + k]))
 
     def window_of(rows):
-        x, positions, left = zip(*rows, strict=True)
-        return Window(x_BL=i32(x), positions_BK=i32(positions), left_B=i32(left))
+        x_BL, order_BL, known_B = map(i32, zip(*rows, strict=True))
+        return Window(x_BL=x_BL, order_BL=order_BL, known_B=known_B, left_B=L - known_B, size=k)
 
     drafts_SK = i32([case[2] for case in cases])
     kept_S = i32([case[3] for case in cases])
