@@ -22,9 +22,10 @@ def get_config() -> Config:
         network=options("networks", "causal_head", **values(trunk.network)),
         objective=options("objectives", "self_speculative"),
         optimizer=OptimizerOptions(
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             warmup_steps=100,
             schedule="cosine",
+            beta2=0.99,
             ema_decay=0.99,
         ),
         training=dataclasses.replace(trunk.training, steps=1500, eval_every=250, sample_every=None),
