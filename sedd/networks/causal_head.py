@@ -92,9 +92,10 @@ class CausalHead(DDiT):
             params: parameters.
             hidden_BLD: the result of ``hidden``, for tokens of which the first ones in the order
                 are visible and the others masked.
-            tokens_BL: the tokens, without masks: those that were visible, and the drafts or clean
-                tokens of the others.
-            order_BL: the order σ: a permutation of the positions 0..L-1.
+            tokens_BL: the tokens: those that were visible, and the drafts or clean tokens of the
+                others. Tokens that are not known yet may have any value.
+            order_BL: the order σ: a permutation of the positions 0..L-1. In training the visible
+                positions are in a random order too.
             keys_B: a key for each sequence turns dropout in the causal block on.
         """
         causal = {k: v if k == "blocks" else whole(v) for k, v in params["causal"].items()}
