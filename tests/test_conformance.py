@@ -260,7 +260,8 @@ def test_sampler(name):
     """In one jit, traced once: tokens in range, no mask left, the clamp respected."""
     ran = 0
     for label, reading, sampler in accepted("samplers", name):
-        if label in ("mdlm", "any_subset"):  # their samplers read them as they read radd
+        # Samplers read these models as they read radd; test_two_stream tests the exception.
+        if label in ("mdlm", "any_subset"):
             continue
         size = reading.process.num_states
         network = oracle.ConstantNetwork(

@@ -56,7 +56,10 @@ class Window:
     @property
     def positions(self) -> Int[Array, "B K"]:
         """The positions of the ranks known, known + 1, …"""
-        rank_BK = self.known_B[:, None] + jnp.arange(self.size)
+        return self.at_ranks(self.known_B[:, None] + jnp.arange(self.size))
+
+    def at_ranks(self, rank_BK: Int[Array, "B K"]) -> Int[Array, "B K"]:
+        """The positions of some ranks; ranks beyond the last one stand for the last one."""
         rank_BK = jnp.minimum(rank_BK, self.order_BL.shape[1] - 1)
         return jnp.take_along_axis(self.order_BL, rank_BK, 1)
 
@@ -151,10 +154,11 @@ class Prefixes(NamedTuple):
 class ByRows(Drafter):
     """Verifies in a wider batch, with one row for each number of visible drafts.
 
-    It works with every time-independent absorbing model. The verification is one network call on
-    the *contexts* of each sequence: context c has the first c drafts visible, and predicts position
-    c of the window. The drafts are predicted together, by one network call on the current tokens
-    (context 0 of a window). The first draft is then drawn from its target.
+    It works with every time-independent absorbing model. (Any-subset models have ``TwoStream``.)
+    The verification is one network call on the *contexts* of each sequence: context c has the
+    first c drafts visible, and predicts position c of the window. The drafts are predicted
+    together, by one network call on the current tokens (context 0 of a window). The first draft is
+    then drawn from its target.
 
     Args:
         lookahead: number of positions in a window, K.

@@ -17,9 +17,10 @@ from sedd.samplers.drafters import ByRows, Drafter, Window
 from sedd.samplers.noise import coins, fold, tokens_at
 from sedd.samplers.orders import check_order, order_ranks
 from sedd.samplers.reveal import masked
+from sedd.samplers.two_stream import TwoStream
 from sedd.types import Array, Bool, Float, Int, Key
 
-Draft = Literal["stale", "batch"]
+Draft = Literal["stale", "batch", "self"]
 
 
 class Plan(NamedTuple):
@@ -42,6 +43,12 @@ class Speculative(SteppedSampler):
     There are at most as many network calls as free positions, or one more if ``draft`` is stale. A
     call computes several rows of a batch: the number of calls falls, the work grows. Sequences
     advance independently of each other.
+
+    For an any-subset model the conditionals are those of the pass over the order, in which the
+    fixed tokens are the prompt, and drawn tokens see only those drawn before them. The law is then
+    that of the model's likelihood in the order (``sedd.evaluation.ordered``). It is another one
+    than that of ``ordered``, which reads all known tokens anew in each call. A call computes the
+    new tokens and the predictions only, as queries in one row of the batch.
     """
 
     needs_absorbing: ClassVar[bool] = True
@@ -51,20 +58,24 @@ class Speculative(SteppedSampler):
     """How a round drafts. stale: from the hidden states of the last verification, which lack the
     newest token; a round is one network call, for at least one token. batch: by a call of its own
     on the current tokens, whose first draft is always accepted; a round is two calls, for at least
-    two tokens."""
+    two tokens. self: the same for an any-subset model. Any-subset models take stale and self, all
+    others stale and batch."""
     lookahead: int = 4
     """Positions that a round drafts. The verification takes a row of the batch for each; with batch
-    for each but the first."""
+    for each but the first. An any-subset model takes one row in all, with a query for each position
+    to verify, and with stale K² more for the next drafts."""
     order: str = "forward"
     """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
     Listed positions that a sequence does not have are ignored."""
     bonus: bool = False
     """Verify one row more, in which all drafts are visible. If all are accepted, the next round
-    drafts from it: with batch without a call, with stale from predictions that lack no token."""
+    drafts from it: with batch and self without a call, with stale from predictions that lack no
+    token. For an any-subset model these are K queries in place of the row."""
     coupled: bool = False
     """Draw drafts and verified tokens with the same noise, and accept while they are equal. The
     tokens are those of ordered with the same order and seed, up to rounding errors of the
-    network. Fewer drafts are accepted, except at temperature 0, where it makes no difference."""
+    network; for an any-subset model, those of any other lookahead and draft. Fewer drafts are
+    accepted, except at temperature 0, where it makes no difference."""
 
     def __post_init__(self):
         if self.draft not in get_args(Draft):
@@ -76,22 +87,23 @@ class Speculative(SteppedSampler):
             )
         if self.lookahead < 1:
             raise FieldError("lookahead", f"must be at least 1, got {self.lookahead}")
-        if self.lookahead == 1 and self.draft == "batch" and not self.bonus:
+        if self.lookahead == 1 and self.draft != "stale" and not self.bonus:
             raise FieldError(
                 "lookahead",
-                "must be at least 2, got 1: a single draft of batch is never verified, as by the "
-                "sampler ordered; or set bonus, which verifies the token after it",
+                f"must be at least 2, got 1: a single draft of {self.draft} is never verified, and "
+                "saves no call; or set bonus, which drafts the token after it in the same call",
             )
         check_order(self.order)
 
-    @property
-    def drafter(self) -> Drafter:
-        """What ``draft`` names."""
-        return ByRows(lookahead=self.lookahead, bonus=self.bonus, stale=self.draft == "stale")
+    def drafter(self, any_subset: bool) -> Drafter:
+        """What ``draft`` names for a model of this kind."""
+        kind = TwoStream if any_subset else ByRows
+        return kind(lookahead=self.lookahead, bonus=self.bonus, stale=self.draft == "stale")
 
     @property
     def width(self):
-        return self.drafter.width
+        """For ``stale``, which both kinds of models take, that of verification by rows."""
+        return self.drafter(self.draft == "self").width
 
     def check(self, denoiser):
         super().check(denoiser)
@@ -100,6 +112,21 @@ class Speculative(SteppedSampler):
                 "sampler 'speculative' takes no constraint: the tokens of a span are drawn "
                 "jointly, but a draft is verified by the conditional of its position alone "
                 "(ordered draws in the same order under constraints)"
+            )
+        if denoiser.any_subset and self.draft == "batch":
+            raise UserError(
+                "sampler 'speculative' with the draft batch reads all known tokens anew, which an "
+                "any-subset model need not: use the draft stale or self"
+            )
+        if self.draft == "self" and not denoiser.any_subset:
+            raise UserError(
+                "sampler 'speculative' with the draft self needs an any-subset model: use the "
+                "draft stale or batch"
+            )
+        if denoiser.any_subset and denoiser.guided:
+            raise UserError(
+                "sampler 'speculative' takes no guidance with an any-subset model, whose memory "
+                "holds the given tokens (ordered takes it)"
             )
 
     def max_rounds(self, length):
@@ -118,14 +145,17 @@ class Speculative(SteppedSampler):
             fold(keys_B, 1),
             x_BL=x_BL,
             free_BL=~fixed_BL,
-            plan=Plan(jnp.argsort(rank_BL, axis=1), self.drafter.begin(denoiser, x_BL)),
+            plan=Plan(
+                jnp.argsort(rank_BL, axis=1),
+                self.drafter(denoiser.any_subset).begin(denoiser, x_BL),
+            ),
             log_prob_B=jnp.zeros(len(keys_B)),
         )
 
     def advance(self, denoiser, state):
         """Draft the window of each sequence, verify it, and reveal what was accepted."""
         assert state.log_prob_B is not None  # set by ``start``
-        drafter, active_B = self.drafter, self.active(denoiser, state)
+        drafter, active_B = self.drafter(denoiser.any_subset), self.active(denoiser, state)
         window = self.window(denoiser, state)
         rows = Rows.at(window.positions)
         keys_B = fold(state.keys_B, state.round_B)
