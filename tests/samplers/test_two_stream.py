@@ -25,8 +25,10 @@ from sedd.networks.ddit import DDiT
 from sedd.parameterizations.any_subset import AnySubset
 from sedd.processes.absorbing import Absorbing
 from sedd.reshape import Reshape
+from sedd.samplers.drafters import Window
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.speculative import Speculative
+from sedd.samplers.two_stream import TwoStream
 from sedd.schedules import LogLinear
 
 DRAWS = 20_000
@@ -68,10 +70,15 @@ def table(seed):
     return dataclasses.replace(model, network=network, parameterization=READING)
 
 
+def conditional(seed, temperature=1.0):
+    """[V^L, L, N]: p(x_i | x) of the table."""
+    probs = np.exp(oracle.random_table(seed=seed, scale=1.5)[..., :N] / temperature)
+    return probs / probs.sum(-1, keepdims=True)
+
+
 def law_of(seed, fixed, order, temperature=1.0):
     """[V^L]: the product of the conditionals, or its mean over random orders."""
-    raw = oracle.random_table(seed=seed, scale=1.5)[..., :N] / temperature
-    cond = np.exp(raw) / np.exp(raw).sum(-1, keepdims=True)
+    cond = conditional(seed, temperature)
     free = [i for i in range(L) if fixed[i] < 0]
     orders = list(itertools.permutations(free)) if order == "random" else [tuple(free)]
     law = np.zeros(V**L)
@@ -113,6 +120,73 @@ def test_draws_follow_the_product_of_the_conditionals(options):
             np.testing.assert_allclose(samples.log_prob_B, log_law, atol=1e-5)
     other = law_of(0, NOTHING_FIXED, sampler.order)
     assert oracle.chi_square_p(counts, other) < 1e-4  # control: the last table was another
+
+
+@functools.partial(jax.jit, static_argnames="drafter", compiler_options=oracle.QUICKLY)
+def two_rounds(drafter, denoiser, first, tokens_SK, kept_S, second):
+    """The distributions of the first round, and of the next one after some drafts were kept."""
+    drafted = drafter.draft(denoiser, drafter.begin(denoiser, first.x_BL), first)
+    verified = drafter.verify(denoiser, drafted, first, tokens_SK)
+    memo = drafter.settle(verified.memo, kept_S)
+    return drafted, verified, drafter.draft(denoiser, memo, second)
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        TwoStream(lookahead=2, bonus=True, stale=False),
+        TwoStream(lookahead=2, bonus=False, stale=True),
+        TwoStream(lookahead=3, bonus=True, stale=True),
+    ],
+    ids=str,
+)
+def test_a_drafter_asks_for_the_positions_that_it_should(drafter):
+    """Wrong drafts would leave the law as it is, and cost calls."""
+    cond, rng, k = conditional(0), np.random.default_rng(0), drafter.lookahead
+    cases, first, second = [], [], []
+    for _ in range(300):
+        order, free = rng.permutation(L), int(rng.integers(1, L + 1))
+        x, drafts = np.full(L, N), rng.integers(0, N, k)
+        x[order[free:]] = rng.integers(0, N, L - free)
+        window = order[:free][:k]
+        kept = int(rng.integers(0, len(window) + 1))
+        after = x.copy()
+        after[window] = drafts[: len(window)]
+        after[window[kept:]] = N
+        after[window[kept : kept + 1]] = rng.integers(0, N)
+        start = min(kept + 1, k, free)
+        first.append((x, order, 0, free))
+        second.append((after, order, start, free - start))
+        cases.append((x, window, drafts, kept, after, order[start:free][:k]))
+    windows = [
+        Window(size=k, **dict(zip(("x_BL", "order_BL", "known_B", "left_B"), columns, strict=True)))
+        for columns in (map(i32, zip(*rows, strict=True)) for rows in (first, second))
+    ]
+    drafts_SK, kept_S = i32([case[2] for case in cases]), i32([case[3] for case in cases])
+    drafted, verified, again = two_rounds(
+        drafter, table(0), windows[0], drafts_SK, kept_S, windows[1]
+    )
+    for s, (x, window, drafts, kept, after, later) in enumerate(cases):
+
+        def check(computed, entry, seen, place, s=s):
+            expected = cond[int(oracle.state_index(seen, V)), place]
+            np.testing.assert_allclose(
+                np.exp(computed.log_probs_BKN[s, entry]), expected, atol=1e-5
+            )
+
+        def prefix(count, x=x, window=window, drafts=drafts):
+            seen = x.copy()
+            seen[window[:count]] = drafts[: len(window[:count])]
+            return seen
+
+        for j, place in enumerate(window):
+            check(drafted, j, x, place)
+            check(verified, j, prefix(j), place)
+        ready = drafter.stale or kept == k
+        count = min(kept, k - 1 + drafter.bonus)
+        for j, place in enumerate(later):
+            check(again, j, prefix(count) if ready else after, place)
+        assert int(again.calls_B[s]) == (len(later) > 0 and not ready)
 
 
 def test_reshaped_draws_within_blocks():
