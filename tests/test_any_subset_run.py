@@ -58,6 +58,23 @@ def test_samples_are_drawn_from_left_to_right(place):
     assert [line["calls"] for line in lines] == [12 - 3] * 2
 
 
+@pytest.mark.parametrize("draft", ["self", "stale"])
+def test_speculative_samples_from_the_command(place, draft):
+    """In one row a call; guidance is refused."""
+    output = place / "speculative.jsonl"
+    command = ("sample", "--checkpoint", place / "from_radd", "--num", 2, "--prompt", "the")
+    command += ("--sampler", "speculative", "--draft", draft, "--output", output)
+    outcome = tiny_run.call(*command)
+    assert outcome.code == 0, outcome.err
+    for line in map(json.loads, output.read_text().splitlines()):
+        assert line["text"].startswith("the")
+        assert line["rows"] == line["calls"] <= 12 - 3 + (draft == "stale")
+        assert line["log_prob"] < 0
+    outcome = tiny_run.call(*command, "--guidance", 1)
+    assert outcome.code == 2
+    assert "takes no guidance with an any-subset model" in outcome.err
+
+
 def figures(place, *flags):
     outcome = tiny_run.call(
         *("evaluate", "--checkpoint", place / "from_radd", "--data", place / "text.txt"),
