@@ -301,10 +301,7 @@ def draw(
     samples = _run(sampler, denoiser, keys_B[row_of_B], tokens_BL, fixed_BL, trace=trace)
     _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
     result = _result(model, sampler, samples, lengths)
-    for tokens_L, row in zip(result.tokens, spans, strict=True):
-        for span in row:
-            if not span.automaton.accepts(tokens_L[span.start : span.start + span.length]):
-                raise RuntimeError(f"drawn, but no match of {span.automaton.pattern!r}")  # our bug
+    _check_matches(result.tokens, spans)
     return result
 
 
@@ -366,6 +363,14 @@ def _check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None
         if span.start <= position < span.start + span.length:
             where += f", {span.automaton.states_after(position - span.start)}"
     raise UserError(f"{where}: {NO_NUMBERS}")
+
+
+def _check_matches(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
+    """Raise RuntimeError, which would be our bug, if a drawn span does not match."""
+    for tokens_L, row in zip(tokens_BL, spans, strict=True):
+        for span in row:
+            if not span.automaton.accepts(tokens_L[span.start : span.start + span.length]):
+                raise RuntimeError(f"drawn, but no match of {span.automaton.pattern!r}")
 
 
 def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]) -> SampleResult:

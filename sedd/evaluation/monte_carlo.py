@@ -100,24 +100,26 @@ def sequence_nats(
     diffusion = _Diffusion.of(denoiser, schedule, x0_BL, scored_BL, estimator, t_min)
 
     def replicate(r):
-        replicate_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, r)
         u_key_B, place_key_B, draw_key_B, end_key_B = jax.vmap(
-            lambda key: jax.random.split(key, 4), out_axes=1
-        )(replicate_keys_B)
+            lambda key: jax.random.split(jax.random.fold_in(key, r), 4), out_axes=1
+        )(keys_B)
         mean_B = diffusion.mean(u_key_B, place_key_B, draw_key_B, draws // REPLICATES)
         if estimator == "k_dce":
             return mean_B, jnp.zeros_like(mean_B)
         return mean_B, _reconstruction(denoiser, schedule, end_key_B, x0_BL, scored_BL, t_min)
 
     diffusion_RB, reconstruction_RB = jax.lax.map(replicate, jnp.arange(REPLICATES))
-    per_token = 0.0
-    if estimator != "k_dce":
-        per_token = denoiser.process.prior_kl(schedule.sigma(jnp.float32(1.0)))
+    prior = _prior(denoiser, schedule) if estimator == "score_entropy" else 0.0
     return SequenceNats(
-        prior_B=per_token * scored_BL.sum(-1),
+        prior_B=prior * scored_BL.sum(-1),
         diffusion_BR=diffusion_RB.T,
         reconstruction_BR=reconstruction_RB.T,
     )
+
+
+def _prior(denoiser: Denoiser, schedule: NoiseSchedule) -> Float[Array, ""]:
+    """The prior term of a token, in nats."""
+    return denoiser.process.prior_kl(schedule.sigma(jnp.float32(1.0)))
 
 
 @dataclass(frozen=True, kw_only=True)

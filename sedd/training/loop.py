@@ -132,8 +132,7 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
         run: the parts of the run.
         state: the state to start from, placed on the devices by ``run.parallel``. Its arrays are
             donated to the first step and cannot be used afterwards.
-        pending: the loop's state from the checkpoint that ``state`` comes from; None at the start
-            of a run.
+        pending: the loop's state from the checkpoint of ``state``; None at the start of a run.
 
     Returns:
         The state after the last update, its step, and whether a signal ended the run early.
@@ -153,9 +152,6 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
             metrics = closes.enter_context(
                 closing(Metrics(run.workdir, step=step, keep_last=keep_last, wandb=run.wandb))
             )
-        profile = None
-        if run.profile is not None:
-            profile = Profile(Path(run.workdir) / "profile", step, run.profile)
         loop = _Loop(
             run=run,
             metrics=metrics,
@@ -165,7 +161,7 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
             held=pending.get("held"),
             saved=step,
             clock=Clock(run.flops, run.parallel.num_devices),
-            profile=profile,
+            profile=_profile(run, step),
         )
         stop = closes.enter_context(stop_requests())  # until all is written
         try:
@@ -181,6 +177,13 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
     return TrainResult(
         state=state, step=step, stopped=step < run.steps, validation=loop.validations.get(step)
     )
+
+
+def _profile(run: Run, step: int) -> Profile | None:
+    """The recording for a profiler's viewer that the run asks for."""
+    if run.profile is None:
+        return None
+    return Profile(Path(run.workdir) / "profile", step, run.profile)
 
 
 @dataclass(kw_only=True)
