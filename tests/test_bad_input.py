@@ -331,10 +331,18 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler ordered --order 3,3", "--order must be forward, .* such as 3,0,2, got '3,3'"),
     ("--sampler ordered --order x", "--order must be forward, .* such as 3,0,2, got 'x'"),
     ("--sampler ordered --order -1,2", "--order must be forward, .* such as 3,0,2, got '-1,2'"),
-    ("--sampler speculative --draft stael", "--draft must be one of stale, batch, self, got 'st"),
+    ("--sampler speculative --draft stael", "--draft must be one of stale, batch, self, head, "),
     (
         "--sampler speculative --draft self",
         "sampler 'speculative' with the draft self needs an any-",
+    ),
+    (
+        "--sampler speculative --draft head",
+        "sampler 'speculative' with the draft head needs a network with a causal head, got DDiT",
+    ),
+    (
+        "--sampler speculative --verifications 2",
+        "--verifications is for the draft head only: got 2 with stale",
     ),
     ("--sampler speculative --lookahead 0", "--lookahead must be at least 1, got 0"),
     (

@@ -187,7 +187,7 @@ class ByRows(Drafter):
         if not (self.bonus or self.stale):
             return None
         shapes = jax.eval_shape(denoiser.hidden, x_BL)
-        return Pending(_zeros(shapes), jnp.zeros(len(x_BL), bool))
+        return Pending(zeros_like(shapes), jnp.zeros(len(x_BL), bool))
 
     def draft(self, denoiser, memo, window):
         """Predict the window from the current tokens, or from hidden states of the last round."""
@@ -198,7 +198,7 @@ class ByRows(Drafter):
         else:
             needs_B = needs_B & ~memo.ready_B
             hidden = jax.tree.map(
-                partial(_select, needs_B), _call_if(needs_B.any(), call), memo.hidden
+                partial(select, needs_B), call_if(needs_B.any(), call), memo.hidden
             )
         log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions)
         calls_B = needs_B.astype(jnp.int32)
@@ -223,7 +223,7 @@ class ByRows(Drafter):
             read_RN = wide.log_conditional_rows(hidden, x_RL, rows)
             return hidden, read_RN.reshape(batch, num_read, read_RN.shape[-1])
 
-        hidden, targets_BKN = _call_if(needs_B.any(), call)
+        hidden, targets_BKN = call_if(needs_B.any(), call)
         if not self.stale:
             targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
         memo = None
@@ -247,16 +247,38 @@ class ByRows(Drafter):
         return Pending(hidden, ready_B)
 
 
-def _zeros(shapes: Any) -> Any:
+def zeros_like(shapes: Any) -> Any:
+    """Zeros of these shapes and types."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def _call_if(needed: Bool[Array, ""], function: Callable[[], Any]) -> Any:
+def call_if(needed: Bool[Array, ""], function: Callable[[], Any]) -> Any:
     """``function()`` if it is needed, else zeros of the same shapes."""
     shapes = jax.eval_shape(function)
-    return jax.lax.cond(needed, function, lambda: _zeros(shapes))
+    return jax.lax.cond(needed, function, lambda: zeros_like(shapes))
 
 
-def _select(choose_B: Bool[Array, " B"], yes: Array, no: Array) -> Array:
+def select(choose_B: Bool[Array, " B"], yes: Array, no: Array) -> Array:
     """The sequences of ``yes`` where ``choose_B``, and of ``no`` elsewhere."""
     return jnp.where(choose_B.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+
+
+def conditionals_of_drafts(
+    denoiser: Denoiser,
+    hidden_BQD: Float[Array, "B Q D"],
+    window: Window,
+    tokens_BK: Int[Array, "B K"],
+) -> Float[Array, "B Q N"]:
+    """The log conditionals of the last Q positions of a window, from a hidden state for each.
+
+    A logit processor sees the drafts before each position. Guidance is left out.
+    """
+    batch, count, dim = hidden_BQD.shape
+    prefix_Q = jnp.arange(window.size - count, window.size)
+    x_BQL = jax.vmap(partial(window.write, tokens_BK), out_axes=1)(prefix_Q)
+    targets_R1N = denoiser.repeat(count).log_conditional_in_order(
+        hidden_BQD.reshape(batch * count, 1, dim),
+        x_BQL.reshape(batch * count, -1),
+        window.positions[:, window.size - count :].reshape(batch * count, 1),
+    )
+    return targets_R1N.reshape(batch, count, -1)

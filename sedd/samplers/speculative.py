@@ -13,6 +13,7 @@ from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.networks.rows import Rows
 from sedd.samplers.base import State, SteppedSampler
+from sedd.samplers.by_head import ByHead
 from sedd.samplers.drafters import ByRows, Drafter, Window
 from sedd.samplers.noise import coins, fold, tokens_at
 from sedd.samplers.orders import check_order, order_ranks
@@ -20,7 +21,7 @@ from sedd.samplers.reveal import masked
 from sedd.samplers.two_stream import TwoStream
 from sedd.types import Array, Bool, Float, Int, Key
 
-Draft = Literal["stale", "batch", "self"]
+Draft = Literal["stale", "batch", "self", "head"]
 
 
 class Plan(NamedTuple):
@@ -49,6 +50,11 @@ class Speculative(SteppedSampler):
     that of the model's likelihood in the order (``sedd.evaluation.ordered``). It is another one
     than that of ``ordered``, which reads all known tokens anew in each call. A call computes the
     new tokens and the predictions only, as queries in one row of the batch.
+
+    The draft head is for networks with a causal head, which verifies in place of a network call
+    (arXiv:2510.03929). Its law is one of its own, which ``sedd.samplers.by_head`` describes: it
+    follows the head exactly while the hidden states of one call are used. It is not the law of
+    ``ordered``, and has no log probability.
     """
 
     needs_absorbing: ClassVar[bool] = True
@@ -59,7 +65,8 @@ class Speculative(SteppedSampler):
     newest token; a round is one network call, for at least one token. batch: by a call of its own
     on the current tokens, whose first draft is always accepted; a round is two calls, for at least
     two tokens. self: the same for an any-subset model. Any-subset models take stale and self, all
-    others stale and batch."""
+    others stale and batch. head: by a call on the current tokens; the causal head of the network
+    verifies without a call."""
     lookahead: int = 4
     """Positions that a round drafts. The verification takes a row of the batch for each; with batch
     for each but the first. An any-subset model takes one row in all, with a query for each position
@@ -77,6 +84,10 @@ class Speculative(SteppedSampler):
     network; for an any-subset model, those of any other lookahead and draft. Fewer drafts are
     accepted, except at temperature 0, where it makes no difference."""
 
+    verifications: int = 1
+    """With head: rounds for which one network call is used. Each drafts and verifies the next
+    lookahead positions on its hidden states."""
+
     def __post_init__(self):
         if self.draft not in get_args(Draft):
             known = get_args(Draft)
@@ -87,16 +98,28 @@ class Speculative(SteppedSampler):
             )
         if self.lookahead < 1:
             raise FieldError("lookahead", f"must be at least 1, got {self.lookahead}")
-        if self.lookahead == 1 and self.draft != "stale" and not self.bonus:
+        if self.lookahead == 1 and self.draft in ("batch", "self") and not self.bonus:
             raise FieldError(
                 "lookahead",
                 f"must be at least 2, got 1: a single draft of {self.draft} is never verified, and "
                 "saves no call; or set bonus, which drafts the token after it in the same call",
             )
+        if self.verifications < 1:
+            raise FieldError("verifications", f"must be at least 1, got {self.verifications}")
+        if self.verifications > 1 and self.draft != "head":
+            raise FieldError(
+                "verifications",
+                f"is for the draft head only: got {self.verifications} with {self.draft}",
+            )
+        for name in ("bonus", "coupled"):
+            if self.draft == "head" and getattr(self, name):
+                raise FieldError(name, "does not go with the draft head; leave it out")
         check_order(self.order)
 
     def drafter(self, any_subset: bool) -> Drafter:
         """What ``draft`` names for a model of this kind."""
+        if self.draft == "head":
+            return ByHead(lookahead=self.lookahead, verifications=self.verifications)
         kind = TwoStream if any_subset else ByRows
         return kind(lookahead=self.lookahead, bonus=self.bonus, stale=self.draft == "stale")
 
@@ -122,6 +145,17 @@ class Speculative(SteppedSampler):
             raise UserError(
                 "sampler 'speculative' with the draft self needs an any-subset model: use the "
                 "draft stale or batch"
+            )
+        if self.draft == "head" and not denoiser.network.has_causal_head:
+            raise UserError(
+                "sampler 'speculative' with the draft head needs a network with a causal head, got "
+                f"{type(denoiser.network).__name__}: train one with --network causal_head, or use "
+                f"the draft {'self' if denoiser.any_subset else 'stale'}"
+            )
+        if self.draft == "head" and denoiser.guided:
+            raise UserError(
+                "sampler 'speculative' takes no guidance with the draft head, which was trained on "
+                "the hidden states of all given tokens (use the draft stale)"
             )
         if denoiser.any_subset and denoiser.guided:
             raise UserError(
@@ -149,12 +183,11 @@ class Speculative(SteppedSampler):
                 jnp.argsort(rank_BL, axis=1),
                 self.drafter(denoiser.any_subset).begin(denoiser, x_BL),
             ),
-            log_prob_B=jnp.zeros(len(keys_B)),
+            log_prob_B=None if self.draft == "head" else jnp.zeros(len(keys_B)),
         )
 
     def advance(self, denoiser, state):
         """Draft the window of each sequence, verify it, and reveal what was accepted."""
-        assert state.log_prob_B is not None  # set by ``start``
         drafter, active_B = self.drafter(denoiser.any_subset), self.active(denoiser, state)
         window = self.window(denoiser, state)
         rows = Rows.at(window.positions)
@@ -171,13 +204,15 @@ class Speculative(SteppedSampler):
             kept_B, tokens_BK = accept(
                 keys_B, window, tokens_BK, drafted.log_probs_BKN, targets_BKN
             )
-        new_BK = window.valid & (jnp.arange(self.lookahead) <= kept_B[:, None])
-        log_prob_BK = jnp.where(new_BK, at(targets_BKN, tokens_BK), 0.0)
+        log_prob_B = state.log_prob_B
+        if log_prob_B is not None:
+            new_BK = window.valid & (jnp.arange(self.lookahead) <= kept_B[:, None])
+            log_prob_B += jnp.where(new_BK, at(targets_BKN, tokens_BK), 0.0).sum(1)
         calls_B, rows_B = drafted.calls_B + verified.calls_B, drafted.rows_B + verified.rows_B
         return replace(
             state.called(calls_B, rows_B).moved(window.write(tokens_BK, kept_B + 1), active_B),
             plan=state.plan._replace(memo=drafter.settle(verified.memo, kept_B)),
-            log_prob_B=state.log_prob_B + log_prob_BK.sum(1),
+            log_prob_B=log_prob_B,
         )
 
     def window(self, denoiser: Denoiser, state: State) -> Window:

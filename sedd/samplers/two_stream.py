@@ -14,7 +14,6 @@ tokens of the same ranks, or of higher ones, and no query between the two sees t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from sedd.denoiser import Denoiser, all_positions
 from sedd.networks.base import Memory
 from sedd.parameterizations.any_subset import UNKNOWN
-from sedd.samplers.drafters import Computed, Drafter, Window
+from sedd.samplers.drafters import Computed, Drafter, Window, conditionals_of_drafts
 from sedd.types import Array, Bool, Float, Int
 
 
@@ -155,7 +154,7 @@ class TwoStream(Drafter):
             needs_B.any(), call, lambda: (zeros(lambda: call()[0]), memo.memory)
         )
         num_read = lookahead - self.first
-        targets_BKN = self._targets(denoiser, hidden[:, :num_read], window, tokens_BK)
+        targets_BKN = conditionals_of_drafts(denoiser, hidden[:, :num_read], window, tokens_BK)
         if not self.stale:
             targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
         later = None
@@ -174,24 +173,6 @@ class TwoStream(Drafter):
         index_B = jnp.minimum(kept_B, len(self.prefixes) - 1)
         ready_B = memo.ready_B if self.stale else memo.ready_B & (kept_B == self.lookahead)
         return Streams(memo.memory, memo.hidden[jnp.arange(len(kept_B)), index_B], ready_B)
-
-    def _targets(
-        self,
-        denoiser: Denoiser,
-        hidden_BQD: Float[Array, "B Q D"],
-        window: Window,
-        tokens_BK: Int[Array, "B K"],
-    ) -> Float[Array, "B Q N"]:
-        """The conditionals of the verified positions; a logit processor sees the drafts before."""
-        batch, count, dim = hidden_BQD.shape
-        prefix_Q = jnp.arange(self.first, self.lookahead)
-        x_BQL = jax.vmap(partial(window.write, tokens_BK), out_axes=1)(prefix_Q)
-        targets_R1N = denoiser.repeat(count).log_conditional_in_order(
-            hidden_BQD.reshape(batch * count, 1, dim),
-            x_BQL.reshape(batch * count, -1),
-            window.positions[:, self.first :].reshape(batch * count, 1),
-        )
-        return targets_R1N.reshape(batch, count, -1)
 
 
 def zeros(function: Callable[[], Array]) -> Array:

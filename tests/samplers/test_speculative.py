@@ -401,7 +401,7 @@ def test_within_blocks_and_searches():
     [
         (
             {"draft": "bacth"},
-            "draft must be one of stale, batch, self, got 'bacth'; did you mean 'batch'",
+            "draft must be one of stale, batch, self, head, got 'bacth'; did you mean 'batch'",
         ),
         ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
         ({"lookahead": 0, "bonus": True}, "lookahead must be at least 1, got 0"),
