@@ -48,8 +48,9 @@ class ByHead(Drafter):
     by one, so that q need not be p there, and training fits q to it. A round yields at least one
     token. With a new head q = p: the drafts are kept, and each round draws K tokens independently.
 
-    Only calls of the trunk are counted, and no row counts for a verification. It computes the causal
-    block, about as much work as 4/3 layers of the trunk, and the output layer at K positions.
+    Only calls of the trunk are counted, and no row counts for a verification. It computes the
+    causal block, about as much work as 4/3 layers of the trunk, and the output layer at K
+    positions.
 
     The paper fixes the window of a call. Here each of its rounds takes the next K positions.
 
