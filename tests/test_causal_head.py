@@ -326,6 +326,23 @@ def test_samples_and_bounds_are_those_of_the_trunk(trained, trunk):
     assert results[0].nats_per_token == results[1].nats_per_token
 
 
+def test_the_head_verifies_drafts_of_its_trunk(trained):
+    """A second round on the same hidden states takes no call."""
+    model = sedd.load(trained[0])
+    draws = [
+        sedd.sample(
+            model, 0, num=4, sampler="speculative", draft="head", lookahead=2, verifications=rounds
+        )
+        for rounds in (1, 2)
+    ]
+    for drawn in draws:
+        assert drawn.log_prob is None
+        assert (drawn.tokens < model.denoiser.mask_id).all()
+        np.testing.assert_array_equal(drawn.rows, drawn.calls)
+    once, twice = (drawn.calls.mean() for drawn in draws)
+    assert twice < once < model.length
+
+
 def test_head_and_trunk_can_be_trained_together_from_a_run_with_a_head(trained, text, tmp_path):
     assert "--network.no-freeze" in train(tmp_path / "frozen", text).err
     second = tmp_path / "second"
