@@ -195,6 +195,13 @@ def test_without_a_recipe_nothing_starts():
         parse_config(["--workdir", "x"], Training, "")
 
 
+@pytest.mark.parametrize("flag", ["--confg", "--conf", "--confing"])
+def test_a_misspelt_config_is_named(flag):
+    for given in ([flag, "quickstart"], [f"{flag}=quickstart"]):
+        with pytest.raises(UserError, match=f"unknown flag {flag}; did you mean --config"):
+            parse_config(["--workdir", "x", *given], Training, "")
+
+
 def test_flags_override_the_file():
     config = config_of(
         "--config", str(ROOT / "configs/quickstart.py"), "--optimizer.learning-rate", "1e-4"

@@ -35,7 +35,7 @@ from sedd.configuration.config import (
     recipes,
     with_component,
 )
-from sedd.errors import FieldError, UserError, first_line, printable
+from sedd.errors import FieldError, UserError, did_you_mean, first_line, printable
 from sedd.training.checkpoint import quiet_orbax
 from sedd.training.distributed import leave_libtpu_alone
 
@@ -332,6 +332,9 @@ def parse_config(
     """
     path, rest = take(arguments, "--config")
     if path is None and saved is None and not {"-h", "--help"} & set(arguments):
+        for flag in (argument.partition("=")[0] for argument in arguments):
+            if flag.startswith("--") and did_you_mean(flag, ["--config"]):
+                raise UserError(f"unknown flag {flag}; did you mean --config?")
         raise UserError(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
