@@ -47,8 +47,8 @@ def evaluate(
         key: a key, or an integer seed. The draws of a sequence depend on this key and on the
             sequence's number in the data, not on ``batch_size`` or the number of devices.
         protocol: a ``Protocol`` or the name of one; ``dataclasses.replace`` changes fields of a
-            named one. For token ids only ``estimator``, ``outer_terms``, ``t_min`` and ``draws``
-            apply.
+            named one. If ``data`` is token ids, all fields but ``estimator``, ``outer_terms``,
+            ``t_min`` and ``draws`` are ignored.
         scored_BL: which token ids are scored, [S, L]; the others are conditioned on. Default: all.
         order: "forward", "backward" or "random": compute the exact likelihood of the tokens
             revealed in this order instead of a bound. Needs a time-independent absorbing model that
@@ -120,8 +120,8 @@ def price(
             with padding are refused.
         key: a key, or an integer seed.
         draws: network calls for each sequence, at least 2. With at least L draws (and L at most
-            128) every number of known tokens is measured, otherwise as many as there are draws, and
-            those between them are interpolated.
+            128) every number of known tokens is measured. Otherwise at most ``draws`` numbers, and
+            at most 128, are measured, and those between them are interpolated.
         max_sequences: measure at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 

@@ -120,9 +120,9 @@ def sample(
         verifier: for best_of_n and particle: a function from a list of texts to one finite score
             each, higher is better.
         trace: also return the tokens after every round.
-        options: options of the sampler (``steps=128``; for planned, ``profile`` is a ``sedd.price``
-            or its file), and of ``sedd.reshape.Reshape``:
-            ``temperature``, ``top_k``, ``top_p``, ``guidance`` (one number, or one a sequence) and
+        options: options of the sampler (``steps=128``; for planned, ``profile`` is the result of
+            ``sedd.price`` or a file of it), and of ``sedd.reshape.Reshape``: ``temperature``,
+            ``top_k``, ``top_p``, ``guidance`` (one number, or one a sequence) and
             ``logit_processor``.
 
     Raises:

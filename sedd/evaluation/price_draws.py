@@ -142,7 +142,7 @@ def levels(length: int, draws: int) -> np.ndarray:
 
 
 def check_model(denoiser: Denoiser) -> None:
-    """Raise UserError unless the model is a time-independent absorbing one of any order."""
+    """Raise UserError unless the model is time-independent, absorbing and not autoregressive."""
     if denoiser.causal:
         raise UserError(
             "an autoregressive model has no price of parallelism: it draws one token a call"

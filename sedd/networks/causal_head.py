@@ -123,8 +123,9 @@ class CausalHead(DDiT):
     def training_flops(self, length: int, read: float) -> float:
         """Count the FLOPs of training on one sequence; arguments as of ``Network.training_flops``.
 
-        A frozen trunk has no backward pass, and the output layer only that to the hidden states. A
-        trunk that is trained has its own loss, so that the output layer runs twice.
+        With a frozen trunk there is no backward pass of the trunk, and that of the output layer
+        computes the gradient of the hidden states only. A trunk that is trained has its own loss,
+        so that the output layer runs twice.
         """
         causal, head = 3 * self.causal_flops(length), 2 * read * self.hidden_dim * self.num_states
         if self.freeze:

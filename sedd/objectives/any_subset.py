@@ -40,7 +40,7 @@ class AnySubset(DenoisingCrossEntropy):
     """Lower end of the rates, in [0, 1]; each sequence has at least one generated position."""
     max_rate: float = 1.0
     """Upper end of the rates, in (0, 1]. Beside the L rows of content the network gets ⌈r·L⌉ query
-    rows, where r is the larger of max_rate and start_rate."""
+    rows, rounded up to an even number but at most L; r is the larger of max_rate and start_rate."""
     start_rate: float | None = None
     """The rate of all sequences before the first update, in (0, 1]; from there both ends move
     linearly. None starts with the final range."""

@@ -108,7 +108,7 @@ class Sampler(ABC):
 
         On an absorbing process the free positions follow the model's conditional given the fixed
         tokens, with an error that vanishes as the steps grow. Samplers with another law state it in
-        their docstring; ``caveat`` warns of a bias that is not the purpose of a sampler. On a
+        their docstring; ``caveat`` warns users of an unintended bias. On a
         uniform process the free positions do not follow the
         conditional: the score of such a model regards the fixed tokens as noisy. A fixed mask stays
         a mask.
@@ -175,7 +175,7 @@ class State:
     calls_B: Int[Array, " B"]  # network calls so far; guidance is not counted here
     rows_B: Int[Array, " B"]  # rows of the batches of these calls that belonged to the sequence
     round_B: Int[Array, " B"]  # rounds in which the sequence was active
-    plan: Any  # a pytree of decisions made at the start, such as an order
+    plan: Any  # a pytree of the sampler's own, such as an order, or what rounds hand on
     log_prob_B: Float[Array, " B"] | None = None  # of the tokens drawn so far, in nats
 
     @classmethod
@@ -210,7 +210,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedSampler(Sampler):
-    """A sampler that proceeds in rounds of one network call, or two (``speculative``).
+    """A sampler that proceeds in rounds of one network call (0 to 2 with ``speculative``).
 
     A call runs ``start``, and then ``advance`` while any sequence is ``active``.
     """

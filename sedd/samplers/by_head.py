@@ -44,15 +44,17 @@ class ByHead(Drafter):
     where this happens depends on the drafts that were rejected. If ``verifications`` is at least
     the number of free positions, the tokens follow the chain of q from a single call.
 
-    The first draft of a round is verified as the others are: the head sees the tokens before it one
-    by one, so that q need not be p there, and training fits q to it. A round yields at least one
-    token. With a new head q = p: the drafts are kept, and each round draws K tokens independently.
+    The first draft of a round is verified as the others are. There q need not equal p, because the
+    head also sees the known tokens in their order, and is trained to predict this position too. A
+    round yields at least one token. With a new head q = p: the drafts are kept, and each round
+    draws K tokens independently.
 
     Only calls of the trunk are counted, and no row counts for a verification. It computes the
     causal block, about as much work as 4/3 layers of the trunk, and the output layer at K
     positions.
 
-    The paper fixes the window of a call. Here each of its rounds takes the next K positions.
+    In the paper all rounds of one call share a fixed window of positions. Here each round takes the
+    next K positions.
 
     Args:
         lookahead: number of positions in a window, K.
@@ -72,7 +74,7 @@ class ByHead(Drafter):
         return Trunk(hidden, jnp.zeros(len(x_BL), jnp.int32))
 
     def draft(self, denoiser, memo, window):
-        """Predict the window from the last call of the trunk, or call it if that is used up."""
+        """Predict the window from stored hidden states; call the trunk if these are used up."""
         needs_B = (window.left_B > 0) & (memo.rounds_B == 0)
         new = call_if(needs_B.any(), partial(denoiser.hidden, window.x_BL))
         hidden = jax.tree.map(partial(select, needs_B), new, memo.hidden)

@@ -164,9 +164,10 @@ class ByRows(Drafter):
         lookahead: number of positions in a window, K.
         bonus: also compute context K. If all drafts are accepted, its tokens are the current ones
             of the next round, which then drafts from its hidden states without a call.
-        stale: in all rounds but the first, draft from the hidden states of the context with as many
-            drafts as were accepted. These predictions lack the newest token of the sequence. A
-            round is one network call, and the first draft is verified as well.
+        stale: in all rounds but the first, draft from the hidden states of the last verification:
+            of the context with all tokens but the newest, or, if ``bonus`` and all drafts were
+            accepted, with all tokens. A round is one network call, and the first draft is verified
+            as well.
     """
 
     lookahead: int
@@ -234,7 +235,7 @@ class ByRows(Drafter):
         return Computed(targets_BKN, memo, calls_B, count * calls_B)
 
     def settle(self, memo, kept_B):
-        """Choose the context of the next draft: the one with the drafts that were accepted.
+        """Choose the context of the next draft: the last one whose drafts were all accepted.
 
         Without ``stale`` only context K will do, as all others lack the last token.
         """

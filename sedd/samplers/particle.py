@@ -40,8 +40,8 @@ class Particle(Sampler):
     rounds, each of them is completed by one draw of all its masked positions, and the completion is
     scored. If tilt·score has risen by d since the last scoring, the particle's weight is multiplied
     by exp(d). If the normalised weights w of a request have become uneven (1/Σw² is below
-    ``particles``/2, which 2 particles never reach), particles are resampled in proportion to their
-    weights. At the end one particle is drawn by its weight. With 1 particle the law is p; it
+    ``particles``/2, which never happens with 2 particles), particles are resampled in proportion to
+    their weights. At the end one particle is drawn by its weight. With 1 particle the law is p; it
     approaches the tilted law as ``particles`` grows.
 
     The network calls of all particles and of their completions are counted.

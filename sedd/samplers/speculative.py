@@ -47,9 +47,9 @@ class Speculative(SteppedSampler):
 
     For an any-subset model the conditionals are those of the pass over the order, in which the
     fixed tokens are the prompt, and drawn tokens see only those drawn before them. The law is then
-    that of the model's likelihood in the order (``sedd.evaluation.ordered``). It is another one
-    than that of ``ordered``, which reads all known tokens anew in each call. A call computes the
-    new tokens and the predictions only, as queries in one row of the batch.
+    that of the model's likelihood in the order (``sedd.evaluation.ordered``). It differs from the
+    law of ``ordered``, which encodes all known tokens anew in each call. Here a call takes one row
+    of the batch: content rows for the new tokens only, and a query for each prediction.
 
     The draft head is for networks with a causal head, which verifies in place of a network call
     (arXiv:2510.03929). Its law is one of its own, which ``sedd.samplers.by_head`` describes: it
@@ -64,13 +64,13 @@ class Speculative(SteppedSampler):
     """How a round drafts. stale: from the hidden states of the last verification, which lack the
     newest token; a round is one network call, for at least one token. batch: by a call of its own
     on the current tokens, whose first draft is always accepted; a round is two calls, for at least
-    two tokens. self: the same for an any-subset model. Any-subset models take stale and self, all
-    others stale and batch. head: by a call on the current tokens; the causal head of the network
-    verifies without a call."""
+    two tokens. self: the same for an any-subset model. head: from the hidden states of a call,
+    which serve ``verifications`` rounds; the causal head verifies without a call. Any-subset models
+    take stale and self; all others take stale and batch, and with a causal head also head."""
     lookahead: int = 4
-    """Positions that a round drafts. The verification takes a row of the batch for each; with batch
-    for each but the first. An any-subset model takes one row in all, with a query for each position
-    to verify, and with stale K² more for the next drafts."""
+    """K, the positions that a round drafts. The verification takes a row of the batch for each;
+    with batch for each but the first, with head none. An any-subset model takes one row in all,
+    with a query for each position to verify, and with stale K² more for the next drafts."""
     order: str = "forward"
     """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
     Listed positions that a sequence does not have are ignored."""
@@ -117,7 +117,7 @@ class Speculative(SteppedSampler):
         check_order(self.order)
 
     def drafter(self, any_subset: bool) -> Drafter:
-        """What ``draft`` names for a model of this kind."""
+        """The drafter that ``draft`` names, for an any-subset model or for another one."""
         if self.draft == "head":
             return ByHead(lookahead=self.lookahead, verifications=self.verifications)
         kind = TwoStream if any_subset else ByRows
@@ -125,7 +125,10 @@ class Speculative(SteppedSampler):
 
     @property
     def width(self):
-        """For ``stale``, which both kinds of models take, that of verification by rows."""
+        """Rows of a network call for each sequence.
+
+        ``stale`` does not tell the kind of model; the width is then that of ``ByRows``, the larger.
+        """
         return self.drafter(self.draft == "self").width
 
     def check(self, denoiser):
@@ -172,7 +175,7 @@ class Speculative(SteppedSampler):
         return masked(denoiser, state).any(1)
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
-        """All free positions masked; keys as of ``ordered``."""
+        """Mask all free positions; the keys are derived from ``keys_B`` as in ``ordered``."""
         x_BL = jnp.where(fixed_BL, tokens_BL, denoiser.mask_id)
         rank_BL = order_ranks(self.order, fold(keys_B, 0), ~fixed_BL)
         return State.starting(
@@ -250,7 +253,7 @@ def accept(
     """Accept drafts by their coins, and draw a token in the place of the first that is rejected.
 
     Args:
-        keys_B: the keys of this round; drafts have used the number 0.
+        keys_B: the keys of this round. ``fold(keys_B, 0)`` drew the drafts and is not used here.
         window: the window.
         tokens_BK: the drafts.
         drafted_BKN: log probabilities from which they were drawn.

@@ -41,8 +41,8 @@ class Content(NamedTuple):
 class Streams(NamedTuple):
     """The memo of ``TwoStream``.
 
-    Between ``verify`` and ``settle`` the drafts of C prefixes are there, of which ``settle``
-    chooses one.
+    Between ``verify`` and ``settle``, ``hidden`` is [B, C, K, D]: the hidden states of a window for
+    each of the C numbers of kept drafts in ``TwoStream.prefixes``. ``settle`` chooses one of them.
     """
 
     memory: Memory
@@ -62,9 +62,10 @@ class TwoStream(Drafter):
     Args:
         lookahead: number of positions in a window, K.
         bonus: the verification also drafts the next window in case that all drafts are kept.
-        stale: the verification also drafts the next window for every other number of kept drafts,
-            by K queries for each. These drafts do not know the newest token. A round is one
-            network call, and the first draft is verified as well.
+        stale: the verification also drafts the next window for each number of kept drafts from 0
+            to K - 1, by K queries for each. If all are kept without ``bonus``, the drafts for K - 1
+            serve. These drafts do not know the newest token. A round is one network call, and the
+            first draft is verified as well.
     """
 
     lookahead: int

@@ -44,15 +44,30 @@ def leave_on_signals() -> Iterator[None]:
 
     ``stop_requests`` replaces these handlers while it is active.
 
-    The exit is an exception, so code that was writing a file removes the incomplete file.
+    The exit is an exception, so code that was writing a file removes the incomplete file. Python
+    drops an exception that is raised during a garbage collection or in a destructor: the signal is
+    then sent again.
     """
+    received, usual_hook = [], sys.unraisablehook
 
     def leave(number, frame):
-        print("stopped before the first step; start again to go on", flush=True)
+        if not received:
+            print("stopped before the first step; start again to go on", flush=True)
+        received.append(number)
         sys.exit(0)
 
-    with _handlers(dict.fromkeys(USUAL, leave)):
-        yield
+    def dropped(unraisable):
+        if received and unraisable.exc_type is SystemExit:
+            threading.Timer(0.01, os.kill, (os.getpid(), received[-1])).start()
+        else:
+            usual_hook(unraisable)
+
+    sys.unraisablehook = dropped
+    try:
+        with _handlers(dict.fromkeys(USUAL, leave)):
+            yield
+    finally:
+        sys.unraisablehook = usual_hook
 
 
 ANSWER = (

@@ -50,6 +50,38 @@ def test_an_interrupted_import_ends_without_a_traceback(command, module):
     assert (outcome.code, outcome.out, outcome.errors) == (-signal.SIGINT, "", [])
 
 
+LEFT_WHILE_COLLECTING = """
+import gc, signal, time, weakref
+from sedd.training.signals import leave_on_signals
+class Cycle:
+    def __del__(self):
+        if {where!r} == "destructor":
+            signal.raise_signal(signal.{name})
+def callback(*args):
+    gc.callbacks.clear()
+    signal.raise_signal(signal.{name})
+with leave_on_signals():
+    cycle = Cycle()
+    cycle.itself = cycle
+    reference = weakref.ref(cycle, callback if {where!r} == "weak reference" else None)
+    del cycle
+    if {where!r} == "collection":
+        gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [("collection", "SIGTERM"), ("destructor", "SIGINT"), ("weak reference", "SIGTERM")],
+)
+def test_a_signal_within_a_garbage_collection_is_not_lost(where, name):
+    result = python(LEFT_WHILE_COLLECTING.format(where=where, name=name))
+    said = "stopped before the first step; start again to go on\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, said, "")
+
+
 @pytest.mark.parametrize("number", [nightly(signal.SIGINT), signal.SIGTERM])
 def test_a_signal_is_answered_while_the_main_thread_is_in_c(capfd, number):
     """A call of C without the interpreter's lock, as compiling is; nothing in Python runs here."""
