@@ -91,8 +91,8 @@ def sample(
     one for each. Sequences of different lengths share a batch; attention excludes the padding. The
     number of sequences and the length are rounded up to a few sizes (``sedd.arrays.bucket``). Calls
     of equal rounded sizes share a compiled program, whatever their texts, seeds, temperatures,
-    top-k and top-p. Calls with none of these numbers, without padding, or with guidance have
-    programs of their own.
+    top-k and top-p. Calls that set temperature, top-k or top-p have one program, and calls that set
+    none of them another; likewise calls with and without padding, and with and without guidance.
 
     Args:
         model: from ``sedd.load``.

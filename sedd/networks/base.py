@@ -172,7 +172,7 @@ class Network(ABC):
             params: parameters.
             tokens_BM: token ids of the new rows.
             memory: the rows so far, from ``memory`` or an earlier call.
-            positions_BM: the position of each row, in 0..S-1; no position is written twice.
+            positions_BM: the position of each row, in 0..S-1; those written are distinct.
             rank_BM: the rank of each row, as a query and as a key, below ``EMPTY``.
             write_BM: which rows are written.
 

@@ -40,8 +40,9 @@ class CausalHead(DDiT):
     """The network ddit (the trunk) and a causal block that reads its hidden states.
 
     Parameters are ``{"trunk": …, "head": …, "causal": …}``. The first two are those of ``DDiT``,
-    and so are ``hidden`` and ``head``: samplers and bounds give the results of the trunk.
-    ``causal_hidden`` gives q. arXiv:2510.03929.
+    and so are ``hidden`` and ``head``: samplers and bounds that do not use the causal head give the
+    results of the trunk. ``causal_hidden`` gives the hidden states of q(x_i | the tokens before i
+    in an order), by which self-speculative decoding verifies drafts. arXiv:2510.03929.
 
     Raises ``ValueError`` as ``DDiT`` does, and if hidden_dim / num_heads is no multiple of 4.
     """
