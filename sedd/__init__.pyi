@@ -5,6 +5,7 @@ from .evaluating import evaluate as evaluate
 from .evaluating import price as price
 from .model import Model as Model
 from .model import load as load
+from .networks.mesh import device_mesh as device_mesh
 from .sampling import SampleResult as SampleResult
 from .sampling import sample as sample
 

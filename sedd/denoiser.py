@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sedd.arrays import along
 from sedd.constraints.base import Constraint, Read
 from sedd.networks.base import Attend, Memory, Network, read_out
+from sedd.networks.mesh import anywhere
 from sedd.networks.rows import Rows, over_chunks, row_sizes
 from sedd.parameterizations.any_subset import UNKNOWN, AnySubset
 from sedd.parameterizations.base import Parameterization
@@ -95,6 +96,15 @@ class Denoiser:
         if self.reshape is None or self.given_BL is None:
             return 1
         return 1 + (self.given_BL.any(1) & (jnp.asarray(self.reshape.guidance_B) > 0))
+
+    def anywhere(self, flags: Bool[Array, "*"]) -> Bool[Array, ""]:
+        """Whether any flag is set, also on devices with other parts of the parameters.
+
+        Such devices must make the same network calls, because a call gathers the parameters from
+        all of them. A loop or a branch that depends on the sequences of a device, and calls the
+        network, must therefore depend on this value.
+        """
+        return anywhere(self.params, flags)
 
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma: Float[Array, "..."]

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from sedd.configuration.build import Parts, build_parts
 from sedd.configuration.components import options, options_type
@@ -31,6 +32,7 @@ from sedd.evaluation.datasets import TextReader
 from sedd.interop.hub import fetch
 from sedd.interop.layouts import find_config
 from sedd.interop.published import Published, load_published
+from sedd.networks.mesh import Layout, on_host
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.distributed import leave_libtpu_alone
 from sedd.types import Array, Float, Int
@@ -94,7 +96,7 @@ class Model:
         config = {**self.config.to_json(), "data": None, "training": None, "sampler": None}
         digest.update(json.dumps(config, sort_keys=True).encode())
         for leaf in jax.tree.leaves(self.denoiser.params):
-            digest.update(np.asarray(leaf).tobytes())
+            digest.update(on_host(leaf).tobytes())
         return digest.hexdigest()
 
     @property
@@ -194,7 +196,9 @@ _log_score = jax.jit(Denoiser.log_score)
 _log_conditional = jax.jit(Denoiser.log_conditional)
 
 
-def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Model:
+def load(
+    path: str | Path, *, step: int | Literal["best"] | None = None, mesh: Mesh | None = None
+) -> Model:
     """Load a trained model with its averaged (EMA) parameters.
 
     Args:
@@ -202,6 +206,9 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
             ``hf://OWNER/NAME@REVISION`` for a checkpoint on the Hugging Face hub.
         step: which checkpoint of a run: a training step, or ``"best"`` for the lowest validation
             bound. Default: the newest one that is complete.
+        mesh: the devices on which to evaluate and sample, from ``sedd.device_mesh``. With several
+            processes all of them make the same calls. By default one device samples, and
+            evaluations copy the parameters to all devices of the process.
 
     Raises:
         UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration;
@@ -224,7 +231,7 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
     if find_config(path) is not None:
         if step is not None:
             raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
-        return _from_published(load_published(path), path, source)
+        return _placed(_from_published(load_published(path), path, source), mesh)
     config = read_config(path)
     if config is None:
         above = [p for p in path.absolute().parents[:2] if (p / "config.json").exists()]
@@ -239,8 +246,8 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
         if step is None:
             raise UserError(f"checkpoint {path}: none was validated, so there is no best one")
     found, params = checkpoints.restore_step(step, abstract_params=expected)
-    return Model(
-        denoiser=parts.denoiser(jax.device_put(params)),
+    model = Model(
+        denoiser=parts.denoiser(params),
         parts=parts,
         config=config,
         tokenizer=tokenizer,
@@ -248,6 +255,18 @@ def load(path: str | Path, *, step: int | Literal["best"] | None = None) -> Mode
         step=found,
         train_counts=read_train_counts(path, tokenizer.num_tokens),
     )
+    return _placed(model, mesh)
+
+
+def _placed(model: Model, mesh: Mesh | None) -> Model:
+    """The model with its parameters on the devices of a mesh, or on the default device."""
+    denoiser = model.denoiser
+    if mesh is None:
+        params = jax.device_put(denoiser.params)
+    else:
+        layout = Layout.on(mesh, denoiser.params, denoiser.network.stacked)
+        params = layout.place(denoiser.params)
+    return dataclasses.replace(model, denoiser=dataclasses.replace(denoiser, params=params))
 
 
 def _from_published(published: Published, path: Path, source: str) -> Model:
@@ -277,7 +296,7 @@ def _from_published(published: Published, path: Path, source: str) -> Model:
     )
     parts = build_parts(config, what.num_tokens)
     return Model(
-        denoiser=parts.denoiser(jax.device_put(published.params)),
+        denoiser=parts.denoiser(published.params),
         parts=parts,
         config=config,
         tokenizer=tokenizer,

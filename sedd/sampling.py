@@ -6,7 +6,7 @@ off. The ``sample`` command calls ``draw`` with batches of requests from a file.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from sedd.arrays import NAN, bucket
 from sedd.configuration.build import build_sampler, default_sampler
@@ -24,6 +25,7 @@ from sedd.constraints.spans import Given, Rule, Shape, Span, batch_spans, spans_
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
+from sedd.networks.mesh import BOTH, SEQUENCES, Layout, on_host
 from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
@@ -59,10 +61,32 @@ class SampleResult:
     they were drawn, with temperature and the like; None if the sampler does not compute it."""
 
 
-@partial(jax.jit, static_argnames=("sampler", "trace"))
-def _run(sampler: Sampler, denoiser, keys_B, tokens_BL, fixed_BL, *, trace) -> Samples:
-    """The compiled program: one for each sampler, set of shapes and static part of the denoiser."""
-    return sampler(denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
+PARTITION = {  # of the fields of ``Samples`` whose first axis is not that of the sequences
+    "trace_TBL": PartitionSpec(None, BOTH),
+    "rounds": PartitionSpec(),
+    "times_T": PartitionSpec(),
+}
+
+
+@partial(jax.jit, static_argnames=("sampler", "layout", "trace"))
+def _run(sampler: Sampler, params, rows, *, layout: Layout | None, trace: bool) -> Samples:
+    """The compiled program: one for each sampler, set of shapes and static part of the denoiser.
+
+    ``rows`` has the denoiser without its parameters, the keys, the given tokens and where they are
+    fixed: all arrays with a row for each sequence.
+    """
+    if layout is None:
+        denoiser, *given = rows
+        return sampler(replace(denoiser, params=params), *given, trace=trace)
+
+    def on_device(params, _, rows):
+        denoiser, *given = rows
+        samples = sampler(replace(denoiser, params=params), *given, trace=trace)
+        rounds = samples.rounds if samples.rounds is None else jax.lax.pmax(samples.rounds, BOTH)
+        return {**vars(samples), "rounds": rounds}
+
+    out = {field.name: PARTITION.get(field.name, SEQUENCES) for field in fields(Samples)}
+    return Samples(**layout.run(on_device, params, None, rows, out))
 
 
 def sample(
@@ -276,7 +300,9 @@ def draw(
     for c in clamps if model.denoiser.causal else ():
         check_prefix(c)
     num, lengths = len(clamps), [c.length for c in clamps]
-    row_of_B, tokens_BL, fixed_BL, real_BL = _padded(clamps)
+    layout = Layout.of(model.denoiser.params, model.denoiser.network.stacked)
+    devices = 1 if layout is None else layout.num_devices
+    row_of_B, tokens_BL, fixed_BL, real_BL = _padded(clamps, devices)
     given_BL = fixed_BL & real_BL
     model.check_ids(tokens_BL[given_BL])
     guided = False
@@ -297,8 +323,10 @@ def draw(
     for length in set(lengths):
         check_profile(sampler, model, length)
     verifier_error(sampler)  # forget the error of an earlier call
-    tokens_BL, fixed_BL = jnp.asarray(tokens_BL), jnp.asarray(fixed_BL)
-    samples = _run(sampler, denoiser, keys_B[row_of_B], tokens_BL, fixed_BL, trace=trace)
+    params, bare = denoiser.params, replace(denoiser, params={})
+    rows = (bare, keys_B[row_of_B], jnp.asarray(tokens_BL), jnp.asarray(fixed_BL))
+    rows = rows if layout is None else layout.spread(rows)
+    samples = on_host(_run(sampler, params, rows, layout=layout, trace=trace))
     _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
     result = _result(model, sampler, samples, lengths)
     _check_matches(result.tokens, spans)
@@ -329,8 +357,10 @@ def check_profile(sampler: Sampler | None, model: Model, length: int | None = No
         sampler = getattr(sampler, "inner", None)
 
 
-def _padded(clamps: Sequence[Clamp]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pad the given tokens to a bucket of sequences and a bucket of positions.
+def _padded(
+    clamps: Sequence[Clamp], devices: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pad the given tokens to a bucket of positions, and of sequences on each device.
 
     Returns:
         The sequence of each row [B] (rows beyond the last sequence repeat it), the tokens [B, L],
@@ -338,7 +368,7 @@ def _padded(clamps: Sequence[Clamp]) -> tuple[np.ndarray, np.ndarray, np.ndarray
         positions are real [B, L].
     """
     num, longest = len(clamps), bucket(max(c.length for c in clamps))
-    row_of_B = np.minimum(np.arange(bucket(num)), num - 1)
+    row_of_B = np.minimum(np.arange(devices * bucket(-(-num // devices))), num - 1)
     shape = (len(row_of_B), longest)
     tokens_BL, fixed_BL = np.zeros(shape, np.int32), np.ones(shape, bool)
     real_BL = np.zeros(shape, bool)

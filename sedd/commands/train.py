@@ -33,12 +33,13 @@ from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
 from sedd.configuration.config import Config
 from sedd.data.baselines import CharacterTrigram, joined_text, unigram_nats
 from sedd.data.tokenizers import Tokenizer
-from sedd.errors import UserError
+from sedd.errors import UserError, fields_within
 from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.causal_head import causal_nats
 from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
+from sedd.networks.mesh import device_mesh
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
 from sedd.training.distributed import Processes, connect
@@ -46,7 +47,7 @@ from sedd.training.flops import step_flops
 from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import make_schedule
-from sedd.training.parallel import check_batch_size, check_mesh
+from sedd.training.parallel import check_batch_size
 from sedd.training.signals import leave_on_signals
 
 SAMPLES = 4  # texts drawn each time during training
@@ -97,7 +98,8 @@ def main(arguments: Sequence[str]) -> None:
     # for two tokens show every other mistake at once.
     build_parts(config, num_tokens=2)
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
-    check_mesh(jax.device_count(), config.training.fsdp or 1)
+    with fields_within("training"):
+        device_mesh(fsdp=config.training.fsdp or 1)
     check_is_run(workdir)
     check_writable(workdir / "config.json", f"--workdir {workdir}")
     with ExitStack() as closes:

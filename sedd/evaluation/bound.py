@@ -1,21 +1,20 @@
 """The bound on -log p(x0) of a corpus, with its errors. See ``docs/evaluation.md``.
 
-``score_sequences`` runs an estimate of ``sedd.evaluation.monte_carlo`` over batches on all local
-devices and yields float64 terms of each sequence; ``summarise`` makes the figures of a corpus from
+``score_sequences`` runs an estimate of ``sedd.evaluation.monte_carlo`` over batches, split over
+devices, and yields float64 terms of each sequence; ``summarise`` makes the figures of a corpus from
 them; ``evaluate_bound`` does both. They are separate, so that an evaluation can keep finished
 sequences in a file and resume from it.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.denoiser import Denoiser
 from sedd.evaluation.measured import ratio_of
@@ -28,6 +27,7 @@ from sedd.evaluation.monte_carlo import (
     label_of,
     resolve,
 )
+from sedd.networks.mesh import Layout, device_mesh, on_host
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
 
@@ -140,26 +140,19 @@ class Scored:
         return cls(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
-@partial(jax.jit, static_argnames=("mesh", "schedule", "estimate"))
-def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, mesh, estimate):
-    """Estimate the rows of a batch, split over the devices of the mesh.
+@partial(jax.jit, static_argnames=("layout", "schedule", "estimate"))
+def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, layout, estimate):
+    """Estimate the rows of a batch, split over the devices of the layout.
 
     Each row draws with the key of its place ``index_B`` in the corpus.
     """
 
-    def on_device(denoiser, key, index_B, x0_BL, scored_BL):
+    def on_device(params, key, rows):
+        index_B, x0_BL, scored_BL = rows
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
-        return estimate(denoiser, schedule, keys_B, x0_BL, scored_BL)
+        return estimate(replace(denoiser, params=params), schedule, keys_B, x0_BL, scored_BL)
 
-    # No sequence depends on another, so the devices exchange nothing.
-    rows = PartitionSpec("devices")
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), rows, rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )(denoiser, key, index_B, x0_BL, scored_BL)
+    return layout.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL))
 
 
 def score_sequences(
@@ -171,9 +164,8 @@ def score_sequences(
     *,
     first: int = 0,
     count_text=None,
-    devices: Sequence[Any] | None = None,
 ) -> Iterator[Scored]:
-    """Estimate the terms of each batch on all local devices, and yield them batch by batch.
+    """Estimate the terms of each batch, and yield them batch by batch; see ``estimates``.
 
     Args:
         denoiser: the model.
@@ -183,11 +175,11 @@ def score_sequences(
         estimate: a hashable function with the positional arguments of ``sequence_nats``.
         first: the place in the corpus of the first sequence, for an evaluation that is resumed.
         count_text: maps the ids of scored tokens to (characters, bytes) of their text.
-        devices: the devices to use; all local ones by default.
     """
-    options = {"first": first, "devices": devices}
-    for x0_BL, scored_BL, nats in estimates(denoiser, schedule, key, batches, estimate, **options):
-        yield _on_host(nats, x0_BL, scored_BL, count_text)
+    for x0_BL, scored_BL, nats in estimates(
+        denoiser, schedule, key, batches, estimate, first=first
+    ):
+        yield _scored(nats, x0_BL, scored_BL, count_text)
 
 
 def estimates(
@@ -198,9 +190,12 @@ def estimates(
     estimate: Callable[..., Any],
     *,
     first: int = 0,
-    devices: Sequence[Any] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-    """Run an estimate on each batch on all local devices.
+    """Run an estimate on each batch, split over devices.
+
+    These are the devices on which the parameters were placed (``sedd.load(…, mesh=…)``). All of
+    their processes must then call this function together, with the same arguments. Parameters that
+    were not placed are copied to all devices of this process.
 
     Args:
         denoiser: the model.
@@ -211,15 +206,16 @@ def estimates(
         estimate: a hashable function of (denoiser, schedule, keys_B, x0_BL, scored_BL) that returns
             arrays with a row for each sequence.
         first: the place in the corpus of the first sequence.
-        devices: the devices to use; all local ones by default.
 
     Yields:
-        x0_BL, scored_BL, and the estimate of the batch. The estimate may have more rows than the
-        batch; those behind the batch only fill it.
+        x0_BL, scored_BL, and the estimate of the batch as numpy arrays.
     """
-    devices = jax.local_devices() if devices is None else devices
-    mesh = Mesh(np.asarray(devices), ("devices",))
-    denoiser = jax.device_put(denoiser, NamedSharding(mesh, PartitionSpec()))
+    stacked = denoiser.network.stacked
+    layout = Layout.of(denoiser.params, stacked)
+    if layout is None:
+        layout = Layout.on(device_mesh(jax.local_devices()), denoiser.params, stacked)
+        denoiser = replace(denoiser, params=layout.replicate(denoiser.params))
+    key = layout.replicate(key)
     padded = 0
     for x0_BL, scored_BL in batches:
         size = len(x0_BL)
@@ -227,33 +223,25 @@ def estimates(
             continue
         # Rows repeat to fill the largest batch so far: a short last batch compiles no new program,
         # and every device gets the same number of rows.
-        padded = max(padded, -(-size // len(devices)) * len(devices))
+        padded = max(padded, -(-size // layout.num_devices) * layout.num_devices)
         rows = np.resize(np.arange(size), padded)
-        nats = _batch_nats(
-            denoiser,
-            schedule,
-            key,
-            jnp.asarray(first + rows),
-            jnp.asarray(x0_BL[rows]),
-            jnp.asarray(scored_BL[rows]),
-            mesh=mesh,
-            estimate=estimate,
+        each = layout.spread((first + rows, x0_BL[rows], scored_BL[rows]))
+        nats = on_host(
+            _batch_nats(denoiser, schedule, key, *each, layout=layout, estimate=estimate)
         )
-        yield x0_BL, scored_BL, nats
+        yield x0_BL, scored_BL, jax.tree.map(itemgetter(slice(size)), nats)
         first += size
 
 
-def _on_host(nats: SequenceNats, x0_BL, scored_BL, count_text) -> Scored:
-    """The terms of a batch in float64, without the rows that only fill it, and its text counted."""
+def _scored(nats: SequenceNats, x0_BL, scored_BL, count_text) -> Scored:
+    """The terms of a batch in float64, with its text counted."""
     counted = [(0, 0)] * len(x0_BL)
     if count_text is not None:
         counted = [
             count_text(x0_L[scored_L]) for x0_L, scored_L in zip(x0_BL, scored_BL, strict=True)
         ]
     terms = (nats.prior_B, nats.diffusion_BR, nats.reconstruction_BR)
-    prior_S, diffusion_SR, reconstruction_SR = (
-        np.asarray(term, np.float64)[: len(x0_BL)] for term in terms
-    )
+    prior_S, diffusion_SR, reconstruction_SR = (np.asarray(term, np.float64) for term in terms)
     return Scored(
         prior_S=prior_S,
         diffusion_SR=diffusion_SR,
@@ -332,7 +320,6 @@ def evaluate_bound(
     estimator: Estimator = "auto",
     outer_terms: bool = True,
     count_text=None,
-    devices: Sequence[Any] | None = None,
 ) -> BoundResult:
     """Compute the bound of a corpus, given as batches (x0_BL, scored_BL) of any size.
 
@@ -350,16 +337,13 @@ def evaluate_bound(
         outer_terms: whether the prior and the reconstruction are added to a score entropy. Without
             them the result is no bound, but the mean over t in [t_min, 1].
         count_text: maps ids of scored tokens to (characters, bytes), for figures per character.
-        devices: the devices to use; all local ones by default.
 
     Raises:
         FieldError: if ``draws`` is not a positive multiple of 4.
         ValueError: if the model lacks the estimator, or no token is scored.
     """
     estimate = MonteCarlo(draws=draws, t_min=t_min, estimator=estimator)
-    scored = score_sequences(
-        denoiser, schedule, key, batches, estimate, count_text=count_text, devices=devices
-    )
+    scored = score_sequences(denoiser, schedule, key, batches, estimate, count_text=count_text)
     resolved = resolve(estimator, denoiser)
     return summarise(
         list(scored),

@@ -5,7 +5,7 @@ the trunk predicts each of them independently. Both are measured on the same dra
 """
 
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.denoiser import Denoiser
+from sedd.evaluation.bound import estimates
 from sedd.evaluation.measured import Measured, ratio_of
 from sedd.objectives.self_speculative import SelfSpeculative
+from sedd.schedules import LogLinear
 from sedd.types import Array, Key
 
 
@@ -50,30 +52,37 @@ def causal_nats(
         masked: the fraction of the scored positions that is masked, in (0, 1]; None for the
             distribution of training, in which every number of masks is equally likely.
     """
-    nats_2S, tokens_S, first = [], [], 0
-    for x0_BL, scored_BL in batches:
-        index_B = jnp.arange(first, first + len(x0_BL))
-        first += len(x0_BL)
-        nats_2B = _batch_nats(denoiser, key, index_B, x0_BL, scored_BL, masked, objective, draws)
-        nats_2S.append(np.asarray(nats_2B, np.float64))
+    estimate = CausalDraws(objective=objective, draws=draws, masked=masked)
+    nats_S2, tokens_S = [], []
+    # The masks depend on no noise schedule.
+    for _, scored_BL, nats_B2 in estimates(denoiser, LogLinear(), key, batches, estimate):
+        nats_S2.append(nats_B2.astype(np.float64))
         tokens_S.append(scored_BL.sum(-1).astype(np.float64))
-    causal_S, trunk_S = np.concatenate(nats_2S, axis=1)
+    causal_S, trunk_S = np.concatenate(nats_S2).T
     each = (causal_S, trunk_S, trunk_S - causal_S)
     return CausalNats(*(ratio_of(nats_S, np.concatenate(tokens_S)) for nats_S in each))
 
 
-@partial(jax.jit, static_argnames=("objective", "draws"))
-def _batch_nats(denoiser, key, index_B, x0_BL, scored_BL, masked, objective, draws):
-    """The mean over draws of the nats of each sequence, [2, B]: causal, trunk."""
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
+@dataclass(frozen=True, kw_only=True)
+class CausalDraws:
+    """The estimate of ``causal_nats``; its fields are arguments of that function.
 
-    def draw(number):
-        draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
-        u_B = jax.vmap(jax.random.uniform)(keys_B)
-        # Stratified, or just below the fraction: u gives floor(u·L) + 1 masks.
-        u_B = (u_B + number) / draws if masked is None else jnp.full_like(u_B, masked - 1e-6)
-        corrupted = objective.corrupt(draw_keys_B, u_B, x0_BL, scored_BL)
-        nats_2BL = objective.both_nats(denoiser.network, denoiser.params, corrupted, x0_BL)
-        return nats_2BL.sum(-1)
+    A call returns the nats of each sequence as means over draws, [B, 2]: causal, trunk.
+    """
 
-    return jax.lax.map(draw, jnp.arange(draws)).mean(0)
+    objective: SelfSpeculative
+    draws: int
+    masked: float | None
+
+    def __call__(self, denoiser, schedule, keys_B, x0_BL, scored_BL):
+        def draw(number):
+            draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+            if self.masked is None:  # stratified
+                u_B = (jax.vmap(jax.random.uniform)(keys_B) + number) / self.draws
+            else:  # just below the fraction: u gives floor(u·L) + 1 masks
+                u_B = jnp.full(len(keys_B), self.masked - 1e-6)
+            corrupted = self.objective.corrupt(draw_keys_B, u_B, x0_BL, scored_BL)
+            nats_2BL = self.objective.both_nats(denoiser.network, denoiser.params, corrupted, x0_BL)
+            return nats_2BL.sum(-1)
+
+        return jax.lax.map(draw, jnp.arange(self.draws)).mean(0).T

@@ -98,19 +98,19 @@ def ordered_nats(
         return _in_one_pass(denoiser, order_BL, x0_BL, scored_BL)
     count_B = scored_BL.sum(1)
 
-    def reveal(i, carry):
-        x_BL, nats_B = carry
+    def reveal(carry):
+        i, x_BL, nats_B = carry
         position_B1 = jax.lax.dynamic_slice_in_dim(order_BL, i, 1, 1)
         log_probs_B1N = denoiser.log_conditional_at(denoiser.hidden(x_BL), x_BL, position_B1)
         nats_B1 = -at(log_probs_B1N, jnp.take_along_axis(x0_BL, position_B1, 1))
         # A sequence whose scored positions are all revealed keeps its sum.
         nats_B = nats_B + jnp.where(i < count_B, nats_B1[:, 0], 0.0)
         revealed_BL = jnp.arange(x_BL.shape[1])[None] == position_B1
-        return jnp.where(revealed_BL, x0_BL, x_BL), nats_B
+        return i + 1, jnp.where(revealed_BL, x0_BL, x_BL), nats_B
 
     masked_BL = jnp.where(scored_BL, denoiser.mask_id, x0_BL)
-    start = (masked_BL, jnp.zeros(len(x0_BL)))
-    return jax.lax.fori_loop(0, count_B.max(), reveal, start)[1]
+    start = (jnp.zeros((), jnp.int32), masked_BL, jnp.zeros(len(x0_BL)))
+    return jax.lax.while_loop(lambda carry: denoiser.anywhere(carry[0] < count_B), reveal, start)[2]
 
 
 def _in_one_pass(denoiser, order_BL, x0_BL, scored_BL) -> Float[Array, " B"]:

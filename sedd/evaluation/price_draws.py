@@ -108,7 +108,7 @@ def measure_price(
     parts = []
     for _, scored_BL, nats in estimates(denoiser, schedule, key, batches, estimate):
         check_scored(scored_BL.all())
-        parts.append(np.asarray(nats, np.float64)[: len(scored_BL)])
+        parts.append(np.asarray(nats, np.float64))
     if not parts:
         raise ValueError("there is no sequence to measure")
     nats_SJ = np.concatenate(parts)

@@ -140,7 +140,7 @@ def score_data_set(
     track: Track | None = None,
     train_counts_N: np.ndarray | None = None,
 ) -> EvaluationResult:
-    """Score the rows of a data set, ``batch_size`` at a time on all local devices.
+    """Score the rows of a data set, ``batch_size`` at a time; see ``estimates`` for the devices.
 
     Args:
         denoiser: the model.

@@ -264,7 +264,7 @@ class SteppedSampler(Sampler):
             return state, record(frames, rounds, state.x_BL), rounds
 
         state, frames, rounds = jax.lax.while_loop(
-            lambda carry: self.active(denoiser, carry[0]).any(),
+            lambda carry: denoiser.anywhere(self.active(denoiser, carry[0])),
             one_round,
             (state, frames, jnp.zeros((), jnp.int32)),
         )

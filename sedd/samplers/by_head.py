@@ -76,7 +76,7 @@ class ByHead(Drafter):
     def draft(self, denoiser, memo, window):
         """Predict the window from stored hidden states; call the trunk if these are used up."""
         needs_B = (window.left_B > 0) & (memo.rounds_B == 0)
-        new = call_if(needs_B.any(), partial(denoiser.hidden, window.x_BL))
+        new = call_if(denoiser.anywhere(needs_B), partial(denoiser.hidden, window.x_BL))
         hidden = jax.tree.map(partial(select, needs_B), new, memo.hidden)
         log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions)
         rounds_B = jnp.where(needs_B, self.verifications, memo.rounds_B)

@@ -199,7 +199,7 @@ class ByRows(Drafter):
         else:
             needs_B = needs_B & ~memo.ready_B
             hidden = jax.tree.map(
-                partial(select, needs_B), call_if(needs_B.any(), call), memo.hidden
+                partial(select, needs_B), call_if(denoiser.anywhere(needs_B), call), memo.hidden
             )
         log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions)
         calls_B = needs_B.astype(jnp.int32)
@@ -224,7 +224,7 @@ class ByRows(Drafter):
             read_RN = wide.log_conditional_rows(hidden, x_RL, rows)
             return hidden, read_RN.reshape(batch, num_read, read_RN.shape[-1])
 
-        hidden, targets_BKN = call_if(needs_B.any(), call)
+        hidden, targets_BKN = call_if(denoiser.anywhere(needs_B), call)
         if not self.stale:
             targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
         memo = None

@@ -108,13 +108,15 @@ class Particle(Sampler):
             state = self.inner.advance(denoiser, crowd.state)
             tick = crowd.tick + 1
             frames = record(crowd.frames, tick, state.x_BL)
-            due = (tick % self.resample_every == 0) & self.inner.active(denoiser, state).any()
+            active_R = self.inner.active(denoiser, state)
+            due = (tick % self.resample_every == 0) & denoiser.anywhere(active_R)
             crowd = crowd._replace(state=state, frames=frames, tick=tick)
             return jax.lax.cond(due, weigh, lambda crowd: crowd, crowd)
 
         crowd = jax.lax.while_loop(
             lambda crowd: (
-                self.inner.active(denoiser, crowd.state).any() & jnp.isfinite(crowd.value_BP).all()
+                denoiser.anywhere(self.inner.active(denoiser, crowd.state))
+                & ~denoiser.anywhere(~jnp.isfinite(crowd.value_BP))
             ),
             one_round,
             Crowd(state, frames, nothing, nothing, jnp.zeros((), jnp.int32)),

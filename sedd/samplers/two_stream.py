@@ -113,7 +113,7 @@ class TwoStream(Drafter):
             return denoiser.extend(memo.memory, *content, positions_BK, rank_BK)
 
         hidden_BKD, memory = jax.lax.switch(
-            jnp.where(needs_B.any(), 1 + first_B.any(), 0),
+            jnp.where(denoiser.anywhere(needs_B), 1 + denoiser.anywhere(first_B), 0),
             [
                 lambda: (zeros(lambda: call(recent)[0]), memo.memory),
                 lambda: call(recent),
@@ -152,7 +152,7 @@ class TwoStream(Drafter):
             return denoiser.extend(memo.memory, *content, query, query_rank)
 
         hidden, memory = jax.lax.cond(
-            needs_B.any(), call, lambda: (zeros(lambda: call()[0]), memo.memory)
+            denoiser.anywhere(needs_B), call, lambda: (zeros(lambda: call()[0]), memo.memory)
         )
         num_read = lookahead - self.first
         targets_BKN = conditionals_of_drafts(denoiser, hidden[:, :num_read], window, tokens_BK)

@@ -15,14 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sedd.errors import UserError
+from sedd.networks.mesh import BOTH, device_mesh, partition, put, sharded, split_axes
 from sedd.networks.shard import Shard
-from sedd.training.state import TrainState, init_state, one_replica, whole_on_host
+from sedd.training.state import TrainState, init_state
 from sedd.training.step import Batch, Step
 from sedd.types import Params
 
-AXIS, DATA, FSDP = "devices", "data", "fsdp"
+AXIS = "devices"
 BATCH = ("x0", "scored", "index")  # the entries of a batch that go to the devices
-LEAST_SPLIT = 2**17  # entries; gathering a smaller array costs more than keeping it whole
 
 
 class DataParallel:
@@ -48,6 +48,7 @@ class DataParallel:
         self.accumulate = accumulate
         self._num_local = len(local)
         self._replicated = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec())
+        self._mesh = device_mesh(devices)
         self.run = jax.pmap(
             partial(step, axis_name=AXIS),
             axis_name=AXIS,
@@ -66,8 +67,18 @@ class DataParallel:
         return _placed(state, jax.tree.map(lambda _: self._replicated, state))
 
     def for_evaluation(self, params: Params) -> Params:
-        """Return parameters of a placed state on one device; valid until a step donates them."""
-        return one_replica(params)
+        """Return parameters of a placed state on a mesh; valid until a step donates them.
+
+        The arrays are those of the state, without a copy. They are only described anew, as arrays
+        that all devices of all processes hold.
+        """
+        replicated = NamedSharding(self._mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.make_array_from_single_device_arrays(
+                x.shape, replicated, [shard.data for shard in x.addressable_shards]
+            ),
+            params,
+        )
 
     def shard(self, batch: dict) -> dict[str, np.ndarray]:
         """Reshape this process's rows [B_local, …] to [local devices, A, b, …].
@@ -125,32 +136,25 @@ class FullySharded:
         devices: Sequence[Any] | None = None,
     ):
         devices = jax.devices() if devices is None else list(devices)
-        fsdp = len(devices) if fsdp is None else fsdp
-        check_mesh(len(devices), fsdp)
+        self.mesh = device_mesh(devices, fsdp=fsdp)
         check_batch_size(step.batch_size, len(devices), accumulate)
         self.num_devices = len(devices)
         self.accumulate = accumulate
-        self.mesh = Mesh(np.asarray(devices).reshape(-1, fsdp), (DATA, FSDP))
         abstract = jax.eval_shape(
             lambda: init_state(step.network, step.optimizer, 0)  # the seed changes no shape
         )
-        axes = split_axes(abstract.params, fsdp, step.network.stacked)
-        param_specs = jax.tree.map(_spec, abstract.params, axes)
+        axes = split_axes(abstract.params, self.mesh, step.network.stacked)
+        param_specs = jax.tree.map(partition, abstract.params, axes)
         self.shardings = jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec),
             _state_specs(abstract, param_specs),
             is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
         )
-        self._rows = NamedSharding(self.mesh, PartitionSpec(None, (DATA, FSDP)))
+        self._rows = NamedSharding(self.mesh, PartitionSpec(None, BOTH))
 
         # The step sees split parameters as ``Shard``s; specs and optimizer see plain arrays.
         def totals(params, key, step_number, batch):
-            params = jax.tree.map(
-                lambda leaf, axis: leaf if axis == 0 else Shard(part=leaf, axis=axis, over=FSDP),
-                params,
-                axes,
-            )
-            totals = step.totals(params, key, step_number, batch, axis_name=(DATA, FSDP))
+            totals = step.totals(sharded(params, axes), key, step_number, batch, axis_name=BOTH)
             grads = jax.tree.map(
                 lambda leaf: leaf.part if isinstance(leaf, Shard) else leaf,
                 totals["grads"],
@@ -184,8 +188,8 @@ class FullySharded:
         return _placed(state, self.shardings)
 
     def for_evaluation(self, params: Params) -> Params:
-        """Return whole parameters of a placed state in the host's memory."""
-        return jax.tree.map(whole_on_host, params)
+        """Return parameters of a placed state on the mesh; valid until a step donates them."""
+        return params
 
     def shard(self, batch: dict) -> dict[str, jax.Array]:
         """Make global arrays [A, B/A, …] of this process's rows [B_local, …] and the others' rows.
@@ -208,38 +212,6 @@ class FullySharded:
             The next state, placed like the first, and the metrics of ``Step.update``.
         """
         return self.run(state, self.shard(batch))
-
-
-def split_axes(params: Params, parts: int, stacked: str | None) -> Any:
-    """Choose the axis along which each parameter is split; small arrays stay whole.
-
-    Args:
-        params: the parameters, possibly abstract.
-        parts: the number of parts.
-        stacked: the name of the subtree whose arrays have an axis of layers in front. That axis is
-            never split: a scan over the layers takes slices of it.
-
-    Returns:
-        A tree of axes, counted from the end (-1 is the last one), and 0 for no axis. The axis is
-        the longest whose length ``parts`` divides.
-    """
-
-    def axis_of(path, leaf):
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        first = 1 if stacked in names else 0
-        fits = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % parts == 0]
-        if parts == 1 or leaf.size < LEAST_SPLIT or not fits:
-            return 0
-        return max(fits, key=lambda axis: leaf.shape[axis]) - leaf.ndim
-
-    return jax.tree_util.tree_map_with_path(axis_of, params)
-
-
-def _spec(leaf, axis: int) -> PartitionSpec:
-    """The partition of an array that is split along ``axis``, as ``split_axes`` returns it."""
-    if axis == 0:
-        return PartitionSpec()
-    return PartitionSpec(*([None] * (leaf.ndim + axis)), FSDP)
 
 
 def _state_specs(state: TrainState, param_specs: Any) -> TrainState:
@@ -277,32 +249,11 @@ def _placed(state: TrainState, shardings: TrainState) -> TrainState:
     """
     key: Any = shardings.key
     placed = jax.tree.map(
-        _put,
+        put,
         replace(state, key=jax.random.key_data(state.key)),
         replace(shardings, key=NamedSharding(key.mesh, PartitionSpec())),
     )
     return replace(placed, key=jax.random.wrap_key_data(placed.key))
-
-
-def _put(leaf, sharding: NamedSharding) -> jax.Array:
-    """Copy the parts of a whole array to this process's devices."""
-    array = np.asarray(leaf)
-    # A CPU device takes over the memory that it is given, so each device gets a copy of its own.
-    parts = [
-        jax.device_put(np.array(array[index]), device)
-        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
-    ]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
-
-
-def check_mesh(num_devices: int, fsdp: int) -> None:
-    """Raise UserError unless ``fsdp`` divides the number of devices."""
-    if fsdp < 1 or num_devices % fsdp:
-        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-        raise UserError(
-            f"training.fsdp must divide the {num_devices} devices, got {fsdp}; these do: "
-            f"{', '.join(map(str, divisors))}"
-        )
 
 
 def check_batch_size(batch_size: int, num_devices: int, accumulate: int) -> None:

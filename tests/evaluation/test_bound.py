@@ -23,6 +23,7 @@ from sedd.evaluation.monte_carlo import (
     tile,
     toward_few_masks,
 )
+from sedd.networks.mesh import Layout, device_mesh
 from sedd.schedules import Geometric, LogLinear
 
 CLEAN = oracle.all_states(N)
@@ -452,16 +453,15 @@ def test_the_number_of_devices_changes_nothing():
     """A short batch is filled up: 7 sequences on 4 devices, 3 at a time."""
     rng = np.random.default_rng(3)
     x0_SL, scored_SL = rng.integers(0, N, (7, L)), rng.random((7, L)) < 0.7
-    one, four = (
-        evaluate_bound(
-            oracle.Oracle("absorbing").score_denoiser(),
-            LogLinear(),
-            jax.random.key(0),
-            batches(x0_SL, 3, scored_SL),
-            devices=jax.local_devices()[:count],
-        )
-        for count in (1, 4)
-    )
+    denoiser = oracle.Oracle("absorbing").score_denoiser()
+
+    def bound(count):
+        layout = Layout.on(device_mesh(jax.devices()[:count]), denoiser.params, None)
+        placed = dataclasses.replace(denoiser, params=layout.place(denoiser.params))
+        rows = batches(x0_SL, 3, scored_SL)
+        return evaluate_bound(placed, LogLinear(), jax.random.key(0), rows)
+
+    one, four = bound(1), bound(4)
     assert len(jax.local_devices()) == 4
     assert four.num_tokens == one.num_tokens == scored_SL.sum()
     np.testing.assert_allclose(four.sequence_nats, one.sequence_nats, rtol=1e-5)

@@ -9,11 +9,11 @@ import jax
 from training_toy import SGD, ToyBatches, run
 
 from sedd.errors import UserError
-from sedd.training import parallel
+from sedd.networks import mesh
 from sedd.training.distributed import Processes, connect
 from sedd.training.loop import Cadence
 
-parallel.LEAST_SPLIT = 16
+mesh.LEAST_SPLIT = 16
 
 
 class Mine(ToyBatches):

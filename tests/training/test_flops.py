@@ -8,9 +8,9 @@ from training_toy import ADAMW, run
 
 from sedd.errors import UserError
 from sedd.networks.ddit import DDiT
+from sedd.networks.mesh import device_mesh, split_axes
 from sedd.training.flops import peak_flops, step_flops
 from sedd.training.metrics import read_metrics
-from sedd.training.parallel import check_mesh, split_axes
 
 
 @pytest.mark.parametrize("timed", [False, True])
@@ -52,7 +52,7 @@ def test_a_run_records_its_flops_waiting_and_profile(tmp_path):
 @pytest.mark.parametrize("fsdp", [0, 3, 8])
 def test_a_mesh_that_cannot_be_is_refused(fsdp):
     with pytest.raises(UserError, match=f"divide the 4 devices, got {fsdp}; these do: 1, 2, 4"):
-        check_mesh(4, fsdp)
+        device_mesh(fsdp=fsdp)
 
 
 def test_the_axis_of_the_layers_is_never_split():
@@ -61,5 +61,5 @@ def test_the_axis_of_the_layers_is_never_split():
         "blocks": {"kernel": jax.ShapeDtypeStruct((4096, 768, 3), float)},
         "bias": jax.ShapeDtypeStruct((768,), float),
     }
-    axes = split_axes(shapes, 4, "blocks")
+    axes = split_axes(shapes, device_mesh(fsdp=4), "blocks")
     assert axes == {"embed": -1, "blocks": {"kernel": -2}, "bias": 0}

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from training_toy import ADAMW, SGD, N, Toy, ToyBatches, history, run, setup
 
+from sedd.networks import mesh
 from sedd.networks.causal_head import CausalHead
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.schedules import LogLinear
-from sedd.training import parallel
 from sedd.training.loop import Cadence
 
 HEAD = CausalHead(
@@ -40,7 +40,7 @@ class PartlyFrozen(Toy):
 
 
 def test_frozen_parameters_have_no_gradient_no_state_and_never_change(monkeypatch):
-    monkeypatch.setattr(parallel, "LEAST_SPLIT", 16)  # arrays of a toy's size are split too
+    monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)  # arrays of a toy's size are split too
     start, _ = setup(SGD)
     whole, _ = history(1, SGD)
     runs = {
@@ -63,7 +63,7 @@ def test_frozen_parameters_have_no_gradient_no_state_and_never_change(monkeypatc
 
 def test_a_causal_head_is_the_same_on_two_devices_and_its_trunk_never_changes(monkeypatch):
     """The head of the trunk is random here, so that the loss depends on the causal block."""
-    monkeypatch.setattr(parallel, "LEAST_SPLIT", 16)
+    monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
     state, _ = setup(network=HEAD, objective=self_speculative)
     kernel = jax.random.normal(jax.random.key(5), (16, N + 1))
     params = state.params | {"head": state.params["head"] | {"kernel": kernel}}

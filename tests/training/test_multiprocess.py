@@ -15,7 +15,8 @@ from tiers import nightly
 from training_toy import SGD, history, run
 
 from sedd.errors import UserError
-from sedd.training import distributed, parallel
+from sedd.networks import mesh
+from sedd.training import distributed
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.distributed import Processes, connect
 from sedd.training.loop import Cadence
@@ -51,7 +52,7 @@ def finish(processes, seconds=300):
 
 @pytest.fixture
 def tiny_parts(monkeypatch):
-    monkeypatch.setattr(parallel, "LEAST_SPLIT", 16)
+    monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
 
 
 @pytest.mark.usefixtures("tiny_parts")

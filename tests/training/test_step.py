@@ -8,9 +8,9 @@ import pytest
 from training_toy import ADAMW, BATCH, SGD, L, N, Toy, ToyBatches, history, objective, setup
 
 from sedd.errors import UserError
+from sedd.networks import mesh
 from sedd.networks.ddit import DDiT
 from sedd.objectives.base import draw_uniform
-from sedd.training import parallel
 from sedd.training.optimizer import (
     OptimizerOptions,
     clip_by_global_norm,
@@ -48,7 +48,7 @@ def test_losses_do_not_depend_on_the_number_of_devices(on_one_device, devices):
 @pytest.fixture
 def tiny_parts(monkeypatch):
     """Arrays of a toy's size are split too."""
-    monkeypatch.setattr(parallel, "LEAST_SPLIT", 16)
+    monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
 
 
 @pytest.mark.usefixtures("tiny_parts")

@@ -1,0 +1,236 @@
+"""Where the parameters of a network lie on several devices, and programs that run on all of them.
+
+The devices form a mesh with two axes, ``DATA`` and ``FSDP``. Sequences are split over both. Large
+parameters are split over ``FSDP``, and every group of devices along ``DATA`` holds a copy of them.
+With one device along ``FSDP`` every device holds all parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sedd.errors import FieldError
+from sedd.networks.shard import Shard, whole
+from sedd.types import Array, Bool, Params
+
+DATA, FSDP = "data", "fsdp"
+BOTH = (DATA, FSDP)
+SEQUENCES = PartitionSpec(BOTH)  # of arrays whose first axis has a row for each sequence
+LEAST_SPLIT = 2**17  # entries; gathering a smaller array costs more than keeping it whole
+
+
+def device_mesh(devices: Sequence[Any] | None = None, *, fsdp: int | None = 1) -> Mesh:
+    """Arrange devices as a mesh with the axes ``data`` and ``fsdp``.
+
+    Args:
+        devices: the devices; by default all devices of all processes.
+        fsdp: how many devices share one copy of the parameters; None for all.
+
+    Raises:
+        FieldError: if ``fsdp`` does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    fsdp = len(devices) if fsdp is None else fsdp
+    if fsdp < 1 or len(devices) % fsdp:
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise FieldError(
+            "fsdp",
+            f"must divide the {len(devices)} devices, got {fsdp}; these do: "
+            f"{', '.join(map(str, divisors))}",
+        )
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), BOTH)
+
+
+def split_axes(params: Params, mesh: Mesh, stacked: str | None) -> Any:
+    """Choose the axis along which each parameter is split; small arrays stay whole.
+
+    Args:
+        params: the parameters, possibly abstract.
+        mesh: from ``device_mesh``.
+        stacked: the name of the subtree whose arrays have an axis of layers in front. That axis is
+            never split: a scan over the layers takes slices of it.
+
+    Returns:
+        A tree of axes, counted from the end (-1 is the last one), and 0 for no axis. The axis is
+        the longest whose length the number of parts divides.
+    """
+    parts = mesh.shape[FSDP]
+
+    def axis_of(path, leaf):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        first = 1 if stacked in names else 0
+        fits = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % parts == 0]
+        if parts == 1 or leaf.size < LEAST_SPLIT or not fits:
+            return 0
+        return max(fits, key=lambda axis: leaf.shape[axis]) - leaf.ndim
+
+    return jax.tree_util.tree_map_with_path(axis_of, params)
+
+
+def partition(leaf, axis: int) -> PartitionSpec:
+    """The partition of an array that is split along ``axis``, as ``split_axes`` returns it."""
+    if axis == 0:
+        return PartitionSpec()
+    return PartitionSpec(*([None] * (leaf.ndim + axis)), FSDP)
+
+
+def sharded(params: Params, axes: Any) -> Params:
+    """Mark the split parameters as ``Shard``, inside a program that runs on the mesh."""
+    return jax.tree.map(
+        lambda leaf, axis: leaf if axis == 0 else Shard(part=leaf, axis=axis, over=FSDP),
+        params,
+        axes,
+    )
+
+
+def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Copy the parts of a whole array to this process's devices."""
+    array = np.asarray(leaf)
+    # A CPU device takes over the memory that it is given, so each device gets a copy of its own.
+    parts = [
+        jax.device_put(np.array(array[index]), device)
+        for device, index in sharding.addressable_devices_indices_map(array.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is computed on a mesh: the partition of its parameters, and of sequences.
+
+    A layout is hashable: it is a static part of the compiled programs.
+
+    Args:
+        mesh: from ``device_mesh``.
+        axes: of each parameter, in the order of ``jax.tree.leaves``, the axis along which it is
+            split (``split_axes``).
+        stacked: ``Network.stacked``.
+    """
+
+    mesh: Mesh
+    axes: tuple[int, ...]
+    stacked: str | None = None
+
+    @classmethod
+    def on(cls, mesh: Mesh, params: Params, stacked: str | None) -> "Layout":
+        """The layout of parameters, possibly abstract, on a mesh."""
+        axes = split_axes(params, mesh, stacked)
+        return cls(mesh, tuple(jax.tree.leaves(axes)), stacked)
+
+    @classmethod
+    def of(cls, params: Params, stacked: str | None) -> "Layout | None":
+        """The layout in which parameters lie; None if they were not placed by ``place``."""
+        sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
+        if not isinstance(sharding, NamedSharding) or sharding.mesh.axis_names != BOTH:
+            return None
+        return cls.on(sharding.mesh, params, stacked)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh; a batch has a multiple of it."""
+        return self.mesh.size
+
+    def place(self, params: Params) -> Params:
+        """Copy the parts of whole parameters to the devices."""
+        return jax.tree.map(put, params, self._shardings(params))
+
+    def run(
+        self,
+        function: Callable[[Params, Any, Any], Any],
+        params: Params,
+        shared: Any,
+        rows: Any,
+        out: Any = SEQUENCES,
+    ) -> Any:
+        """Call ``function(params, shared, rows)`` on every device with its part of the sequences.
+
+        Inside, split parameters are ``Shard``s if they are stacked over layers, and are gathered a
+        layer at a time, in each network call. All others are gathered once before the call.
+
+        Network calls are then collective: the devices of a copy must make equally many, in the same
+        order. Loops whose number of rounds depends on the sequences ask ``Denoiser.anywhere``.
+
+        Args:
+            function: returns a pytree of arrays.
+            params: the parameters, in this layout.
+            shared: a pytree of arrays that every device sees whole.
+            rows: a pytree of arrays whose first axis has a row for each sequence.
+            out: the partition of the results, or a prefix tree of them. By default their first axis
+                has a row for each sequence.
+        """
+        treedef = jax.tree.structure(params)
+
+        def on_device(params, shared, rows):
+            return function(
+                self._gathered(sharded(params, treedef.unflatten(self.axes))), shared, rows
+            )
+
+        # No sequence depends on another: the devices exchange nothing but parameters.
+        return jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(self._specs(params), PartitionSpec(), SEQUENCES),
+            out_specs=out,
+            check_vma=False,
+        )(params, shared, rows)
+
+    def spread(self, rows: Any) -> Any:
+        """Place arrays with a row for each sequence; every process has all of them."""
+        return jax.device_put(rows, NamedSharding(self.mesh, SEQUENCES))
+
+    def replicate(self, shared: Any) -> Any:
+        """Place arrays that every device sees whole; every process has them."""
+        return jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _specs(self, params: Params) -> Any:
+        axes = jax.tree.structure(params).unflatten(self.axes)
+        return jax.tree.map(partition, params, axes)
+
+    def _shardings(self, params: Params) -> Any:
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec),
+            self._specs(params),
+            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        )
+
+    def _gathered(self, params: Params) -> Params:
+        """Gather the parameters that are not stacked over layers."""
+
+        def gather(path, leaf):
+            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            return leaf if self.stacked in names else whole(leaf)
+
+        return jax.tree_util.tree_map_with_path(
+            gather, params, is_leaf=lambda leaf: isinstance(leaf, Shard)
+        )
+
+
+def anywhere(params: Params, flags: Bool[Array, "*"]) -> Bool[Array, ""]:
+    """Whether any flag is set, on this device or one that holds other parts of the parameters.
+
+    Args:
+        params: the parameters of a running program; without a ``Shard`` the device is alone.
+        flags: flags of this device's sequences.
+    """
+    found = flags.any()
+    for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Shard)):
+        if isinstance(leaf, Shard):
+            return jax.lax.pmax(found.astype(jnp.int32), leaf.over) > 0
+    return found
+
+
+def on_host(tree: Any) -> Any:
+    """Copy arrays to numpy, whole; if several processes hold parts, all must call it together."""
+
+    def copy(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(copy, tree)
