@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sedd.commands.cli import check_suffix, parse, take
+from sedd.commands.cli import Command, check_suffix, parse, take
 from sedd.commands.sampler_flags import (
     DEFAULT,
     describe,
@@ -133,21 +133,38 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
         UserError: a flag is wrong or does not go with another one, a file cannot be written, or a
             function of the user cannot be loaded.
     """
+    command = parse_with_sampler(SampleCommand, arguments, TITLE, checkpoint=tyro.MISSING)
+    check_files(command)
+    check_functions(command)
+    return command
+
+
+def parse_with_sampler(
+    kind: type[Command], arguments: Sequence[str], title: str, **given: Any
+) -> Command:
+    """Fill a dataclass from flags, the options of the picked samplers among them.
+
+    Args:
+        kind: the dataclass, with the fields ``checkpoint`` and ``sampler``.
+        arguments: the command line.
+        title: the beginning of the help.
+        given: values of the fields without a default; ``tyro.MISSING`` makes a flag required.
+
+    Raises:
+        UserError: a flag is wrong.
+    """
     name, rest = take(arguments, "--sampler")
     inner, rest = take(rest, "--inner")
     innermost, rest = take(rest, "--inner.inner")
     kinds = pick(sampler_for(rest) if name is None else name, inner, innermost)
     if not {"-h", "--help"} & set(rest):
-        refuse_flags_of_others(rest, SampleCommand, kinds)
-    command = parse(
-        SampleCommand,
+        refuse_flags_of_others(rest, kind, kinds)
+    return parse(
+        kind,
         rest,
-        default=SampleCommand(checkpoint=tyro.MISSING, sampler=nested_type(kinds)()),
-        description=f"{TITLE}\n\n{describe(kinds)}",
+        default=kind(**{**given, "sampler": nested_type(kinds)()}),
+        description=f"{title}\n\n{describe(kinds)}",
     )
-    check_files(command)
-    check_functions(command)
-    return command
 
 
 def sampler_for(arguments: Sequence[str]) -> str:

@@ -138,6 +138,32 @@ def from_infill(tokenizer: Tokenizer, text: str, length: int | None = None) -> C
     return replace(clamp, gap_starts=tuple(gap_starts))
 
 
+def from_hidden(tokenizer: Tokenizer, before: str, hidden: str, after: str) -> Clamp:
+    """A text with one stretch hidden: a gap of as many tokens as the stretch has.
+
+    Each of the three parts is encoded by itself, so that no token crosses an edge of the gap.
+
+    Args:
+        tokenizer: encodes the texts.
+        before: the text before the gap; may be empty.
+        hidden: the text in place of which the gap is.
+        after: the text behind the gap; may be empty.
+
+    Raises:
+        FieldError: the tokenizer cannot encode one of the texts, which ``field`` names.
+    """
+    parts = [
+        _encode(tokenizer, before, "before"),
+        _encode(tokenizer, hidden, "hidden", first=not before),
+        _encode(tokenizer, after, "after", first=False),
+    ]
+    gap = np.zeros(len(parts[1]), np.int32)
+    return Clamp(
+        tokens_L=np.concatenate([parts[0], gap, parts[2]]).astype(np.int32),
+        fixed_L=np.repeat([True, False, True], [len(part) for part in parts]),
+    )
+
+
 def _append_text(tokenizer: Tokenizer, text: str, tokens: list[int], fixed: list[bool]) -> None:
     """Append the tokens of a stretch of text as given; refuses a malformed gap in it."""
     broken = _BROKEN_GAP.search(text)

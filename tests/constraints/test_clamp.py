@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sedd.constraints.clamp import MAX_LENGTH, free, from_infill, from_prompt
-from sedd.data.tokenizers import Characters
+from sedd.constraints.clamp import MAX_LENGTH, free, from_hidden, from_infill, from_prompt
+from sedd.data.tokenizers import BytePairs, Characters
 from sedd.errors import UserError
 
 TOKENIZER = Characters.of("characters", "abcdefghijklmnopqrstuvwxyz {}:0123456789", eos=True)
@@ -69,6 +69,26 @@ def test_infill(text, length, expected):
 )
 def test_gaps_that_touch_stay_apart(text, length, gaps):
     assert from_infill(TOKENIZER, text, length).gaps == gaps
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("ab", " cd", " e"), "ab___ e"),
+        (("", "abc", "d"), "___d"),
+        (("ab", "c", ""), "ab_"),
+        (("a", "", "b"), "ab"),
+    ],
+)
+def test_a_hidden_stretch(texts, expected):
+    assert shown(from_hidden(TOKENIZER, *texts)) == expected
+
+
+def test_no_token_crosses_the_edge_of_a_hidden_stretch():
+    pairs = BytePairs.of("pairs", [*(bytes([byte]) for byte in range(256)), b"ab"])
+    clamp = from_hidden(pairs, "a", "bab", "b")
+    assert clamp.tokens_L.tolist() == [ord("a"), 0, 0, ord("b")]
+    assert clamp.gaps == [(1, 2)]
 
 
 def test_gaps_of_a_prompt():
