@@ -129,7 +129,7 @@ def read_stories(path: Path, sentences: int) -> list[Hidden]:
     first, last = {1: (2, 3), 3: (1, 4)}[sentences]
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file)
             columns = [*STORY, *ENDINGS.values(), RIGHT]
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
