@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Self, TextIO
+from typing import Any, ClassVar, Self, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -82,6 +82,8 @@ class Activity:
         transient: remove the bar from the terminal at the end.
     """
 
+    shown: ClassVar[bool] = True  # commands set it to False in all processes but the first
+
     def __init__(
         self,
         doing: str = "",
@@ -97,7 +99,9 @@ class Activity:
         self._line = line or self._note
         self._bar = self._heartbeat = None
         console = Console(file=self._stream)
-        if self._stream.isatty() and console.is_terminal:
+        if not self.shown:
+            pass
+        elif self._stream.isatty() and console.is_terminal:
             self._bar = _bar(console, counted=total is not None, transient=transient)
             self._task = self._bar.add_task(self.doing, total=total, completed=completed)
             self._bar.start()

@@ -167,6 +167,11 @@ def fail(message: str, code: int = 2) -> int:
     return code
 
 
+def unset(metavar: str) -> Any:
+    """Mark an optional flag: its help shows ``metavar`` as the value, and no default."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
 def note(message: str) -> None:
     """Print ``note: …`` on standard error: something that the user should know."""
     _print_line(f"note: {message}")

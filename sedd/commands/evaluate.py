@@ -25,6 +25,7 @@ import numpy as np
 
 import sedd
 from sedd.commands.cli import Terminal, fail
+from sedd.commands.devices import is_first
 from sedd.commands.evaluate_flags import EvaluateCommand, read_command
 from sedd.commands.evaluate_report import Comparisons, write_report
 from sedd.errors import FieldError, UserError
@@ -54,8 +55,14 @@ def main(arguments: Sequence[str]) -> int:
             file cannot be written; the tables have been printed then.
     """
     command = read_command(arguments)
+    mesh = command.on.join()
+    if jax.process_count() > 1 and (command.samples or command.consistency):
+        flag = "--samples" if command.samples else "--consistency"
+        raise UserError(f"{flag} works in a single process only; leave it out, or run one process")
+    if not is_first():
+        command = dataclasses.replace(command, json=None, report=None, table=None, resume=None)
     with Activity(f"loading {command.checkpoint}"):
-        model = sedd.load(command.checkpoint, step=command.step)
+        model = sedd.load(command.checkpoint, step=command.step, mesh=mesh)
     estimate = checked_estimate(command, model)
     with Activity("reading the samples and the judge"):
         comparisons = Comparisons.of(command, model)
@@ -71,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             write_files(command, model, results, figures, sections, whole=not failed)
         finally:  # print the figures even if they cannot be written
-            if command.json is None or not is_stdout(command.json):
+            if is_first() and (command.json is None or not is_stdout(command.json)):
                 show(results, sections)
     for message in failed:
         fail(f"--data {message}")
@@ -150,18 +157,16 @@ def evaluate_all(
     The nats of each finished sequence are appended to the command's journal. A second run of the
     same command reads them from there and scores only the others.
     """
-    journal = None
-    if command.journal is not None:
-        # The figures of a sequence depend on these values. A journal of other values is refused.
-        depends_on = {
-            "evaluation": 1,
-            "model": model.digest,
-            "estimator": estimate.name,
-            "protocol": command.protocol.to_json(),
-            "seed": command.seed,
-            "data": {data.label: data.fingerprint for data in opened},
-        }
-        journal = Journal(command.journal, depends_on)
+    # The figures of a sequence depend on these values. A journal of other values is refused.
+    depends_on = {
+        "evaluation": 1,
+        "model": model.digest,  # of parts in several processes: all of them compute it
+        "estimator": estimate.name,
+        "protocol": command.protocol.to_json(),
+        "seed": command.seed,
+        "data": {data.label: data.fingerprint for data in opened},
+    }
+    journal = None if command.journal is None else Journal(command.journal, depends_on)
     try:
         return [
             score_data_set(

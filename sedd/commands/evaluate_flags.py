@@ -13,18 +13,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sedd.commands.cli import check_suffix, parse, take
+from sedd.commands.cli import check_suffix, parse, take, unset
+from sedd.commands.devices import DeviceFlags
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from sedd.evaluation.scoring import Order
 from sedd.files import check_writable, is_stream
 
 TITLE = "Bound the perplexity of a trained model on data sets or files, with standard errors."
 SUFFIXES = {"table": (".md", ".tex"), "report": (".html", ".htm")}
-
-
-def unset(metavar: str) -> Any:
-    """Mark an optional flag: its help shows ``metavar`` as the value, and no default."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +78,7 @@ class EvaluateCommand:
     removed at the end."""
     cache_dir: Annotated[Path | None, unset("DIR")] = None
     """Where packed tokens are kept; by default where the run keeps them."""
+    on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
     protocol: Annotated[Protocol, tyro.conf.OmitArgPrefixes]
     protocol_name: tyro.conf.Suppress[str] = "default"
     spelled_out: tyro.conf.Suppress[tuple[str, ...]] = ()  # fields whose flags were given

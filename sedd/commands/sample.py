@@ -14,6 +14,7 @@ The command works in this order:
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ import sedd
 from sedd.commands.answers import Answer, Answering
 from sedd.commands.asking import TRACED, Asking, Survey, check_guidance, notes
 from sedd.commands.cli import console, fail, note
+from sedd.commands.devices import is_first
 from sedd.commands.sample_flags import SampleCommand, read_command, reshape_numbers
 from sedd.commands.sampler_flags import flat, sampler_options
 from sedd.commands.trace import TraceRow, write_trace
@@ -45,8 +47,11 @@ def main(arguments: Sequence[str]) -> int:
         UserError: a flag or a function of the user is wrong, or a file cannot be written.
     """
     command = read_command(arguments)
+    mesh = command.on.join()
+    if not is_first():
+        command = dataclasses.replace(command, output=None, trace=None)
     with Activity(f"loading {command.checkpoint}"):
-        model = sedd.load(command.checkpoint, step=command.step)
+        model = sedd.load(command.checkpoint, step=command.step, mesh=mesh)
         asking = Asking.of(command, model)
     with contextlib.ExitStack() as stack:
         with Activity("reading the requests"):

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sedd.commands.cli import Command, check_suffix, parse, take
+from sedd.commands.cli import Command, check_suffix, parse, take, unset
+from sedd.commands.devices import DeviceFlags
 from sedd.commands.sampler_flags import (
     DEFAULT,
     describe,
@@ -38,11 +39,6 @@ from sedd.samplers.planned import Profile
 from sedd.sampling import NUMBERS, reshape_of
 
 TITLE = "Draw text from a trained model: from nothing, after a prompt, or into gaps."
-
-
-def unset(metavar: str) -> Any:
-    """Mark an optional flag: its help shows ``metavar`` as the value, and no default."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +109,9 @@ class SampleCommand:
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32
-    """Sequences that are drawn at the same time; the candidates of a search count."""
+    """Sequences that are drawn at the same time, over all devices; the candidates of a search
+    count."""
+    on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
     sampler: Annotated[Options, tyro.conf.arg(name="")]
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ import tyro
 
 import sedd
 from sedd.commands.cli import console, note, parse_config, take
+from sedd.commands.devices import join
 from sedd.commands.train_start import Prepared, check_is_run, is_complete, prepare
 from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
 from sedd.configuration.config import Config
@@ -42,7 +43,7 @@ from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
-from sedd.training.distributed import Processes, connect
+from sedd.training.distributed import Processes
 from sedd.training.flops import step_flops
 from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics
@@ -91,8 +92,7 @@ def main(arguments: Sequence[str]) -> None:
         workdir, _ = take(arguments, "--workdir")
         saved = None if workdir is None else read_config(Path(workdir).expanduser())
     command = parse_config(arguments, TrainCommand, TITLE, saved=saved)
-    connect(command.processes)
-    console.quiet = jax.process_index() > 0  # of several processes the first one prints
+    join(command.processes)
     config, workdir = command.config, command.workdir
     # The real vocabulary is known only after the corpus was read, which may take hours. Components
     # for two tokens show every other mistake at once.

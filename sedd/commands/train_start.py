@@ -8,14 +8,13 @@ checkpoints a new run begins, from random weights or from those of ``--init-from
 import dataclasses
 import json
 import os
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import jax
 
 import sedd
-from sedd.commands.cli import console, note
+from sedd.commands.cli import note
 from sedd.configuration.build import (
     Data,
     Parts,
@@ -94,7 +93,7 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
     make_state = partial(init_state, step.network, step.optimizer, config.seed)
-    with nullcontext() if console.quiet else Activity("making the first state"):
+    with Activity("making the first state"):
         restored = checkpoints.restore_latest(jax.eval_shape(make_state))
         if restored:
             state = parallel.place(restored.state)
@@ -136,8 +135,6 @@ def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
         config: the configuration; its ``data`` is used.
         tokenizer: the tokenizer of the run that is resumed or started from; None to build one.
     """
-    if console.quiet:  # of several processes the first one prints
-        return build_data(config, tokenizer=tokenizer)
     with Activity("reading the corpus") as activity:
 
         def progress(documents: int, tokens: int) -> None:

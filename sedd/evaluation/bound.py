@@ -214,7 +214,7 @@ def estimates(
     layout = Layout.of(denoiser.params, stacked)
     if layout is None:
         layout = Layout.on(device_mesh(jax.local_devices()), denoiser.params, stacked)
-        denoiser = replace(denoiser, params=layout.replicate(denoiser.params))
+        denoiser = replace(denoiser, params=layout.place(denoiser.params))
     key = layout.replicate(key)
     padded = 0
     for x0_BL, scored_BL in batches:

@@ -19,6 +19,7 @@ from sedd.evaluation.journal import Journal
 from sedd.evaluation.monte_carlo import MonteCarlo, SequenceNats, is_exact, label_of, resolve
 from sedd.evaluation.ordered import Order
 from sedd.evaluation.protocols import Protocol, describe
+from sedd.networks.mesh import from_first
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
 
@@ -153,15 +154,15 @@ def score_data_set(
         batch_size: rows of a network call, over all devices.
         count_text: maps ids to (characters, bytes), for figures per character and byte.
         journal: a file of finished sequences; these are not computed again, and new ones are added.
+            With several processes that of the first one counts, and the others need none.
         track: wraps the batches to show progress.
         train_counts_N: how often each token occurs in the training text, for ``unigram_nats``.
 
     Raises:
         ValueError: if there is no row, or no token of the rows is scored.
     """
-    scored = []
-    if journal is not None and (done := journal.done(data.label)) is not None:
-        scored.append(done)
+    done = from_first(None if journal is None else journal.done(data.label))
+    scored = [] if done is None else [done]
     first = sum(map(len, scored))
     starts = range(first, len(data.chosen), batch_size)
     batches = (data.rows(start, batch_size) for start in starts)

@@ -5,6 +5,7 @@ parameters are split over ``FSDP``, and every group of devices along ``DATA`` ho
 With one device along ``FSDP`` every device holds all parameters.
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,8 +138,11 @@ class Layout:
         return self.mesh.size
 
     def place(self, params: Params) -> Params:
-        """Copy the parts of whole parameters to the devices."""
-        return jax.tree.map(put, params, self._shardings(params))
+        """Put the parts of whole parameters on the devices; these may share memory with them."""
+        shardings = self._shardings(params)
+        if jax.process_count() > 1:
+            return jax.tree.map(put, params, shardings)
+        return jax.device_put(params, shardings)
 
     def run(
         self,
@@ -182,11 +186,11 @@ class Layout:
 
     def spread(self, rows: Any) -> Any:
         """Place arrays with a row for each sequence; every process has all of them."""
-        return jax.device_put(rows, NamedSharding(self.mesh, SEQUENCES))
+        return _distribute(rows, NamedSharding(self.mesh, SEQUENCES))
 
     def replicate(self, shared: Any) -> Any:
         """Place arrays that every device sees whole; every process has them."""
-        return jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
+        return _distribute(shared, NamedSharding(self.mesh, PartitionSpec()))
 
     def _specs(self, params: Params) -> Any:
         axes = jax.tree.structure(params).unflatten(self.axes)
@@ -211,6 +215,18 @@ class Layout:
         )
 
 
+def _distribute(tree: Any, sharding: NamedSharding) -> Any:
+    """Copy arrays, random keys among them, of which this process has the whole to its devices."""
+
+    def copy(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(copy(jax.random.key_data(leaf)))
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(copy, tree)
+
+
 def anywhere(params: Params, flags: Bool[Array, "*"]) -> Bool[Array, ""]:
     """Whether any flag is set, on this device or one that holds other parts of the parameters.
 
@@ -223,6 +239,16 @@ def anywhere(params: Params, flags: Bool[Array, "*"]) -> Bool[Array, ""]:
         if isinstance(leaf, Shard):
             return jax.lax.pmax(found.astype(jnp.int32), leaf.over) > 0
     return found
+
+
+def from_first(value: Any) -> Any:
+    """Return the value of the first process, in all processes, which must call it together."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    sent = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
 
 
 def on_host(tree: Any) -> Any:

@@ -33,7 +33,7 @@ class Processes:
     several processes needs all three fields; a run of one process needs none.
 
     Raises:
-        ValueError: if only some of the fields are given, or one is out of range.
+        UserError: if only some of the fields are given, or one is out of range.
     """
 
     coordinator: str | None = None
@@ -47,18 +47,18 @@ class Processes:
         given = [getattr(self, name) is not None for name in FLAGS]
         if any(given) and not all(given):
             missing = [flag for flag, there in zip(FLAGS.values(), given, strict=True) if not there]
-            raise ValueError(f"{', '.join(FLAGS.values())} go together; {missing[0]} is missing")
+            raise UserError(f"{', '.join(FLAGS.values())} go together; {missing[0]} is missing")
         if self.num_processes is not None and self.process_id is not None:
             if self.num_processes < 1:
-                raise ValueError(f"--num-processes must be at least 1, got {self.num_processes}")
+                raise UserError(f"--num-processes must be at least 1, got {self.num_processes}")
             if not 0 <= self.process_id < self.num_processes:
-                raise ValueError(
+                raise UserError(
                     f"--process-id must be in [0, {self.num_processes}), got {self.process_id}"
                 )
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdigit() or not 0 < int(port) < 65536:
-                raise ValueError(f"--coordinator must be HOST:PORT, got {self.coordinator!r}")
+                raise UserError(f"--coordinator must be HOST:PORT, got {self.coordinator!r}")
 
 
 FLAGS = {
