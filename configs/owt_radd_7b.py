@@ -38,8 +38,6 @@ def get_config() -> Config:
             batch_size=1024,
             parallel="fsdp",
             fsdp=64,
-            eval_every=None,
-            sample_every=None,
         ),
         sampler=options("samplers", "event_jump", steps=128),
     )

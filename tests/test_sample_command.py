@@ -343,7 +343,7 @@ def test_flags_reach_the_sampler_that_they_are_of(place, tmp_path, flags, calls)
 def test_the_best_is_picked(place, tmp_path, inner):
     seen = place / "seen.jsonl"
     seen.unlink(missing_ok=True)
-    flags = f"--sampler best_of_n --n 5 --num 2 {inner} --verifier {{code}}:vowels"
+    flags = f"--sampler best_of_n --n 5 --num 2 --devices 1 {inner} --verifier {{code}}:vowels"
     lines = answers(place, tmp_path, flags)
     (texts,) = read(seen)
     assert len(set(texts)) == 10
@@ -463,7 +463,7 @@ def loaded(place):
 @pytest.mark.parametrize("search", ["best_of_n --n 2", "particle --particles 2"])
 @pytest.mark.parametrize("does", FAILING)
 def test_a_verifier_that_fails(place, loaded, monkeypatch, search, does):
-    monkeypatch.setattr(sedd, "load", lambda path, step: loaded)
+    monkeypatch.setattr(sedd, "load", lambda path, **options: loaded)
     (place / "does.txt").write_text(does)
     result = draw(place, f"--sampler {search} --verifier {{code}}:failing", code=2)
     assert result.out == ""
@@ -497,7 +497,8 @@ def test_a_verifier_that_fails_late(place, tmp_path):
     result = draw(
         *(
             place,
-            "--sampler best_of_n --n 2 --inner tweedie --inner.steps 2 --num 3 --batch-size 2",
+            "--sampler best_of_n --n 2 --inner tweedie --inner.steps 2 --num 3 --batch-size 2 "
+            "--devices 1",
         ),
         *("--verifier", f"{place}/code.py:only_once"),
         *("--output", tmp_path / "out.jsonl", "--trace", tmp_path / "page.html"),

@@ -28,7 +28,7 @@ import tyro
 
 import sedd
 from sedd.commands.cli import console, note, parse_config, take
-from sedd.commands.devices import join
+from sedd.commands.devices import Processes, join
 from sedd.commands.train_start import Prepared, check_is_run, is_complete, prepare
 from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
 from sedd.configuration.config import Config
@@ -43,7 +43,6 @@ from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
-from sedd.training.distributed import Processes
 from sedd.training.flops import step_flops
 from sedd.training.loop import Run, train
 from sedd.training.metrics import read_metrics

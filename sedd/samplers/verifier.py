@@ -5,6 +5,7 @@ can leave such a program. A failure is therefore signalled by scores of nan, whi
 the ``TextVerifier`` keeps the error message, and the caller raises it after the program has ended.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,6 +57,9 @@ def verify(
 class TextVerifier:
     """A ``Verifier`` made of a user's function on texts.
 
+    Each device calls it with its own sequences. The user's function is never called by two devices
+    at the same time.
+
     If the function raises, or returns anything but one finite score a text, the error is kept for
     ``take_error`` and all scores are nan. ``text_verifier`` describes the arguments.
     """
@@ -63,17 +67,19 @@ class TextVerifier:
     def __init__(self, function: TextScorer, tokenizer: Tokenizer, name: str):
         self.function, self.tokenizer, self.name = function, tokenizer, name
         self._error: UserError | None = None
+        self._lock = threading.Lock()
 
     def __call__(self, tokens_RL: np.ndarray, real_RL: np.ndarray) -> np.ndarray:
         """Scores [R] of the decoded sequences; nan for all after a failure."""
-        if (np.asarray(tokens_RL) == NAN).any():
-            self._error = UserError(NO_NUMBERS)
-        if self._error is None:
-            rows = zip(np.asarray(tokens_RL), np.asarray(real_RL), strict=True)
-            try:
-                return self._scores([self.tokenizer.decode(row[real]) for row, real in rows])
-            except UserError as error:
-                self._error = error
+        with self._lock:
+            if (np.asarray(tokens_RL) == NAN).any():
+                self._error = UserError(NO_NUMBERS)
+            if self._error is None:
+                rows = zip(np.asarray(tokens_RL), np.asarray(real_RL), strict=True)
+                try:
+                    return self._scores([self.tokenizer.decode(row[real]) for row, real in rows])
+                except UserError as error:
+                    self._error = error
         return np.full(len(tokens_RL), np.nan, np.float32)
 
     def take_error(self) -> UserError | None:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import jax
@@ -25,78 +24,43 @@ GONE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Processes:
-    """How the processes of a run find each other.
-
-    SLURM, Open MPI, GKE and TPU pods describe the processes in the environment. Elsewhere a run of
-    several processes needs all three fields; a run of one process needs none.
-
-    Raises:
-        UserError: if only some of the fields are given, or one is out of range.
-    """
-
-    coordinator: str | None = None
-    """HOST:PORT at which process 0 listens."""
-    num_processes: int | None = None
-    """The number of processes of the run."""
-    process_id: int | None = None
-    """The number of this process, from 0."""
-
-    def __post_init__(self):
-        given = [getattr(self, name) is not None for name in FLAGS]
-        if any(given) and not all(given):
-            missing = [flag for flag, there in zip(FLAGS.values(), given, strict=True) if not there]
-            raise UserError(f"{', '.join(FLAGS.values())} go together; {missing[0]} is missing")
-        if self.num_processes is not None and self.process_id is not None:
-            if self.num_processes < 1:
-                raise UserError(f"--num-processes must be at least 1, got {self.num_processes}")
-            if not 0 <= self.process_id < self.num_processes:
-                raise UserError(
-                    f"--process-id must be in [0, {self.num_processes}), got {self.process_id}"
-                )
-        if self.coordinator is not None:
-            host, _, port = self.coordinator.rpartition(":")
-            if not host or not port.isdigit() or not 0 < int(port) < 65536:
-                raise UserError(f"--coordinator must be HOST:PORT, got {self.coordinator!r}")
-
-
-FLAGS = {
-    "coordinator": "--coordinator",
-    "num_processes": "--num-processes",
-    "process_id": "--process-id",
-}
-
-
-def connect(processes: Processes, *, seconds: float = CONNECT_SECONDS) -> None:
+def connect(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    seconds: float = CONNECT_SECONDS,
+) -> None:
     """Join the other processes of the run; does nothing if there are no others.
 
-    Call it before anything asks JAX for its devices.
+    Call it before anything asks JAX for its devices. Without the first three arguments the
+    environment describes the processes: SLURM, Open MPI, GKE and TPU pods do.
 
     Args:
-        processes: the address of process 0, and the number of processes; empty to take them from
-            the environment.
+        coordinator: HOST:PORT at which process 0 listens.
+        num_processes: the number of processes of the run.
+        process_id: the number of this process, from 0.
         seconds: how long to wait for the coordinator.
 
     Raises:
         UserError: if the processes do not find each other in time, or if a host has more processes
             than devices.
     """
-    said = processes.coordinator is not None or several()
+    said = coordinator is not None or several()
     if not said and not on_tpu():
         return
-    if processes.coordinator is not None and processes.process_id != 0:
-        _await(processes.coordinator, seconds)
+    if coordinator is not None and process_id != 0:
+        _await(coordinator, seconds)
     _explain_abort()
     try:
         jax.distributed.initialize(
-            coordinator_address=processes.coordinator,
-            num_processes=processes.num_processes,
-            process_id=processes.process_id,
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
             initialization_timeout=int(seconds),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             # If JAX found a cluster in the environment, it would give each process only one GPU.
-            cluster_detection_method=None if processes.coordinator is None else "deactivate",
+            cluster_detection_method=None if coordinator is None else "deactivate",
         )
     except (RuntimeError, ValueError) as error:
         if not said:  # a single TPU host

@@ -10,7 +10,7 @@ from training_toy import SGD, ToyBatches, run
 
 from sedd.errors import UserError
 from sedd.networks import mesh
-from sedd.training.distributed import Processes, connect
+from sedd.training.distributed import connect
 from sedd.training.loop import Cadence
 
 mesh.LEAST_SPLIT = 16
@@ -28,10 +28,7 @@ class Mine(ToyBatches):
 if __name__ == "__main__":
     process_id, port, workdir, steps, fsdp = sys.argv[1:]
     try:
-        connect(
-            Processes(coordinator=f"localhost:{port}", num_processes=2, process_id=int(process_id)),
-            seconds=60,
-        )
+        connect(f"localhost:{port}", 2, int(process_id), seconds=60)
         print("ready", flush=True)
         run(
             workdir,

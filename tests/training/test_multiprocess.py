@@ -14,11 +14,12 @@ import pytest
 from tiers import nightly
 from training_toy import SGD, history, run
 
+from sedd.commands.devices import Processes
 from sedd.errors import UserError
 from sedd.networks import mesh
 from sedd.training import distributed
 from sedd.training.checkpoint import Checkpoints
-from sedd.training.distributed import Processes, connect
+from sedd.training.distributed import connect
 from sedd.training.loop import Cadence
 from sedd.training.metrics import read_metrics
 
@@ -117,10 +118,9 @@ def test_a_coordinator_that_is_not_there_is_waited_for_and_named():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    others = Processes(coordinator=address, num_processes=2, process_id=1)
     before = time.monotonic()
     with pytest.raises(UserError, match=f"{address}: nothing answers there after 2 s"):
-        connect(others, seconds=2)
+        connect(address, 2, 1, seconds=2)
     assert time.monotonic() - before < 20
 
 
@@ -162,7 +162,7 @@ def alone(monkeypatch):
 
 
 def test_a_process_alone_connects_to_nobody(alone):
-    connect(Processes())
+    connect()
     assert not alone
 
 
@@ -180,30 +180,30 @@ def test_a_process_alone_connects_to_nobody(alone):
 def test_clusters_are_found_in_the_environment(alone, monkeypatch, names, joins):
     for name in names:
         monkeypatch.setenv(name, CLUSTERS[name])
-    connect(Processes())
+    connect()
     assert len(alone) == joins
     assert all(options["coordinator_address"] is None for options in alone)
 
 
 def test_a_tpu_asks_its_metadata_server_and_may_be_alone(alone, monkeypatch):
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
-    connect(Processes())
+    connect()
     assert len(alone) == 1
 
     def nobody(**options):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
-    connect(Processes())
+    connect()
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     with pytest.raises(UserError, match="did not find each other"):
-        connect(Processes())
+        connect()
 
 
 def test_flags_leave_every_gpu_of_the_host_to_the_process(alone, monkeypatch):
     for name in ("SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.setenv(name, CLUSTERS[name])
-    connect(Processes(coordinator="h:1", num_processes=2, process_id=0))
+    connect("h:1", 2, 0)
     assert alone[0]["cluster_detection_method"] == "deactivate"
 
 
@@ -212,6 +212,6 @@ def test_more_processes_than_devices_are_refused(alone, monkeypatch):
         raise RuntimeError("Unable to initialize backend 'cuda': no such ordinal\nmore")
 
     monkeypatch.setattr(jax, "local_devices", none)
-    connect(Processes())  # alone, a process asks for no device here
+    connect()  # alone, a process asks for no device here
     with pytest.raises(UserError, match=r"'cuda': no such ordinal\): start at most one process"):
-        connect(Processes(coordinator="h:1", num_processes=2, process_id=0))
+        connect("h:1", 2, 0)
