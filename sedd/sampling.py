@@ -69,7 +69,7 @@ PARTITION = {  # of the fields of ``Samples`` whose first axis is not that of th
 
 
 @partial(jax.jit, static_argnames=("sampler", "layout", "trace"))
-def _run(sampler: Sampler, params, rows, *, layout: Layout | None, trace: bool) -> Samples:
+def run_sampler(sampler: Sampler, params, rows, *, layout: Layout | None, trace: bool) -> Samples:
     """The compiled program: one for each sampler, set of shapes and static part of the denoiser.
 
     ``rows`` has the denoiser without its parameters, the keys, the given tokens and where they are
@@ -326,7 +326,7 @@ def draw(
     params, bare = denoiser.params, replace(denoiser, params={})
     rows = (bare, keys_B[row_of_B], jnp.asarray(tokens_BL), jnp.asarray(fixed_BL))
     rows = rows if layout is None else layout.spread(rows)
-    samples = on_host(_run(sampler, params, rows, layout=layout, trace=trace))
+    samples = on_host(run_sampler(sampler, params, rows, layout=layout, trace=trace))
     _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
     result = _result(model, sampler, samples, lengths)
     _check_matches(result.tokens, spans)

@@ -262,13 +262,13 @@ def test_batches_of_a_file_share_the_program_of_their_constraints(model, monkeyp
     class StopError(Exception):
         pass
 
-    def run(sampler, denoiser, *arguments, **options):
-        spans = denoiser.constraint
+    def run(sampler, params, rows, **options):
+        spans = rows[0].constraint
         leaves = [leaf.shape for leaf in jax.tree.leaves(spans)]
         programs.add((jax.tree.structure(spans), tuple(leaves)))
         raise StopError
 
-    monkeypatch.setattr("sedd.sampling._run", run)
+    monkeypatch.setattr("sedd.sampling.run_sampler", run)
 
     def compiled(shape):
         programs.clear()

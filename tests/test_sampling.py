@@ -25,7 +25,7 @@ from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.verifier import _VERIFIERS, text_verifier
-from sedd.sampling import _run, bucket
+from sedd.sampling import bucket, run_sampler
 
 KEY = jax.random.key(0)
 FIVE_STEPS = sedd.samplers.options("event_jump", steps=5)
@@ -208,7 +208,7 @@ def test_buckets():
 
 def programs() -> int:
     """How many programs have been compiled."""
-    jitted: Any = _run
+    jitted: Any = run_sampler
     return jitted._cache_size()
 
 

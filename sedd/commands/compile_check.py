@@ -1,21 +1,23 @@
-"""Compile a training step for a TPU slice without having one, and print whether it fits.
+"""Compile a program for a TPU slice without having one, and print whether it fits.
 
     sedd compile_check --config owt_radd_small --topology v5e:4x4
+    sedd compile_check --config owt_radd_7b --topology v5e:16x16 --what sample
 
-The compiled program is the one that training would run on the slice; the printed figures are read
-from it. This needs the package libtpu (``pip install libtpu``) and no TPU.
+The compiled program is the one that would run on the slice: a training step, the evaluation of a
+batch, or the recipe's sampler. The printed figures are read from it. This needs the package libtpu
+(``pip install libtpu``) and no TPU.
 """
 
-# The docstring above is the beginning of the command's help. The step is built as ``sedd train``
-# builds it, for devices that only libtpu's description of the slice knows, and lowered with the
-# shapes of its inputs instead of arrays: no parameter is made. The memory is the compiler's own
+# The docstring above is the beginning of the command's help. The program is built as the other
+# commands build it, for devices that only libtpu's description of the slice knows, and lowered with
+# the shapes of its inputs instead of arrays: no parameter is made. The memory is the compiler's own
 # analysis. ``program_text`` counts the collectives.
 
 import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +27,16 @@ from rich.table import Table
 
 from sedd.commands.cli import console, parse_config
 from sedd.commands.program_text import GIB, collectives_of, exhausted, gib
-from sedd.configuration.build import build_parallel, build_parts, build_step
+from sedd.configuration.build import Parts, build_parallel, build_parts, build_step
 from sedd.configuration.config import Config
 from sedd.errors import UserError
+from sedd.evaluation.bound import batch_nats
+from sedd.evaluation.monte_carlo import MonteCarlo
 from sedd.files import check_writable, write_whole
 from sedd.networks.attention import refusal
+from sedd.networks.mesh import SEQUENCES, Layout, device_mesh
 from sedd.progress import Activity
+from sedd.sampling import run_sampler
 from sedd.training.flops import step_flops
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import init_state
@@ -41,6 +47,9 @@ HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
 TOKENS = {"gpt2": 50257, "text8": 27, "bytes": 257, "bert-base-uncased": 30522}
 
 
+What = Literal["train", "evaluate", "sample"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileCheckCommand:
     """The flags of ``sedd compile_check``; every field of the configuration is one of them."""
@@ -48,6 +57,10 @@ class CompileCheckCommand:
     topology: str
     """The TPU slice as GENERATION:SHAPE, such as v5e:16x16, v6e:16x16, v5p:8x8x8 or v4:4x4x4."""
     config: Annotated[Config, tyro.conf.arg(name="")]
+    what: What = "train"
+    """The program: a step of training, the bound of a batch (evaluate), or a batch of samples by
+    the sampler of the configuration (sample). Batch, --training.parallel and --training.fsdp hold
+    for all of them."""
     num_tokens: int | None = None
     """Size of the vocabulary. Needed for a tokenizer whose size depends on the corpus, such as
     characters."""
@@ -57,15 +70,16 @@ class CompileCheckCommand:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """The figures of a compiled training step.
+    """The figures of a compiled program.
 
     Args:
         num_devices: devices of the slice. All other figures are those of one device.
-        arguments: bytes of the state and the batch.
+        arguments: bytes of the inputs: the state, or the parameters, and the batch.
         temporaries: bytes of intermediate arrays.
         peak: the most bytes that are in use at the same time.
-        flops: FLOPs of a step as the compiler counts them: the body of a loop once.
-        collectives: for each kind, how many run in a step and the bytes of their results.
+        flops: FLOPs of a run as the compiler counts them: the body of a loop once.
+        collectives: for each kind, how many run and the bytes of their results. Those of the loop
+            over layers count once for each layer, and those of other loops once.
         text: the compiled program.
     """
 
@@ -79,11 +93,11 @@ class Compiled:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compile the step and print its figures.
+    """Compile the program and print its figures.
 
     Raises:
-        UserError: the step does not fit into the memory of a device (the message says what lowers
-            its use), there is no such slice, or libtpu is missing.
+        UserError: the program does not fit into the memory of a device (the message says what
+            lowers its use), there is no such slice, or libtpu is missing.
     """
     command = parse_config(arguments, CompileCheckCommand, __doc__ or "")
     config = command.config
@@ -97,14 +111,14 @@ def main(arguments: Sequence[str]) -> None:
     num_tokens = command.num_tokens or vocabulary_of(config)
     devices = devices_of(command.topology)
     with Activity(f"compiling for {len(devices)} devices"):
-        compiled = compile_step(config, num_tokens, devices)
+        compiled = compile_for(command.what, config, num_tokens, devices)
     if command.program is not None:
         write_whole(command.program, compiled.text.encode())
     show(command, compiled, num_tokens)
     if compiled.peak > HBM[generation]:
         raise UserError(
-            f"the step does not fit: it needs {gib(compiled.peak)} on each device, which has "
-            f"{gib(HBM[generation])}. {advice(config)}"
+            f"it does not fit: it needs {gib(compiled.peak)} on each device, which has "
+            f"{gib(HBM[generation])}. {advice(command.what, config)}"
         )
 
 
@@ -154,10 +168,11 @@ def devices_of(topology: str) -> list[Any]:
         raise UserError(f"--topology {topology}: {reason}; {hint}") from error
 
 
-def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Compiled:
-    """Compile the training step of a configuration for the devices of a slice.
+def compile_for(what: What, config: Config, num_tokens: int, devices: Sequence[Any]) -> Compiled:
+    """Compile a program of a configuration for the devices of a slice.
 
     Args:
+        what: the program.
         config: the configuration.
         num_tokens: size of the vocabulary.
         devices: descriptions of the devices, from ``devices_of``.
@@ -166,18 +181,21 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
         UserError: the compiler finds no program that fits into the memory of a device.
     """
     parts = build_parts(with_attention(config, num_tokens), num_tokens)
-    step = build_step(config, parts)
-    parallel = build_parallel(config, step, devices)
-    state = jax.eval_shape(lambda: init_state(step.network, step.optimizer, 0))
-    lowered = parallel.run.lower(*abstract_inputs(config, parallel, state, devices))
+    if what == "train":
+        step = build_step(config, parts)
+        parallel = build_parallel(config, step, devices)
+        state = jax.eval_shape(lambda: init_state(step.network, step.optimizer, 0))
+        lowered = parallel.run.lower(*abstract_inputs(config, parallel, state, devices))
+    else:
+        lowered = lower_inference(what, config, parts, devices)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "the step does not fit into the memory of a device: "
-            f"{exhausted(str(error), lowered.as_text())}. {advice(config)}"
+            "it does not fit into the memory of a device: "
+            f"{exhausted(str(error), lowered.as_text())}. {advice(what, config)}"
         ) from error
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -194,6 +212,38 @@ def compile_step(config: Config, num_tokens: int, devices: Sequence[Any]) -> Com
         collectives=collectives_of(text),
         text=text,
     )
+
+
+def lower_inference(what: What, config: Config, parts: Parts, devices: Sequence[Any]) -> Any:
+    """Lower the evaluation of a batch, or its sampling, for the devices of a slice."""
+    fsdp = config.training.fsdp if config.training.parallel == "fsdp" else 1
+    mesh = device_mesh(devices, fsdp=fsdp)
+    params = jax.eval_shape(parts.network.init, jax.random.key(0))
+    layout = Layout.on(mesh, params, parts.network.stacked)
+    size, length = config.training.batch_size, config.data.length
+
+    def row(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SEQUENCES))
+
+    denoiser = parts.denoiser(layout.abstract(params))
+    tokens_BL, flags_BL = row((size, length), jnp.int32), row((size, length), bool)
+    if what == "evaluate":
+        estimate = MonteCarlo(draws=config.evaluation.draws)
+        key = jax.eval_shape(jax.random.key, 0)
+        index_B = row((size,), jnp.int32)
+        return batch_nats.lower(
+            denoiser,
+            parts.schedule,
+            key,
+            index_B,
+            tokens_BL,
+            flags_BL,
+            layout=layout,
+            estimate=estimate,
+        )
+    keys_B = row((size,), jax.eval_shape(jax.random.key, 0).dtype)
+    rows = (dataclasses.replace(denoiser, params={}), keys_B, tokens_BL, flags_BL)
+    return run_sampler.lower(parts.sampler, denoiser.params, rows, layout=layout, trace=False)
 
 
 def with_attention(config: Config, num_tokens: int) -> Config:
@@ -247,9 +297,13 @@ def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state
     }
 
 
-def advice(config: Config) -> str:
+def advice(what: What, config: Config) -> str:
     """Settings that lower the memory use, in the order in which to try them."""
     options = []
+    if what != "train":
+        if config.training.parallel != "fsdp":
+            options.append("--training.parallel fsdp")
+        return f"Try {', '.join([*options, 'a smaller --training.batch-size', 'more devices'])}"
     if config.training.parallel != "fsdp":
         options.append("--training.parallel fsdp")
     if not getattr(config.network, "remat", True):
@@ -272,22 +326,26 @@ def show(command: CompileCheckCommand, compiled: Compiled, num_tokens: int):
     size, length = config.training.batch_size, config.data.length
     rows = parts.objective.rows(length)
     model = step_flops(parts.network, size, rows, read=size * length / 2) / compiled.num_devices
-    table = Table(title=f"{command.topology}, {config.training.parallel}", title_justify="left")
+    title = f"{command.what} on {command.topology}, {config.training.parallel}"
+    table = Table(title=title, title_justify="left")
     table.add_column("of one device")
     table.add_column("", justify="right")
     fits = "fits" if compiled.peak <= hbm else "does not fit"
     rows = [
         ("devices", f"{compiled.num_devices:,}"),
         ("parameters (whole model)", f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
-        ("sequences a step", f"{size / compiled.num_devices:g} of {length:,} tokens"),
-        ("state and batch", gib(compiled.arguments)),
+        ("sequences of a batch", f"{size / compiled.num_devices:g} of {length:,} tokens"),
+        ("inputs", gib(compiled.arguments)),
         ("temporaries", gib(compiled.temporaries)),
         ("peak", f"{gib(compiled.peak)} of {gib(hbm)}: {fits}"),
-        ("model FLOPs a step (half of the positions read out)", f"{model:.3g}"),
-        ("compiler's FLOPs (a loop's body once)", f"{compiled.flops:.3g}"),
     ]
+    if command.what == "train":
+        rows += [
+            ("model FLOPs a step (half of the positions read out)", f"{model:.3g}"),
+            ("compiler's FLOPs (a loop's body once)", f"{compiled.flops:.3g}"),
+        ]
     for kind, (count, total) in compiled.collectives.items():
-        rows.append((kind, f"{count} a step, {gib(total)}"))
+        rows.append((kind, f"{count}, {gib(total)}"))
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -82,7 +82,8 @@ def trips(loop: str, computations: dict[str, list[str]]) -> int:
     condition = re.search(r"condition=%?([\w.-]+)", loop)
     lines = computations.get(condition[1], []) if condition else []
     bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
-    return int(bounds[0]) if len(bounds) == 1 else 1
+    # A loop that asks whether anything is left compares with 0.
+    return int(bounds[0]) if len(bounds) == 1 and bounds != ["0"] else 1
 
 
 def called(line: str) -> list[str]:

@@ -141,7 +141,7 @@ class Scored:
 
 
 @partial(jax.jit, static_argnames=("layout", "schedule", "estimate"))
-def _batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, layout, estimate):
+def batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, layout, estimate):
     """Estimate the rows of a batch, split over the devices of the layout.
 
     Each row draws with the key of its place ``index_B`` in the corpus.
@@ -226,9 +226,7 @@ def estimates(
         padded = max(padded, -(-size // layout.num_devices) * layout.num_devices)
         rows = np.resize(np.arange(size), padded)
         each = layout.spread((first + rows, x0_BL[rows], scored_BL[rows]))
-        nats = on_host(
-            _batch_nats(denoiser, schedule, key, *each, layout=layout, estimate=estimate)
-        )
+        nats = on_host(batch_nats(denoiser, schedule, key, *each, layout=layout, estimate=estimate))
         yield x0_BL, scored_BL, jax.tree.map(itemgetter(slice(size)), nats)
         first += size
 

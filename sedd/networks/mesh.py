@@ -144,6 +144,14 @@ class Layout:
             return jax.tree.map(put, params, shardings)
         return jax.device_put(params, shardings)
 
+    def abstract(self, params: Params) -> Params:
+        """Describe placed parameters by shape, type and sharding, for compiling without arrays."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            params,
+            self._shardings(params),
+        )
+
     def run(
         self,
         function: Callable[[Params, Any, Any], Any],

@@ -343,13 +343,13 @@ def test_a_request_does_not_depend_on_its_batch(model, automata):
 
 
 def test_another_regex_of_the_size_compiles_nothing(model):
-    from sedd.sampling import _run
+    from sedd.sampling import run_sampler
 
     options = {"num": 2, "length": LENGTH, "sampler": "event_jump"}
     sedd.sample(model, jax.random.key(0), constraint=compiled("a*b"), **options)
-    before = _run._cache_size()
+    before = run_sampler._cache_size()
     sedd.sample(model, jax.random.key(0), constraint=compiled("(cd|e){1,5}"), **options)
-    assert _run._cache_size() == before
+    assert run_sampler._cache_size() == before
 
 
 # ---------------------------------------------------------------- programs and memory

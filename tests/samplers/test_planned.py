@@ -17,7 +17,7 @@ import sedd
 from sedd.errors import FieldError, UserError
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.planned import Planned, Profile, group_sizes
-from sedd.sampling import _run
+from sedd.sampling import run_sampler
 from sedd.schedules import LogLinear
 
 DRAWS = 8_000
@@ -149,7 +149,7 @@ def test_a_price_or_its_file_is_the_profile(model, price, tmp_path):
 
 def programs():
     """How many programs of samplers are compiled."""
-    return _run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    return run_sampler._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _lengths(texts):

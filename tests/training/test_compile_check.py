@@ -29,6 +29,26 @@ def check(*arguments):
     )
 
 
+def test_sampling_and_evaluation_gather_parameters_and_move_no_hidden_state(tmp_path):
+    for what in ("evaluate", "sample"):
+        program = tmp_path / "program.txt"
+        flags = ("--topology", "v5e:2x2", "--training.parallel", "fsdp", "--program", program)
+        ran = check(*flags, *SMALL, "--what", what, "--evaluation.draws", "4")
+        assert ran.returncode == 0, ran.stderr
+        assert f"{what} on v5e:2x2, fsdp" in ran.stdout
+        kinds = collectives_of(program.read_text())
+        assert set(kinds) <= {"all-gather", "all-reduce"}
+        shapes = moved_sizes(program.read_text())
+        assert 50258 in shapes
+        assert not shapes & {LENGTH, ROWS * LENGTH, 4 * ROWS * LENGTH}
+
+
+def moved_sizes(text):
+    """The lengths of all axes of the arrays that collectives move."""
+    moved = re.findall(r"= (.+?) (?:all-reduce|all-gather|reduce-scatter)(?:-start)?\(", text)
+    return {int(n) for result in moved for n in re.findall(r"[\[,](\d+)(?=[\],])", result)}
+
+
 @pytest.mark.parametrize(
     ("parallel", "network", "parameters"),
     [
@@ -50,8 +70,7 @@ def test_a_step_fits_four_chips_and_no_hidden_state_travels(
     kinds = collectives_of(text)
     assert ("all-gather" in kinds) == (parallel == "fsdp")
     assert ("reduce-scatter" in kinds) == (parallel == "fsdp")
-    moved = re.findall(r"= (.+?) (?:all-reduce|all-gather|reduce-scatter)(?:-start)?\(", text)
-    shapes = {int(n) for result in moved for n in re.findall(r"[\[,](\d+)(?=[\],])", result)}
+    shapes = moved_sizes(text)
     assert 50258 in shapes  # the output layer's, of its weights
     assert not shapes & {LENGTH, ROWS * LENGTH, 4 * ROWS * LENGTH}
     # One attention of each direction: the backward pass does not run the forward kernel again.
