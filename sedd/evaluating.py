@@ -119,9 +119,11 @@ def price(
         x0_BL: token ids [S, L], or a corpus as ``evaluate`` takes it. All tokens are priced; rows
             with padding are refused.
         key: a key, or an integer seed.
-        draws: network calls for each sequence, at least 2. With at least L draws (and L at most
-            128) every number of known tokens is measured. Otherwise at most ``draws`` numbers, and
-            at most 128, are measured, and those between them are interpolated.
+        draws: at most so many network calls for each sequence, at least 2. With at least L draws
+            (and L at most 128) every number of known tokens is measured. Otherwise at most
+            ``draws`` numbers, and at most 128, are measured, and those between them are
+            interpolated. Each measured number gets equally many calls, so that fewer calls may be
+            made; ``Price.draws`` has their number.
         max_sequences: measure at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 

@@ -43,10 +43,11 @@ class SampleResult:
     tokens: np.ndarray
     """Token ids [B, L]; a shorter sequence is filled up with 0s to the longest, L."""
     calls: np.ndarray
-    """Network calls for each sequence, [B]: guidance and the candidates of a search included."""
+    """Network calls for each sequence, [B]. They include the second calls of guidance, and those
+    for all sequences that best_of_n or particle draws for one that is returned."""
     rows: np.ndarray
-    """Rows that each sequence had in the batches of these calls, [B]: one a call, except where a
-    sampler calls the network with several versions of a sequence."""
+    """How many entries each sequence had on the batch axis, summed over these calls, [B]: one a
+    call, except where a sampler calls the network with several versions of a sequence."""
     text: list[str] | None
     """The decoded sequences; None without a tokenizer."""
     trace: np.ndarray | None
@@ -133,11 +134,12 @@ def sample(
         regex: regex that everything from the first free token to the last must match, given text in
             between included. The value for a sequence may also be a list with a regex or None for
             each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
-        json_schema: a JSON Schema of the free text, in the same form; excludes ``regex``.
+        json_schema: a JSON Schema in place of ``regex``, for the same stretch of text: one value, a
+            list with one for each sequence, or such a list with a list for each gap.
         json_schema_depth: how deep values nest where the schema sets no limit, 0 to 64: in a
             schema that allows any value, and in recursion by ``$ref``; by default 2.
         clamp: the given tokens as a ``sedd.constraints.clamp.Clamp``, instead of texts.
-        constraint: a compiled ``Automaton`` in the form of ``regex``, instead of it.
+        constraint: compiled ``Automaton`` objects in place of ``regex``, single or in such lists.
         rule: how a step draws under a constraint: ``"joint"`` (a sample restricted to matches),
             ``"most_likely"`` (the most likely match) or ``"dingo"`` (arXiv:2505.23061); see
             ``sedd.constraints.spans.Spans``. At temperature 0, ``joint`` becomes ``most_likely``.

@@ -161,8 +161,8 @@ def pack(
         workers: threads that tokenise; None for one per core, at most 16.
         progress: called with the numbers of documents and tokens so far.
         max_documents: read only so many documents.
-        drop_every: with ``wrap``: join only so many documents at a time, and drop the remainder
-            that does not fill a row after each group. None joins all documents.
+        drop_every: with ``wrap``: join only so many documents at a time, and drop the tokens at the
+            end of each such group that do not fill a row. None joins all documents.
         around: ids that open and close every row, within ``length``; both are scored.
         truncate: without ``wrap``: keep one row of each document and drop the rest of it.
         pad_last: with ``wrap``: keep each remainder as a row, filled up with padding.

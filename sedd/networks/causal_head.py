@@ -85,8 +85,9 @@ class CausalHead(DDiT):
     ) -> Float[Array, "B L D"]:
         """Compute the hidden states of q; row i belongs to position i, as in ``hidden``.
 
-        The row of position σ(j) depends on the tokens at σ(0), …, σ(j-1) and on no other. The row
-        of σ(0) is that of ``hidden``. Positions that are no part of a sequence (padding) come last
+        Of ``tokens_BL``, the row of position σ(j), j = 1..L, depends only on the entries at
+        σ(1), …, σ(j-1). The row of σ(1), the first position of the order, is that of ``hidden``.
+        Positions that are no part of a sequence (padding) come last
         in its order.
 
         Args:
@@ -111,7 +112,8 @@ class CausalHead(DDiT):
             rotations,
             keys_B,
         )
-        # Row j predicts σ(j+1). Nothing predicts σ(0); the last row, which wraps around, is unused.
+        # A row predicts the next position of the order. Nothing predicts the first one; the last
+        # row, which wraps around, is unused.
         added_BLD = jnp.roll(added_BLD, 1, axis=1).at[:, 0].set(0)
         return hidden_BLD + _take(added_BLD, jnp.argsort(order_BL, 1))
 

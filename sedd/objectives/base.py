@@ -31,8 +31,9 @@ class Corrupted:
         xt_BL: the corrupted tokens.
         weight_BL: the weight of each position's loss; 0 where the position has no loss.
         sigma: total noise, [B] or [B, L]; None if the objective has no time.
-        rank_BL: the order of generation, for the objectives ``any_subset`` and
-            ``self_speculative``. The prompt has the rank 0, or the lowest ranks.
+        rank_BL: the order of generation. For ``any_subset`` it is 0 in the prompt, and 1, 2, … at
+            the generated positions. For ``self_speculative`` it is a permutation of 0..L-1, in
+            which the visible positions come first. None for all other objectives.
     """
 
     xt_BL: Int[Array, "B L"]

@@ -22,9 +22,9 @@ from sedd.types import Array, Float, Int
 class Inputs:
     """The arguments of the network call for tokens [B, L].
 
-    The network gets M rows, and M may differ from L. The distribution of position i is read at row
-    ``read_BL[:, i]``: one row earlier in a model that predicts the next token, or at a query row
-    that the model adds for each position.
+    The network gets M rows, and M may differ from L. Prediction i is read at row ``read_BL[:, i]``,
+    which may be a query row that the model adds. There are L predictions, one for each position,
+    except in ``AnySubset.in_order``: there ``read_BL`` is [B, K], with one entry for each query.
     """
 
     tokens_BM: Int[Array, "B M"]

@@ -27,7 +27,7 @@ class Samples:
 
     tokens_BL: Int[Array, "B L"]
     calls_B: Int[Array, " B"]  # network calls that each sequence needed; guidance doubles them
-    rows_B: Int[Array, " B"]  # rows of the batches of these calls that belonged to the sequence
+    rows_B: Int[Array, " B"]  # a sequence's entries on the batch axis, summed over these calls
     trace_TBL: Int[Array, "T B L"] | None = None  # tokens at the start and after every round
     rounds: Int[Array, ""] | None = None  # rounds run; frames after them repeat the last one
     times_T: Float[Array, " T"] | None = None  # diffusion times of the trace's frames, 1 to 0
@@ -173,7 +173,7 @@ class State:
     free_BL: Bool[Array, "B L"]  # positions to draw; the others are given
     keys_B: Key[Array, " B"]
     calls_B: Int[Array, " B"]  # network calls so far; guidance is not counted here
-    rows_B: Int[Array, " B"]  # rows of the batches of these calls that belonged to the sequence
+    rows_B: Int[Array, " B"]  # a sequence's entries on the batch axis, summed over these calls
     round_B: Int[Array, " B"]  # rounds in which the sequence was active
     plan: Any  # a pytree of the sampler's own, such as an order, or what rounds hand on
     log_prob_B: Float[Array, " B"] | None = None  # of the tokens drawn so far, in nats
@@ -185,11 +185,11 @@ class State:
         return cls(keys_B=keys_B, calls_B=zero_B, rows_B=zero_B, round_B=zero_B, **fields)
 
     def called(self, calls_B: Shaped[Array, " B"], rows_B=None) -> "State":
-        """Return the state with further network calls, of one row each unless ``rows_B`` says more.
+        """Return the state with further network calls, each of one row unless ``rows_B`` is given.
 
         Args:
             calls_B: network calls of each sequence; a boolean counts as 0 or 1.
-            rows_B: rows of their batches that belonged to the sequence.
+            rows_B: how many entries each sequence had on the batch axis of these calls.
         """
         rows_B = calls_B if rows_B is None else rows_B
         return replace(self, calls_B=self.calls_B + calls_B, rows_B=self.rows_B + rows_B)
