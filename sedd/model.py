@@ -32,7 +32,7 @@ from sedd.evaluation.datasets import TextReader
 from sedd.interop.hub import fetch
 from sedd.interop.layouts import find_config
 from sedd.interop.published import Published, load_published
-from sedd.networks.mesh import Layout, on_host
+from sedd.networks.mesh import Placement, on_host
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.distributed import leave_libtpu_alone
 from sedd.types import Array, Float, Int
@@ -264,8 +264,8 @@ def _placed(model: Model, mesh: Mesh | None) -> Model:
     if mesh is None:
         params = jax.device_put(denoiser.params)
     else:
-        layout = Layout.on(mesh, denoiser.params, denoiser.network.stacked)
-        params = layout.place(denoiser.params)
+        placement = Placement.on(mesh, denoiser.params, denoiser.network.stacked)
+        params = placement.place(denoiser.params)
     return dataclasses.replace(model, denoiser=dataclasses.replace(denoiser, params=params))
 
 

@@ -25,7 +25,7 @@ from sedd.constraints.spans import Given, Rule, Shape, Span, batch_spans, spans_
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
-from sedd.networks.mesh import BOTH, SEQUENCES, Layout, on_host
+from sedd.networks.mesh import BOTH, SEQUENCES, Placement, on_host
 from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
@@ -69,14 +69,16 @@ PARTITION = {  # of the fields of ``Samples`` whose first axis is not that of th
 }
 
 
-@partial(jax.jit, static_argnames=("sampler", "layout", "trace"))
-def run_sampler(sampler: Sampler, params, rows, *, layout: Layout | None, trace: bool) -> Samples:
+@partial(jax.jit, static_argnames=("sampler", "placement", "trace"))
+def run_sampler(
+    sampler: Sampler, params, rows, *, placement: Placement | None, trace: bool
+) -> Samples:
     """The compiled program: one for each sampler, set of shapes and static part of the denoiser.
 
     ``rows`` has the denoiser without its parameters, the keys, the given tokens and where they are
     fixed: all arrays with a row for each sequence.
     """
-    if layout is None:
+    if placement is None:
         denoiser, *given = rows
         return sampler(replace(denoiser, params=params), *given, trace=trace)
 
@@ -87,7 +89,7 @@ def run_sampler(sampler: Sampler, params, rows, *, layout: Layout | None, trace:
         return {**vars(samples), "rounds": rounds}
 
     out = {field.name: PARTITION.get(field.name, SEQUENCES) for field in fields(Samples)}
-    return Samples(**layout.run(on_device, params, None, rows, out))
+    return Samples(**placement.run(on_device, params, None, rows, out))
 
 
 def sample(
@@ -302,8 +304,8 @@ def draw(
     for c in clamps if model.denoiser.causal else ():
         check_prefix(c)
     num, lengths = len(clamps), [c.length for c in clamps]
-    layout = Layout.of(model.denoiser.params, model.denoiser.network.stacked)
-    devices = 1 if layout is None else layout.num_devices
+    placement = Placement.of(model.denoiser.params, model.denoiser.network.stacked)
+    devices = 1 if placement is None else placement.num_devices
     row_of_B, tokens_BL, fixed_BL, real_BL = _padded(clamps, devices)
     given_BL = fixed_BL & real_BL
     model.check_ids(tokens_BL[given_BL])
@@ -327,8 +329,8 @@ def draw(
     verifier_error(sampler)  # forget the error of an earlier call
     params, bare = denoiser.params, replace(denoiser, params={})
     rows = (bare, keys_B[row_of_B], jnp.asarray(tokens_BL), jnp.asarray(fixed_BL))
-    rows = rows if layout is None else layout.spread(rows)
-    samples = on_host(run_sampler(sampler, params, rows, layout=layout, trace=trace))
+    rows = rows if placement is None else placement.spread(rows)
+    samples = on_host(run_sampler(sampler, params, rows, placement=placement, trace=trace))
     _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
     result = _result(model, sampler, samples, lengths)
     _check_matches(result.tokens, spans)

@@ -16,7 +16,7 @@ from tiny_run import make_run
 import sedd
 from sedd.errors import FieldError
 from sedd.networks import mesh
-from sedd.networks.mesh import Layout, device_mesh
+from sedd.networks.mesh import Placement, device_mesh
 from sedd.networks.shard import Shard
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -81,7 +81,7 @@ def test_parts_and_copies_give_what_one_device_gives(kind, tmp_path):
 def test_no_device_holds_a_whole_layer_outside_of_its_call(run):
     """Blocks stay in parts inside the program, and all else is gathered before the first call."""
     model = sedd.load(run, mesh=device_mesh(fsdp=4))
-    layout = Layout.of(model.denoiser.params, "blocks")
+    placement = Placement.of(model.denoiser.params, "blocks")
     kinds = {}
 
     def look(params, _, rows):
@@ -90,7 +90,7 @@ def test_no_device_holds_a_whole_layer_outside_of_its_call(run):
             kinds[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
         return rows
 
-    layout.run(look, model.denoiser.params, None, np.arange(4))
+    placement.run(look, model.denoiser.params, None, np.arange(4))
     parts = {name for name, leaf in kinds.items() if isinstance(leaf, Shard)}
     assert parts
     assert all("blocks" in name for name in parts)

@@ -34,7 +34,7 @@ from sedd.evaluation.bound import batch_nats
 from sedd.evaluation.monte_carlo import MonteCarlo
 from sedd.files import check_writable, write_whole
 from sedd.networks.attention import refusal
-from sedd.networks.mesh import SEQUENCES, Layout, device_mesh
+from sedd.networks.mesh import SEQUENCES, Placement, device_mesh
 from sedd.progress import Activity
 from sedd.sampling import run_sampler
 from sedd.training.flops import step_flops
@@ -219,13 +219,13 @@ def lower_inference(what: What, config: Config, parts: Parts, devices: Sequence[
     fsdp = config.training.fsdp if config.training.parallel == "fsdp" else 1
     mesh = device_mesh(devices, fsdp=fsdp)
     params = jax.eval_shape(parts.network.init, jax.random.key(0))
-    layout = Layout.on(mesh, params, parts.network.stacked)
+    placement = Placement.on(mesh, params, parts.network.stacked)
     size, length = config.training.batch_size, config.data.length
 
     def row(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SEQUENCES))
 
-    denoiser = parts.denoiser(layout.abstract(params))
+    denoiser = parts.denoiser(placement.abstract(params))
     tokens_BL, flags_BL = row((size, length), jnp.int32), row((size, length), bool)
     if what == "evaluate":
         estimate = MonteCarlo(draws=config.evaluation.draws)
@@ -238,12 +238,12 @@ def lower_inference(what: What, config: Config, parts: Parts, devices: Sequence[
             index_B,
             tokens_BL,
             flags_BL,
-            layout=layout,
+            placement=placement,
             estimate=estimate,
         )
     keys_B = row((size,), jax.eval_shape(jax.random.key, 0).dtype)
     rows = (dataclasses.replace(denoiser, params={}), keys_B, tokens_BL, flags_BL)
-    return run_sampler.lower(parts.sampler, denoiser.params, rows, layout=layout, trace=False)
+    return run_sampler.lower(parts.sampler, denoiser.params, rows, placement=placement, trace=False)
 
 
 def with_attention(config: Config, num_tokens: int) -> Config:

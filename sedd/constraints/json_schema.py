@@ -27,7 +27,9 @@ The regex may match fewer texts than validate:
   Without named properties ``minProperties`` is at most 1.
 - Arrays have the items of ``prefixItems`` and then those of ``items``; without ``items`` they end
   with ``prefixItems``.
-- ``uniqueItems`` is supported for items of an enum. More than four come in the enum's order.
+- ``uniqueItems`` is supported for items of an enum. Up to four values of an enum come in any order.
+  If there are more, items come in the enum's order, the first ``minItems`` values always occur, and
+  values after the first ``maxItems`` never do.
 - Where the schema sets no limit, values nest at most ``depth`` deep: in a schema that allows any
   value, and in a recursive ``$ref``.
 """

@@ -100,9 +100,10 @@ class Batches:
         """The position after the last returned batch, as a JSON value.
 
         ``next_step`` is the ``start_step`` with which a new iterator continues. The other entries
-        determine the batches: the seed, the batch size, and the name, number of rows, number of
+        identify what was read: the seed, the batch size, and the name, number of rows, number of
         scored tokens and digest of each part. If one of them differs, a new iterator gives other
-        batches, and the run must not be resumed with it.
+        batches, and the run must not be resumed with it. The weights of the parts must be the same
+        too; they are not recorded here.
         """
         return {
             "next_step": self._next_step,

@@ -27,7 +27,7 @@ from sedd.evaluation.monte_carlo import (
     label_of,
     resolve,
 )
-from sedd.networks.mesh import Layout, device_mesh, on_host
+from sedd.networks.mesh import Placement, device_mesh, on_host
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
 
@@ -140,9 +140,9 @@ class Scored:
         return cls(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
-@partial(jax.jit, static_argnames=("layout", "schedule", "estimate"))
-def batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, layout, estimate):
-    """Estimate the rows of a batch, split over the devices of the layout.
+@partial(jax.jit, static_argnames=("placement", "schedule", "estimate"))
+def batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, placement, estimate):
+    """Estimate the rows of a batch, split over the devices of the placement.
 
     Each row draws with the key of its place ``index_B`` in the corpus.
     """
@@ -152,7 +152,7 @@ def batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, layout, es
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
         return estimate(replace(denoiser, params=params), schedule, keys_B, x0_BL, scored_BL)
 
-    return layout.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL))
+    return placement.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL))
 
 
 def score_sequences(
@@ -211,11 +211,11 @@ def estimates(
         x0_BL, scored_BL, and the estimate of the batch as numpy arrays.
     """
     stacked = denoiser.network.stacked
-    layout = Layout.of(denoiser.params, stacked)
-    if layout is None:
-        layout = Layout.on(device_mesh(jax.local_devices()), denoiser.params, stacked)
-        denoiser = replace(denoiser, params=layout.place(denoiser.params))
-    key = layout.replicate(key)
+    placement = Placement.of(denoiser.params, stacked)
+    if placement is None:
+        placement = Placement.on(device_mesh(jax.local_devices()), denoiser.params, stacked)
+        denoiser = replace(denoiser, params=placement.place(denoiser.params))
+    key = placement.replicate(key)
     padded = 0
     for x0_BL, scored_BL in batches:
         size = len(x0_BL)
@@ -223,10 +223,12 @@ def estimates(
             continue
         # Rows repeat to fill the largest batch so far: a short last batch compiles no new program,
         # and every device gets the same number of rows.
-        padded = max(padded, -(-size // layout.num_devices) * layout.num_devices)
+        padded = max(padded, -(-size // placement.num_devices) * placement.num_devices)
         rows = np.resize(np.arange(size), padded)
-        each = layout.spread((first + rows, x0_BL[rows], scored_BL[rows]))
-        nats = on_host(batch_nats(denoiser, schedule, key, *each, layout=layout, estimate=estimate))
+        each = placement.spread((first + rows, x0_BL[rows], scored_BL[rows]))
+        nats = on_host(
+            batch_nats(denoiser, schedule, key, *each, placement=placement, estimate=estimate)
+        )
         yield x0_BL, scored_BL, jax.tree.map(itemgetter(slice(size)), nats)
         first += size
 

@@ -33,7 +33,7 @@ from sedd.schedules import NoiseSchedule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Price:
-    """The measured nats of an unknown token by the number of known tokens, h, and sums of it.
+    """A curve h and sums of it: h(j) is the nats of an unknown token, given j known tokens.
 
     h is measured at J numbers of known tokens, the levels. If there are fewer levels than tokens, h
     is interpolated linearly between them. The means of F parts of the sequences (folds) are kept

@@ -1,4 +1,4 @@
-"""Measures the nats of an unknown token by the number of known tokens, h, for a ``Price``.
+"""Measures the curve h of a ``Price``: h(j) is the nats of an unknown token, given j known ones.
 
 h is estimated by k-DCE's draws. All sequences are measured at the same numbers of known tokens, so
 that every figure of a price is a mean over sequences, with a standard error that contains the

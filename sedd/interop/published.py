@@ -161,7 +161,7 @@ def save_published(
 
     Args:
         path: the directory; it must be empty or not exist.
-        layout: the layout to write, see ``layout_for``.
+        layout: the published layout, from ``sedd.interop.layouts.layout_for``.
         params: parameters of ``layout.network``.
         beside: texts of other files, by name.
 

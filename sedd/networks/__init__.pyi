@@ -4,6 +4,6 @@ from .base import Network as Network
 from .base import read_out as read_out
 from .causal_head import CausalHead as CausalHead
 from .ddit import DDiT as DDiT
-from .mesh import Layout as Layout
+from .mesh import Placement as Placement
 from .mesh import device_mesh as device_mesh
 from .rows import Rows as Rows

@@ -102,10 +102,10 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placement:
     """How a model is computed on a mesh: the partition of its parameters, and of sequences.
 
-    A layout is hashable: it is a static part of the compiled programs.
+    A placement is hashable: it is a static part of the compiled programs.
 
     Args:
         mesh: from ``device_mesh``.
@@ -119,14 +119,14 @@ class Layout:
     stacked: str | None = None
 
     @classmethod
-    def on(cls, mesh: Mesh, params: Params, stacked: str | None) -> "Layout":
-        """The layout of parameters, possibly abstract, on a mesh."""
+    def on(cls, mesh: Mesh, params: Params, stacked: str | None) -> "Placement":
+        """The placement of parameters, possibly abstract, on a mesh."""
         axes = split_axes(params, mesh, stacked)
         return cls(mesh, tuple(jax.tree.leaves(axes)), stacked)
 
     @classmethod
-    def of(cls, params: Params, stacked: str | None) -> "Layout | None":
-        """The layout in which parameters lie; None if they were not placed by ``place``."""
+    def of(cls, params: Params, stacked: str | None) -> "Placement | None":
+        """The placement in which parameters lie; None if they were not placed by ``place``."""
         sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
         if not isinstance(sharding, NamedSharding) or sharding.mesh.axis_names != BOTH:
             return None
@@ -170,7 +170,7 @@ class Layout:
 
         Args:
             function: returns a pytree of arrays.
-            params: the parameters, in this layout.
+            params: the parameters, in this placement.
             shared: a pytree of arrays that every device sees whole.
             rows: a pytree of arrays whose first axis has a row for each sequence.
             out: the partition of the results, or a prefix tree of them. By default their first axis

@@ -75,7 +75,8 @@ class AnySubset(Conditional):
                 positions after n generated ones (the prompt does not count), give all their queries
                 the rank n + 1.
             positions_BC: position of each content row; by default 0..C-1.
-            attend: segments of the C positions, if any; then all positions must be content rows.
+            attend: the segment of each content row, [B, C], if there are any. Content row i must
+                then be that of position i: leave out ``positions_BC``.
 
         Raises:
             ValueError: if ``attend`` has another kind than "all".

@@ -212,7 +212,7 @@ class State:
 class SteppedSampler(Sampler):
     """A sampler that proceeds in rounds of one network call (0 to 2 with ``speculative``).
 
-    A call runs ``start``, and then ``advance`` while any sequence is ``active``.
+    Calling the sampler runs ``start``, and then ``advance`` while any sequence is ``active``.
     """
 
     @abstractmethod

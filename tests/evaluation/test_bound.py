@@ -23,7 +23,7 @@ from sedd.evaluation.monte_carlo import (
     tile,
     toward_few_masks,
 )
-from sedd.networks.mesh import Layout, device_mesh
+from sedd.networks.mesh import Placement, device_mesh
 from sedd.schedules import Geometric, LogLinear
 
 CLEAN = oracle.all_states(N)
@@ -456,8 +456,8 @@ def test_the_number_of_devices_changes_nothing():
     denoiser = oracle.Oracle("absorbing").score_denoiser()
 
     def bound(count):
-        layout = Layout.on(device_mesh(jax.devices()[:count]), denoiser.params, None)
-        placed = dataclasses.replace(denoiser, params=layout.place(denoiser.params))
+        placement = Placement.on(device_mesh(jax.devices()[:count]), denoiser.params, None)
+        placed = dataclasses.replace(denoiser, params=placement.place(denoiser.params))
         rows = batches(x0_SL, 3, scored_SL)
         return evaluate_bound(placed, LogLinear(), jax.random.key(0), rows)
 
