@@ -113,6 +113,8 @@ class Network(ABC):
     time_conditioned: bool  # whether ``hidden`` takes the total noise
     # The key of the parameters that are stacked over layers: a scan runs over their first axis.
     stacked: ClassVar[str | None] = None
+    # Whether there are ``memory`` and ``extend``.
+    has_memory: ClassVar[bool] = False
     # Whether there is a ``causal_hidden``, with the parameters ``causal``.
     has_causal_head: ClassVar[bool] = False
 

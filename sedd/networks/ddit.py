@@ -51,6 +51,7 @@ class DDiT(Network):
     """
 
     stacked = "blocks"
+    has_memory = True
 
     hidden_dim: int = 768
     """Width D of the hidden states; a multiple of twice num_heads."""

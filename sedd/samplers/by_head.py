@@ -73,7 +73,7 @@ class ByHead(Drafter):
         hidden = zeros_like(jax.eval_shape(denoiser.hidden, x_BL))
         return Trunk(hidden, jnp.zeros(len(x_BL), jnp.int32))
 
-    def draft(self, denoiser, memo, window):
+    def draft(self, denoiser, memo, window, draw):
         """Predict the window from stored hidden states; call the trunk if these are used up."""
         needs_B = (window.left_B > 0) & (memo.rounds_B == 0)
         new = call_if(denoiser.anywhere(needs_B), partial(denoiser.hidden, window.x_BL))
@@ -81,7 +81,8 @@ class ByHead(Drafter):
         log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions)
         rounds_B = jnp.where(needs_B, self.verifications, memo.rounds_B)
         calls_B = needs_B.astype(jnp.int32)
-        return Computed(log_probs_BKN, Trunk(hidden, rounds_B), calls_B, calls_B)
+        tokens_BK = draw(window.positions, log_probs_BKN)
+        return tokens_BK, Computed(log_probs_BKN, Trunk(hidden, rounds_B), calls_B, calls_B)
 
     def verify(self, denoiser, drafted, window, tokens_BK):
         """Apply the causal head once, to all drafts of all sequences."""

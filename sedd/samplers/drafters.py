@@ -4,8 +4,9 @@ The sampler draws the positions of a sequence in a fixed order. A round looks at
 the ``Window``. The *target* of a position is the model's conditional given all positions before it
 in the order. A ``Drafter`` provides, for all K positions at once,
 
-- in ``draft``, distributions from which the sampler draws K tokens, the *drafts*. They need not be
-  the targets: they may be predicted without the other drafts, or by a cheaper model;
+- in ``draft``, K tokens, the *drafts*, and the distributions from which they were drawn. These need
+  not be the targets: they may be predicted without the other drafts, or by a cheaper model. The
+  distribution of a draft may depend on the drafts before it;
 - in ``verify``, the targets, where each position sees the drafts before it.
 
 The sampler then accepts or rejects the drafts so that the tokens follow the targets, whatever the
@@ -15,21 +16,21 @@ What a drafter knows from earlier rounds is its *memo*, a pytree in the state of
 predictions that are not used up, or keys and values of a cache. Every leaf has a row for each
 sequence, because samplers that wrap another one copy and replace rows. A round is
 
-    drafted = drafter.draft(denoiser, memo, window)
-    tokens = a draw from drafted.log_probs_BKN
+    tokens, drafted = drafter.draft(denoiser, memo, window, draw)
     verified = drafter.verify(denoiser, drafted, window, tokens)
     kept = how many of the drafts are accepted
     memo = drafter.settle(verified.memo, kept)
 
 and afterwards the kept drafts are visible, and one further token from the target if a draft was
-rejected. ``begin`` makes the memo before the first round, without a network call.
+rejected. ``begin`` makes the memo before the first round, without a network call. ``draw`` is the
+sampler's: it draws a token from each of some distributions, with the noise of their positions.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,11 +90,18 @@ class Computed(NamedTuple):
     rows_B: Int[Array, " B"]  # rows of the batches of these calls
 
 
+Draw = Callable[[Int[Array, "B J"], Float[Array, "B J N"]], Int[Array, "B J"]]
+"""(positions [B, J], log probabilities [B, J, N]) -> a token for each position, [B, J]."""
+
+
 class Drafter(ABC):
     """Drafts and verifies the tokens of a window; the module's docstring describes a round.
 
     A drafter is hashable and holds no arrays, as it is a static part of the compiled program.
     """
+
+    calls_to_draft: ClassVar[bool] = True
+    """Whether ``draft`` calls the network in the first round of a sequence."""
 
     @property
     @abstractmethod
@@ -105,8 +113,14 @@ class Drafter(ABC):
         """The memo of sequences before their first round; it must not call the network."""
 
     @abstractmethod
-    def draft(self, denoiser: Denoiser, memo: Any, window: Window) -> Computed:
-        """The distributions from which the drafts are to be drawn."""
+    def draft(
+        self, denoiser: Denoiser, memo: Any, window: Window, draw: Draw
+    ) -> tuple[Int[Array, "B K"], Computed]:
+        """The drafts, and the distributions from which ``draw`` drew them.
+
+        Entry j is the distribution of draft j given the tokens of the window and the drafts 0 to
+        j - 1. Each entry is drawn once.
+        """
 
     @abstractmethod
     def verify(
@@ -171,13 +185,13 @@ class ByRows(Drafter):
     """
 
     lookahead: int
-    bonus: bool
-    stale: bool
+    bonus: bool = False
+    stale: bool = False
 
     @property
     def first(self) -> int:
         """The smallest context that is verified."""
-        return 0 if self.stale else 1
+        return 1 if self.calls_to_draft and not self.stale else 0
 
     @property
     def width(self):
@@ -190,7 +204,7 @@ class ByRows(Drafter):
         shapes = jax.eval_shape(denoiser.hidden, x_BL)
         return Pending(zeros_like(shapes), jnp.zeros(len(x_BL), bool))
 
-    def draft(self, denoiser, memo, window):
+    def draft(self, denoiser, memo, window, draw):
         """Predict the window from the current tokens, or from hidden states of the last round."""
         needs_B = window.left_B > 0
         call = partial(denoiser.hidden, window.x_BL)
@@ -203,7 +217,8 @@ class ByRows(Drafter):
             )
         log_probs_BKN = denoiser.log_conditional_at(hidden, window.x_BL, window.positions)
         calls_B = needs_B.astype(jnp.int32)
-        return Computed(log_probs_BKN, memo, calls_B, calls_B)
+        tokens_BK = draw(window.positions, log_probs_BKN)
+        return tokens_BK, Computed(log_probs_BKN, memo, calls_B, calls_B)
 
     def verify(self, denoiser, drafted, window, tokens_BK):
         """Call the network on the contexts, and read one position of each."""
@@ -225,7 +240,7 @@ class ByRows(Drafter):
             return hidden, read_RN.reshape(batch, num_read, read_RN.shape[-1])
 
         hidden, targets_BKN = call_if(denoiser.anywhere(needs_B), call)
-        if not self.stale:
+        if self.first:
             targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
         memo = None
         if drafted.memo is not None:

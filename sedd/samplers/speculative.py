@@ -4,9 +4,11 @@ Speculative decoding, arXiv:2302.01318, in a fixed order of positions, arXiv:250
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from sedd.arrays import at
 from sedd.denoiser import Denoiser
@@ -15,13 +17,14 @@ from sedd.networks.rows import Rows
 from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.by_head import ByHead
 from sedd.samplers.drafters import ByRows, Drafter, Window
+from sedd.samplers.ngram import NGramByRows, NGramTwoStream
 from sedd.samplers.noise import coins, fold, tokens_at
 from sedd.samplers.orders import check_order, order_ranks
 from sedd.samplers.reveal import masked
 from sedd.samplers.two_stream import TwoStream
 from sedd.types import Array, Bool, Float, Int, Key
 
-Draft = Literal["stale", "batch", "self", "head"]
+Draft = Literal["stale", "batch", "self", "ngram", "head"]
 
 
 class Plan(NamedTuple):
@@ -64,9 +67,11 @@ class Speculative(SteppedSampler):
     """How a round drafts. stale: from the hidden states of the last verification, which lack the
     newest token; a round is one network call, for at least one token. batch: by a call of its own
     on the current tokens, whose first draft is always accepted; a round is two calls, for at least
-    two tokens. self: the same for an any-subset model. head: from the hidden states of a call,
-    which serve ``verifications`` rounds; the causal head verifies without a call. Any-subset models
-    take stale and self; all others take stale and batch, and with a causal head also head."""
+    two tokens. self: the same for an any-subset model. ngram: from the counts of adjacent tokens in
+    the text itself, without a call; a round is one network call, for at least one token. head: from
+    the hidden states of a call, which serve ``verifications`` rounds; the causal head verifies
+    without a call. Any-subset models take stale, self and ngram; all others take stale, batch and
+    ngram, and with a causal head also head."""
     lookahead: int = 4
     """K, the positions that a round drafts. The verification takes a row of the batch for each;
     with batch for each but the first, with head none. An any-subset model takes one row in all,
@@ -111,6 +116,10 @@ class Speculative(SteppedSampler):
                 "verifications",
                 f"is for the draft head only: got {self.verifications} with {self.draft}",
             )
+        if self.draft == "ngram" and self.bonus:
+            raise FieldError(
+                "bonus", "does not go with the draft ngram, which drafts without a call; leave it out"
+            )
         for name in ("bonus", "coupled"):
             if self.draft == "head" and getattr(self, name):
                 raise FieldError(name, "does not go with the draft head; leave it out")
@@ -120,6 +129,8 @@ class Speculative(SteppedSampler):
         """The drafter that ``draft`` names, for an any-subset model or for another one."""
         if self.draft == "head":
             return ByHead(lookahead=self.lookahead, verifications=self.verifications)
+        if self.draft == "ngram":
+            return (NGramTwoStream if any_subset else NGramByRows)(lookahead=self.lookahead)
         kind = TwoStream if any_subset else ByRows
         return kind(lookahead=self.lookahead, bonus=self.bonus, stale=self.draft == "stale")
 
@@ -127,7 +138,8 @@ class Speculative(SteppedSampler):
     def width(self):
         """Rows of a network call for each sequence.
 
-        ``stale`` does not tell the kind of model; the width is then that of ``ByRows``, the larger.
+        ``stale`` and ``ngram`` do not tell the kind of model; the width is then that of ``ByRows``,
+        the larger.
         """
         return self.drafter(self.draft == "self").width
 
@@ -139,11 +151,8 @@ class Speculative(SteppedSampler):
                 "jointly, but a draft is verified by the conditional of its position alone "
                 "(ordered draws in the same order under constraints)"
             )
-        if denoiser.any_subset and self.draft == "batch":
-            raise UserError(
-                "sampler 'speculative' with the draft batch reads all known tokens anew, which an "
-                "any-subset model need not: use the draft stale or self"
-            )
+        if denoiser.any_subset:
+            self.check_any_subset(denoiser)
         if self.draft == "self" and not denoiser.any_subset:
             raise UserError(
                 "sampler 'speculative' with the draft self needs an any-subset model: use the "
@@ -160,10 +169,34 @@ class Speculative(SteppedSampler):
                 "sampler 'speculative' takes no guidance with the draft head, which was trained on "
                 "the hidden states of all given tokens (use the draft stale)"
             )
-        if denoiser.any_subset and denoiser.guided:
+
+    def check_any_subset(self, denoiser: Denoiser) -> None:
+        """Raise UserError if this sampler cannot draw from an any-subset model.
+
+        Within a compiled function the segments cannot be looked at, and are not checked.
+        """
+        if self.draft == "batch":
+            raise UserError(
+                "sampler 'speculative' with the draft batch reads all known tokens anew, which an "
+                "any-subset model need not: use the draft stale or self"
+            )
+        if denoiser.guided:
             raise UserError(
                 "sampler 'speculative' takes no guidance with an any-subset model, whose memory "
                 "holds the given tokens (ordered takes it)"
+            )
+        if self.draft != "head" and not denoiser.network.has_memory:
+            raise UserError(
+                "sampler 'speculative' needs a network with a memory of rows to draw from an "
+                f"any-subset model, got {type(denoiser.network).__name__}: ddit has one (ordered "
+                "needs none)"
+            )
+        segment_BL = None if denoiser.attend is None else denoiser.attend.segment_BL
+        if segment_BL is not None and not isinstance(segment_BL, Tracer) and segment_BL.max() > 1:
+            raise UserError(
+                "sampler 'speculative' draws one text in each row from an any-subset model, in the "
+                f"segment 1 with padding in the segment 0: got the segment {segment_BL.max()} "
+                "(ordered takes several)"
             )
 
     def max_rounds(self, length):
@@ -193,15 +226,14 @@ class Speculative(SteppedSampler):
         """Draft the window of each sequence, verify it, and reveal what was accepted."""
         drafter, active_B = self.drafter(denoiser.any_subset), self.active(denoiser, state)
         window = self.window(denoiser, state)
-        rows = Rows.at(window.positions)
         keys_B = fold(state.keys_B, state.round_B)
         draft_keys_B = state.keys_B if self.coupled else fold(keys_B, 0)
-        drafted = drafter.draft(denoiser, state.plan.memo, window)
-        tokens_BK = draw(draft_keys_B, rows, drafted.log_probs_BKN)
+        draw = partial(draw_at, draft_keys_B)
+        tokens_BK, drafted = drafter.draft(denoiser, state.plan.memo, window, draw)
         verified = drafter.verify(denoiser, drafted, window, tokens_BK)
         targets_BKN = verified.log_probs_BKN
         if self.coupled:
-            own_BK = draw(draft_keys_B, rows, targets_BKN)
+            own_BK = draw(window.positions, targets_BKN)
             kept_B, tokens_BK = leading(window, tokens_BK == own_BK), own_BK
         else:
             kept_B, tokens_BK = accept(
@@ -230,12 +262,15 @@ class Speculative(SteppedSampler):
         )
 
 
-def draw(
-    keys_B: Key[Array, " B"], rows: Rows, log_probs_BKN: Float[Array, "B K N"]
+def draw_at(
+    keys_B: Key[Array, " B"],
+    positions_BK: Int[Array, "B K"],
+    log_probs_BKN: Float[Array, "B K N"],
 ) -> Int[Array, "B K"]:
-    """Draw a token for each entry; ``rows`` are the B·K entries."""
-    shape = log_probs_BKN.shape
-    return tokens_at(keys_B, rows, log_probs_BKN.reshape(-1, shape[2])).reshape(shape[:2])
+    """Draw a token for each of some positions, with the noise of the position."""
+    num_tokens = log_probs_BKN.shape[-1]
+    tokens_R = tokens_at(keys_B, Rows.at(positions_BK), log_probs_BKN.reshape(-1, num_tokens))
+    return tokens_R.reshape(positions_BK.shape)
 
 
 def leading(window: Window, agrees_BK: Bool[Array, "B K"]) -> Int[Array, " B"]:

@@ -69,13 +69,13 @@ class TwoStream(Drafter):
     """
 
     lookahead: int
-    bonus: bool
-    stale: bool
+    bonus: bool = False
+    stale: bool = False
 
     @property
     def first(self) -> int:
         """The first draft that is verified; one drawn from its target is not."""
-        return 0 if self.stale else 1
+        return 1 if self.calls_to_draft and not self.stale else 0
 
     @property
     def prefixes(self) -> list[int]:
@@ -98,36 +98,31 @@ class TwoStream(Drafter):
             hidden = zeros(lambda: denoiser.extend(memory, *content, row_BK, row_BK)[0])
         return Streams(memory, hidden, jnp.zeros(batch, bool))
 
-    def draft(self, denoiser, memo, window):
+    def draft(self, denoiser, memo, window, draw):
         """Ask K queries at the next rank, or read those of the last verification.
 
         The call writes the newest token, and in the first round the prompt.
         """
         needs_B = (window.left_B > 0) & ~memo.ready_B
-        first_B = needs_B & (window.known_B == 0)
         positions_BK = window.positions
         rank_BK = jnp.broadcast_to(1 + window.known_B[:, None], positions_BK.shape)
-        recent = newest(window, needs_B)
-
-        def call(content: Content):
-            return denoiser.extend(memo.memory, *content, positions_BK, rank_BK)
-
-        hidden_BKD, memory = jax.lax.switch(
-            jnp.where(denoiser.anywhere(needs_B), 1 + denoiser.anywhere(first_B), 0),
-            [
-                lambda: (zeros(lambda: call(recent)[0]), memo.memory),
-                lambda: call(recent),
-                lambda: call(recent.and_also(prompt(denoiser, window, first_B))),
-            ],
+        content, queries = newest(window, needs_B), (positions_BK, rank_BK)
+        hidden_BKD, memory = extend_if(
+            denoiser, memo.memory, window, needs_B, content, queries, with_prompt=True
         )
         if memo.hidden is not None:
             hidden_BKD = jnp.where(needs_B[:, None, None], hidden_BKD, memo.hidden)
         log_probs_BKN = denoiser.log_conditional_in_order(hidden_BKD, window.x_BL, positions_BK)
+        tokens_BK = draw(positions_BK, log_probs_BKN)
         calls_B = needs_B.astype(jnp.int32)
-        return Computed(log_probs_BKN, memo._replace(memory=memory), calls_B, calls_B)
+        return tokens_BK, Computed(log_probs_BKN, memo._replace(memory=memory), calls_B, calls_B)
 
     def verify(self, denoiser, drafted, window, tokens_BK):
-        """Write the drafts, and ask a query at the rank of each."""
+        """Write the drafts, and ask a query at the rank of each.
+
+        Where drafting need not call the network in each round (``first`` is 0), this call writes
+        the newest token too; where drafting never does, also the prompt, in the first round.
+        """
         batch, lookahead = tokens_BK.shape
         memo, known_B1 = drafted.memo, window.known_B[:, None]
         needs_B = window.left_B > self.first
@@ -138,7 +133,7 @@ class TwoStream(Drafter):
             positions_BK,
             jnp.where(window.valid & needs_B[:, None], rank_BK, UNKNOWN),
         )
-        if self.stale:
+        if self.first == 0:
             content = newest(window, needs_B).and_also(content)
         place, rank = [positions_BK[:, self.first :]], [rank_BK[:, self.first :]]
         for prefix in self.prefixes:
@@ -146,17 +141,19 @@ class TwoStream(Drafter):
             start_B1 = known_B1 + min(prefix + 1, lookahead)
             place.append(window.at_ranks(start_B1 + jnp.arange(lookahead)))
             rank.append(jnp.broadcast_to(1 + known_B1 + prefix, positions_BK.shape))
-        query, query_rank = jnp.concatenate(place, 1), jnp.concatenate(rank, 1)
-
-        def call():
-            return denoiser.extend(memo.memory, *content, query, query_rank)
-
-        hidden, memory = jax.lax.cond(
-            denoiser.anywhere(needs_B), call, lambda: (zeros(lambda: call()[0]), memo.memory)
+        queries = jnp.concatenate(place, 1), jnp.concatenate(rank, 1)
+        hidden, memory = extend_if(
+            denoiser,
+            memo.memory,
+            window,
+            needs_B,
+            content,
+            queries,
+            with_prompt=not self.calls_to_draft,
         )
         num_read = lookahead - self.first
         targets_BKN = conditionals_of_drafts(denoiser, hidden[:, :num_read], window, tokens_BK)
-        if not self.stale:
+        if self.first:
             targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
         later = None
         if self.prefixes:
@@ -174,6 +171,41 @@ class TwoStream(Drafter):
         index_B = jnp.minimum(kept_B, len(self.prefixes) - 1)
         ready_B = memo.ready_B if self.stale else memo.ready_B & (kept_B == self.lookahead)
         return Streams(memo.memory, memo.hidden[jnp.arange(len(kept_B)), index_B], ready_B)
+
+
+def extend_if(
+    denoiser: Denoiser,
+    memory: Memory,
+    window: Window,
+    needs_B: Bool[Array, " B"],
+    content: Content,
+    queries: tuple[Int[Array, "B Q"], Int[Array, "B Q"]],
+    *,
+    with_prompt: bool,
+) -> tuple[Float[Array, "B Q D"], Memory]:
+    """``Denoiser.extend``, if any sequence needs a call; else zeros and the memory as it is.
+
+    Args:
+        denoiser: the model.
+        memory: the memory.
+        window: the window of the round.
+        needs_B: sequences that need the call.
+        content: rows to write.
+        queries: positions of the queries, and their ranks.
+        with_prompt: also write the prompts of the sequences that are in their first round. Such a
+            call has L rows more for all sequences, and runs only if there is such a sequence.
+    """
+
+    def call(content: Content):
+        return denoiser.extend(memory, *content, *queries)
+
+    branches = [lambda: (zeros(lambda: call(content)[0]), memory), lambda: call(content)]
+    branch = denoiser.anywhere(needs_B).astype(jnp.int32)
+    if with_prompt:
+        first_B = needs_B & (window.known_B == 0)
+        branches.append(lambda: call(content.and_also(prompt(denoiser, window, first_B))))
+        branch += denoiser.anywhere(first_B)
+    return jax.lax.switch(branch, branches)
 
 
 def zeros(function: Callable[[], Array]) -> Array:

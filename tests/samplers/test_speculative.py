@@ -19,9 +19,11 @@ from oracle import NOTHING_FIXED, L, N, f32, i32
 from tiers import daily, nightly
 
 from sedd.errors import FieldError, UserError
+from sedd.networks.base import Attend
 from sedd.reshape import Reshape
 from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.drafters import ByRows, Window
+from sedd.samplers.ngram import NGramByRows
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.particle import Particle
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
@@ -85,25 +87,47 @@ def product_law(cond, fixed, order="forward"):
     return law
 
 
+def frequencies(x, place):
+    """[N]: how often each token follows the left neighbour of ``place``, or how often it occurs."""
+    x = np.asarray(x)
+    counts = [0] * N
+    if place > 0 and x[place - 1] < N:
+        for left, token in itertools.pairwise(x):
+            if left == x[place - 1] and token < N:
+                counts[token] += 1
+    if sum(counts) == 0:
+        counts = [sum(x == token) for token in range(N)]
+    if sum(counts) == 0:
+        counts = [1] * N
+    return np.array(counts) / sum(counts)
+
+
 # ------------------------------------------------------- the chain, propagated in float64
 
 
 def round_of(cond, sampler, positions, x, seen, unseen=0):
     """One round of a sequence: (probability, tokens, context of the next draft, calls, rows).
 
-    ``seen`` is the context from which the round drafts without a call, or None. ``unseen`` drafts
+    A draft of ngram has the frequencies of the tokens and drafts before it, the others have the
+    table's conditionals in one context. ``seen`` is the context from which the round drafts without a call, or None. ``unseen`` drafts
     are left out of the contexts of the verification, for a control.
     """
     k, stale, bonus = sampler.lookahead, sampler.draft == "stale", sampler.bonus
+    counts = sampler.draft == "ngram"
     left = [i for i in positions if x[i] == N]
     window = left[:k]
-    verifies = stale or len(left) > 1
-    contexts = list(range(0 if stale else 1, k + bonus))
+    verifies = stale or counts or len(left) > 1
+    contexts = list(range(0 if stale or counts else 1, k + bonus))
     source = x if seen is None else seen
-    calls = (seen is None) + verifies
-    rows = (seen is None) + verifies * len(contexts)
+    calls = (seen is None and not counts) + verifies
+    rows = (seen is None and not counts) + verifies * len(contexts)
     for drafts in itertools.product(range(N), repeat=len(window)):
-        p = [cond[index(source), window[j]] for j in range(len(window))]
+        if counts:
+            p = [frequencies(put(x, window[:j], drafts[:j]), i) for j, i in enumerate(window)]
+        else:
+            p = [cond[index(source), i] for i in window]
+        if any(p[j][draft] == 0 for j, draft in enumerate(drafts)):
+            continue
         known = [max(j - unseen, 0) for j in range(len(window))]
         q = [cond[index(put(x, window[:c], drafts[:c])), window[j]] for j, c in enumerate(known)]
         weight = np.prod([p[j][drafts[j]] for j in range(len(window))])
@@ -145,11 +169,11 @@ def propagate(cond, sampler, fixed, **wrong):
 
 EVERY = [
     speculative(draft=draft, lookahead=k, bonus=bonus, order=order)
-    for draft in ("batch", "stale")
+    for draft in ("batch", "stale", "ngram")
     for k in (1, 2, 3, 4)
     for bonus in (False, True)
     for order in ("forward", "random")
-    if not (draft == "batch" and k == 1 and not bonus)
+    if not (draft == "batch" and k == 1 and not bonus or draft == "ngram" and bonus)
 ]
 
 
@@ -184,10 +208,10 @@ def two_rounds(drafter, denoiser, first, tokens_SK, kept_S, second):
     ``second`` is the next window; the memo makes the difference between it and a first round.
     """
     memo = drafter.begin(denoiser, first.x_BL)
-    drafted = drafter.draft(denoiser, memo, first)
+    tokens_SK, drafted = drafter.draft(denoiser, memo, first, lambda *_: tokens_SK)
     verified = drafter.verify(denoiser, drafted, first, tokens_SK)
     memo = drafter.settle(verified.memo, kept_S)
-    again = drafter.draft(denoiser, memo, second)
+    _, again = drafter.draft(denoiser, memo, second, lambda *_: tokens_SK)
     return drafted, verified, again
 
 
@@ -251,6 +275,55 @@ def test_a_drafter_reads_the_contexts_that_it_should(drafter):
         assert int(again.calls_B[s]) == int(again.rows_B[s]) == (len(later) > 0 and not reuses)
 
 
+@functools.partial(jax.jit, compiler_options=oracle.QUICKLY)
+def drafts_by_counts(model, window, tokens_SK):
+    """``NGramByRows.draft`` of given drafts, and the position of each call of ``draw``."""
+    drafter = NGramByRows(lookahead=tokens_SK.shape[1])
+    entry_S1 = jnp.zeros((len(tokens_SK), 1), jnp.int32)
+
+    def draw(positions_S1, log_probs_S1N):
+        assert log_probs_S1N.shape[:2] == positions_S1.shape == entry_S1.shape
+        own_SK = window.positions == positions_S1
+        return jnp.where(own_SK, tokens_SK, 0).sum(1, keepdims=True)
+
+    return drafter.draft(model, drafter.begin(model, window.x_BL), window, draw)
+
+
+def test_drafts_by_counts_are_those_of_plain_python():
+    """In texts with gaps, padding and two segments; each draft counts those before it."""
+    rng, length, k, count = np.random.default_rng(2), 12, 4, 400
+    rows, segments, cases = [], [], []
+    for case in range(count):
+        order, real = rng.permutation(length), rng.integers(5, length + 1)
+        order = np.concatenate([order[order < real], order[order >= real]])
+        known = rng.integers(0, real - 3)  # at least the 4 positions of a window are masked
+        x = rng.integers(0, N, length)
+        x[order[known:real]] = N
+        segment = (np.arange(length) < real).astype(int)
+        if case % 4 == 0:  # a second text, in place of the padding
+            segment[real:] = 2
+        rows.append((x, order, known, real - known))
+        segments.append(segment)
+        cases.append((x, order[known:real][:k], rng.integers(0, N, k), real))
+    x_BL, order_BL, known_B, left_B = map(i32, zip(*rows, strict=True))
+    window = Window(x_BL=x_BL, order_BL=order_BL, known_B=known_B, left_B=left_B, size=k)
+    drafts_SK = i32([case[2] for case in cases])
+    model = dataclasses.replace(denoiser(0), attend=Attend(segment_BL=i32(segments)))
+    plain = drafts_by_counts(model, window, drafts_SK)
+    hot = dataclasses.replace(model, reshape=Reshape.of(temperature=[1.4] * count))
+    for temperature, (tokens_SK, drafted) in ((1, plain), (1.4, drafts_by_counts(hot, window, drafts_SK))):
+        assert not drafted.calls_B.any()
+        assert not drafted.rows_B.any()
+        for s, (x, places, drafts, real) in enumerate(cases):
+            for j, place in enumerate(places):
+                before = np.array(put(x, places[:j], drafts[:j]))[:real]
+                expected = frequencies(before, place) ** (1 / temperature)
+                close(drafted.log_probs_BKN[s, j], expected / expected.sum())
+                assert tokens_SK[s, j] == drafts[j]
+    bigrams = [frequencies(x[:real], places[0]) for x, places, _, real in cases]
+    assert 0.1 < np.mean([0 in probs for probs in bigrams]) < 0.9  # both sharp and flat ones
+
+
 def close(log_probs, probs):
     np.testing.assert_allclose(np.exp(log_probs), probs, atol=1e-6)
 
@@ -278,6 +351,8 @@ DRAWN = {
     "long": speculative(lookahead=6),
     "single": speculative(lookahead=1, bonus=True, order="random"),
     "stale bonus": speculative(lookahead=3, draft="stale", bonus=True),
+    "ngram": speculative(lookahead=3, draft="ngram", order="random"),
+    "ngram forward": speculative(lookahead=2, draft="ngram"),
 }
 CASES = [(0, NOTHING_FIXED), (0, GIVEN), (2, NOTHING_FIXED)]
 
@@ -290,7 +365,7 @@ def within_three_sigma(values_B, work, entry):
     return abs(np.mean(values_B) - mean) <= 3 * spread + 1e-5
 
 
-@pytest.mark.parametrize("name", daily(DRAWN, ["batch", "bonus", "stale"]))
+@pytest.mark.parametrize("name", daily(DRAWN, ["batch", "bonus", "stale", "ngram"]))
 def test_draws_follow_the_law(name):
     """And take the calls and rows of the chain; the log probability is that of the law."""
     sampler = DRAWN[name]
@@ -342,6 +417,7 @@ def test_reshaped_and_guided_conditionals():
     [
         {"lookahead": 3, "order": "random"},
         {"lookahead": 2, "order": "2,0", "draft": "stale", "bonus": True},
+        {"lookahead": 3, "draft": "ngram"},
         nightly({"lookahead": 4, "bonus": True}),
     ],
 )
@@ -401,7 +477,7 @@ def test_within_blocks_and_searches():
     [
         (
             {"draft": "bacth"},
-            "draft must be one of stale, batch, self, head, got 'bacth'; did you mean 'batch'",
+            "draft must be one of stale, batch, self, ngram, head, got 'bacth'; did you mean 'batch'",
         ),
         ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
         ({"lookahead": 0, "bonus": True}, "lookahead must be at least 1, got 0"),
@@ -409,6 +485,7 @@ def test_within_blocks_and_searches():
             {"lookahead": 1, "draft": "batch"},
             "lookahead must be at least 2, got 1: .* or set bonus",
         ),
+        ({"draft": "ngram", "bonus": True}, "bonus does not go with the draft ngram, which drafts"),
         ({"order": "0,0"}, "order must be forward, .* such as 3,0,2, got '0,0'"),
         ({"order": "sideways"}, "order must be forward, .* such as 3,0,2, got 'sideways'"),
     ],

@@ -46,6 +46,8 @@ def speculative(**options: Any):
 class SeenTable(oracle.TableNetwork):
     """The table's row of the tokens that a query sees, the others masked. Slots keep the tokens."""
 
+    has_memory = True
+
     def memory(self, batch, slots):
         keys = jnp.zeros((batch, 1, slots, 1, 1))
         return Memory(keys=keys, values=keys, rank_BS=jnp.full((batch, slots), EMPTY, jnp.int32))
@@ -100,6 +102,8 @@ def law_of(seed, fixed, order, temperature=1.0):
         {"draft": "self", "lookahead": 2, "bonus": True},
         {"draft": "stale", "lookahead": 2, "order": "random"},
         {"draft": "stale", "lookahead": 3, "bonus": True},
+        {"draft": "ngram", "lookahead": 3, "order": "random"},
+        {"draft": "ngram", "lookahead": 1},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -113,7 +117,7 @@ def test_draws_follow_the_product_of_the_conditionals(options):
         assert oracle.chi_square_p(counts, law) > 1e-4
         free = sum(token < 0 for token in fixed)
         assert samples.calls_B.max() <= free + (sampler.draft == "stale")
-        assert free < L or samples.calls_B.min() < L
+        assert free < L or sampler.lookahead == 1 or samples.calls_B.min() < L
         np.testing.assert_array_equal(samples.rows_B, samples.calls_B)
         if sampler.order == "forward":
             log_law = np.log(law[oracle.state_index(samples.tokens_BL, V)])
@@ -125,10 +129,12 @@ def test_draws_follow_the_product_of_the_conditionals(options):
 @functools.partial(jax.jit, static_argnames="drafter", compiler_options=oracle.QUICKLY)
 def two_rounds(drafter, denoiser, first, tokens_SK, kept_S, second):
     """The distributions of the first round, and of the next one after some drafts were kept."""
-    drafted = drafter.draft(denoiser, drafter.begin(denoiser, first.x_BL), first)
+    memo = drafter.begin(denoiser, first.x_BL)
+    tokens_SK, drafted = drafter.draft(denoiser, memo, first, lambda *_: tokens_SK)
     verified = drafter.verify(denoiser, drafted, first, tokens_SK)
     memo = drafter.settle(verified.memo, kept_S)
-    return drafted, verified, drafter.draft(denoiser, memo, second)
+    _, again = drafter.draft(denoiser, memo, second, lambda *_: tokens_SK)
+    return drafted, verified, again
 
 
 @pytest.mark.parametrize(
@@ -245,10 +251,11 @@ def order_of(fixed):
     return [*ORDER, *(i for i in range(fixed.shape[-1]) if i not in ORDER)]
 
 
-@pytest.mark.parametrize("draft", ["self", "stale"])
+@pytest.mark.parametrize("draft", ["self", "stale", "ngram"])
 def test_the_memory_gives_the_likelihood_of_one_pass(draft):
     """With prompts, padding and a listed order. Requests of one shape share a program."""
-    sampler = speculative(draft=draft, lookahead=3, order=",".join(map(str, ORDER)), bonus=True)
+    order = ",".join(map(str, ORDER))
+    sampler = speculative(draft=draft, lookahead=3, order=order, bonus=draft != "ngram")
     fixed_BL = FIXED_BL | ~REAL_BL
     free_B = (~fixed_BL).sum(1)
     for shift in range(3):
@@ -296,10 +303,11 @@ def test_greedy_tokens_are_the_most_likely_and_a_request_alone_draws_the_same():
 def test_coupled_draws_do_not_depend_on_the_drafts():
     samplers = [
         speculative(coupled=True, draft=draft, lookahead=k, order="random")
-        for draft, k in (("self", 2), ("stale", 3))
+        for draft, k in (("self", 2), ("stale", 3), ("ngram", 2))
     ]
-    one, two = (oracle.draw(s, table(0), 2000, seed=5, trace=False) for s in samplers)
+    one, two, three = (oracle.draw(s, table(0), 2000, seed=5, trace=False) for s in samplers)
     np.testing.assert_array_equal(one.tokens_BL, two.tokens_BL)
+    np.testing.assert_array_equal(one.tokens_BL, three.tokens_BL)
     law = law_of(0, NOTHING_FIXED, "random")
     assert oracle.chi_square_p(oracle.counts_of(one.tokens_BL, V), law) > 1e-4
 
