@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from oracle import NOTHING_FIXED, L, N, i32, keys
+from oracle import NOTHING_FIXED, L, N, f32, i32, keys
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
@@ -79,8 +79,12 @@ def conditional(seed, temperature=1.0):
 
 
 def law_of(seed, fixed, order, temperature=1.0):
+    """[V^L]: ``product_law`` of the table."""
+    return product_law(conditional(seed, temperature), fixed, order)
+
+
+def product_law(cond, fixed, order):
     """[V^L]: the product of the conditionals, or its mean over random orders."""
-    cond = conditional(seed, temperature)
     free = [i for i in range(L) if fixed[i] < 0]
     orders = list(itertools.permutations(free)) if order == "random" else [tuple(free)]
     law = np.zeros(V**L)
@@ -205,6 +209,36 @@ def test_reshaped_draws_within_blocks():
     assert oracle.chi_square_p(oracle.counts_of(samples.tokens_BL, V), law) > 1e-4
 
 
+def by_neighbours(log_probs_BKN, tokens_BL, positions_BK):
+    """A logit processor: the number of visible tokens, the one to the left, and the position."""
+    visible_B1 = (tokens_BL < N).sum(1, keepdims=True)
+    left_BK = jnp.take_along_axis(tokens_BL, jnp.maximum(positions_BK - 1, 0), 1)
+    favoured_BK = (visible_B1 + left_BK + positions_BK) % N
+    favoured_BKN = favoured_BK[..., None] == jnp.arange(N)[None, None]
+    banned_BKN = (positions_BK % N)[..., None] == jnp.arange(N)[None, None]
+    return jnp.where(banned_BKN, -jnp.inf, log_probs_BKN + jnp.where(favoured_BKN, 1.5, 0.0))
+
+
+@pytest.mark.parametrize("draft", ["self", "stale", "ngram"])
+def test_a_logit_processor_changes_drafts_and_targets(draft):
+    """It sees the drafts before each position: the law is that of the processed conditionals."""
+    states, place_SL = oracle.all_states(V), np.tile(np.arange(L), (V**L, 1))
+    cond = np.log(conditional(0))
+    cond = np.exp(np.asarray(by_neighbours(f32(cond), i32(states), i32(place_SL)), np.float64))
+    cond /= cond.sum(-1, keepdims=True)
+    processed = dataclasses.replace(table(0), reshape=Reshape.of(logit_processor=by_neighbours))
+    sampler = speculative(draft=draft, lookahead=3)
+    for fixed in (NOTHING_FIXED, GIVEN):
+        samples = oracle.draw(sampler, processed, DRAWS, seed=4, fixed=fixed, trace=False)
+        counts = oracle.counts_of(samples.tokens_BL, V)
+        law = product_law(cond, fixed, "forward")
+        assert oracle.chi_square_p(counts, law) > 1e-4
+        free_L = np.array(fixed) < 0
+        drawn = np.asarray(samples.tokens_BL)[:, free_L]
+        assert (drawn != np.arange(L)[free_L] % N).all()  # banned tokens
+    assert oracle.chi_square_p(counts, law_of(0, GIVEN, "forward")) < 1e-4  # control
+
+
 # ------------------------------------------------------- a network with content states
 
 B, LENGTH = 4, 8
@@ -273,11 +307,12 @@ def test_the_memory_gives_the_likelihood_of_one_pass(draft):
     assert TRACES.count(sampler) == 1
 
 
-def test_greedy_tokens_are_the_most_likely_and_a_request_alone_draws_the_same():
+@pytest.mark.parametrize("draft", ["self", "ngram"])
+def test_greedy_tokens_are_the_most_likely_and_a_request_alone_draws_the_same(draft):
     """Each token has the largest conditional of the full pass, which no other token has."""
     fixed_BL = jnp.asarray(FIXED_BL | ~REAL_BL)
     cold = dataclasses.replace(ddit(), reshape=Reshape.of(temperature=[0.0] * B))
-    sampler = speculative(draft="self", lookahead=2)
+    sampler = speculative(draft=draft, lookahead=2)
     greedy = run(sampler, cold, keys(0, B), TOKENS_BL, fixed_BL)
     free_BL = ~np.asarray(fixed_BL)
     rank_BL = np.where(free_BL, np.cumsum(free_BL, 1), 0)
@@ -317,6 +352,8 @@ def test_models_and_options_that_are_refused():
     guided = dataclasses.replace(
         table(0), reshape=Reshape.of(guidance=1.0), given_BL=jnp.ones((1, L), bool)
     )
+    packed = dataclasses.replace(table(0), attend=Attend(segment_BL=i32([[1, 1, 2, 0]])))
+    forgetful = dataclasses.replace(by_rows, parameterization=READING)
     for model, options, message in (
         (
             by_rows,
@@ -325,6 +362,8 @@ def test_models_and_options_that_are_refused():
         ),
         (table(0), {"draft": "batch"}, "draft batch reads all known tokens anew.* stale or self"),
         (guided, {}, "takes no guidance with an any-subset model"),
+        (packed, {"draft": "ngram"}, "one text in each row .* got the segment 2 .ordered takes"),
+        (forgetful, {}, "needs a network with a memory of rows to draw .* got TableNetwork: ddit"),
     ):
         with pytest.raises(UserError, match=message):
             speculative(**options).check(model)
