@@ -58,7 +58,7 @@ def test_samples_are_drawn_from_left_to_right(place):
     assert [line["calls"] for line in lines] == [12 - 3] * 2
 
 
-@pytest.mark.parametrize("draft", ["self", "stale"])
+@pytest.mark.parametrize("draft", ["self", "stale", "ngram"])
 def test_speculative_samples_from_the_command(place, draft):
     """In one row a call; guidance is refused."""
     output = place / "speculative.jsonl"

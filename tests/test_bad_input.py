@@ -331,7 +331,11 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler ordered --order 3,3", "--order must be forward, .* such as 3,0,2, got '3,3'"),
     ("--sampler ordered --order x", "--order must be forward, .* such as 3,0,2, got 'x'"),
     ("--sampler ordered --order -1,2", "--order must be forward, .* such as 3,0,2, got '-1,2'"),
-    ("--sampler speculative --draft stael", "--draft must be one of stale, batch, self, head, "),
+    ("--sampler speculative --draft stael", "--draft must be one of stale, batch, self, ngram, "),
+    (
+        "--sampler speculative --draft ngram --bonus",
+        "--bonus does not go with the draft ngram, which drafts without a call; leave it out",
+    ),
     (
         "--sampler speculative --draft self",
         "sampler 'speculative' with the draft self needs an any-",

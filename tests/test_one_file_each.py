@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import tiny_run
 from oracle import f32, i32, keys
 from scipy.linalg import expm
 
@@ -330,6 +331,21 @@ def test_a_network(add):
     drawn = EventJump(schedule=LOG_LINEAR)(denoiser, keys(1, 2), x0_BL, x0_BL < 0)
     assert (drawn.tokens_BL < 5).all()
     assert step_flops(network, 2, 3, read=4) == 3 * 2 * 2 * 4 * (4 * 3 + 6 * 2)
+
+
+def test_a_network_without_memory_is_refused_before_training(add, tmp_path):
+    add("networks", "bag", BAG)
+    outcome = tiny_run.call(
+        *("train", *tiny_run.RECIPE, "--workdir", tmp_path / "run", "--network", "bag"),
+        *("--parameterization", "any_subset", "--objective", "any_subset"),
+        *("--sampler", "speculative"),
+    )
+    assert outcome.code == 2
+    assert outcome.errors == [
+        "error: sampler 'speculative' needs a network with a memory of rows to draw from an "
+        "any-subset model, got Bag: ddit has one (ordered needs none)"
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- a sampler

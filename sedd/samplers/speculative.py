@@ -82,7 +82,8 @@ class Speculative(SteppedSampler):
     bonus: bool = False
     """Verify one row more, in which all drafts are visible. If all are accepted, the next round
     drafts from it: with batch and self without a call, with stale from predictions that lack no
-    token. For an any-subset model these are K queries in place of the row."""
+    token. For an any-subset model these are K queries in place of the row. ngram and head take no
+    bonus."""
     coupled: bool = False
     """Draw drafts and verified tokens with the same noise, and accept while they are equal. The
     tokens are those of ordered with the same order and seed, up to rounding errors of the
@@ -118,7 +119,8 @@ class Speculative(SteppedSampler):
             )
         if self.draft == "ngram" and self.bonus:
             raise FieldError(
-                "bonus", "does not go with the draft ngram, which drafts without a call; leave it out"
+                "bonus",
+                "does not go with the draft ngram, which drafts without a call; leave it out",
             )
         for name in ("bonus", "coupled"):
             if self.draft == "head" and getattr(self, name):
@@ -156,7 +158,7 @@ class Speculative(SteppedSampler):
         if self.draft == "self" and not denoiser.any_subset:
             raise UserError(
                 "sampler 'speculative' with the draft self needs an any-subset model: use the "
-                "draft stale or batch"
+                "draft stale, batch or ngram"
             )
         if self.draft == "head" and not denoiser.network.has_causal_head:
             raise UserError(
@@ -178,7 +180,7 @@ class Speculative(SteppedSampler):
         if self.draft == "batch":
             raise UserError(
                 "sampler 'speculative' with the draft batch reads all known tokens anew, which an "
-                "any-subset model need not: use the draft stale or self"
+                "any-subset model need not: use the draft stale, self or ngram"
             )
         if denoiser.guided:
             raise UserError(

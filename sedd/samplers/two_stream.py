@@ -57,7 +57,8 @@ class TwoStream(Drafter):
     The target of a position is the model's conditional in the pass over the order, in which the
     prompt sees itself and drawn tokens see lower ranks only. The likelihood of the drawn tokens is
     therefore that of ``Denoiser.hidden_in_order``. The prompt takes no call of its own: the first
-    draft's call writes it. Padding, the segment 0, is never written.
+    call of the sequence writes it. Padding, the segment 0, is never written. The memory knows no
+    segments, so that a row may hold one text only, in the segment 1.
 
     Args:
         lookahead: number of positions in a window, K.

