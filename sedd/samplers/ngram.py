@@ -83,9 +83,9 @@ def log_frequencies(
     """
     num_tokens, row_B = denoiser.process.num_tokens, jnp.arange(len(x_BL))
     visible_BL = visible_beside(denoiser, x_BL, position_B)
-    left_B = jnp.maximum(position_B - 1, 0)
-    has_left_B = (position_B > 0) & visible_BL[row_B, left_B]
-    same_BL = visible_BL & (x_BL == x_BL[row_B, left_B][:, None]) & has_left_B[:, None]
+    left_B = jnp.maximum(position_B - 1, 0)  # for position 0 itself, which is a mask
+    has_left_B1 = visible_BL[row_B, left_B][:, None]
+    same_BL = visible_BL & has_left_B1 & (x_BL == x_BL[row_B, left_B][:, None])
     follows_BL = visible_BL & jnp.pad(same_BL[:, :-1], ((0, 0), (1, 0)))
     counted_BL = jnp.where(follows_BL.any(1, keepdims=True), follows_BL, visible_BL)
     token_BL = jnp.where(counted_BL, x_BL, num_tokens)
