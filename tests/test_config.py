@@ -132,6 +132,7 @@ def test_differences_name_what_departs(path, value):
     [
         ("aim", "x"),
         ("data.cache_dir", "x"),
+        ("data.workers", 3),
         ("training.steps", 7),
         ("training.log_every", 7),
         ("training.eval_every", None),

@@ -351,6 +351,7 @@ def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> P
         length=data.length,
         wrap=data.wrap,
         cache_dir=cache_dir,
+        workers=data.workers,
         progress=progress,
     )
 

@@ -32,6 +32,7 @@ RESUMABLE = (
     "aim",
     "init_from",
     "data.cache_dir",
+    "data.workers",
     "training.steps",
     "training.accumulate",
     "training.log_every",
@@ -77,10 +78,15 @@ class DataOptions:
     with --data.no-wrap each document starts a sequence of its own, which is padded."""
     cache_dir: str = field(default_factory=default_cache_dir)
     """Where downloads and packed tokens are kept."""
+    workers: int | None = None
+    """Threads, and for long text processes, that tokenise; by default one for each core, at most
+    16. The tokens do not depend on it."""
 
     def __post_init__(self):
         if self.length < 1:
             raise FieldError("length", f"must be at least 1, got {self.length}")
+        if self.workers is not None and self.workers < 1:
+            raise FieldError("workers", f"must be at least 1, got {self.workers}")
 
 
 @dataclass(frozen=True, kw_only=True)

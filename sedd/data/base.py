@@ -13,6 +13,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,28 @@ HELD_OUT_EVERY = 20  # the validation split of data without splits is one twenti
 class Corpus(ABC):
     """Named text, divided into splits. ``documents`` reads the text of a split.
 
-    A subclass sets ``splits`` and defines ``_documents`` and ``fingerprint``.
+    A subclass sets ``splits`` and defines ``_documents`` and ``fingerprint``. It may override
+    ``_documents_from``, if it can skip documents faster than it reads them.
     """
 
     name: str  # as the user wrote it
     splits: tuple[str, ...]  # such as ("train", "validation")
 
-    def documents(self, split: str) -> Iterator[str]:
+    def documents(self, split: str, start: int = 0) -> Iterator[str]:
         """Iterate over the texts of a split, always in the same order.
 
-        Raises UserError for a split that is not in ``splits``, and if the text cannot be read.
+        Args:
+            split: one of ``splits``.
+            start: how many texts to leave out at the beginning.
+
+        Raises:
+            UserError: if the corpus has no such split, or the text cannot be read.
         """
         if split not in self.splits:
             raise UserError(
                 f"corpus {self.name!r} has no split {split!r}: it has {', '.join(self.splits)}"
             )
-        return self._documents(split)
+        return self._documents_from(split, start) if start else self._documents(split)
 
     @property
     def evaluation_split(self) -> str:
@@ -54,6 +61,10 @@ class Corpus(ABC):
     @abstractmethod
     def _documents(self, split: str) -> Iterator[str]:
         """The documents of a split that has been checked."""
+
+    def _documents_from(self, split: str, start: int) -> Iterator[str]:
+        """The documents of a split after the first ``start``."""
+        return islice(self._documents(split), start, None)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -95,7 +106,10 @@ class MappedCorpus(Corpus):
     label: str  # stands for the function in the fingerprint: change it with the function
 
     def _documents(self, split: str) -> Iterator[str]:
-        return map(self.function, self.source.documents(split))
+        return self._documents_from(split, 0)
+
+    def _documents_from(self, split: str, start: int) -> Iterator[str]:
+        return map(self.function, self.source.documents(split, start))
 
     def fingerprint(self) -> str:
         """A hash of ``label`` and the fingerprint of the source."""
@@ -122,9 +136,12 @@ class WithHeldOut(Corpus):
         return "validation" if declared == "train" else declared
 
     def _documents(self, split: str) -> Iterator[str]:
+        return self._documents_from(split, 0)
+
+    def _documents_from(self, split: str, start: int) -> Iterator[str]:
         if split in ("train", "validation"):
-            return hold_out(self.source.documents("train"), split)
-        return self.source.documents(split)
+            return hold_out_from(partial(self.source.documents, "train"), split, start)
+        return self.source.documents(split, start)
 
     def fingerprint(self) -> str:
         """A hash of the rule that holds documents out and the fingerprint of the source."""
@@ -155,6 +172,27 @@ def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
     for number, text in enumerate(chain(first, documents), start=1):
         if (number % HELD_OUT_EVERY == 0) == validation:
             yield text
+
+
+def hold_out_from(read: Callable[[int], Iterator[str]], split: str, start: int) -> Iterator[str]:
+    """The documents of ``hold_out`` after the first ``start``, of which most are not read.
+
+    Args:
+        read: returns all documents that are to be divided, after the number that it is given.
+        split: "train", "validation" or "all".
+        start: documents of the split to leave out.
+    """
+    if split == "all":
+        return read(start)
+    if start < HELD_OUT_EVERY:  # documents may be divided, which only the first of them tell
+        return islice(hold_out(read(0), split), start, None)
+    validation = split == "validation"
+    # In each run of 20 documents 19 are training, and the last is validation.
+    first = (
+        (start + 1) * HELD_OUT_EVERY - 1 if validation else start + start // (HELD_OUT_EVERY - 1)
+    )
+    numbered = enumerate(read(first), start=first + 1)
+    return (text for number, text in numbered if (number % HELD_OUT_EVERY == 0) == validation)
 
 
 def _cut(text: str) -> int:

@@ -69,12 +69,15 @@ class BenchmarkCorpus(Corpus):
         return getattr(importlib.import_module("sedd.data.builders"), self.builder)
 
     def _documents(self, split: str) -> Iterator[str]:
+        return self._documents_from(split, 0)
+
+    def _documents_from(self, split: str, start: int) -> Iterator[str]:
         downloads = self.cache_dir / "downloads"
         with _quiet():
             builder = self._class()(data_dir=self.cache_dir / "tfds", file_format="array_record")
         builder.downloads = downloads
         _prepare(builder, downloads)
-        return _texts(builder, dict(self.reads)[split], "text")
+        return _texts(builder, dict(self.reads)[split], "text", start)
 
     def fingerprint(self) -> str:
         """A hash of the name, the version of the builder, its address and the splits."""
@@ -136,7 +139,10 @@ class CatalogueCorpus(Corpus):
         )
 
     def _documents(self, split: str) -> Iterator[str]:
-        return _texts(self.builder, split, self.key)
+        return self._documents_from(split, 0)
+
+    def _documents_from(self, split: str, start: int) -> Iterator[str]:
+        return _texts(self.builder, split, self.key, start)
 
     def fingerprint(self) -> str:
         """A hash of the full name, which includes configuration and version, and of the feature."""
@@ -160,8 +166,8 @@ class BillionWords(CatalogueCorpus):
         entry = CatalogueCorpus.of(name, spec, cache_dir)
         return cls(name=name, builder=entry.builder, key=entry.key)
 
-    def _documents(self, split: str) -> Iterator[str]:
-        return super()._documents("train" if split == "train" else "test")
+    def _documents_from(self, split: str, start: int) -> Iterator[str]:
+        return super()._documents_from("train" if split == "train" else "test", start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +269,11 @@ def _prepare(builder: Any, downloads: Path) -> None:
         builder.download_and_prepare(download_dir=downloads / "tfds", download_config=config)
 
 
-def _texts(builder: Any, read: str, key: str) -> Iterator[str]:
-    """The texts of a prepared data set, in its own order."""
-    for example in builder.as_data_source(split=read):
-        yield example[key].decode()
+def _texts(builder: Any, read: str, key: str, start: int) -> Iterator[str]:
+    """The texts of a prepared data set after the first ``start``, in its own order."""
+    source = builder.as_data_source(split=read)
+    for number in range(start, len(source)):
+        yield source[number][key].decode()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from sedd.data.base import Corpus, digest
-from sedd.data.files import read_text
+from sedd.data.readers import read_text
 from sedd.errors import UserError
 
 

@@ -1,63 +1,52 @@
-"""Corpora made of the user's own files: text, JSON lines, folders and patterns.
+"""Corpora made of the user's own files: text, JSON lines, Parquet, folders and patterns.
 
-A text file is one document, and so is each line of a JSON lines file. Splits are taken from the
-names of files and folders (``sedd.data.splits``); without such names a validation split is held
-out. Everything that is skipped is reported in a note, and text that cannot be read is an error that
-names the file and the line.
+A text file is one document, and so is each line of a JSON lines file and each row of a Parquet file
+(``sedd.data.readers``). Splits are taken from the names of files and folders
+(``sedd.data.splits``); without such names a validation split is held out. Everything that is
+skipped is reported in a note.
 """
 
 import glob
-import gzip
-import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from sedd.data.base import Corpus, digest, hold_out, say
+from sedd.data.base import Corpus, digest, hold_out_from, say
+from sedd.data.readers import LINES, PARQUET, read_documents, without_compression
 from sedd.data.splits import sort_into_splits
 from sedd.errors import UserError
 
 # Suffixes of the files that are read in a folder. A file that the user names may have any suffix.
-LINES = (".jsonl", ".ndjson")
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml")
 DATA = (".csv", ".tsv", ".json", ".yaml", ".yml", ".toml")
 CODE = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh")
-TEXT_SUFFIXES = frozenset((*LINES, *PROSE, *DATA, *CODE))
-MAGIC = {  # first bytes of a file that is no plain text: (its format, how to convert it)
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it: zstd -d"),
-    b"\x1f\x8b": ("compressed with gzip", "give it the suffix .gz, or decompress it: gzip -d"),
-    b"BZh": ("compressed with bzip2", "decompress it: bzip2 -d"),
-    b"\xfd7zXZ\0": ("compressed with xz", "decompress it: xz -d"),
-    b"PK\x03\x04": ("a zip archive", "unpack it: unzip"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", "unpack it: 7z x"),
-    b"\x04\x22M\x18": ("compressed with lz4", "decompress it: lz4 -d"),
-    b"PAR1": ("a Parquet file", "convert it to JSON lines, for example with pandas"),
-    b"ARROW1": ("an Arrow file", "convert it to JSON lines, for example with pandas"),
-    b"\x93NUMPY": ("a NumPy array", "give the text, not its tokens"),
-    b"%PDF": ("a PDF document", "convert it to text, for example with pdftotext"),
-}
-BLOCK = 512  # bytes of the header of a tar archive, whose mark is in its middle
+TEXT_SUFFIXES = frozenset((*LINES, PARQUET, *PROSE, *DATA, *CODE))
 UNSPLIT = ("train", "validation", "all")  # the splits of files whose names declare none
 SHOWN = 3  # file names that a note lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileCorpus(Corpus):
-    """Text files with one document each, and JSON lines files with one document a line."""
+    """Text files with one document each, and files with a document in each line or row."""
 
     files: tuple[tuple[str, Path], ...]  # (split, file); the split is "all" if none is declared
-    key: str | None = None  # key of the text in JSON; None is "text" in JSON lines
+    key: str | None = None  # key or column of the text; None is "text"
 
     def _documents(self, split: str) -> Iterator[str]:
-        declared = self.splits != UNSPLIT
-        chosen = [path for of, path in self.files if not declared or of == split]
-        documents = chain.from_iterable(read_documents(path, self.key) for path in chosen)
-        return documents if declared else hold_out(documents, split)
+        return self._documents_from(split, 0)
+
+    def _documents_from(self, split: str, start: int) -> Iterator[str]:
+        if self.splits == UNSPLIT:
+            return hold_out_from(partial(self._read, self.files), split, start)
+        return self._read([entry for entry in self.files if entry[0] == split], start)
+
+    def _read(self, files: Sequence[tuple[str, Path]], skip: int) -> Iterator[str]:
+        """The documents of ``files`` after the first ``skip``."""
+        for _, path in files:
+            skip = yield from read_documents(path, self.key, skip)
 
     def fingerprint(self) -> str:
         """A hash of the key and of the path, split, size and time of change of each file."""
@@ -79,7 +68,8 @@ def open_files(spec: str) -> FileCorpus | None:
     the splits of the corpus. Otherwise they are train, validation and all (see ``hold_out``).
 
     Args:
-        spec: a path, or ``PATH:KEY`` where KEY is the key of the text in JSON and JSON lines.
+        spec: a path, or ``PATH:KEY`` where KEY is the key of the text in JSON and JSON lines, or
+            its column in Parquet.
 
     Returns:
         The corpus; None if there is no such file or folder and no match of the pattern.
@@ -122,7 +112,11 @@ def _with_and_without_key(spec: str) -> Iterator[tuple[str, str | None]]:
 def _open_folder(spec: str, folder: Path, key: str | None) -> FileCorpus:
     """The corpus of all text files in a folder, with a note on the files that are skipped."""
     found = sorted(_walk(folder))
-    texts = [path for path in found if _suffix(path) in TEXT_SUFFIXES and path.stat().st_size]
+    texts = [
+        path
+        for path in found
+        if without_compression(path.name).suffix in TEXT_SUFFIXES and path.stat().st_size
+    ]
     if not texts:
         raise UserError(
             f"folder {folder} holds no text: of its {len(found)} files none is non-empty and has a "
@@ -182,122 +176,3 @@ def _listed(paths: Sequence[Path], root: Path) -> str:
     names = ", ".join(str(path.relative_to(root)) for path in paths[:SHOWN])
     more = len(paths) - SHOWN
     return f"{names} and {more:,} more" if more > 0 else names
-
-
-def _suffix(path: Path) -> str:
-    """The suffix in lower case; of a gzipped file, the one before ``.gz``."""
-    lower = Path(path.name.lower())
-    return Path(lower.stem).suffix if lower.suffix == ".gz" else lower.suffix
-
-
-def read_documents(path: Path, key: str | None = None) -> Iterator[str]:
-    """Read the documents of one file, which may be compressed with gzip.
-
-    - JSON lines: every line is an object with a document under ``key`` (default ``"text"``).
-    - ``.json`` with a ``key``: an object, or a list of objects, with a document each under ``key``.
-    - Any other file is one document, a ``.json`` file without a ``key`` included.
-
-    Raises:
-        UserError: if the file is not text of this form; names the file, and the line if possible.
-    """
-    if _suffix(path) in LINES:
-        yield from _read_lines(path, key or "text")
-    elif key is None:
-        yield read_text(path)
-    elif _suffix(path) == ".json":
-        yield from _read_json(path, key)
-    else:
-        raise UserError(
-            f"{path}: it has no key {key!r}; PATH:KEY is for .json, {' and '.join(LINES)} files"
-        )
-
-
-def read_text(path: Path) -> str:
-    """Read the text of a file: its bytes as UTF-8, newlines unchanged, without a byte order mark.
-
-    Raises UserError if the file is empty, cannot be read, or is not UTF-8.
-    """
-    data = b"".join(_chunks(path))
-    if not data:
-        raise UserError(f"{path} is empty")
-    if b"\0" in data:
-        raise UserError(f"{path} is not text: byte {data.index(0)} is NUL")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file, "
-            f"for example with iconv -t UTF-8"
-        ) from error
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The lines of a file as bytes, decompressed if its suffix is ``.gz``.
-
-    UserError if the file cannot be read or decompressed, or begins like a format in ``MAGIC`` or
-    a tar archive.
-    """
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            start = file.peek(BLOCK)
-            if start[257:262] == b"ustar":
-                raise UserError(f"{path} is a tar archive, not text; unpack it: tar -xf")
-            for magic, (kind, remedy) in MAGIC.items():
-                if start.startswith(magic):
-                    raise UserError(f"{path} is {kind}, not text; {remedy}")
-            yield from file
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from error
-
-
-def _read_json(path: Path, key: str) -> Iterator[str]:
-    """The documents of a ``.json`` file; see ``read_documents``."""
-    try:
-        data = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not JSON ({error})") from error
-    records = data if isinstance(data, list) else [data]
-    for number, record in enumerate(records, start=1):
-        where = f"{path}, item {number}" if isinstance(data, list) else str(path)
-        yield _text_of(record, key, where, path)
-
-
-def _read_lines(path: Path, key: str) -> Iterator[str]:
-    """The documents of JSON lines; empty lines are skipped."""
-    number = 0
-    empty = True
-    for number, line in enumerate(_chunks(path), start=1):
-        if not line.strip():
-            continue
-        empty = False
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise UserError(f"{where}: not a line of JSON ({error})") from error
-        yield _text_of(record, key, where, path)
-    if empty:
-        raise UserError(f"{path} is empty")
-
-
-def _text_of(record: Any, key: str, where: str, path: Path) -> str:
-    """The text under ``key`` of a JSON object; UserError that begins with ``where``."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
-    if key not in record:
-        keys = ", ".join(map(repr, record)) or "none"
-        raise UserError(
-            f"{where}: no key {key!r}, the keys are {keys}; name the text's as {path}:KEY"
-        )
-    text = record[key]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {key!r} is {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {key!r} holds half of a surrogate pair") from error
-    return text

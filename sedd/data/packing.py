@@ -158,7 +158,8 @@ def pack(
         wrap: whether documents are joined and then cut into rows. Otherwise each begins a new row,
             and the rest of its last row is padding, which is not scored.
         cache_dir: the directory for the token files.
-        workers: threads that tokenise; None for one per core, at most 16.
+        workers: how many threads tokenise, and processes if the text is long; None for one per
+            core, at most 16. The rows do not depend on it.
         progress: called with the numbers of documents and tokens so far.
         max_documents: read only so many documents.
         drop_every: with ``wrap``: join only so many documents at a time, and drop the tokens at the
@@ -171,8 +172,8 @@ def pack(
         The rows, read from files in ``cache_dir/packed``.
 
     Raises:
-        UserError: if there is no text, or ``length``, ``max_documents`` or ``drop_every`` is below
-            1.
+        UserError: if there is no text, or ``length``, ``workers``, ``max_documents`` or
+            ``drop_every`` is below 1.
         TooShortError: if joined documents do not fill one row.
 
     Example:
@@ -188,8 +189,9 @@ def pack(
         >>> x0_BL.shape, scored_BL.all()
         ((2, 16), np.True_)
     """
-    if max_documents is not None and max_documents < 1:
-        raise UserError(f"max_documents must be at least 1, got {max_documents}")
+    for name, value in (("max_documents", max_documents), ("workers", workers)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
     cut = Cut(
         length=length,
         wrap=wrap,

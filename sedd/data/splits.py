@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sedd.data.readers import without_compression
+
 SPLITS = ("train", "validation", "test")
 WORDS = {  # spelling: split
     **dict.fromkeys(("train", "training"), "train"),
@@ -22,20 +24,12 @@ def split_of(path: Path) -> str | None:
     ``my-test-notes.txt`` do not. Suffixes and numbers of shards do not count as words. The
     outermost folder that declares a split decides, and then the name of the file.
     """
-    for part in (*path.parts[:-1], _without_suffixes(path.name)):
+    for part in (*path.parts[:-1], without_compression(path.name).stem):
         words = [w for w in re.split(r"[^a-z]+", part.lower()) if w and w != "of"]
         for word in (*words[:1], *words[-1:]):
             if word in WORDS:
                 return WORDS[word]
     return None
-
-
-def _without_suffixes(name: str) -> str:
-    """``wiki.train.jsonl.gz`` without its format and compression: ``wiki.train``."""
-    path = Path(name)
-    if path.suffix.lower() == ".gz":
-        path = path.with_suffix("")
-    return path.stem
 
 
 @dataclass(frozen=True, kw_only=True)

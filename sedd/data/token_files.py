@@ -8,8 +8,10 @@ Layout of ``cache_dir/packed/HASH``, where HASH is a digest of everything that d
 - ``meta.json``: counts, sizes and a digest. It is written last.
 
 A build writes these into a hidden directory beside the final one and renames that directory when
-all files are complete, so that a reader never sees a partial build, even if a build is killed. A
-lock file lets one process build at a time; the others wait and then read the result.
+all files are complete, so that a reader never sees a partial build, even if a build is killed. The
+next build continues in the hidden directory, where a journal says what is done
+(``sedd.data.token_log``). A lock file lets one process build at a time; the others wait and then
+read the result. On a file system without locks a killed build begins again.
 """
 
 import hashlib
@@ -18,22 +20,23 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from sedd.data.base import Corpus, digest, exclusive, say
+from sedd.data.token_log import ENDS, ENTRY, JOURNAL, TOKENS, Position, TokenLog
+from sedd.data.token_workers import Task, encode_in_order, token_dtype
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 
 FORMAT = 1  # part of HASH: raise it when the meaning of the files changes
-CONTENT = ("tokens.bin", "ends.npy")
-TASK_CHARACTERS = 1 << 18  # text that one thread tokenises at a time
+CONTENT = (TOKENS, "ends.npy")
+TASK_CHARACTERS = 1 << 18  # text that one worker tokenises at a time
+BLOCK = 1 << 22  # bytes of a file that are read at a time
 
 Progress = Callable[[int, int], None]  # called with the documents and the tokens written so far
 
@@ -54,7 +57,8 @@ def token_files(
         tokenizer: encodes the documents.
         split: a split of ``corpus``.
         cache_dir: parent directory of ``packed``.
-        workers: threads that tokenise; None for one per core, at most 16.
+        workers: how many tokenise at once; None for one per core, at most 16. The files do not
+            depend on it.
         progress: called as ``progress(documents, tokens)`` during a build.
         max_documents: how many documents to read, from the first; None reads all.
 
@@ -66,18 +70,21 @@ def token_files(
     """
     made_from = [FORMAT, corpus.fingerprint(), split, tokenizer.fingerprint(), max_documents]
     folder = cache_dir / "packed" / digest(made_from)
+
+    def read(start: int) -> Iterator[str]:
+        most = None if max_documents is None else max_documents - start
+        return islice(corpus.documents(split, start), most)
+
     meta = _read_meta(folder)
     if meta is None:
         try:
             with exclusive(folder) as alone:
                 meta = _read_meta(folder)  # another process may have built it meanwhile
                 if meta is None:
-                    if alone:
-                        _remove_remains(folder)
                     if folder.exists():
                         say(f"the packed tokens of {corpus.name} ({split}) are damaged: made again")
-                    documents = islice(corpus.documents(split), max_documents)
-                    _build(folder, documents, tokenizer, workers or _threads(), progress)
+                    partial = _make_partial(folder, alone)
+                    _build(folder, partial, read, tokenizer, workers or _cores(), progress)
                     meta = _read_meta(folder)
         except OSError as error:
             raise UserError(f"cannot write the packed tokens {folder}: {error.strerror}") from error
@@ -101,37 +108,112 @@ def content_digest(folder: Path) -> str:
     hashed = hashlib.blake2b(digest_size=16)
     for name in CONTENT:
         with (folder / name).open("rb") as file:
-            while block := file.read(1 << 22):
+            while block := file.read(BLOCK):
                 hashed.update(block)
     return hashed.hexdigest()
 
 
-def _remove_remains(folder: Path) -> None:
-    """Remove the hidden directories of killed builds; call it under the lock."""
+def _make_partial(folder: Path, alone: bool) -> Path:
+    """The directory in which ``folder`` is built: under the lock, the one of a killed build.
+
+    Under the lock (``alone``) other remains of killed builds are removed.
+    """
+    if not alone:
+        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    partial = _resumable(folder)
     for remains in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(remains, ignore_errors=True)
+        if remains != partial:
+            shutil.rmtree(remains, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    return partial
+
+
+def _resumable(folder: Path) -> Path:
+    """The hidden directory in which a build under the lock works, and the next one continues."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _build(
     folder: Path,
-    documents: Iterator[str],
+    partial: Path,
+    read: Callable[[int], Iterator[str]],
     tokenizer: Tokenizer,
     workers: int,
     progress: Progress | None,
 ) -> None:
-    """Build the files in a hidden directory, then rename that directory to ``folder``."""
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    """Build the files in the directory ``partial``, then rename that directory to ``folder``.
+
+    After an error or an interruption ``partial`` stays if a build can continue there, and if it
+    holds more than one task.
+
+    Args:
+        folder: the final directory.
+        partial: an existing directory beside it, empty or of an interrupted build.
+        read: returns the documents that follow a number of them.
+        tokenizer: encodes the documents.
+        workers: how many tokenise at once.
+        progress: as in ``token_files``.
+    """
     try:
-        dtype = np.dtype(np.uint16 if tokenizer.num_tokens <= 1 << 16 else np.uint32)
-        with (partial / "tokens.bin").open("wb") as file:
-            meta, ends = _write_tokens(file, documents, tokenizer, workers, dtype, progress)
-        np.save(partial / "ends.npy", ends)
-        meta["files"] = {name: (partial / name).stat().st_size for name in CONTENT}
-        meta["digest"] = content_digest(partial)
-        (partial / "meta.json").write_text(json.dumps(meta), "utf-8")
+        if _read_meta(partial) is None:
+            with TokenLog(partial, token_dtype(tokenizer)) as log:
+                if log.position.tokens:
+                    say(f"{log.position.documents:,} documents are tokenised already, now the rest")
+                for _ in _tokenise(log, read, tokenizer, workers):
+                    if progress is not None:
+                        progress(log.position.documents, log.position.tokens)
+            _complete(partial, log.position, tokenizer)
+        for name in (ENDS, JOURNAL):
+            (partial / name).unlink(missing_ok=True)
         _move(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        journal = partial / JOURNAL
+        short = journal.exists() and journal.stat().st_size <= ENTRY
+        if short or partial != _resumable(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial, ignore_errors=True)  # another process may have built ``folder``
+
+
+def _tokenise(
+    log: TokenLog, read: Callable[[int], Iterator[str]], tokenizer: Tokenizer, workers: int
+) -> Iterator[None]:
+    """Append the tokens of all documents that the log lacks, one task an iteration."""
+    documents = read(log.position.documents)
+    if log.position.offset:  # the log ends inside a document
+        documents = chain([next(documents)[log.position.offset :]], documents)
+    tasks = _tasks(documents, tokenizer, log.position.offset)
+    for encoded in encode_in_order(tasks, tokenizer, workers):
+        log.append(encoded)
+        yield
+
+
+def _complete(partial: Path, position: Position, tokenizer: Tokenizer) -> None:
+    """Write ``ends.npy`` and ``meta.json``, which make the files of a log complete.
+
+    Files are read in pieces or mapped into memory, because they may be larger than it.
+    """
+    dtype = token_dtype(tokenizer)
+    counts = np.zeros(tokenizer.num_tokens, np.int64)
+    with (partial / TOKENS).open("rb") as file:
+        while block := file.read(BLOCK):
+            counts += np.bincount(np.frombuffer(block, dtype), minlength=len(counts))
+    empty = not position.documents  # an empty file cannot be mapped
+    ends = np.empty(0, np.int64) if empty else np.memmap(partial / ENDS, np.int64, "r")
+    np.save(partial / "ends.npy", ends)
+    meta = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.fingerprint(),
+        "dtype": dtype.name,
+        "num_tokens": position.tokens,
+        "num_documents": position.documents,
+        "text_characters": position.characters,
+        "text_bytes": position.size,
+        "counts": counts.tolist(),
+        "files": {name: (partial / name).stat().st_size for name in CONTENT},
+        "digest": content_digest(partial),
+    }
+    (partial / "meta.json").write_text(json.dumps(meta), "utf-8")
 
 
 def _move(partial: Path, folder: Path) -> None:
@@ -151,91 +233,33 @@ def _move(partial: Path, folder: Path) -> None:
             shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _write_tokens(
-    file: IO[bytes],
-    documents: Iterator[str],
-    tokenizer: Tokenizer,
-    workers: int,
-    dtype: np.dtype,
-    progress: Progress | None,
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Write ``tokens.bin``; return the content of ``meta.json`` and the ends of the documents."""
-    counts = np.zeros(tokenizer.num_tokens, np.int64)
-    ends: list[int] = []
-    total = characters = size = 0
-    end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
-    for parts, ids in _tokenised(documents, tokenizer, workers):
-        for (text, last), part in zip(parts, ids, strict=True):
-            characters += len(text)
-            size += len(text) if text.isascii() else len(text.encode())
-            whole = np.concatenate([part.astype(dtype), end]) if last else part.astype(dtype)
-            file.write(whole.tobytes())
-            counts += np.bincount(whole, minlength=len(counts))
-            total += len(whole)
-            if last:
-                ends.append(total)
-        if progress is not None:
-            progress(len(ends), total)
-    meta = {
-        "format": FORMAT,
-        "tokenizer": tokenizer.fingerprint(),
-        "dtype": dtype.name,
-        "num_tokens": total,
-        "num_documents": len(ends),
-        "text_characters": characters,
-        "text_bytes": size,
-        "counts": counts.tolist(),
-    }
-    return meta, np.array(ends, np.int64)
-
-
-Part = tuple[str, bool]  # a part of a document, and whether it is the last part
-
-
-def _tokenised(
-    documents: Iterator[str], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
-    """Tasks (lists of parts) with the ids of each part, in the order of the documents.
-
-    Threads run in parallel because the tokenizers release Python's global lock while they encode.
-    The queue ``waiting`` holds the tasks in order, at most two for each thread: results come out in
-    order, and memory does not grow with the corpus.
-    """
-    waiting: deque[tuple[list[Part], Future[list[np.ndarray]]]] = deque()
-    with ThreadPoolExecutor(workers, "tokenise") as pool:
-        try:
-            for parts in _tasks(documents, tokenizer):
-                texts = [text for text, _ in parts]
-                waiting.append((parts, pool.submit(tokenizer.encode_batch, texts)))
-                if len(waiting) > 2 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _tasks(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[Part]]:
+def _tasks(documents: Iterator[str], tokenizer: Tokenizer, offset: int) -> Iterator[Task]:
     """Cut or join documents into tasks of about ``TASK_CHARACTERS`` characters.
 
     The tokenizer chooses where a document is cut, so that the ids do not depend on the cuts.
+
+    Args:
+        documents: the texts.
+        tokenizer: knows where a text may be cut.
+        offset: characters of the first document that came before its text.
     """
-    task: list[Part] = []
+    texts: list[str] = []
+    last: list[bool] = []
     held = 0
     for text in documents:
         parts = tokenizer.split(text, TASK_CHARACTERS) or [""]
         for number, part in enumerate(parts, start=1):
-            task.append((part, number == len(parts)))
+            texts.append(part)
+            last.append(number == len(parts))
+            offset = 0 if last[-1] else offset + len(part)
             held += len(part) + 16  # the overhead of a part: empty documents fill a task too
             if held >= TASK_CHARACTERS:
-                yield task
-                task, held = [], 0
-    if task:
-        yield task
+                yield Task(texts, last, offset)
+                texts, last, held = [], [], 0
+    if texts:
+        yield Task(texts, last, offset)
 
 
-def _threads() -> int:
-    """The number of cores, at most 16."""
+def _cores() -> int:
+    """The number of cores that this process may use, at most 16."""
     return min(os.cpu_count() or 1, 16)

@@ -146,8 +146,8 @@ def test_a_path_is_no_mixture(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "kind"),
     [
-        ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x00", "compressed with zstd, not text; .*zstd -d"),
-        ("x.parquet", b"PAR1\x15\x04\x15", "a Parquet file, not text; convert it to JSON lines"),
+        ("x.jsonl", b"\x28\xb5\x2f\xfd\x04\x00", "compressed with zstd, not text; .*zstd -d"),
+        ("x.bin", b"PAR1\x15\x04\x15", "a Parquet file, not text; give it the suffix .parquet"),
         (
             "x.jsonl",
             gzip.compress(b'{"text": "x"}', mtime=0),
