@@ -12,7 +12,6 @@ all tries together, divided by the length of the text. The tries' time includes 
     python benchmarks/tokenizing.py --megabytes 200 --workers 2 --kills 10
 """
 
-import argparse
 import json
 import mmap
 import os
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +88,11 @@ def write_text(path: Path, megabytes: float, seed: int) -> int:
     written = 0
     with path.open("w") as file:
         while written < megabytes * 1e6:
-            size = int(rng.integers(1, 600))
-            text = " ".join(rng.choice(words, size, p=shares / shares.sum()))
-            written += len(text)
-            file.write(json.dumps({"text": text}) + "\n")
+            drawn = rng.choice(words, 30_000, p=shares / shares.sum())
+            for part in np.split(drawn, np.sort(rng.integers(0, len(drawn), 100))):
+                text = " ".join(part)
+                written += len(text)
+                file.write(json.dumps({"text": text}) + "\n")
     return written
 
 
@@ -115,7 +115,7 @@ def memory(process: psutil.Process) -> int:
     return total
 
 
-def start(arguments: list[str], read: np.ndarray, stop: int | None) -> tuple[float, int, bool]:
+def attempt(arguments: list[str], read: np.ndarray, stop: int | None) -> tuple[float, int, bool]:
     """Run ``tokenise`` in a new process.
 
     Args:
@@ -155,7 +155,7 @@ def measure(settings: Settings, folder: Path) -> list[dict]:
         # The k-th kill is at a random place of the k-th of ``kills`` equal parts of the text.
         for k in range(kills + 1):
             stop = int(characters * (k + rng.uniform(0.1, 0.9)) / kills) if k < kills else None
-            took, peak, was_killed = start(arguments, read, stop)
+            took, peak, was_killed = attempt(arguments, read, stop)
             seconds, most, killed = seconds + took, max(most, peak), killed + was_killed
         [made] = cache.glob("packed/*/meta.json")
         files.append({p.name: p.read_bytes() for p in made.parent.iterdir()})
@@ -175,9 +175,18 @@ def measure(settings: Settings, folder: Path) -> list[dict]:
 
 def main(settings: Settings) -> None:
     """Print a row for the undisturbed run and one for the killed one."""
+    from report import report
+
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(settings, Path(folder))
-    table = Table(f"{settings.megabytes:g} MB, {settings.tokenizer}, {settings.workers} workers", rows)
-    print(table.markdown())
+    report("Tokenising", rows, **asdict(settings))
 
 
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--tokenise"]:  # the process that is killed; it does not load JAX
+        text, cache, number, tokenizer, workers = sys.argv[2:]
+        tokenise(Path(text), Path(cache), Path(number), tokenizer, int(workers))
+    else:
+        from report import start
+
+        start(main, Settings, __doc__)

@@ -113,6 +113,24 @@ def test_the_judge_is_witten_and_bells():
     np.testing.assert_allclose(judge.nats(np.array([text, text])), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("megabytes", "kills"), [(1.0, 1), pytest.param(24.0, 4, marks=pytest.mark.nightly)]
+)
+def test_tokenising_that_is_killed_ends_in_the_same_bytes(capsys, megabytes, kills):
+    """The benchmark compares the bytes itself, and ends with an error if they differ."""
+    tokenizing = importlib.import_module("tokenizing")
+    tokenizing.main(tokenizing.Settings(megabytes=megabytes, kills=kills))
+    undisturbed, killed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert (undisturbed["kills"], undisturbed["work"]) == (0, 1)
+    assert killed["kills"] <= kills
+    # In each try at most five tasks were under way, and what was read until the signal came.
+    assert 1 <= killed["work"] < 1 + kills * 3 / megabytes
+    assert 20 < killed["memory, MB"] < 1000
+    if megabytes > 20:
+        assert killed["kills"] == kills
+        assert undisturbed["memory, MB"] < 1000
+
+
 def test_constrained_prints_a_row_a_pattern(capsys):
     constrained = importlib.import_module("constrained")
     shape = {"length": 4, "repeats": 1, "hidden_dim": 8, "num_layers": 1}

@@ -25,7 +25,7 @@ from sedd.data.tokenizers import BytePairs, Pretrained, Tokenizer, tokenizer_fro
 from sedd.errors import UserError
 
 # Text that threads tokenise before processes are started, which takes about a second.
-THREADS_CHARACTERS = 1 << 25
+THREADS_CHARACTERS = 1 << 23
 # Tokenizers that processes can build and that take longer than the way to a process and back.
 IN_PROCESSES = (BytePairs, Pretrained)
 MAIN = "from sedd.data.token_workers import main; main()"
@@ -181,14 +181,16 @@ def main() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source = sys.stdin.buffer
-    with open(os.dup(1), "wb") as sink:
+    # The other process may be killed while it writes a task or before it reads an answer.
+    gone = (EOFError, pickle.UnpicklingError, BrokenPipeError)
+    with contextlib.suppress(*gone), open(os.dup(1), "wb") as sink:
         os.dup2(2, 1)  # what a library prints must not be taken for an answer
-        with contextlib.suppress(EOFError, BrokenPipeError):
-            tokenizer = tokenizer_from_json(pickle.load(source))
-            while True:
-                try:
-                    answer: Encoded | str = encode(tokenizer, pickle.load(source))
-                except UserError as error:
-                    answer = str(error)
-                pickle.dump(answer, sink)
-                sink.flush()
+        tokenizer = tokenizer_from_json(pickle.load(source))
+        while True:
+            task = pickle.load(source)
+            try:
+                answer: Encoded | str = encode(tokenizer, task)
+            except UserError as error:
+                answer = str(error)
+            pickle.dump(answer, sink)
+            sink.flush()

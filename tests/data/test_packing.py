@@ -362,7 +362,9 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         packed(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"length": 0}, {"max_documents": 0}, {"drop_every": 0}, {"workers": 0}])
+@pytest.mark.parametrize(
+    "options", [{"length": 0}, {"max_documents": 0}, {"drop_every": 0}, {"workers": 0}]
+)
 def test_numbers_below_one_are_refused(tmp_path, options):
     with pytest.raises(UserError, match="must be at least 1, got 0"):
         packed(tmp_path, **options)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -119,17 +120,25 @@ def test_a_process_builds_a_tokenizer_of_a_json_file(tmp_path, monkeypatch, pair
     assert made(tmp_path / "process", Stored(), tokenizer, workers=2) == files
 
 
-def test_the_program_of_a_process_loads_no_jax_and_ends_with_its_parent():
+def test_the_program_of_a_process_loads_no_jax():
     check = (
         "from sedd.data import token_workers; import sys; print({'jax', 'flax'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-    # End of its input, as when the process that started it is killed.
-    done = subprocess.run(
-        [sys.executable, "-c", token_workers.MAIN], input=b"", capture_output=True, timeout=60
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("at", ["start", "inside a task", "answer"])
+def test_a_process_ends_silently_when_the_one_that_started_it_is_killed(at):
+    sent = pickle.dumps(Bytes().to_json()) + pickle.dumps(token_workers.Task(["ab"], [True], 0))
+    sent = {"start": b"", "inside a task": sent[:-5], "answer": sent}[at]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", token_workers.MAIN], **pipes) as process:
+        process.stdout.close()
+        process.stdin.write(sent)
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == b""
 
 
 def test_a_process_that_is_killed_is_an_error_and_the_next_call_continues(
