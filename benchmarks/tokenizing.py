@@ -1,13 +1,13 @@
 """Tokenise generated text with several processes, undisturbed and killed again and again.
 
-The text is JSON lines of made-up words, in documents of 2,000 characters on average. It is
+The text is JSON lines of made-up words, in documents of about 2,000 characters. It is
 tokenised once undisturbed. Then it is tokenised into another cache, and the process is killed with
 SIGKILL whenever another share of the text has been handed to the tokenizer, until it has been
 killed often enough and ends. The bytes of both caches are compared.
 
-The columns are the time, the text per second, the largest memory of all processes together (pages
-that they share count for each of them), and the work: the text that was handed to the tokenizer, in
-all tries together, divided by the length of the text. The tries' time includes their starts.
+The columns are the time, the text per second, the largest memory of all processes together (their
+proportional set sizes), and the work: the text that was handed to the tokenizer, in all tries
+together, divided by the length of the text. The time includes the start of every try.
 
     python benchmarks/tokenizing.py --megabytes 200 --workers 2 --kills 10
 """
@@ -105,11 +105,11 @@ def tokenise(text: Path, cache: Path, number: Path, tokenizer: str, workers: int
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes of memory of a process and of those that it started."""
+    """Bytes of memory of a process and of those that it started; shared pages count once."""
     total = 0
     try:
         for each in (process, *process.children(recursive=True)):
-            total += each.memory_info().rss
+            total += each.memory_full_info().pss
     except psutil.Error:  # one of them has just ended
         pass
     return total

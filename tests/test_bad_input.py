@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pyarrow
 import pytest
 import tiny_run
+from pyarrow import parquet
 from tiny_run import ROOT, TINY, call
 
 import sedd.files
@@ -61,6 +63,8 @@ def place(tmp_path_factory):
     (top / "empty.txt").write_text("")
     (top / "binary.bin").write_bytes(bytes(range(256)) * 20)
     (top / "latin1.txt").write_bytes("caf\xe9 ".encode("latin1") * 99)
+    parquet.write_table(pyarrow.table({"body": ["a", "b"]}), top / "body.parquet")
+    (top / "bad.jsonl.zst").write_bytes(b"no frame of zstd")
     (top / "nothing.py").write_text("x = 1\n")
     (top / "raises.py").write_text("def get_config():\n    return 1 / 0\n")
     (top / "mistaken.py").write_text(
@@ -104,6 +108,11 @@ TRAIN = [
     ("--data.corpus {place}/empty.txt", "empty.txt is empty"),
     ("--data.corpus {place}/binary.bin", "binary.bin is not text"),
     ("--data.corpus {place}/latin1.txt", "latin1.txt, line 1: not UTF-8"),
+    (
+        "--data.corpus {place}/body.parquet",
+        "body.parquet: no column 'text', the columns are 'body'",
+    ),
+    ("--data.corpus {place}/bad.jsonl.zst", "cannot read {place}/bad.jsonl.zst: ZSTD decompress"),
     ("--data.corpus {text} --data.length 99999", "length 99999 is longer than the data"),
     ("--data.corpus {text} --data.tokenizer chars", "unknown tokenizer 'chars'"),
     ("--data.corpus {text} --data.tokenizer bpe:9", "tokenizer 'bpe:9': expected bpe:SIZE"),
@@ -127,6 +136,7 @@ TRAIN = [
     ("--training.keep 0", "--training.keep must be at least 1, got 0"),
     ("--evaluation.draws 6", "--evaluation.draws must be a positive multiple of 4, got 6"),
     ("--data.length 0", "--data.length must be at least 1, got 0"),
+    ("--data.workers 0", "--data.workers must be at least 1, got 0"),
     ("--seed -1", "--seed must be in [0, 2**32), got -1"),
     (
         "--network.num-heads 3",

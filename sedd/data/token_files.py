@@ -158,7 +158,8 @@ def _build(
         if _read_meta(partial) is None:
             with TokenLog(partial, token_dtype(tokenizer)) as log:
                 if log.position.tokens:
-                    say(f"{log.position.documents:,} documents are tokenised already, now the rest")
+                    done = log.position.tokens
+                    say(f"{done:,} tokens are there from an interrupted run, now the rest")
                 for _ in _tokenise(log, read, tokenizer, workers):
                     if progress is not None:
                         progress(log.position.documents, log.position.tokens)

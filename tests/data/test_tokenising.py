@@ -286,7 +286,9 @@ def test_what_is_done_is_said(tmp_path, pairs, capsys):
         made(tmp_path, Stored(), pairs, progress=raise_after(3000))
     assert capsys.readouterr().err == ""
     made(tmp_path, Stored(), pairs)
-    assert capsys.readouterr().err.endswith(" documents are tokenised already, now the rest\n")
+    assert capsys.readouterr().err.endswith(
+        " tokens are there from an interrupted run, now the rest\n"
+    )
 
 
 def test_without_locks_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch, pairs):
