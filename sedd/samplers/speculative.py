@@ -51,13 +51,13 @@ class Speculative(SteppedSampler):
     For an any-subset model the conditionals are those of the pass over the order, in which the
     fixed tokens are the prompt, and drawn tokens see only those drawn before them. The law is then
     that of the model's likelihood in the order (``sedd.evaluation.ordered``). It differs from the
-    law of ``ordered``, which encodes all known tokens anew in each call. Here a call takes one row
-    of the batch: content rows for the new tokens only, and a query for each prediction.
+    law of ``ordered``, which encodes all known tokens anew in each call. Here a call takes each
+    sequence once, and computes new tokens and predictions only.
 
-    The draft head is for networks with a causal head, which verifies in place of a network call
-    (arXiv:2510.03929). Its law is one of its own, which ``sedd.samplers.by_head`` describes: it
-    follows the head exactly while the hidden states of one call are used. It is not the law of
-    ``ordered``, and has no log probability.
+    With ``draft="head"`` the trunk of a network with a causal head drafts, and the causal head
+    verifies in place of a network call (arXiv:2510.03929). The law of the samples is then another
+    one, which ``sedd.samplers.by_head`` describes: it follows the head exactly while the hidden
+    states of one call are used. It has no log probability.
     """
 
     needs_absorbing: ClassVar[bool] = True
@@ -73,26 +73,27 @@ class Speculative(SteppedSampler):
     without a call. Any-subset models take stale, self and ngram; all others take stale, batch and
     ngram, and with a causal head also head."""
     lookahead: int = 4
-    """K, the positions that a round drafts. The verification takes a row of the batch for each;
-    with batch for each but the first, with head none. An any-subset model takes one row in all,
-    with a query for each position to verify, and with stale K² more for the next drafts."""
+    """K, the positions that a round drafts. A verification puts K versions of a sequence into the
+    batch of a network call, or K - 1 if the draft is batch. If it is head, no network call is made.
+    An any-subset model takes the sequence once, with a query for each position to verify, and K²
+    more queries for the next drafts if the draft is stale."""
     order: str = "forward"
     """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
     Listed positions that a sequence does not have are ignored."""
     bonus: bool = False
-    """Verify one row more, in which all drafts are visible. If all are accepted, the next round
-    drafts from it: with batch and self without a call, with stale from predictions that lack no
-    token. For an any-subset model these are K queries in place of the row. ngram and head take no
-    bonus."""
+    """Also verify a version of the sequence in which all drafts are visible. If all are accepted,
+    the next round drafts from it. If the draft is batch or self, this saves the call that drafts;
+    if it is stale, the drafts then know the newest token. For an any-subset model these are K more
+    queries. ngram and head take no bonus."""
     coupled: bool = False
     """Draw drafts and verified tokens with the same noise, and accept while they are equal. The
     tokens are those of ordered with the same order and seed, up to rounding errors of the
-    network; for an any-subset model, those of any other lookahead and draft. Fewer drafts are
-    accepted, except at temperature 0, where it makes no difference."""
-
+    network. For an any-subset model they are not those of ordered, but are the same for every
+    lookahead and draft. Fewer drafts are accepted, except at temperature 0, where it makes no
+    difference."""
     verifications: int = 1
-    """With head: rounds for which one network call is used. Each drafts and verifies the next
-    lookahead positions on its hidden states."""
+    """If the draft is head: rounds for which the hidden states of one network call are used. Each
+    round drafts and verifies the next lookahead positions."""
 
     def __post_init__(self):
         if self.draft not in get_args(Draft):
@@ -140,8 +141,8 @@ class Speculative(SteppedSampler):
     def width(self):
         """Rows of a network call for each sequence.
 
-        ``stale`` and ``ngram`` do not tell the kind of model; the width is then that of ``ByRows``,
-        the larger.
+        The drafts stale and ngram serve any-subset models and others. The width is then that of the
+        others, which is the larger.
         """
         return self.drafter(self.draft == "self").width
 
