@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -7,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sedd.denoiser import Denoiser
 from sedd.networks import attention as module
 from sedd.networks.attention import attention, choose, is_kept, keep
 from sedd.networks.base import Attend
+from sedd.networks.ddit import DDiT
+from sedd.parameterizations import Autoregressive, Conditional
+from sedd.processes import Absorbing
 
 B, L, H, K = 3, 12, 2, 8
 ORDER = np.tile(np.arange(L, dtype=np.int32), (B, 1))
@@ -260,6 +265,53 @@ def test_causal_attention_has_no_mask_of_its_own(backend, monkeypatch):
     attention(*qkv, FORMS["packed causal"], backend=backend)
     assert given["is_causal"]
     np.testing.assert_array_equal(given["mask"], FORMS["packed"].mask(L, L))
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Programs for a GPU are lowered as if cuDNN were here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize("kind", ["autoregressive", "conditional"])
+def test_models_lower_to_the_kernels_of_their_attention(kind):
+    """An autoregressive model gets causal kernels, and no program has a mask [L, L]."""
+    length = 256
+    process = Absorbing(num_tokens=10)
+    parameterization = {"autoregressive": Autoregressive, "conditional": Conditional}[kind](
+        process=process
+    )
+    tokens_BL = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    programs = {}
+    for platform, backend in (("cuda", "cudnn"), ("tpu", "splash")):
+        network = DDiT(
+            num_states=11,
+            time_conditioned=False,
+            hidden_dim=128,
+            num_heads=2,
+            num_layers=2,
+            dtype="bfloat16",
+            attention=backend,
+        )
+        denoiser = Denoiser(
+            params=jax.eval_shape(network.init, jax.random.key(0)),
+            network=network,
+            parameterization=parameterization,
+        )
+        traced = jax.jit(lambda model, x_BL: model.hidden(x_BL)).trace(denoiser, tokens_BL)
+        programs[platform] = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert not re.findall(rf"{length}x{length}x", programs[platform])
+    causal = kind == "autoregressive"
+    masks = re.findall(r"mask_type\\22: \\22(\w+)", programs["cuda"])
+    assert masks == (["CAUSAL"] if causal else ["NO_MASK"])
+    # The causal kernel computes its mask of the positions of its queries, an operand of their own.
+    (kernel,) = re.findall(r'kernel_name = "(\w+)"', programs["tpu"])
+    assert kernel.startswith("splash_mha_fwd")
+    assert ("tensor<256x128xi32>" in programs["tpu"]) == causal
 
 
 @pytest.mark.parametrize(
