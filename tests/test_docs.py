@@ -61,6 +61,8 @@ def place(tmp_path_factory):
     top = tmp_path_factory.mktemp("docs")
     for folder in ("configs", "benchmarks"):
         (top / folder).symlink_to(ROOT / folder)
+    (top / "wheels").mkdir()
+    (top / "wheels" / "a.whl").touch()
     for name in ("requests.jsonl", "samples.jsonl", "person.json", "my.txt", "held_out.txt"):
         (top / name).write_text(tiny_run.text(600) if name.endswith(".txt") else "{}\n")
     (verifier,) = (block for block in blocks("docs/sampling.md", "python") if "# verifier" in block)
@@ -77,7 +79,7 @@ def place(tmp_path_factory):
 def test_a_command_has_valid_flags(place, monkeypatch, page, name, arguments):
     monkeypatch.chdir(place)
     if name.startswith("benchmarks/"):
-        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        monkeypatch.syspath_prepend(str((ROOT / name).parent))
         module = importlib.import_module(Path(name).name)
         if hasattr(module, "read_settings"):  # which has the flags of a sampler as well
             module.read_settings(arguments)
