@@ -9,9 +9,11 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -190,10 +192,10 @@ def training(shape: dict) -> None:
     threading.Thread(target=stop_later, args=(workdir, seconds), daemon=True).start()
     train.main([*where, "--training.steps", str(10**9), *shape["flags"]])
     step = newest_step(workdir)
-    emit({"step": step, **figures(workdir)})  # in case that the rest fails
+    size = write_weights(workdir, output)
+    emit({"step": step, **figures(workdir), "weights, MB": size / 1e6})  # should time run out
     train.main([*where, "--training.steps", str(step + max(1, int(COOLDOWN * step)))])
-    export.main(["--checkpoint", str(workdir), "--output", str(output)])
-    size = to_bfloat16(output / "model.safetensors")
+    size = write_weights(workdir, output)
     model = sedd.load(output)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.denoiser.params))
     texts = sorted((workdir / "samples").glob("*.txt"))
@@ -230,6 +232,15 @@ def figures(workdir: Path) -> dict[str, Any]:
             if name.startswith(("loss", "validation", *SPEEDS)) and value is not None:
                 found.setdefault(name, []).append(value)
     return {k: statistics.median(v) if k in SPEEDS else v[-1] for k, v in found.items()}
+
+
+def write_weights(workdir: Path, output: Path) -> int:
+    """Export the newest checkpoint in bfloat16, over an earlier export; returns the bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        export.main(["--checkpoint", str(workdir), "--output", folder])
+        size = to_bfloat16(Path(folder) / "model.safetensors")
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+    return size
 
 
 def to_bfloat16(path: Path) -> int:
