@@ -89,15 +89,13 @@ class Settings:
 
 
 def training_flags(settings: Settings, name: str, seed: int) -> list[str]:
-    """The flags of ``train.py`` for a model."""
+    """The flags of ``train.py`` for a model, beside those of ``trained``."""
     shared = {
         "config": ROOT / "configs" / "quickstart.py",
-        "workdir": settings.folder(name, seed),
         "seed": seed,
         "data.corpus": settings.corpus,
         "data.tokenizer": "characters",
         "data.length": settings.length,
-        "training.steps": settings.steps,
         "training.batch-size": settings.batch_size,
         "training.eval-every": settings.steps,  # only at the end
         "training.sample-every": None,
@@ -135,6 +133,16 @@ def command(name: str, flags: list[str], *, quiet: bool = False) -> None:
     code = subprocess.run(words, stdout=subprocess.DEVNULL if quiet else None).returncode
     if code:
         sys.exit(code)
+
+
+def trained(workdir: Path, flags: list[str], steps: int) -> None:
+    """Train a model to its last step with ``train.py``, as far as this is not done yet."""
+    command("train", [*flags, "--workdir", str(workdir), "--training.steps", str(steps)])
+    last = read_metrics(workdir)[-1]["step"]
+    if last < steps:
+        raise UserError(
+            f"{workdir} was stopped at step {last}; give the same command again to continue"
+        )
 
 
 def figures(settings: Settings, name: str) -> dict[str, Any]:
@@ -175,13 +183,7 @@ def main(settings: Settings) -> None:
         check_writable(settings.markdown, f"--markdown {settings.markdown}")
     runs = [(name, seed) for seed in range(settings.seeds) for name in settings.models]
     for run in runs:
-        command("train", training_flags(settings, *run))
-        last = read_metrics(settings.folder(*run))[-1]["step"]
-        if last < settings.steps:
-            where = settings.folder(*run)
-            raise UserError(
-                f"{where} was stopped at step {last}; give the same command again to continue"
-            )
+        trained(settings.folder(*run), training_flags(settings, *run), settings.steps)
     for run in runs:
         command("evaluate", evaluation_flags(settings, *run), quiet=True)
     rows = [figures(settings, name) for name in settings.models]

@@ -1,5 +1,6 @@
 """The benchmark scripts run, and their judge is the n-gram that it says it is."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import tiny_run
 from tiny_run import make_run
+
+from sedd.configuration.components import options, values
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -129,6 +132,52 @@ def test_tokenising_that_is_killed_ends_in_the_same_bytes(capsys, megabytes, kil
     if megabytes > 20:
         assert killed["kills"] == kills
         assert undisturbed["memory, MB"] < 1000
+
+
+def test_every_proposer_is_judged_beside_event_jump(tmp_path, monkeypatch, capsys):
+    speculative = importlib.import_module("speculative")
+    monkeypatch.setenv("SEDD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(tiny_run.text(400))
+    trunk = tiny_run.config("radd", corpus=str(tmp_path / "text.txt"))
+    kinds = {"judge": "ar", "any_subset": "any_subset", "diffusion": "radd", "head": "radd"}
+
+    def trained(workdir, flags, steps):
+        config = tiny_run.config(kinds[workdir.name], corpus=trunk.data.corpus)
+        if workdir.name == "head":
+            assert flags[-2:] == ["--init-from", str(tmp_path / "diffusion")]
+            network = options("networks", "causal_head", **values(config.network))
+            objective = options("objectives", "self_speculative")
+            config = dataclasses.replace(config, network=network, objective=objective)
+        make_run(workdir, config)
+
+    monkeypatch.setattr(speculative, "trained", trained)
+    settings = speculative.Settings(
+        workdir=tmp_path, num=4, batch_size=2, lookahead=(2,), verifications=(1,), event_jump=(2, 4)
+    )
+    speculative.main(settings)
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert rows[0]["calls"] is None
+    by_name = {row["texts"]: row for row in rows[1:]}
+    assert len(by_name) == len(rows) - 1 == 2 + 1 + 3 + 1 + 3
+    assert by_name["ordered, random"]["calls"] == 12
+    assert by_name["batch, K 2, random"]["calls"] == 12  # two calls for two tokens
+    assert by_name["event_jump, 2 steps"]["of event_jump"].lstrip("<").startswith("1.00 (")
+    for row in by_name.values():
+        assert row["tokens/call"] == pytest.approx(12 / row["calls"])
+        assert 0 < row["entropy"] < np.log(12)
+
+
+def test_calls_are_compared_at_the_same_nats():
+    """Of calls 8 and 32 with 3 and 1 nats: 2 nats are those of 16 calls."""
+    speculative = importlib.import_module("speculative")
+    jumps = [{"calls": 8, "nats": 3.0, "± nats": 0.0}, {"calls": 32, "nats": 1.0, "± nats": 0.0}]
+
+    def share(nats, error):
+        return speculative.share_of_calls({"calls": 4, "nats": nats, "± nats": error}, jumps)
+
+    assert share(2.0, 0.0) == "0.25 (0.25-0.25)"
+    assert share(2.0, 0.5) == "0.25 (0.12-0.50)"
+    assert share(0.5, 0.0) == "<0.12 (0.12-0.12)"
 
 
 def test_constrained_prints_a_row_a_pattern(capsys):
