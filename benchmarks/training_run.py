@@ -7,8 +7,8 @@ training loop runs on the embedded corpus and writes ``saves`` checkpoints. Its 
 - ``stall of a save, s``: how long a save blocks the loop after the steps are finished, at the
   median; the checkpoint itself is written in the background. ``in steps`` is the same in steps.
 - ``waiting for data``: the share of the run's time.
-- ``read and verify, s``, ``place, s``, ``compile and step, s``: the parts of resuming: reading the
-  checkpoint, copying it to the device, and compiling and running the first step.
+- ``read and verify, s``, ``compile and step, s``: the parts of resuming: reading the checkpoint
+  onto the device, and compiling and running the first step.
 
     python benchmarks/training_run.py
 """
@@ -144,12 +144,13 @@ def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
     del state
 
     begun = time.perf_counter()
-    restored = Checkpoints(workdir / "checkpoints").restore_latest(jax.eval_shape(make_state))
+    restored = Checkpoints(workdir / "checkpoints").restore_latest(
+        jax.eval_shape(make_state), parallel.shardings
+    )
     assert restored is not None
     assert restored.step == result.step
+    state = jax.block_until_ready(restored.state)
     read = time.perf_counter()
-    state = jax.block_until_ready(parallel.place(restored.state))
-    placed = time.perf_counter()
     jax.clear_caches()
     rebuilt = build_parallel(config, step)
     state, metrics = rebuilt(state, next(batch(start_step=restored.step)))
@@ -166,8 +167,7 @@ def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
         "in steps": float(np.median(stalls)) / typical,
         "waiting for data": waiting / took,
         "read and verify, s": read - begun,
-        "place, s": placed - read,
-        "compile and step, s": stepped - placed,
+        "compile and step, s": stepped - read,
     }
     report(
         "a training run beside its steps",

@@ -245,9 +245,12 @@ def load(
         step = checkpoints.best()
         if step is None:
             raise UserError(f"checkpoint {path}: none was validated, so there is no best one")
-    found, params = checkpoints.restore_step(step, abstract_params=expected)
-    model = Model(
-        denoiser=parts.denoiser(params),
+    shardings = None
+    if mesh is not None:
+        shardings = Placement.on(mesh, expected, parts.network.stacked).shardings(expected)
+    found, params = checkpoints.restore_step(step, abstract_params=expected, shardings=shardings)
+    return Model(
+        denoiser=parts.denoiser(jax.device_put(params) if mesh is None else params),
         parts=parts,
         config=config,
         tokenizer=tokenizer,
@@ -255,7 +258,6 @@ def load(
         step=found,
         train_counts=read_train_counts(path, tokenizer.num_tokens),
     )
-    return _placed(model, mesh)
 
 
 def _placed(model: Model, mesh: Mesh | None) -> Model:

@@ -18,6 +18,7 @@ from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.protocols import Protocol
 from sedd.evaluation.tables import detail_table
+from sedd.networks import mesh
 from sedd.samplers.euler import Euler
 from sedd.schedules import LogLinear
 from sedd.training import distributed
@@ -52,6 +53,19 @@ def test_what_a_loaded_model_says_of_itself(runs):
     assert radd.log_conditional(x_BL).shape == (2, 5, radd.process.num_tokens)
     # Parameters are on the device: numpy's would be sent there again at every call.
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(radd.denoiser.params))
+
+
+def test_a_run_is_loaded_straight_into_shards(runs, monkeypatch):
+    monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
+    monkeypatch.setattr(mesh.Placement, "place", None)  # it would start from whole arrays
+    whole = sedd.load(runs["radd"])
+    parts = sedd.load(runs["radd"], mesh=sedd.device_mesh(jax.devices()[:4], fsdp=4))
+    pairs = jax.tree.map(lambda *pair: pair, whole.denoiser.params, parts.denoiser.params)
+    shares = set()
+    for a, b in jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple)):
+        np.testing.assert_array_equal(a, b)
+        shares.add(b.size // b.addressable_shards[0].data.size)
+    assert shares == {1, 4}
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ from sedd.configuration.config import (
     with_component,
 )
 from sedd.errors import FieldError, UserError, did_you_mean, first_line, printable
-from sedd.training.checkpoint import quiet_orbax
 from sedd.training.distributed import leave_libtpu_alone
+from sedd.training.storage import quiet_orbax
 
 Command = TypeVar("Command")
 PROGRAMS_SIZE = 2**30  # bytes of compiled programs to keep in the cache folder

@@ -94,9 +94,9 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     parallel = build_parallel(config, step)
     make_state = partial(init_state, step.network, step.optimizer, config.seed)
     with Activity("making the first state"):
-        restored = checkpoints.restore_latest(jax.eval_shape(make_state))
+        restored = checkpoints.restore_latest(jax.eval_shape(make_state), parallel.shardings)
         if restored:
-            state = parallel.place(restored.state)
+            state = restored.state
         elif source is not None:
             params = source.denoiser.params
             expected = jax.eval_shape(parts.network.init, jax.random.key(0))

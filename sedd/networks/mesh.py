@@ -137,9 +137,17 @@ class Placement:
         """Devices of the mesh; a batch has a multiple of it."""
         return self.mesh.size
 
+    def shardings(self, params: Params) -> Any:
+        """Return where each parameter is to be; the parameters may be abstract."""
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec),
+            self._specs(params),
+            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        )
+
     def place(self, params: Params) -> Params:
         """Put the parts of whole parameters on the devices; these may share memory with them."""
-        shardings = self._shardings(params)
+        shardings = self.shardings(params)
         if jax.process_count() > 1:
             return jax.tree.map(put, params, shardings)
         return jax.device_put(params, shardings)
@@ -149,7 +157,7 @@ class Placement:
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             params,
-            self._shardings(params),
+            self.shardings(params),
         )
 
     def run(
@@ -203,13 +211,6 @@ class Placement:
     def _specs(self, params: Params) -> Any:
         axes = jax.tree.structure(params).unflatten(self.axes)
         return jax.tree.map(partition, params, axes)
-
-    def _shardings(self, params: Params) -> Any:
-        return jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec),
-            self._specs(params),
-            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-        )
 
     def _gathered(self, params: Params) -> Params:
         """Gather the parameters that are not stacked over layers."""

@@ -1,89 +1,62 @@
 """Checkpoints: written in the background, verified when read, never half visible.
 
-A checkpoint is a directory named after its step. It holds three trees of plain, unsharded arrays
-(``params``, ``ema_params``, ``training``), so it loads on any number of devices, and a JSON
-description: the name, type, shape and checksum of every array, the position of the data stream, and
-the sums of the log window that was open.
+A checkpoint is a directory named after its step. It holds three trees of arrays (``params``,
+``ema_params``, ``training``), a JSON description (the name, type and shape of every array, the
+position of the data stream, and the sums of the log window that was open), and the checksums of all
+shards. Each process writes the shards that its devices hold; any number of devices and processes
+can read them, and reads only its own.
 
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process
 that is killed leaves no partial checkpoint. Storage can still damage one. Every read therefore
 recomputes the checksums, which are of the arrays and not of files: they stay valid whatever files
-Orbax writes. A damaged checkpoint is reported, and an older one is used.
+Orbax writes. A damaged checkpoint is reported, and an older one is used. Several processes agree on
+that: what one of them finds, all of them act on.
 """
 
 import errno
-import functools
-import logging
 import os
 import re
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
-from sedd.errors import UserError, first_line, printable
+from sedd.errors import UserError, printable
 from sedd.training.named_arrays import (
     TREES,
-    checksums,
     json_checksum,
-    kind_of,
     kinds_of,
     named_leaves,
     nested,
-    require_same,
     state_like,
     trees_of,
 )
-from sedd.training.state import TrainState, to_host
+from sedd.training.reading import SUMS, BadCheckpointError, describe, load
+from sedd.training.state import TrainState
+from sedd.training.storage import shard_bytes, writable, writing
+from sedd.training.sums import ShardSums
 from sedd.types import Params
-
-# Parts of asyncio's messages about further arrays whose reads or writes failed after the first one,
-# or were interrupted by a signal.
-LEFT_OVER = ('"zarr3" driver', "in OCDBT database", "Task was destroyed but it is pending")
-
-
-@functools.cache  # once a process
-def quiet_orbax() -> None:
-    """Suppress the messages that Orbax prints beside the exception of a failed read or write.
-
-    Orbax logs one traceback per thread. The first error closes its event loop, and the arrays still
-    in progress then report errors through asyncio's log and ``sys.unraisablehook``. The exception
-    itself says all that a user needs. Only commands call this function: importing the package
-    changes nothing in the process.
-    """
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(
-        lambda record: not any(words in record.getMessage() for words in LEFT_OVER)
-    )
-    report = sys.unraisablehook
-
-    def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    sys.unraisablehook = hook
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """A checkpoint that was read and verified; the arrays of ``state`` are numpy arrays.
+    """A checkpoint that was read and verified.
 
-    ``data`` and ``pending`` are the states of the data loader and of the training loop.
+    ``data`` and ``pending`` are the states of the data loader and of the training loop. The arrays
+    of ``state`` are where ``restore_latest`` was told to put them, or numpy arrays.
     """
 
     state: TrainState
     step: int
     data: dict
     pending: dict
-
-
-class BadCheckpointError(Exception):
-    """A checkpoint cannot be read, or its content has changed; the message is the reason."""
 
 
 class Checkpoints:
@@ -107,6 +80,7 @@ class Checkpoints:
             raise UserError(f"{self.directory}: its name is no UTF-8; rename the directory")
         self.keep = keep
         self._writer: ocp.training.Checkpointer | None = None
+        self._largest = 0  # bytes of a shard that the writer is set up for
         self._saving: ocp.AsyncResponse[bool] | None = None
 
     def steps(self) -> list[int]:
@@ -126,7 +100,10 @@ class Checkpoints:
     def save(
         self, state: TrainState, *, data: dict, pending: dict, metric: float | None = None
     ) -> None:
-        """Copy the state and start to write it; a save in progress is completed first.
+        """Copy the local shards of the state and start to write them.
+
+        A save in progress is completed first. If there are several processes, all must call this
+        method together; no array is gathered.
 
         Args:
             state: the state; a step may donate it as soon as this method returns.
@@ -138,23 +115,21 @@ class Checkpoints:
             UserError: if this save or the one before cannot be written. Complete checkpoints stay.
         """
         self.wait()
-        trees = trees_of(to_host(state))
-        arrays = named_leaves(trees)
+        if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+            state = replace(state, key=jax.random.key_data(state.key))
+        trees = jax.tree.map(writable, trees_of(state))
         description = {
             "data": data,
             "pending": pending,
             "metric": metric,
-            "arrays": {
-                name: [*kind_of(array), checksum]
-                for (name, array), checksum in zip(
-                    arrays.items(), checksums(arrays.values()), strict=True
-                )
-            },
+            "arrays": kinds_of(trees),
         }
         try:
-            self._saving = self._open().save_checkpointables_async(
+            self._saving = self._open(
+                max(map(shard_bytes, jax.tree.leaves(trees)))
+            ).save_checkpointables_async(
                 int(state.step),
-                trees,
+                {**trees, SUMS: ShardSums(named_leaves(trees))},
                 force=True,
                 metrics=None if metric is None else {"metric": metric},
                 custom_metadata={"sedd": description, "crc32": json_checksum(description)},
@@ -176,22 +151,32 @@ class Checkpoints:
             except Exception as error:
                 raise self._failure(error) from error
 
-    def restore_latest(self, abstract_state: TrainState) -> Restored | None:
+    def restore_latest(
+        self, abstract_state: TrainState, shardings: Sharding | TrainState | None = None
+    ) -> Restored | None:
         """Read the newest undamaged checkpoint; returns None if there is no checkpoint.
 
-        ``abstract_state`` has the shapes and types of the state that is expected, from
-        ``jax.eval_shape``. Damaged checkpoints are reported on standard error and renamed to
-        ``<step>.bad``, so that they neither count as the newest nor are overwritten.
+        Damaged checkpoints are reported on standard error and renamed to ``<step>.bad``, so that
+        they neither count as the newest nor are overwritten. If there are several processes, all
+        must call this method together, and a checkpoint that is damaged for one is so for all.
+
+        Args:
+            abstract_state: the shapes and types of the state that is expected, from
+                ``jax.eval_shape``.
+            shardings: where to put the arrays, one sharding or a state of them (``shardings`` of
+                ``DataParallel`` and ``FullySharded``); each process then reads its own shards only.
+                None for whole numpy arrays.
 
         Raises:
-            UserError: if the checkpoint belongs to another configuration, or all are damaged.
+            UserError: if the checkpoint belongs to another configuration, all are damaged, or the
+                processes do not see the same checkpoints.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        expected = trees_of(abstract_state)
+        for step in reversed(self._common_steps()):
             try:
-                description = self._describe(step)
-                self._require_same(step, description, trees_of(abstract_state))
-                arrays = self._read(step, description, TREES)
+                description, arrays = load(
+                    self.path(step), TREES, expected, shardings, together=True
+                )
             except BadCheckpointError as bad:
                 self._set_aside(step, bad)
                 continue
@@ -215,15 +200,23 @@ class Checkpoints:
         return self.restore_step(step, ema=ema, abstract_params=abstract_params)[1]
 
     def restore_step(
-        self, step: int | None = None, *, ema: bool = True, abstract_params: Params | None = None
+        self,
+        step: int | None = None,
+        *,
+        ema: bool = True,
+        abstract_params: Params | None = None,
+        shardings: Sharding | Params | None = None,
     ) -> tuple[int, Params]:
-        """Read the parameters of a step, as nested dictionaries of numpy arrays.
+        """Read the parameters of a step, as nested dictionaries of arrays.
 
         Args:
             step: the step; by default that of the newest undamaged checkpoint. Damaged ones are
                 then reported on standard error.
             ema: read the averaged parameters (EMA), not those of the last update.
             abstract_params: shapes and types that the parameters must have.
+            shardings: where to put the arrays, one sharding or a tree of them. If there are several
+                processes, all must then call this method together; each reads its own shards only.
+                None for whole numpy arrays.
 
         Returns:
             The step and its parameters.
@@ -233,33 +226,37 @@ class Checkpoints:
                 damaged, or if its parameters differ from ``abstract_params``.
         """
         tree = "ema_params" if ema else "params"
-        steps = self.steps()
+        together = shardings is not None
+        steps = self._common_steps() if together else self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}")
         if step is not None and step not in steps:
             raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {steps}")
+        expected = {} if abstract_params is None else {tree: abstract_params}
         for candidate in reversed(steps) if step is None else [step]:
             try:
-                description = self._describe(candidate)
-                if abstract_params is not None:
-                    self._require_same(candidate, description, {tree: abstract_params})
-                arrays = self._read(candidate, description, (tree,))
+                _, arrays = load(
+                    self.path(candidate), (tree,), expected, shardings, together=together
+                )
             except BadCheckpointError as bad:
                 if step is not None:
                     raise UserError(f"checkpoint {self.path(step)} is bad: {bad}") from bad
-                _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
+                if not together or jax.process_index() == 0:
+                    _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
                 continue
             return candidate, nested(arrays)[tree]
         raise UserError(f"all checkpoints in {self.directory} are damaged")
 
-    def latest_good(self) -> int | None:
+    def latest_good(self, shardings: Sharding | TrainState | None = None) -> int | None:
         """Return the step of the newest undamaged checkpoint, or None if there is none.
 
-        Reads and verifies all arrays.
+        Reads and verifies all arrays. With ``shardings``, as in ``restore_latest``, each process
+        reads its own shards only, and all must call this method together.
         """
-        for step in reversed(self.steps()):
+        together = shardings is not None
+        for step in reversed(self._common_steps() if together else self.steps()):
             try:
-                self._read(step, self._describe(step), TREES)
+                load(self.path(step), TREES, {}, shardings, together=together)
             except BadCheckpointError:
                 continue
             return step
@@ -270,7 +267,7 @@ class Checkpoints:
         metrics = {}
         for step in self.steps():
             try:
-                metric = self._describe(step)["metric"]
+                metric = describe(self.path(step))["metric"]
             except BadCheckpointError:
                 continue
             if metric is not None:
@@ -284,8 +281,11 @@ class Checkpoints:
             self._writer.close()
             self._writer = None
 
-    def _open(self) -> ocp.training.Checkpointer:
-        """The Orbax checkpointer, made at the first save."""
+    def _open(self, largest: int) -> ocp.training.Checkpointer:
+        """The Orbax checkpointer, made at the first save; the largest shard has so many bytes."""
+        if largest > self._largest:
+            self.close()
+            self._largest = largest
         if self._writer is None:
             policies = ocp.training.preservation_policies
             best = policies.BestN(
@@ -299,6 +299,7 @@ class Checkpoints:
                 str(self.directory),
                 preservation_policy=kept,  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,
+                context=writing(self._largest),
             )
         return self._writer
 
@@ -322,57 +323,33 @@ class Checkpoints:
         """The newest checkpoint with a valid description; its arrays are not read."""
         for step in reversed(self.steps()):
             try:
-                self._describe(step)
+                describe(self.path(step))
             except BadCheckpointError:
                 continue
             return self.path(step)
         return None
 
-    def _describe(self, step: int) -> dict:
-        """Read and verify the description of a checkpoint; raises BadCheckpointError."""
-        try:
-            metadata: Any = ocp.checkpointables_metadata(str(self.path(step))).custom_metadata
-            description, checksum = metadata["sedd"], metadata["crc32"]
-        except Exception as error:  # a damaged file can raise any exception
-            raise BadCheckpointError(f"its description is unreadable ({_said(error)})") from error
-        if json_checksum(description) != checksum:
-            raise BadCheckpointError("its description has changed since it was written")
-        return description
+    def _common_steps(self) -> list[int]:
+        """The steps, which must be the same for all processes; raises UserError.
 
-    def _read(self, step: int, description: dict, trees: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Read some trees and verify every array; raises BadCheckpointError."""
-        try:
-            arrays = named_leaves(
-                {tree: ocp.load(str(self.path(step)), checkpointable_name=tree) for tree in trees}
-            )
-        except Exception as error:  # a damaged file can raise any exception
-            raise BadCheckpointError(f"its arrays are unreadable ({_said(error)})") from error
-        written = {
-            name: checksum
-            for name, (_, _, checksum) in description["arrays"].items()
-            if name.split("/")[0] in trees
-        }
-        if missing := written.keys() - arrays.keys():
-            raise BadCheckpointError(f"it lacks {min(missing)}")
-        arrays = {name: np.asarray(arrays[name]) for name in written}
-        for name, checksum in zip(arrays, checksums(arrays.values()), strict=True):
-            if checksum != written[name]:
-                raise BadCheckpointError(f"{name} has changed since it was written")
-        return arrays
-
-    def _require_same(self, step: int, description: dict, abstract_trees: dict) -> None:
-        """Raise UserError unless the checkpoint has the arrays of ``abstract_trees``."""
-        there = {
-            name: (dtype, shape)
-            for name, (dtype, shape, _) in description["arrays"].items()
-            if name.split("/")[0] in abstract_trees
-        }
-        require_same(f"checkpoint {self.path(step)}", there, kinds_of(abstract_trees))
+        Another run may be writing there, and a file system may show a new file late: processes that
+        differ look again twice.
+        """
+        for wait in (0, 1, 5):
+            time.sleep(wait)
+            steps = self.steps()
+            if jax.process_count() == 1:
+                return steps
+            digests = multihost_utils.process_allgather(np.uint32(json_checksum(steps)))
+            if len(set(np.asarray(digests).tolist())) == 1:
+                return steps
+        raise UserError(
+            f"{self.directory}: process {jax.process_index()} sees the checkpoints {steps} there, "
+            "and another process sees others; all must see the same directory"
+        )
 
     def _set_aside(self, step: int, bad: BadCheckpointError) -> None:
         """Rename a damaged checkpoint to ``<step>.bad``, or ``.bad2`` and so on, and report it."""
-        if jax.process_count() > 1:  # the others may still be reading it
-            multihost_utils.sync_global_devices(f"set checkpoint {step} aside")
         if jax.process_index() == 0:
             aside = self.path(step).with_suffix(".bad")
             number = 2
@@ -395,10 +372,6 @@ def find_checkpoints(path: str | Path) -> Checkpoints:
         if checkpoints.steps():
             return checkpoints
     raise UserError(f"no checkpoint in {path}")
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _say(message: str) -> None:

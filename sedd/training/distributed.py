@@ -13,9 +13,12 @@ import time
 from importlib.util import find_spec
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sedd.errors import UserError, first_line
 
+MESSAGE_BYTES = 512  # of a message that processes tell each other
 HEARTBEAT_SECONDS = 30  # of silence after which a peer counts as dead; JAX's default is 100
 CONNECT_SECONDS = 120
 GONE = (
@@ -157,3 +160,26 @@ def _await(coordinator: str, seconds: float) -> None:
                     f"({error.strerror or error}); is process 0 running, and the port open?"
                 ) from error
             time.sleep(0.5)
+
+
+def first_message(message: str | None) -> str | None:
+    """Return the message of the first process that has one; all processes call this together.
+
+    Args:
+        message: this process's message; None for none.
+
+    Returns:
+        The same message in all processes, with the number of the process unless all say the same.
+        None if no process has a message.
+    """
+    if jax.process_count() == 1:
+        return message
+    mine = np.zeros(MESSAGE_BYTES, np.uint8)
+    spelt = np.frombuffer((message or "").encode()[:MESSAGE_BYTES], np.uint8)
+    mine[: len(spelt)] = spelt
+    rows = np.asarray(multihost_utils.process_allgather(mine))
+    for process, row in enumerate(rows):
+        if row.any():
+            said = row.tobytes().rstrip(b"\0").decode(errors="replace")
+            return said if (rows == row).all() else f"{said}, in process {process}"
+    return None

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from sedd.errors import FieldError, UserError
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.metrics import Metrics, ProgressReport, plot_curves
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.signals import stop_requests
-from sedd.training.state import TrainState, to_host
+from sedd.training.state import TrainState, first_not_finite
 from sedd.training.tally import Clock, Profile, Skips, Window
 from sedd.types import Params
 
@@ -336,13 +335,10 @@ class _Loop:
         """Start to write a checkpoint; raises TrainingDiverged if a parameter is not finite."""
         if self.metrics is not None:
             self.metrics.check()  # if the directory is gone, do not make it anew with a part only
-        host = to_host(state)
-        for path, array in jax.tree_util.tree_flatten_with_path(host)[0]:
-            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise self.diverged(step, name, float(array[~np.isfinite(array)].flat[0]))
+        if (wild := first_not_finite(state)) is not None:
+            raise self.diverged(step, *wild)
         self.run.checkpoints.save(
-            host,
+            state,
             data=self.run.batches.state(),
             pending={
                 "window": dict(vars(self.window)),
@@ -391,7 +387,7 @@ class _Loop:
     def diverged(self, step: int, name: str, value: float) -> TrainingDiverged:
         """Make the exception, which names the last undamaged checkpoint."""
         self.run.checkpoints.wait()
-        good = self.run.checkpoints.latest_good()
+        good = self.run.checkpoints.latest_good(self.run.parallel.shardings)
         place = "no checkpoint was written before"
         if good is not None:
             place = f"the last good checkpoint is {self.run.checkpoints.path(good)}"

@@ -7,13 +7,12 @@ messages all use these names.
 
 import json
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Sharding
 
 from sedd.errors import UserError
 from sedd.training.state import TrainState, from_host
@@ -53,16 +52,17 @@ def trees_of(state: TrainState) -> dict[str, Any]:
     """Return the trees of a checkpoint as nested dictionaries of arrays.
 
     The random key is replaced by its uint32 data, since a checkpoint holds plain arrays. The state
-    may be abstract.
+    may be abstract, or a state of shardings.
     """
-    if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
-        state = replace(state, key=jax.eval_shape(jax.random.key_data, state.key))
+    key = state.key
+    if not isinstance(key, Sharding) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        state = replace(state, key=jax.eval_shape(jax.random.key_data, key))
     training = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
     trees = {"params": state.params, "ema_params": state.ema_params, "training": training}
     return nested(named_leaves(trees))
 
 
-def state_like(abstract_state: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
+def state_like(abstract_state: TrainState, arrays: dict[str, Any]) -> TrainState:
     """Return a state of the structure of ``abstract_state`` with the named ``arrays``."""
 
     def fill(tree, prefix):
@@ -109,21 +109,6 @@ def kind_of(array) -> tuple[str, list[int]]:
 
 def _spelt(kind: tuple[str, list[int]] | None) -> str:
     return "absent" if kind is None else f"{kind[0]}{list(kind[1])}"
-
-
-def checksums(arrays) -> list[int]:
-    """Return the CRC-32 of the bytes of each array.
-
-    They are computed in threads: a large state takes seconds, and zlib releases the interpreter's
-    lock.
-    """
-    with ThreadPoolExecutor() as pool:
-        return list(
-            pool.map(
-                lambda x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data),
-                arrays,
-            )
-        )
 
 
 def json_checksum(value: Any) -> int:

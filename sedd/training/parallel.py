@@ -1,8 +1,9 @@
 """The training step on many devices: each holds a copy of the state, or a part of it.
 
 ``DataParallel`` and ``FullySharded`` have the same methods and run the same ``Step``. ``init`` or
-``place`` puts a state on the devices, a call runs one step, and ``for_evaluation`` gives parameters
-that other programs can use.
+``place`` puts a state on the devices, and so does ``Checkpoints.restore_latest`` with
+``shardings``; a call runs one step, and ``for_evaluation`` gives parameters that other programs can
+use.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class DataParallel:
         self.num_devices = len(devices)
         self.accumulate = accumulate
         self._num_local = len(local)
-        self._replicated = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec())
+        self.shardings = NamedSharding(Mesh(np.asarray(local), (AXIS,)), PartitionSpec())
         self._mesh = device_mesh(devices)
         self.run = jax.pmap(
             partial(step, axis_name=AXIS),
@@ -60,11 +61,11 @@ class DataParallel:
 
     def init(self, make: Callable[[], TrainState]) -> TrainState:
         """Return the state that ``make`` returns, computed directly on every local device."""
-        return jax.jit(make, out_shardings=self._replicated)()
+        return jax.jit(make, out_shardings=self.shardings)()
 
     def place(self, state: TrainState) -> TrainState:
         """Copy a state to every local device; a step may donate the copy."""
-        return _placed(state, jax.tree.map(lambda _: self._replicated, state))
+        return _placed(state, jax.tree.map(lambda _: self.shardings, state))
 
     def for_evaluation(self, params: Params) -> Params:
         """Return parameters of a placed state on a mesh; valid until a step donates them.

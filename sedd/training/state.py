@@ -1,13 +1,12 @@
 """The training state: parameters, their average, the optimizer's state, and the random key."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from sedd.networks.base import Network
 from sedd.types import Array, Float, Int, Key, Params
@@ -83,34 +82,36 @@ def update_ema(ema_params: Params, params: Params, n: Int[Array, ""], decay: flo
     return jax.tree.map(lambda ema, new: ema + fresh * (new - ema), ema_params, params)
 
 
-def one_replica(tree: Any) -> Any:
-    """Return the first local replica of replicated arrays, without a copy.
+def first_not_finite(state: TrainState) -> tuple[str, float] | None:
+    """Return the name of the first array with a value that is not finite, and such a value.
 
-    The result shares the memory of the arrays, and is invalid after a step has donated them.
+    The arrays are examined on the devices that hold them; if several processes hold parts of them,
+    all must call this function together. Returns None if all values are finite.
     """
-    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    for name, extremes in zip(
+        arrays, jax.device_get(_extremes(list(arrays.values()))), strict=True
+    ):
+        for value in map(float, extremes):
+            if not math.isfinite(value):
+                return name, value
+    return None
 
 
-def to_host(state: TrainState) -> TrainState:
-    """Copy the whole state to numpy arrays; the key becomes its uint32 data.
+@jax.jit
+def _extremes(arrays: list[Array]) -> list[tuple[Array, Array]]:
+    """The largest and the smallest value of each array, or twice nan if it has a nan.
 
-    If several processes hold parts of the state, all of them must call this function together.
+    These are reductions without an intermediate array, which a test of each value would need on a
+    CPU.
     """
-    if jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key):
-        state = replace(state, key=jax.random.key_data(state.key))
-    return jax.tree.map(lambda x: whole_on_host(x) if isinstance(x, jax.Array) else x, state)
-
-
-def whole_on_host(x: jax.Array) -> np.ndarray:
-    """Copy a whole array to numpy; if several processes hold parts, all must call it together."""
-    # On a CPU, np.asarray would be a view of the device's memory, which the next step overwrites.
-    if x.is_fully_replicated:
-        return np.array(x.addressable_data(0))
-    if x.is_fully_addressable:
-        return np.array(x)
-    return np.array(multihost_utils.process_allgather(x, tiled=True))
+    return [(jnp.max(x), jnp.min(x)) for x in arrays]
 
 
 def from_host(state: TrainState) -> TrainState:
-    """Undo ``to_host``: restore the key; all other arrays stay in numpy."""
+    """Restore the key of a state from its uint32 data; all other arrays stay what they are."""
     return replace(state, key=jax.random.wrap_key_data(jnp.asarray(state.key)))

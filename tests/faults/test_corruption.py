@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 from faults.campaign import CORRUPTIONS, chance
-from training.training_toy import ADAMW, setup
+from training.training_toy import ADAMW, setup, to_host
 
 from sedd.training.checkpoint import Checkpoints
-from sedd.training.state import to_host
 
 DATA, PENDING = {"next_step": 3}, {"window": {"loss": 0.1 + 0.2}, "held": None}
 

@@ -84,8 +84,11 @@ class Run:
 
     def description(self) -> dict:
         """Of the newest checkpoint: where the data stand, and every array's checksum."""
-        path = self.checkpoints.path(self.newest()) / "_CHECKPOINT_METADATA"
-        return json.loads(path.read_text())["custom_metadata"]["sedd"]
+        path = self.checkpoints.path(self.newest())
+        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        sums = json.loads((path / "checksums" / "process_0.json").read_text())["sums"]
+        assert sums.keys() == metadata["sedd"]["arrays"].keys()
+        return metadata["sedd"] | {"sums": sums}
 
 
 def until(process, happened, seconds=600.0):

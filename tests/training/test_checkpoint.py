@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_toy import ADAMW, Toy, ToyBatches, setup
+from orbax.checkpoint import v1 as ocp
+from training_toy import ADAMW, Toy, ToyBatches, setup, to_host
 
 from sedd.errors import UserError
-from sedd.training.checkpoint import Checkpoints, find_checkpoints, quiet_orbax
-from sedd.training.state import to_host
+from sedd.training.checkpoint import Checkpoints, find_checkpoints
+from sedd.training.named_arrays import json_checksum, kind_of, named_leaves, trees_of
+from sedd.training.storage import quiet_orbax
+from sedd.training.sums import crc32
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -231,6 +234,29 @@ def test_parameters_of_another_run_start_a_new_one(tmp_path, state, abstract):
         find_checkpoints(tmp_path).restore_params(abstract_params=other)
     with pytest.raises(UserError, match=r"no checkpoint of step 9 .* there are \[3, 4\]"):
         find_checkpoints(tmp_path).restore_params(9)
+
+
+def test_a_checkpoint_of_an_older_version_is_read_and_verified(tmp_path, state, abstract):
+    """It has numpy arrays, and the CRC-32 of each whole array in the description."""
+    trees = trees_of(state)
+    arrays = {name: [*kind_of(array), crc32(array)] for name, array in named_leaves(trees).items()}
+    description = {"data": DATA, "pending": PENDING, "metric": None, "arrays": arrays}
+
+    def write(step, description):
+        checksum = json_checksum(description)
+        with ocp.training.Checkpointer(str(tmp_path)) as writer:
+            metadata = {"sedd": description, "crc32": checksum}
+            writer.save_checkpointables(step, trees, custom_metadata=metadata)
+
+    write(2, description)
+    arrays["params/mix"][2] ^= 1
+    write(3, description)
+    assert Checkpoints(tmp_path).latest_good() == 2
+    parallel = setup(ADAMW, devices=4, fsdp=2)[1]
+    restored = Checkpoints(tmp_path).restore_latest(abstract, parallel.shardings)
+    assert (restored.step, restored.data) == (2, DATA)
+    assert_equal(restored.state, state)
+    assert (tmp_path / "3.bad").is_dir()
 
 
 def test_the_description_is_plain_json(tmp_path, state):

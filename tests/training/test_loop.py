@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import training_toy
 from tiers import nightly
-from training_toy import ADAMW, Toy, ToyBatches, fake_validation, records, run
+from training_toy import ADAMW, Toy, ToyBatches, fake_validation, records, run, to_host
 
 from sedd.errors import UserError
 from sedd.objectives.t_dce import TDCE
@@ -23,7 +23,6 @@ from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, TrainingDiverged, stop_requests
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import OptimizerOptions
-from sedd.training.state import to_host
 
 STEPS = 60
 

@@ -28,12 +28,17 @@ EACH = Cadence(log_every=1, eval_every=None, checkpoint_every=25)
 
 
 def start(workdir, steps, fsdp):
+    return start_two(SCRIPT, workdir, steps, fsdp)
+
+
+def start_two(script, *arguments):
+    """Two processes with two devices each: ``script ID PORT ARGUMENTS``."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(i), str(port), workdir, str(steps), str(fsdp)],
+            [sys.executable, script, str(i), str(port), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_toy import ADAMW, BATCH, SGD, L, N, Toy, ToyBatches, history, objective, setup
+from training_toy import (
+    ADAMW,
+    BATCH,
+    SGD,
+    L,
+    N,
+    Toy,
+    ToyBatches,
+    history,
+    objective,
+    setup,
+    to_host,
+)
 
 from sedd.errors import UserError
 from sedd.networks import mesh
@@ -18,7 +30,7 @@ from sedd.training.optimizer import (
     make_schedule,
 )
 from sedd.training.parallel import DataParallel, check_batch_size
-from sedd.training.state import ema_decay_at, from_host, init_state, to_host, update_ema
+from sedd.training.state import ema_decay_at, from_host, init_state, update_ema
 from sedd.training.step import Step, keep_if_finite, sum_over_devices
 
 

@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -17,18 +17,20 @@ import numpy as np
 
 from sedd.errors import UserError
 from sedd.networks.base import Network
+from sedd.networks.mesh import on_host
 from sedd.networks.shard import whole
 from sedd.objectives.t_dce import TDCE
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.schedules import LogLinear
-from sedd.training.checkpoint import Checkpoints, quiet_orbax
+from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import init_state
 from sedd.training.step import Step
+from sedd.training.storage import quiet_orbax
 
 N, L, BATCH = 6, 8, 8
 SGD = OptimizerOptions(name="sgd", learning_rate=0.02, warmup_steps=0, ema_decay=0.99)
@@ -91,6 +93,13 @@ class ToyBatches:
 
     def state(self):
         return {"next_step": self.next_step}
+
+
+def to_host(state):
+    """The whole state as numpy arrays, the key as its data; processes call it together."""
+    if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+        state = replace(state, key=jax.random.key_data(state.key))
+    return jax.tree.map(np.array, on_host(state))
 
 
 def objective():
@@ -166,8 +175,8 @@ def run(
     )
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep)
     abstract = jax.eval_shape(lambda: state)
-    restored = checkpoints.restore_latest(abstract)
-    state = parallel.place(restored.state if restored else state)
+    restored = checkpoints.restore_latest(abstract, parallel.shardings)
+    state = restored.state if restored else parallel.place(state)
     batches = batches or ToyBatches()
     batches.next_step = int(state.step)
     run = Run(
