@@ -15,7 +15,7 @@ from training_toy import ADAMW, Toy, setup
 from sedd.errors import UserError
 from sedd.networks import mesh
 from sedd.training.checkpoint import Checkpoints
-from sedd.training.distributed import Processes, connect
+from sedd.training.distributed import connect
 from sedd.training.named_arrays import named_leaves
 from sedd.training.storage import quiet_orbax
 from sedd.training.sums import host_shards
@@ -85,8 +85,5 @@ def main(place: Path) -> None:
 if __name__ == "__main__":
     process_id, port, place = sys.argv[1:]
     quiet_orbax()
-    connect(
-        Processes(coordinator=f"localhost:{port}", num_processes=2, process_id=int(process_id)),
-        seconds=60,
-    )
+    connect(f"localhost:{port}", 2, int(process_id), seconds=60)
     main(Path(place))
