@@ -36,7 +36,13 @@ install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype")._
 
 # The files that take longest start first, so that workers end at the same time.
 LONGEST = (
-    *("test_compile_check", "test_sampling", "test_sample_command", "test_searches"),
+    *(
+        "test_device_campaign",
+        "test_compile_check",
+        "test_sampling",
+        "test_sample_command",
+        "test_searches",
+    ),
     *("test_end_to_end", "test_loop", "test_conditional_laws", "test_spans", "test_multiprocess"),
     *("test_event_jump", "test_tau_leaping", "test_step", "test_model", "test_benchmarks"),
     *("test_conformance", "test_noise", "test_kills", "test_known_entropy", "test_bound"),

@@ -8,15 +8,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import sedd
+from sedd.commands import train
+from sedd.commands.cli import parse_config
+from sedd.configuration.build import build_parts
 
 DEVICE = Path(__file__).parents[1] / "benchmarks" / "device"
 
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(DEVICE.parent))
     monkeypatch.syspath_prepend(str(DEVICE))
 
 
@@ -115,3 +120,14 @@ def test_wheels_are_those_of_the_lock_without_jax(version):
     lines = wheels.locked(version)
     assert all("==" in lines[name] and " --hash=sha256:" in lines[name] for name in wheels.NAMES)
     assert {"jax", "jaxlib", "numpy", "scipy"}.isdisjoint(wheels.NAMES)
+
+
+def test_the_weights_of_the_run_fit_into_16_mb():
+    module, stages = (importlib.import_module(name) for name in ("campaign", "stages"))
+    flags = ["--workdir", "run", *module.RUN.split()]
+    config = parse_config(flags, train.TrainCommand, "").config
+    network = build_parts(config, num_tokens=4096).network
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    size = 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert 0.8 * stages.WEIGHTS_BYTES < size < 0.95 * stages.WEIGHTS_BYTES
+    assert stages.OBJECTIVES.keys() == set(module.MODELS)

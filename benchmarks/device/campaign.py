@@ -190,8 +190,8 @@ def rows_of(stages: list[dict], name: str, key: str) -> dict[Any, dict]:
     return {r[key]: r for stage in stages if stage["stage"] == name for r in stage["rows"]}
 
 
-def cell(value: Any, scale: float = 1.0, form: str = ".3g") -> str:
-    """A figure for a table, or that it was not measured."""
+def cell(value: float | None, scale: float = 1, form: str = ".3g") -> str:
+    """A figure times ``scale``, for a table; None as "not measured"."""
     return "not measured" if value is None else format(value * scale, form)
 
 
@@ -279,7 +279,9 @@ def training_table(stages: list[dict]) -> list[str]:
         return ["Training run: not measured."]
     texts = rows[-1].get("samples")
     lines = ["| training run | figure |", "|---|--:|"]
-    lines += [f"| {k} | {cell(v, form='.6g')} |" for k, v in rows[-1].items() if k != "samples"]
+    figures = {name: value for name, value in rows[-1].items() if name != "samples"}
+    for name, value in figures.items():
+        lines.append(f"| {name} | {cell(value, 1, ',d' if isinstance(value, int) else '.5g')} |")
     return [*lines, *(["", "```", texts.strip(), "```"] if texts else [])]
 
 
