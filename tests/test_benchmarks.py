@@ -262,6 +262,20 @@ def test_the_training_run_beside_its_steps(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_takes_little_more_memory_than_the_local_shards(capsys, processes):
+    """Of 50 million parameters; without a bound on the writes it would take 1.7 times as much."""
+    saving = importlib.import_module("saving")
+    saving.main(saving.Settings(processes=processes))
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert [row["process"] for row in rows] == list(range(processes))
+    for row in rows:
+        assert row["parameters"] > 49e6
+        assert row["local MB"] == pytest.approx(16 * row["parameters"] / 1e6 / processes, rel=0.01)
+        assert 0.9 < row["of local"] < 1.3
+
+
+@pytest.mark.nightly
 def test_scaling_reads_what_devices_hold_and_send(monkeypatch, capsys):
     scaling = importlib.import_module("scaling")
     monkeypatch.setattr(scaling, "simulate", lambda number: None)  # the tests have four already

@@ -19,6 +19,7 @@ from sedd.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
+SCRIPT = Path(__file__).with_name("train_in_parts.py")
 EVERY = 2  # steps between checkpoints: most moments are near one that is being written
 STEPS = 20 * (KILLS + SIGNALS)
 FLAGS = [
@@ -27,6 +28,7 @@ FLAGS = [
     *("--optimizer.warmup-steps", "2", "--training.steps", STEPS, "--training.log-every", "7"),
     *("--training.eval-every", "20", "--training.sample-every", "None"),
     *("--training.checkpoint-every", EVERY, "--evaluation.max-sequences", "8"),
+    *("--training.parallel", "fsdp"),
     *("--evaluation.batch-size", "8", "--evaluation.draws", "4", "--sampler.steps", "2"),
 ]
 SPEEDS = (
@@ -39,7 +41,7 @@ SPEEDS = (
 
 @dataclass(kw_only=True)
 class Run:
-    """``train.py`` in a process of its own, in ``place/name``."""
+    """``train.py`` in a process of its own with two devices, in ``place/name``."""
 
     place: Path
     name: str
@@ -50,7 +52,7 @@ class Run:
         self.checkpoints = Checkpoints(self.workdir / "checkpoints")
 
     def start(self) -> subprocess.Popen:
-        command = [sys.executable, "train.py", *FLAGS, "--data.corpus", self.place / "text.txt"]
+        command = [sys.executable, SCRIPT, *FLAGS, "--data.corpus", self.place / "text.txt"]
         return subprocess.Popen(
             [str(part) for part in [*command, "--workdir", self.workdir]],
             cwd=ROOT,
@@ -59,6 +61,8 @@ class Run:
             text=True,
             env={
                 **os.environ,
+                "JAX_NUM_CPU_DEVICES": "2",
+                "PYTHONPATH": str(ROOT),
                 "SEDD_CACHE": str(self.place / f"{self.name}-cache"),
                 # A kill may leave a part of a program, which is not to stay for other tests.
                 "JAX_COMPILATION_CACHE_DIR": str(self.place / "programs"),
@@ -88,6 +92,7 @@ class Run:
         metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
         sums = json.loads((path / "checksums" / "process_0.json").read_text())["sums"]
         assert sums.keys() == metadata["sedd"]["arrays"].keys()
+        assert any(len(shards) == 2 for shards in sums.values())
         return metadata["sedd"] | {"sums": sums}
 
 
