@@ -207,8 +207,9 @@ def load(
         step: which checkpoint of a run: a training step, or ``"best"`` for the lowest validation
             bound. Default: the newest one that is complete.
         mesh: the devices on which to evaluate and sample, from ``sedd.device_mesh``. With several
-            processes all of them make the same calls. By default one device samples, and
-            evaluations copy the parameters to all devices of the process.
+            processes all of them make the same calls. The parameters of a run are read straight
+            into the parts that its devices hold. By default one device samples, and evaluations
+            copy the parameters to all devices of the process.
 
     Raises:
         UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration;

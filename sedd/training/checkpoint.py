@@ -124,10 +124,9 @@ class Checkpoints:
             "metric": metric,
             "arrays": kinds_of(trees),
         }
+        largest = max(map(shard_bytes, jax.tree.leaves(trees)))
         try:
-            self._saving = self._open(
-                max(map(shard_bytes, jax.tree.leaves(trees)))
-            ).save_checkpointables_async(
+            self._saving = self._open(largest).save_checkpointables_async(
                 int(state.step),
                 {**trees, SUMS: ShardSums(named_leaves(trees))},
                 force=True,
