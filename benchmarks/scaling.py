@@ -17,7 +17,7 @@ import dataclasses
 import jax
 from report import report, start
 
-from sedd.commands.compile_check import compile_step
+from sedd.commands.compile_check import compile_for
 from sedd.commands.cpu import prepare_cpu
 from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions, TrainingOptions
@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
                 ),
                 training=TrainingOptions(batch_size=settings.sequences * number, parallel=parallel),
             )
-            compiled = compile_step(config, settings.num_tokens, jax.devices()[:number])
+            compiled = compile_for("train", config, settings.num_tokens, jax.devices()[:number])
             row = {
                 "parallel": parallel,
                 "devices": number,

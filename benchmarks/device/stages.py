@@ -31,7 +31,6 @@ import sampling
 import train_step
 
 import sedd
-from sedd.commands import export, train
 from sedd.configuration.build import build_sampler
 from sedd.schedules import LogLinear
 from sedd.training.checkpoint import find_checkpoints
@@ -181,6 +180,8 @@ def training(shape: dict) -> None:
     hence at the end of the schedule of the learning rate; then it validates and draws texts. The
     weights are written in bfloat16, in RADD's layout.
     """
+    from sedd.commands import train  # the other stages start sooner without it
+
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # outside of the loop a signal would lose the run
     workdir, output = Path(shape["workdir"]), Path(shape["output"]) / "model"
     if importlib.util.find_spec("matplotlib") is None:
@@ -236,6 +237,8 @@ def figures(workdir: Path) -> dict[str, Any]:
 
 def write_weights(workdir: Path, output: Path) -> int:
     """Export the newest checkpoint in bfloat16, over an earlier export; returns the bytes."""
+    from sedd.commands import export
+
     with tempfile.TemporaryDirectory() as folder:
         export.main(["--checkpoint", str(workdir), "--output", folder])
         size = to_bfloat16(Path(folder) / "model.safetensors")
