@@ -79,8 +79,8 @@ class DataOptions:
     cache_dir: str = field(default_factory=default_cache_dir)
     """Where downloads and packed tokens are kept."""
     workers: int | None = None
-    """Threads, and for long text processes, that tokenise; by default one for each core, at most
-    16. The tokens do not depend on it."""
+    """How many threads tokenise, and how many processes if the text is long; by default one for
+    each core, at most 16. The tokens do not depend on it."""
 
     def __post_init__(self):
         if self.length < 1:

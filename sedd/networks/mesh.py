@@ -146,7 +146,7 @@ class Placement:
         )
 
     def place(self, params: Params) -> Params:
-        """Put the parts of whole parameters on the devices; these may share memory with them."""
+        """Put the parts of whole parameters on the devices; the result may share their memory."""
         shardings = self.shardings(params)
         if jax.process_count() > 1:
             return jax.tree.map(put, params, shardings)
@@ -170,8 +170,9 @@ class Placement:
     ) -> Any:
         """Call ``function(params, shared, rows)`` on every device with its part of the sequences.
 
-        Inside, split parameters are ``Shard``s if they are stacked over layers, and are gathered a
-        layer at a time, in each network call. All others are gathered once before the call.
+        Inside, split parameters that are stacked over layers are ``Shard``s: each network call
+        gathers them a layer at a time. All other split parameters are gathered once, before
+        ``function`` runs.
 
         Network calls are then collective: the devices of a copy must make equally many, in the same
         order. Loops whose number of rounds depends on the sequences ask ``Denoiser.anywhere``.
@@ -201,11 +202,11 @@ class Placement:
         )(params, shared, rows)
 
     def spread(self, rows: Any) -> Any:
-        """Place arrays with a row for each sequence; every process has all of them."""
+        """Split arrays by sequence, their first axis; each process passes the rows of all."""
         return _distribute(rows, NamedSharding(self.mesh, SEQUENCES))
 
     def replicate(self, shared: Any) -> Any:
-        """Place arrays that every device sees whole; every process has them."""
+        """Copy whole arrays to every device; each process passes the same arrays."""
         return _distribute(shared, NamedSharding(self.mesh, PartitionSpec()))
 
     def _specs(self, params: Params) -> Any:

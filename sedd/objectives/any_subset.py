@@ -42,10 +42,10 @@ class AnySubset(DenoisingCrossEntropy):
     """Upper end of the rates, in (0, 1]. Beside the L rows of content the network gets ⌈r·L⌉ query
     rows, rounded up to an even number but at most L; r is the larger of max_rate and start_rate."""
     start_rate: float | None = None
-    """The rate of all sequences before the first update, in (0, 1]; from there both ends move
+    """The rate of all sequences in the first step, in (0, 1]; from there both ends move
     linearly. None starts with the final range."""
     ramp: int = 0
-    """Updates until the rates have their final range; goes with start_rate."""
+    """Steps until the rates have their final range; goes with start_rate."""
     order: Order = "forward"
     """Order of the generated positions. forward: from left to right, one order for each prompt (the
     binary lattice of arXiv:2205.13554). random: uniformly random, which is harder to learn."""

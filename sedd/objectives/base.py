@@ -114,7 +114,7 @@ class Objective(ABC):
         x0_BL: Int[Array, "B L"],
         scored_BL: Bool[Array, "B L"],
     ) -> Corrupted:
-        """``corrupt`` in training, after ``step`` updates.
+        """``corrupt`` in training, after ``step`` steps, those with a skipped update included.
 
         It differs from ``corrupt`` only in an objective that changes while the model is trained.
         """

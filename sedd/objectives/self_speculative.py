@@ -21,6 +21,9 @@ class SelfSpeculative(DenoisingCrossEntropy):
     revealed first, and their tokens are always visible. If the trunk is not frozen, its own loss is
     added: the same sum with the trunk's p(x0_σ(j) | x0_σ(1), …, x0_σ(i)), which is k_dce.
     arXiv:2510.03929.
+
+    The mean of the causal head's part is no bound on -log p(x0): each number i counts equally, and
+    many revealed tokens make the others easy.
     """
 
     trains_causal_head = True

@@ -210,7 +210,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedSampler(Sampler):
-    """A sampler that proceeds in rounds of one network call (0 to 2 with ``speculative``).
+    """A sampler that proceeds in rounds of at most one network call (two with ``speculative``).
 
     Calling the sampler runs ``start``, and then ``advance`` while any sequence is ``active``.
     """

@@ -39,8 +39,8 @@ class Speculative(SteppedSampler):
     """Draft ``lookahead`` positions at once, verify them together, and keep those that hold.
 
     The law is that of ``ordered`` at one position a call: the product of the model's conditionals
-    in the order. A round drafts the next positions independently of each other, and computes the
-    conditional of each given the drafts before it. A draft d with draft probability p(d) and
+    in the order. A round drafts the next positions, independently of each other unless ``draft`` is
+    ngram, and computes the conditional of each given the drafts before it. A draft d with draft probability p(d) and
     conditional q(d) is accepted with probability min(1, q(d) / p(d)). The first draft that is
     rejected is replaced by a draw from max(q - p, 0), normalised, and those after it are discarded.
 

@@ -3,8 +3,8 @@
 A checkpoint is a directory named after its step. It holds three trees of arrays (``params``,
 ``ema_params``, ``training``), a JSON description (the name, type and shape of every array, the
 position of the data stream, and the sums of the log window that was open), and the checksums of all
-shards. Each process writes the shards that its devices hold; any number of devices and processes
-can read them, and reads only its own.
+shards. Each process writes the shards that its devices hold. A checkpoint can be read by any number
+of devices and processes, each of which reads only the parts that its own devices are to hold.
 
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a process
 that is killed leaves no partial checkpoint. Storage can still damage one. Every read therefore

@@ -45,8 +45,8 @@ class OptimizerOptions:
     """A gradient with a larger global norm is scaled down to this norm; None for no clipping. It is
     the gradient of the nats of a sequence, averaged over the batch, not of nats per token."""
     ema_decay: float = 0.9999
-    """Decay of the averaged parameters (EMA), which are validated and sampled; at update n it is at
-    most (1 + n)/(10 + n)."""
+    """Decay of the averaged parameters (EMA), which are validated and sampled; in step n of the
+    run, skipped ones counted, it is at most (1 + n)/(10 + n)."""
 
     def __post_init__(self):
         for field, choices in (

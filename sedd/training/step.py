@@ -37,7 +37,8 @@ class Step:
         network: the network.
         objective: the loss and its corruption.
         optimizer: the optimizer.
-        ema_decay: decay of the averaged parameters; at update n it is at most (1 + n)/(10 + n).
+        ema_decay: decay of the averaged parameters; in step n of the run, skipped ones counted, it
+            is at most (1 + n)/(10 + n).
         batch_size: sequences of the global batch.
         stratified: whether the uniform draws that determine the noise levels of a batch are spread
             evenly over [0, 1), or independent.
