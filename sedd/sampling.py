@@ -136,8 +136,8 @@ def sample(
         regex: regex that everything from the first free token to the last must match, given text in
             between included. The value for a sequence may also be a list with a regex or None for
             each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
-        json_schema: a JSON Schema in place of ``regex``, for the same stretch of text: one value, or
-            a list with one for each sequence. The value for a sequence may also be a list with a
+        json_schema: a JSON Schema in place of ``regex``, for the same stretch of text: one value,
+            or a list with one for each sequence. The value for a sequence may also be a list with a
             schema or None for each gap.
         json_schema_depth: how deep values nest where the schema sets no limit, 0 to 64: in a
             schema that allows any value, and in recursion by ``$ref``; by default 2.

@@ -40,9 +40,10 @@ class Speculative(SteppedSampler):
 
     The law is that of ``ordered`` at one position a call: the product of the model's conditionals
     in the order. A round drafts the next positions, independently of each other unless ``draft`` is
-    ngram, and computes the conditional of each given the drafts before it. A draft d with draft probability p(d) and
-    conditional q(d) is accepted with probability min(1, q(d) / p(d)). The first draft that is
-    rejected is replaced by a draw from max(q - p, 0), normalised, and those after it are discarded.
+    ngram, and computes the conditional of each given the drafts before it. A draft d with draft
+    probability p(d) and conditional q(d) is accepted with probability min(1, q(d) / p(d)). The
+    first draft that is rejected is replaced by a draw from max(q - p, 0), normalised, and those
+    after it are discarded.
 
     There are at most as many network calls as free positions, or one more if ``draft`` is stale. A
     call computes several rows of a batch: the number of calls falls, the work grows. Sequences
