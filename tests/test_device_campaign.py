@@ -45,7 +45,7 @@ def python(code, name="it", seconds=60, **settings):
 def test_the_rehearsal_runs_every_stage_and_its_weights_load(tmp_path):
     command = [sys.executable, str(DEVICE / "campaign.py"), "--rehearse", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    log = (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text("utf-8", "replace")
     stages = {s["stage"]: s for s in json.loads((tmp_path / "results.json").read_text())["stages"]}
     print({name: f"{stage['seconds']:.1f} s" for name, stage in stages.items()})
     missing = importlib.util.find_spec("torch") is None
@@ -66,7 +66,7 @@ def test_the_rehearsal_runs_every_stage_and_its_weights_load(tmp_path):
     model = sedd.load(tmp_path / "model")
     assert model.length == 16
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 8
-    assert ("torch is not installed" in (tmp_path / "results.md").read_text()) == missing
+    assert ("torch is not installed" in (tmp_path / "results.md").read_text("utf-8")) == missing
 
 
 def test_stages_that_fail_or_take_too_long_do_not_stop_the_next(make_campaign, monkeypatch):

@@ -206,7 +206,7 @@ def training(shape: dict) -> None:
             "parameters": parameters,
             **figures(workdir),
             "weights, MB": size / 1e6,
-            "samples": texts[-1].read_text() if texts else None,
+            "samples": texts[-1].read_text("utf-8") if texts else None,
         }
     )
 
