@@ -280,13 +280,23 @@ def test_scaling_reads_what_devices_hold_and_send(monkeypatch, capsys):
     scaling = importlib.import_module("scaling")
     monkeypatch.setattr(scaling, "simulate", lambda number: None)  # the tests have four already
     shape = {"hidden_dim": 32, "num_layers": 2, "num_heads": 2, "num_tokens": 4096, "length": 8}
-    scaling.main(scaling.Settings(**shape, devices=(1, 4)))
-    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
-    one, pmap, alone, fsdp = rows
+    scaling.main(scaling.Settings(**shape, devices=(1, 4), run_devices=(1, 4), steps=4))
+    tables = [
+        json.loads(line)["rows"]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("{")
+    ]
+    assert all(
+        min(row["drawn, sequences/s"], row["evaluated, sequences/s"]) > 0 for row in tables[1]
+    )
+    one, pmap, alone, fsdp = tables[0][:4]
+    for row in tables[0][4:]:
+        moved = row["all-gather MB"] + row["all-reduce MB"]
+        assert (moved > 0.1) == (row["parallel"] == "fsdp" and row["devices"] == 4)
     assert one["all-reduce MB"] == alone["all-reduce MB"] == one["all-gather MB"] == 0
     # The gradient, the loss and the counts.
-    grads = (pmap["state MB"] * 1e6 / 4) * (1 - 1e-3)
+    grads = (pmap["inputs MB"] * 1e6 / 4) * (1 - 1e-3)
     assert grads < pmap["all-reduce MB"] * 1e6 < 1.01 * grads
     assert pmap["all-gather MB"] == 0 < fsdp["all-gather MB"]
     assert fsdp["all-reduce MB"] < pmap["all-reduce MB"]
-    assert fsdp["state MB"] < pmap["state MB"] / 2
+    assert fsdp["inputs MB"] < pmap["inputs MB"] / 2
