@@ -39,6 +39,7 @@ from sedd.types import Array, Float, Int
 
 GPT2_TOKENS = 50257  # N of GPT-2's tokenizer
 TRAIN_COUNTS = "token_counts.npy"  # file in a run's directory: counts of the training tokens
+Step = int | Literal["best"]
 UNKNOWN = "unknown"  # name of a corpus or tokenizer that a published checkpoint does not state
 
 
@@ -196,9 +197,7 @@ _log_score = jax.jit(Denoiser.log_score)
 _log_conditional = jax.jit(Denoiser.log_conditional)
 
 
-def load(
-    path: str | Path, *, step: int | Literal["best"] | None = None, mesh: Mesh | None = None
-) -> Model:
+def load(path: str | Path, *, step: Step | None = None, mesh: Mesh | None = None) -> Model:
     """Load a trained model with its averaged (EMA) parameters.
 
     Args:
@@ -233,6 +232,11 @@ def load(
         if step is not None:
             raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
         return _placed(_from_published(load_published(path), path, source), mesh)
+    return _from_run(path, source, step, mesh)
+
+
+def _from_run(path: Path, source: str, step: Step | None, mesh: Mesh | None) -> Model:
+    """Build the model of a run from its directory; the arguments are those of ``load``."""
     config = read_config(path)
     if config is None:
         above = [p for p in path.absolute().parents[:2] if (p / "config.json").exists()]

@@ -22,6 +22,7 @@ from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.config import default_cache_dir
 from sedd.constraints.clamp import Clamp, check_prefix, free
 from sedd.constraints.spans import Given, Rule, Shape, Span, batch_spans, spans_of
+from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
 from sedd.networks.base import Attend
@@ -304,10 +305,9 @@ def draw(
     """
     for c in clamps if model.denoiser.causal else ():
         check_prefix(c)
-    num, lengths = len(clamps), [c.length for c in clamps]
+    lengths = [c.length for c in clamps]
     placement = Placement.of(model.denoiser.params, model.denoiser.network.stacked)
-    devices = 1 if placement is None else placement.num_devices
-    row_of_B, tokens_BL, fixed_BL, real_BL = _padded(clamps, devices)
+    row_of_B, tokens_BL, fixed_BL, real_BL = _padded(clamps, placement)
     given_BL = fixed_BL & real_BL
     model.check_ids(tokens_BL[given_BL])
     guided = False
@@ -328,14 +328,29 @@ def draw(
     for length in set(lengths):
         check_profile(sampler, model, length)
     verifier_error(sampler)  # forget the error of an earlier call
-    params, bare = denoiser.params, replace(denoiser, params={})
-    rows = (bare, keys_B[row_of_B], jnp.asarray(tokens_BL), jnp.asarray(fixed_BL))
-    rows = rows if placement is None else placement.spread(rows)
-    samples = on_host(run_sampler(sampler, params, rows, placement=placement, trace=trace))
-    _check_drawn(np.asarray(samples.tokens_BL)[:num], spans)
+    given = (keys_B[row_of_B], jnp.asarray(tokens_BL), jnp.asarray(fixed_BL))
+    samples = _drawn(denoiser, sampler, given, placement, trace)
+    _check_drawn(np.asarray(samples.tokens_BL)[: len(clamps)], spans)
     result = _result(model, sampler, samples, lengths)
     _check_matches(result.tokens, spans)
     return result
+
+
+def _drawn(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    given: tuple[Array, Array, Array],
+    placement: Placement | None,
+    trace: bool,
+) -> Samples:
+    """Run the sampler on all devices; the result is numpy arrays.
+
+    ``given`` are the arguments of a sampler after the denoiser: keys, tokens, where they are fixed.
+    """
+    rows = (replace(denoiser, params={}), *given)
+    rows = rows if placement is None else placement.spread(rows)
+    params = denoiser.params
+    return on_host(run_sampler(sampler, params, rows, placement=placement, trace=trace))
 
 
 def check_profile(sampler: Sampler | None, model: Model, length: int | None = None) -> None:
@@ -363,7 +378,7 @@ def check_profile(sampler: Sampler | None, model: Model, length: int | None = No
 
 
 def _padded(
-    clamps: Sequence[Clamp], devices: int
+    clamps: Sequence[Clamp], placement: Placement | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pad the given tokens to a bucket of positions, and of sequences on each device.
 
@@ -373,6 +388,7 @@ def _padded(
         positions are real [B, L].
     """
     num, longest = len(clamps), bucket(max(c.length for c in clamps))
+    devices = 1 if placement is None else placement.num_devices
     row_of_B = np.minimum(np.arange(devices * bucket(-(-num // devices))), num - 1)
     shape = (len(row_of_B), longest)
     tokens_BL, fixed_BL = np.zeros(shape, np.int32), np.ones(shape, bool)
