@@ -85,8 +85,8 @@ class CausalHead(DDiT):
     ) -> Float[Array, "B L D"]:
         """Compute the hidden states of q; row i belongs to position i, as in ``hidden``.
 
-        Of ``tokens_BL``, the row of position σ(j), j = 1..L, depends only on the entries at
-        σ(1), …, σ(j-1). The row of σ(1), the first position of the order, is that of ``hidden``.
+        The row of the result at position σ(j), j = 1..L, reads ``hidden_BLD`` and, of
+        ``tokens_BL``, only the entries at σ(1), …, σ(j-1). The row of σ(1), the first position of the order, is that of ``hidden``.
         Positions that are no part of a sequence (padding) come last
         in its order.
 

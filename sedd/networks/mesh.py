@@ -1,8 +1,9 @@
 """Where the parameters of a network lie on several devices, and programs that run on all of them.
 
 The devices form a mesh with two axes, ``DATA`` and ``FSDP``. Sequences are split over both. Large
-parameters are split over ``FSDP``, and every group of devices along ``DATA`` holds a copy of them.
-With one device along ``FSDP`` every device holds all parameters.
+parameters are split over ``FSDP``: devices that differ only in their place along this axis hold one
+copy together. There is one such copy for each place along ``DATA``. If ``FSDP`` has length 1, every
+device holds all parameters.
 """
 
 import pickle

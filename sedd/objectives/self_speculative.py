@@ -16,8 +16,8 @@ class SelfSpeculative(DenoisingCrossEntropy):
     """The loss -L/(L-i)·Σ_(j>i) log q(x0_σ(j) | x0_σ(1), …, x0_σ(j-1)) of the network causal_head.
 
     The order σ of the positions and the number i of revealed ones, 0 to L-1, are uniform. The trunk
-    sees the first i tokens of the order; the causal head also sees the tokens between them and the
-    one that it predicts. L is the number of scored positions. Positions that are not scored are
+    sees the first i tokens of the order. The causal head also sees x0_σ(i+1), …, x0_σ(j-1), which
+    come after them and before the predicted token x0_σ(j). L is the number of scored positions. Positions that are not scored are
     revealed first, and their tokens are always visible. If the trunk is not frozen, its own loss is
     added: the same sum with the trunk's p(x0_σ(j) | x0_σ(1), …, x0_σ(i)), which is k_dce.
     arXiv:2510.03929.

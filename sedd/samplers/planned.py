@@ -1,4 +1,4 @@
-"""Random order in groups of planned sizes, which cost the fewest nats for the network calls.
+"""Random order in groups whose sizes are planned to cost the fewest nats for a number of calls.
 
 The sizes come from the price profile of the model (``sedd.price``). arXiv:2510.25544,
 arXiv:2511.04647.

@@ -58,7 +58,7 @@ class Speculative(SteppedSampler):
     With ``draft="head"`` the trunk of a network with a causal head drafts, and the causal head
     verifies in place of a network call (arXiv:2510.03929). The law of the samples is then another
     one, which ``sedd.samplers.by_head`` describes: it follows the head exactly while the hidden
-    states of one call are used. It has no log probability.
+    states of one call are used. The log probability of the drawn tokens is not computed then.
     """
 
     needs_absorbing: ClassVar[bool] = True
