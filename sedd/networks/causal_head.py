@@ -86,9 +86,9 @@ class CausalHead(DDiT):
         """Compute the hidden states of q; row i belongs to position i, as in ``hidden``.
 
         The row of the result at position σ(j), j = 1..L, reads ``hidden_BLD`` and, of
-        ``tokens_BL``, only the entries at σ(1), …, σ(j-1). The row of σ(1), the first position of the order, is that of ``hidden``.
-        Positions that are no part of a sequence (padding) come last
-        in its order.
+        ``tokens_BL``, only the entries at σ(1), …, σ(j-1). The row of σ(1), the first position of
+        the order, is that of ``hidden``. Positions that are no part of a sequence (padding) come
+        last in its order.
 
         Args:
             params: parameters.

@@ -17,9 +17,10 @@ class SelfSpeculative(DenoisingCrossEntropy):
 
     The order σ of the positions and the number i of revealed ones, 0 to L-1, are uniform. The trunk
     sees the first i tokens of the order. The causal head also sees x0_σ(i+1), …, x0_σ(j-1), which
-    come after them and before the predicted token x0_σ(j). L is the number of scored positions. Positions that are not scored are
-    revealed first, and their tokens are always visible. If the trunk is not frozen, its own loss is
-    added: the same sum with the trunk's p(x0_σ(j) | x0_σ(1), …, x0_σ(i)), which is k_dce.
+    come after them and before the predicted token x0_σ(j). L is the number of scored positions.
+    Positions that are not scored are revealed first, and their tokens are always visible. If the
+    trunk is not frozen, its own loss is added: the same sum with the trunk's p(x0_σ(j) | x0_σ(1),
+    …, x0_σ(i)), which is k_dce.
     arXiv:2510.03929.
 
     The mean of the causal head's part is no bound on -log p(x0): each number i counts equally, and
