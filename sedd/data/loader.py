@@ -39,7 +39,8 @@ class Batches:
         parts: rows to draw from, each with a positive weight; all of one length.
         batch_size: sequences in a global batch, G; a multiple of ``process_count``.
         seed: seed of the permutations.
-        start_step: first step; the ``next_step`` of ``state`` resumes.
+        start_step: the first step. To continue an earlier iterator, pass the ``next_step`` that its
+            method ``state`` returned.
         process_index: number of this process.
         process_count: number of processes.
         prefetch: batches that threads read in advance.

@@ -110,7 +110,8 @@ class Price:
 
         ``nats_per_token(plan(calls))`` would be too low: among all plans the best one is that for
         which the noise of h is the most favourable. Here each fold is priced by a plan that was
-        made from the other folds. (A single sequence has no others.)
+        made from the other folds. If only one sequence was measured, there are no others: it is
+        priced by its own plan, and the result is too low.
 
         Raises:
             FieldError: if ``calls`` is not in 1..L.

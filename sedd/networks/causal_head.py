@@ -13,9 +13,10 @@ last layer of the block is 0 in fresh parameters, so that q = p at the start of 
 
 Two things differ from the paper's description:
 
-- It encodes σ(j) in half of the rotary channels and σ(j+1) in the other half. Here this holds for
-  the keys; all channels of a query encode σ(j+1), the position to be predicted. Otherwise no
-  product of a query and a key would depend on the distance from this position to a visible token.
+- It encodes σ(j) in half of the rotary channels and σ(j+1) in the other half, for queries and keys.
+  Here keys are encoded in this way, and all channels of a query encode σ(j+1), the position to be
+  predicted. The product of query j and key k then depends on the distance from σ(j+1) to σ(k), the
+  position of the token in row k. In the paper's encoding it does not.
 - It adds the block's output before the trunk's last norm. Here it is added after this norm, and has
   a norm of its own. The head then needs nothing from the trunk but ``hidden``, and q = p at the
   start holds exactly.

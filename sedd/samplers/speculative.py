@@ -142,8 +142,8 @@ class Speculative(SteppedSampler):
     def width(self):
         """Rows of a network call for each sequence.
 
-        The drafts stale and ngram serve any-subset models and others. The width is then that of the
-        others, which is the larger.
+        If the draft is stale or ngram, the number depends on the model, which the sampler does not
+        know here. It is then that of models that are not any-subset models, the larger one.
         """
         return self.drafter(self.draft == "self").width
 
