@@ -57,9 +57,9 @@ def evaluate(
         orders: K, only with the order "random": compute -log of the mean likelihood over K random
             orders. In expectation this is an upper bound on -log of the mean over all orders; it
             falls as K grows.
-        split: split of the corpus. By default the protocol's split of a known data set, the
-            validation split of the training corpus, all of any other file, or the validation split
-            of any other corpus.
+        split: split of the corpus. By default the first that applies: for a known data set, the
+            protocol's split; for the training corpus, its validation split; for another file, the
+            whole file; for another corpus, its validation split.
         max_sequences: evaluate at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 
@@ -119,8 +119,8 @@ def price(
         x0_BL: token ids [S, L], or a corpus as ``evaluate`` takes it. All tokens are priced; rows
             with padding are refused.
         key: a key, or an integer seed.
-        draws: at most so many network calls for each sequence, at least 2. With at least L draws
-            (and L at most 128) every number of known tokens is measured. Otherwise at most
+        draws: the most network calls for each sequence; the value must be at least 2. With at least
+            L draws (and L at most 128) every number of known tokens is measured. Otherwise at most
             ``draws`` numbers, and at most 128, are measured, and those between them are
             interpolated. Each measured number gets equally many calls, so that fewer calls may be
             made; ``Price.draws`` has their number.

@@ -44,8 +44,8 @@ class SampleResult:
     tokens: np.ndarray
     """Token ids [B, L]; a shorter sequence is filled up with 0s to the longest, L."""
     calls: np.ndarray
-    """Network calls for each sequence, [B]. They include the second calls of guidance, and those
-    for all sequences that best_of_n or particle draws for one that is returned."""
+    """Network calls for each sequence, [B]. They include the second calls of guidance, and with
+    best_of_n and particle the calls of all candidates for the sequence that is returned."""
     rows: np.ndarray
     """How many entries each sequence had on the batch axis, summed over these calls, [B]: one a
     call, except where a sampler calls the network with several versions of a sequence."""
@@ -59,8 +59,9 @@ class SampleResult:
     score: np.ndarray | None
     """The verifier's scores, [B]; None without a verifier."""
     log_prob: np.ndarray | None
-    """Log probability in nats of the drawn tokens given the given ones, [B], in the order in which
-    they were drawn, with temperature and the like; None if the sampler does not compute it."""
+    """Log probability in nats of the tokens drawn for each sequence, [B]. Each token is conditioned
+    on the given tokens and on those drawn before it. Temperature and the like are applied. None if
+    the sampler does not compute it."""
 
 
 PARTITION = {  # of the fields of ``Samples`` whose first axis is not that of the sequences

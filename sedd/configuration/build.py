@@ -1,10 +1,10 @@
 """Build the objects of a run from its configuration.
 
-Components depend on each other in one order: the process needs the number of tokens, the
-parameterization the process, the network the number of states and whether it is given the noise
-level, the objective the schedule and the parameterization, the sampler the schedule.
-``build_parts`` follows this order, ``build_step`` and ``build_parallel`` add what training needs,
-and ``build_data`` reads the corpus.
+Components depend on each other in one order. The process needs the number of tokens. The
+parameterization needs the process. The network needs the number of states, and whether it is given
+the noise level. The objective needs the schedule and the parameterization, and the sampler needs
+the schedule. ``build_parts`` follows this order, ``build_step`` and ``build_parallel`` add what
+training needs, and ``build_data`` reads the corpus.
 """
 
 import dataclasses
@@ -278,8 +278,8 @@ def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=N
 
     Args:
         config: its ``data`` is used.
-        tokenizer: that of the run that is resumed or started from; None to build the configured
-            one, from the corpus if it needs one.
+        tokenizer: the tokenizer of an earlier run, which is resumed or whose weights are the start.
+            None builds the configured tokenizer; if it is made from text, from the corpus.
         progress: called with the numbers of documents and tokens so far.
 
     Raises:

@@ -107,9 +107,9 @@ class Automaton(TokenAutomaton):
     With an end-of-text token (``eos_id``) the string may end early and is filled up with it. Then
     ``budget`` is a maximum; without an end-of-text token, exactly ``budget`` tokens follow.
 
-    The log probabilities of strings that methods return are not divided by the probability of a
-    match. A token in ``fixed`` counts as certain. The methods raise UserError, with the reason,
-    if no string is possible or a probability is nan.
+    Methods return the log probability of a string under the unrestricted product. Subtract
+    ``log_partition`` to condition it on a match. A token in ``fixed`` counts as certain. The
+    methods raise UserError, with the reason, if no string is possible or a probability is nan.
     """
 
     @classmethod

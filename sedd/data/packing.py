@@ -29,9 +29,9 @@ class TooShortError(UserError):
 class Packed:
     """Rows of ``length`` tokens, read from a memory map.
 
-    All counts but ``num_dropped`` are of scored tokens: the tokens of documents that are in rows,
-    and the two ids of ``around`` in every row. The end of a document is scored if documents are
-    joined, and not scored if they are separate.
+    All counts but ``num_dropped`` are of scored tokens: those tokens of the documents that lie in a
+    row, and the two ids of ``around`` in every row. The end of a document is scored if documents
+    are joined, and not scored if they are separate.
 
     The scored tokens spell a text of ``text_characters`` characters and ``text_bytes`` bytes of
     UTF-8. Nats per character are therefore nats per token times
@@ -49,7 +49,7 @@ class Packed:
     pad_id: int
     tokens: np.ndarray  # ids of the documents, each followed by its end if the tokenizer has one
     spans: Ranges | None  # first token and size of each row; None if row i is tokens i*L to i*L + L
-    num_dropped: int = 0  # tokens of the documents that are in no row
+    num_dropped: int = 0  # tokens of the documents that lie in no row
     file: "MappedFile | None" = None  # the memory map behind ``tokens``; None for tokens in memory
     around: tuple[int, int] | None = None  # ids that open and close every row; both are scored
     digest: str = ""  # hash of the tokens and the documents' ends; "" for tokens in memory

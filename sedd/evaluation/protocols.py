@@ -21,7 +21,7 @@ class Protocol:
     """How a text is cut into rows, and how these are evaluated.
 
     Raises ``ValueError`` if ``draws``, ``t_min``, ``length`` or ``drop_every`` is out of range, or
-    ``drop_every`` is given without cut wrapped.
+    ``drop_every`` is given and ``cut`` is not "wrapped".
     """
 
     estimator: Estimator = "auto"
@@ -45,8 +45,8 @@ class Protocol:
     becomes a padded last row, so that every token is scored exactly once. truncated: one row for
     each document; tokens of a document beyond its row are dropped."""
     drop_every: int | None = None
-    """With cut wrapped: join this number of documents at a time, cut each group into rows, and drop
-    the remainder of each group. None joins all documents into one group."""
+    """If ``cut`` is "wrapped": join this number of documents at a time, cut each group into rows,
+    and drop the remainder of each group. None joins all documents into one group."""
     specials: bool = False
     """Begin every row with the token for the beginning of a document and end it with the token for
     the end; both are scored."""

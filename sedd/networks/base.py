@@ -31,9 +31,9 @@ class Attend:
       only the first rows are keys, and nobody sees the other rows.
 
     ``segment_BL`` is the id of each row's segment; queries and keys are then the same rows, or
-    the keys are the first of them. A query sees only keys of its own segment, which separates
-    padding from text and packed documents from each other. A query that sees no key has attention
-    output 0.
+    the keys are the first of them. A query sees only keys of its own segment. Segments separate
+    padding from text; they also separate packed documents from each other. A query that sees no
+    key has attention output 0.
 
     Raises ``ValueError`` unless both ranks are given for the kind ``ranks``, and none for others.
     """

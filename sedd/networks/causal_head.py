@@ -13,13 +13,13 @@ last layer of the block is 0 in fresh parameters, so that q = p at the start of 
 
 Two things differ from the paper's description:
 
-- It encodes σ(j) in half of the rotary channels and σ(j+1) in the other half, for queries and keys.
-  Here keys are encoded in this way, and all channels of a query encode σ(j+1), the position to be
-  predicted. The product of query j and key k then depends on the distance from σ(j+1) to σ(k), the
-  position of the token in row k. In the paper's encoding it does not.
-- It adds the block's output before the trunk's last norm. Here it is added after this norm, and has
-  a norm of its own. The head then needs nothing from the trunk but ``hidden``, and q = p at the
-  start holds exactly.
+- The paper encodes σ(j) in half of the rotary channels and σ(j+1) in the other half, for queries
+  and keys. Here keys are encoded in this way, and all channels of a query encode σ(j+1), the
+  position to be predicted. The product of query j and key k then depends on the distance from
+  σ(j+1) to σ(k), the position of the token in row k. In the paper's encoding it does not.
+- The paper adds the block's output before the trunk's last norm. Here it is added after this norm,
+  and has a norm of its own. The head then needs nothing from the trunk but ``hidden``, and q = p at
+  the start holds exactly.
 """
 
 from dataclasses import dataclass, replace

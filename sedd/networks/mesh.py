@@ -203,7 +203,7 @@ class Placement:
         )(params, shared, rows)
 
     def spread(self, rows: Any) -> Any:
-        """Split arrays by sequence, their first axis; each process passes the rows of all."""
+        """Split arrays by sequence, their first axis; each process passes the whole arrays."""
         return _distribute(rows, NamedSharding(self.mesh, SEQUENCES))
 
     def replicate(self, shared: Any) -> Any:

@@ -39,8 +39,8 @@ class AnySubset(DenoisingCrossEntropy):
     min_rate: float = 0.0
     """Lower end of the rates, in [0, 1]; each sequence has at least one generated position."""
     max_rate: float = 1.0
-    """Upper end of the rates, in (0, 1]. Beside the L rows of content the network gets ⌈r·L⌉ query
-    rows, rounded up to an even number but at most L; r is the larger of max_rate and start_rate."""
+    """Upper end of the rates, in (0, 1]. Beside the L rows of content the network gets ⌈R·L⌉ query
+    rows, rounded up to an even number but at most L; R is the larger of max_rate and start_rate."""
     start_rate: float | None = None
     """The rate of all sequences in the first step, in (0, 1]; from there both ends move
     linearly. None starts with the final range."""

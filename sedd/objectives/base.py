@@ -46,8 +46,8 @@ class Corrupted:
 class Objective(ABC):
     """A training loss in nats.
 
-    Its mean over draws is a bound on -log p(x0), or one of the terms of such a bound, times a factor
-    that the subclass states. A subclass whose mean is another quantity says so.
+    Its mean over draws is a bound on -log p(x0), or one of the terms of such a bound, times a
+    factor that the subclass states. A subclass whose mean is another quantity says so.
 
     Positions that are not scored are conditioned on: they are never corrupted and have no loss.
 

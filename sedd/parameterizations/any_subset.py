@@ -4,8 +4,9 @@ The network gets two kinds of rows, the two streams of XLNet (arXiv:1906.08237).
 the token of a position; a query row has the mask, at a position whose token it predicts. The order
 of generation gives each position a rank: 0 for the prompt, and 1, 2, … for the generated positions.
 
-- A content row sees the content rows of lower ranks and itself, and in the prompt those of the
-  whole prompt. The hidden state of a token therefore never changes once it is known.
+- A content row sees itself and the content rows of lower ranks. A content row of the prompt sees
+  all content rows of the prompt. The hidden state of a token therefore never changes once it is
+  known.
 - A query row of rank r sees the content rows of the ranks below r. No row sees a query row.
 
 With the ranks 2r of content rows and 2r - 1 of query rows this is the kind ``ranks`` of ``Attend``.

@@ -52,8 +52,9 @@ class Speculative(SteppedSampler):
     For an any-subset model the conditionals are those of the pass over the order, in which the
     fixed tokens are the prompt, and drawn tokens see only those drawn before them. The law is then
     that of the model's likelihood in the order (``sedd.evaluation.ordered``). It differs from the
-    law of ``ordered``, which encodes all known tokens anew in each call. Here a call takes each
-    sequence once, and computes new tokens and predictions only.
+    law of ``ordered``, which encodes all known tokens anew in each call. Here each sequence is one
+    entry of a call's batch. The call computes the rows of newly known tokens and of queries only;
+    earlier rows are in a memory.
 
     With ``draft="head"`` the trunk of a network with a causal head drafts, and the causal head
     verifies in place of a network call (arXiv:2510.03929). The law of the samples is then another
@@ -82,10 +83,10 @@ class Speculative(SteppedSampler):
     """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
     Listed positions that a sequence does not have are ignored."""
     bonus: bool = False
-    """Also verify a version of the sequence in which all drafts are visible. If all are accepted,
+    """Also compute a version of the sequence in which all drafts are visible. If all are accepted,
     the next round drafts from it. If the draft is batch or self, this saves the call that drafts;
-    if it is stale, the drafts then know the newest token. For an any-subset model these are K more
-    queries. ngram and head take no bonus."""
+    if it is stale, the drafts then know the newest token. For an any-subset model this takes K
+    more queries. ngram and head take no bonus."""
     coupled: bool = False
     """Draw drafts and verified tokens with the same noise, and accept while they are equal. The
     tokens are those of ordered with the same order and seed, up to rounding errors of the

@@ -98,7 +98,8 @@ class Run:
     """The last step of the run."""
     cadence: Cadence = Cadence()
     learning_rate: Callable[[int], Any] | None = None
-    """Maps the number of updates so far, from 0, to the learning rate of the next, for the log."""
+    """Given the number of updates so far (0, 1, …), returns the learning rate of the next update.
+    It is used for the log."""
     validate: Callable[[Params], dict[str, Any]] | None = None
     """Maps averaged parameters to figures, which are logged as ``validation_NAME``. The figure
     ``nats_per_token`` is required: it decides about the best checkpoint."""

@@ -42,8 +42,8 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     """Decoupled weight decay, on every parameter."""
     clip_norm: float | None = 1.0
-    """A gradient with a larger global norm is scaled down to this norm; None for no clipping. It is
-    the gradient of the nats of a sequence, averaged over the batch, not of nats per token."""
+    """A gradient with a larger global norm is scaled down to this norm; None for no clipping. The
+    gradient is that of the nats of a sequence, averaged over the batch, not of nats per token."""
     ema_decay: float = 0.9999
     """Decay of the averaged parameters (EMA), which are validated and sampled; in step n of the
     run, skipped ones counted, it is at most (1 + n)/(10 + n)."""

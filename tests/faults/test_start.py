@@ -23,8 +23,8 @@ def train(tmp_path):
 def test_a_signal_while_text_is_packed(tmp_path, monkeypatch, train, number):
     tasks = sedd.data.token_files._tasks
 
-    def signalled(documents, tokenizer):
-        yield from tasks(documents, tokenizer)
+    def signalled(*arguments):
+        yield from tasks(*arguments)
         signal.raise_signal(number)
 
     before = signal.getsignal(number)
