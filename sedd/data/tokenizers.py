@@ -259,16 +259,25 @@ class BytePairs(Tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained(Tokenizer):
-    """A tokenizer of Hugging Face's ``tokenizers`` library, from its JSON file."""
+    """A tokenizer of Hugging Face's ``tokenizers`` library, from its JSON file.
+
+    A published masked model has its mask anywhere in the vocabulary, and here the mask is the state
+    after the tokens. With ``mask``, the id of the mask in the file, this id and the last one change
+    places: the file's last token gets the id ``mask``, and the mask gets the id ``num_tokens``,
+    which is no token. ``swapped`` converts ids of the file to ours and back.
+    """
 
     source: str = field(repr=False)  # content of the file
     backend: Any = field(repr=False, compare=False)  # the library's tokenizer
     padding: int | None  # id of the tokenizer's own padding
     begin: int | None = None  # id of the tokenizer's own begin of text
     end: str | None = None  # the token that ends a document, if the user named it
+    mask: int | None = None  # id of the mask in the file, if it is one of its tokens
 
     @classmethod
-    def of(cls, name: str, source: str, *, end: str | None = None) -> "Pretrained":
+    def of(
+        cls, name: str, source: str, *, end: str | None = None, mask: int | None = None
+    ) -> "Pretrained":
         """Build the tokenizer of a ``tokenizer.json``.
 
         Args:
@@ -276,6 +285,8 @@ class Pretrained(Tokenizer):
             source: content of the file.
             end: the token that ends a document; by default the first of ``END_NAMES`` in the
                 vocabulary. Padding and begin of text are found by their names, too.
+            mask: the id of the mask in the file. None, or an id after those of the file, if the
+                mask is not one of its tokens: ids then stay as they are.
 
         Raises:
             UserError: if ``source`` is not such a file, its vocabulary has no token ``end``, or it
@@ -308,17 +319,26 @@ class Pretrained(Tokenizer):
                 f"end of text {end!r}: tokenizer {name!r} has no such token; its special tokens "
                 f"are {', '.join(special) or 'none'}"
             )
-        ends = END_NAMES if end is None else (end,)
+        last = max(ids.values())
+        if mask is not None and mask > last:
+            mask = None
+
+        def first(names: Sequence[str]) -> int | None:
+            """Our id of the first of these tokens in the vocabulary; the mask is not a token."""
+            found = (ids[token] for token in names if token in ids and ids[token] != mask)
+            return next((int(_exchanged(np.asarray(i), mask, last)) for i in found), None)
+
         return cls(
             name=name,
-            num_tokens=max(ids.values()) + 1,
-            eos_id=next((ids[token] for token in ends if token in ids), None),
+            num_tokens=last + (mask is None),
+            eos_id=first(END_NAMES if end is None else (end,)),
             end=end,
             unit="token",
             source=source,
             backend=backend,
-            padding=next((ids[pad] for pad in PAD_NAMES if pad in ids), None),
-            begin=next((ids[begin] for begin in BEGIN_NAMES if begin in ids), None),
+            padding=first(PAD_NAMES),
+            begin=first(BEGIN_NAMES),
+            mask=mask,
         )
 
     @property
@@ -331,12 +351,20 @@ class Pretrained(Tokenizer):
         """The tokenizer's own begin of text if it has one, else ``eos_id``."""
         return super().bos_id if self.begin is None else self.begin
 
+    def swapped(self, ids: np.ndarray) -> np.ndarray:
+        """Convert ids of the file to ours, or ours to those of the file.
+
+        Without ``mask`` they are the same. Ids after the last one of the file stay as they are.
+        """
+        last = self.num_tokens  # with a mask this is the file's last id
+        return ids if self.mask is None else _exchanged(ids, self.mask, last)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [self.swapped(np.array(encoding.ids, np.int32)) for encoding in encodings]
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self.backend.decode(ids.tolist(), skip_special_tokens=True)
+        return self.backend.decode(self.swapped(ids).tolist(), skip_special_tokens=True)
 
     def token_bytes(self) -> list[bytes | None]:
         """The bytes of each id; UserError if the tokenizer is not byte-level or changes texts."""
@@ -350,15 +378,16 @@ class Pretrained(Tokenizer):
                 "gpt2"
             )
         specials = {token["id"] for token in data.get("added_tokens", [])}
-        table: list[bytes | None] = [None] * self.num_tokens
+        table: list[bytes | None] = [None] * (self.num_tokens + (self.mask is not None))
         for token, index in self.backend.get_vocab().items():
-            if index not in specials:
-                table[index] = gpt2_bytes(token)
-        return table
+            if index not in specials and index != self.mask:
+                table[int(self.swapped(np.asarray(index)))] = gpt2_bytes(token)
+        return table[: self.num_tokens]
 
     def to_json(self) -> dict[str, Any]:
-        end = {} if self.end is None else {"end": self.end}
-        return {"kind": "tokenizers", "name": self.name, "source": self.source, **end}
+        given = {"end": self.end, "mask": self.mask}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"kind": "tokenizers", "name": self.name, "source": self.source, **given}
 
 
 def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
@@ -369,7 +398,9 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
         "byte_pairs": lambda d: BytePairs.of(
             d["name"], [base64.b64decode(token) for token in d["vocabulary"]]
         ),
-        "tokenizers": lambda d: Pretrained.of(d["name"], d["source"], end=d.get("end")),
+        "tokenizers": lambda d: Pretrained.of(
+            d["name"], d["source"], end=d.get("end"), mask=d.get("mask")
+        ),
     }
     kind = data.get("kind")
     if kind not in readers:
@@ -378,6 +409,13 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
         return readers[kind](data)
     except (KeyError, TypeError) as error:
         raise UserError(f"the description of a {kind} tokenizer is incomplete: {error}") from error
+
+
+def _exchanged(ids: np.ndarray, one: int | None, other: int) -> np.ndarray:
+    """The ids with ``one`` and ``other`` exchanged; unchanged if ``one`` is None."""
+    if one is None:
+        return ids
+    return np.where(ids == one, other, np.where(ids == other, one, ids)).astype(ids.dtype)
 
 
 def _code_points(text: str) -> np.ndarray:

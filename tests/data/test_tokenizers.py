@@ -238,6 +238,38 @@ def test_what_opens_a_row():
     assert build_tokenizer("text8", None, cache_dir=Path()).bos_id is None
 
 
+def with_specials(*tokens):
+    """A byte-level tokenizer with these special tokens at its end, and the id of each."""
+    backend = Backend.from_str(byte_level())
+    backend.add_special_tokens(list(tokens))
+    return backend.to_str(), {token: backend.token_to_id(token) for token in tokens}
+
+
+def test_the_mask_of_a_file_changes_places_with_its_last_token():
+    source, ids = with_specials("<|mask|>", "<|im_end|>", "<|last|>")
+    plain = Pretrained.of("plain", source)
+    masked = Pretrained.of("masked", source, mask=ids["<|mask|>"])
+    assert masked.num_tokens == plain.num_tokens - 1 == ids["<|last|>"]
+    every_N = np.arange(plain.num_tokens)
+    np.testing.assert_array_equal(masked.swapped(masked.swapped(every_N)), every_N)
+    assert masked.swapped(every_N)[ids["<|last|>"]] == ids["<|mask|>"]
+    assert masked.swapped(every_N)[ids["<|mask|>"]] == masked.num_tokens
+    assert masked.eos_id == plain.eos_id is not None
+    text = "any text, <|mask|> as text"
+    np.testing.assert_array_equal(
+        masked.encode_batch([text])[0], masked.swapped(plain.encode_batch([text])[0])
+    )
+    assert masked.decode(masked.encode_batch([text])[0]) == text
+    assert masked.token_bytes() == [
+        plain.token_bytes()[i] for i in masked.swapped(every_N)[: masked.num_tokens]
+    ]
+    assert tokenizer_from_json(masked.to_json()) == masked
+    word = Pretrained.of("word", source, mask=5)  # a word of the vocabulary as the mask
+    assert word.token_bytes()[5] is None
+    beyond = Pretrained.of("beyond", source, mask=plain.num_tokens + 3)
+    assert (beyond.num_tokens, beyond.mask) == (plain.num_tokens, None)
+
+
 @pytest.mark.parametrize("source", [word_pieces(), byte_level(normalizer=normalizers.Lowercase())])
 def test_a_lossy_tokenizer_has_no_bytes(source):
     with pytest.raises(UserError, match="does not say which bytes"):
