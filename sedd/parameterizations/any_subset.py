@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sedd.networks.base import EMPTY, Attend
 from sedd.parameterizations.base import Inputs
-from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.conditional import Conditional, Normalise
 from sedd.types import Array, Int
 
 UNKNOWN = EMPTY // 2
@@ -39,6 +39,8 @@ class AnySubset(Conditional):
     """
 
     time_independent: bool = field(default=True, init=False)
+    shift: bool = field(default=False, init=False)
+    normalise: Normalise = field(default="real", init=False)
 
     def inputs(self, x_BL, attend=None):
         """L rows: a revealed token is content of the prompt, a mask a query that sees all of it.

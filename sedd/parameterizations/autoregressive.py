@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
+from sedd.errors import FieldError
 from sedd.networks.base import Attend
 from sedd.parameterizations.base import Inputs, Parameterization
 
@@ -24,16 +25,23 @@ class Autoregressive(Parameterization):
     causal = True
 
     time_independent: bool = field(default=True, init=False)
+    first: int | None = None
+    """Id of the token that the first row has instead of the mask: published models begin with a
+    token of their vocabulary. A mask among the other inputs then is this token too."""
 
     def __post_init__(self):
         if not self.process.absorbing:
             raise ValueError("it needs an absorbing process: its mask is the first input")
+        if self.first is not None and not 0 <= self.first < self.process.num_tokens:
+            raise FieldError(
+                "first", f"must be a token, 0 to {self.process.num_tokens - 1}, got {self.first}"
+            )
 
     def inputs(self, x_BL, attend=None):
         """Shift the tokens by one row within each segment, with causal attention.
 
-        The first row of a segment has the mask. Raises ValueError if ``attend`` has another kind
-        than "all": it may give segments, but no order.
+        The first row of a segment has the mask, or the token ``first``. Raises ValueError if
+        ``attend`` has another kind than "all": it may give segments, but no order.
         """
         first_BL = jnp.zeros(x_BL.shape, bool).at[:, 0].set(True)
         segment_BL = None
@@ -44,6 +52,8 @@ class Autoregressive(Parameterization):
         if segment_BL is not None:
             first_BL = first_BL.at[:, 1:].set(segment_BL[:, 1:] != segment_BL[:, :-1])
         before_BL = jnp.where(first_BL, self.process.mask, jnp.roll(x_BL, 1, axis=1))
+        if self.first is not None:
+            before_BL = jnp.where(before_BL == self.process.mask, self.first, before_BL)
         return Inputs(tokens_BM=before_BL, attend=Attend(kind="causal", segment_BL=segment_BL))
 
     def log_score(self, raw, x, sigma):

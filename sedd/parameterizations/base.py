@@ -84,6 +84,10 @@ class Parameterization(ABC):
         """
         return raw[..., : self.process.num_tokens]
 
+    def log_probs(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
+        """Log probabilities of the clean token at a mask; normalised over the real tokens."""
+        return jax.nn.log_softmax(self.masked_logits(raw), -1)
+
     def log_conditional(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"]
     ) -> Float[Array, "*b N"]:
@@ -95,6 +99,6 @@ class Parameterization(ABC):
         """
         if not self.process.absorbing:
             raise ValueError("the conditional of clean tokens exists on an absorbing process only")
-        log_probs = jax.nn.log_softmax(self.masked_logits(raw), -1)
+        log_probs = self.log_probs(raw)
         revealed = put(jnp.full_like(log_probs, NO_MASS), x, jnp.zeros(x.shape))
         return jnp.where((x == self.process.mask_id)[..., None], log_probs, revealed)

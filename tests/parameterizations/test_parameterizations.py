@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from oracle import f32, i32
 
+from sedd.errors import FieldError
+from sedd.networks.base import Attend
+from sedd.parameterizations.autoregressive import Autoregressive
 from sedd.parameterizations.conditional import Conditional
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
@@ -99,3 +102,41 @@ def test_refusals():
         Score(process=ABSORBING, time_independent=True)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="absorbing"):
         Score(process=UNIFORM).log_conditional(RAW[..., :N], X % N)
+
+
+def test_a_shifted_conditional_reads_the_row_before():
+    """Dream's conditional of position i is row i - 1; a segment's first position reads its own."""
+    shifted = Conditional(process=ABSORBING, shift=True)
+    hidden_BMD = f32(np.arange(8).reshape(1, 8, 1))
+    x_BL = i32([[MASK] * 8])
+    read = shifted.inputs(x_BL).read(hidden_BMD)[0, :, 0]
+    np.testing.assert_array_equal(read, [0, 0, 1, 2, 3, 4, 5, 6])
+    attend = Attend(segment_BL=i32([[1, 1, 1, 2, 2, 0, 0, 0]]))
+    read = shifted.inputs(x_BL, attend).read(hidden_BMD)[0, :, 0]
+    np.testing.assert_array_equal(read, [0, 0, 1, 3, 3, 5, 5, 6])
+    assert shifted.inputs(x_BL, attend).attend is attend
+    assert Conditional(process=ABSORBING).inputs(x_BL).read_BL is None
+
+
+def test_normalised_over_all_rows_of_a_vocabulary():
+    """The published softmax over all V rows, of which the real tokens are the first N."""
+    wide = 5 * jax.random.normal(jax.random.key(1), (2, 4, N + 4))  # the mask, and 3 unused rows
+    everything = Conditional(process=ABSORBING, normalise="all").log_conditional(wide, X)
+    masked = np.asarray(X) == MASK
+    np.testing.assert_allclose(
+        everything[masked], jax.nn.log_softmax(wide, -1)[masked][:, :N], rtol=1e-5
+    )
+    real = Conditional(process=ABSORBING).log_conditional(wide, X)
+    assert (np.asarray(real - everything)[masked] > 0).any()
+    np.testing.assert_array_equal(np.asarray(real)[~masked], np.asarray(everything)[~masked])
+
+
+def test_an_autoregressive_model_may_begin_with_a_token():
+    x_BL = i32([[3, MASK, MASK, 2]])
+    np.testing.assert_array_equal(
+        Autoregressive(process=ABSORBING).inputs(x_BL).tokens_BM, [[MASK, 3, MASK, MASK]]
+    )
+    first = Autoregressive(process=ABSORBING, first=1)
+    np.testing.assert_array_equal(first.inputs(x_BL).tokens_BM, [[1, 3, 1, 1]])
+    with pytest.raises(FieldError, match="first must be a token, 0 to 4, got 5"):
+        Autoregressive(process=ABSORBING, first=MASK)
