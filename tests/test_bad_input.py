@@ -360,8 +360,8 @@ SAMPLERS = [  # of the options of sampling
     ),
     ("--sampler speculative --lookahead 0", "--lookahead must be at least 1, got 0"),
     (
-        "--sampler speculative --draft batch --lookahead 1",
-        "--lookahead must be at least 2, got 1: a single",
+        "--sampler speculative --draft ngram --lookahead 1",
+        "--lookahead must be at least 2, got 1: a single draft saves no call",
     ),
     ("--sampler speculative --order 1,1", "--order must be forward, .* such as 3,0,2, got '1,1'"),
     ("--sampler speculative --order 12", "--order: there is no position 12 in a length of 12"),

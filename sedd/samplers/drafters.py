@@ -180,8 +180,8 @@ class ByRows(Drafter):
             of the next round, which then drafts from its hidden states without a call.
         stale: in all rounds but the first, draft from the hidden states of the last verification:
             of the context with all tokens but the newest, or, if ``bonus`` and all drafts were
-            accepted, with all tokens. A round is one network call, and the first draft is verified
-            as well.
+            accepted, with all tokens. Such a round is one network call, and its first draft is
+            verified as well.
     """
 
     lookahead: int
@@ -225,7 +225,8 @@ class ByRows(Drafter):
         batch, lookahead = tokens_BK.shape
         contexts = jnp.arange(self.first, lookahead + self.bonus)
         count, num_read = len(contexts), lookahead - self.first
-        needs_B = window.left_B > self.first
+        certain_B = first_is_certain(self.first, drafted)
+        needs_B = window.left_B > certain_B
         wide = denoiser.repeat(count)
         x_BCL = jax.vmap(partial(window.write, tokens_BK), out_axes=1)(contexts)
         x_RL = x_BCL.reshape(batch * count, -1)
@@ -240,8 +241,7 @@ class ByRows(Drafter):
             return hidden, read_RN.reshape(batch, num_read, read_RN.shape[-1])
 
         hidden, targets_BKN = call_if(denoiser.anywhere(needs_B), call)
-        if self.first:
-            targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
+        targets_BKN = with_certain(certain_B, drafted.log_probs_BKN, targets_BKN)
         memo = None
         if drafted.memo is not None:
             own = tuple(h_RLD.reshape(batch, count, *h_RLD.shape[1:]) for h_RLD in hidden)
@@ -261,6 +261,31 @@ class ByRows(Drafter):
         hidden = tuple(h_BCLD[jnp.arange(len(kept_B)), context_B] for h_BCLD in memo.hidden)
         ready_B = memo.ready_B if self.stale else memo.ready_B & (kept_B == self.lookahead)
         return Pending(hidden, ready_B)
+
+
+def first_is_certain(first: int, drafted: Computed) -> Bool[Array, " B"]:
+    """The sequences whose first draft was drawn from its target, and need not be verified.
+
+    These are all if ``first``, the smallest draft that is ever verified, is not 0. Otherwise they
+    are those whose drafts took a network call in this round, on all current tokens.
+    """
+    return drafted.calls_B > 0 if first == 0 else jnp.ones_like(drafted.calls_B, bool)
+
+
+def with_certain(
+    certain_B: Bool[Array, " B"],
+    drafted_BKN: Float[Array, "B K N"],
+    verified_BQN: Float[Array, "B Q N"],
+) -> Float[Array, "B K N"]:
+    """The targets of a window, whose last Q entries were verified: all K, or all but the first.
+
+    The target of a first draft that is certain is the distribution from which it was drawn.
+    """
+    drafted_B1N = drafted_BKN[:, :1]
+    if verified_BQN.shape[1] < drafted_BKN.shape[1]:
+        return jnp.concatenate([drafted_B1N, verified_BQN], 1)
+    first_B1N = select(certain_B, drafted_B1N, verified_BQN[:, :1])
+    return jnp.concatenate([first_B1N, verified_BQN[:, 1:]], 1)
 
 
 def zeros_like(shapes: Any) -> Any:

@@ -45,9 +45,8 @@ class Speculative(SteppedSampler):
     first draft that is rejected is replaced by a draw from max(q - p, 0), normalised, and those
     after it are discarded.
 
-    There are at most as many network calls as free positions, or one more if ``draft`` is stale. A
-    call computes several rows of a batch: the number of calls falls, the work grows. Sequences
-    advance independently of each other.
+    There are at most as many network calls as free positions. A call computes several rows of a
+    batch: the number of calls falls, the work grows. Sequences advance independently of each other.
 
     For an any-subset model the conditionals are those of the pass over the order, in which the
     fixed tokens are the prompt, and drawn tokens see only those drawn before them. The law is then
@@ -67,7 +66,8 @@ class Speculative(SteppedSampler):
 
     draft: Draft = "stale"
     """How a round drafts. stale: from the hidden states of the last verification, which lack the
-    newest token; a round is one network call, for at least one token. batch: by a call of its own
+    newest token; a round is one network call, for at least one token. The first round is as with
+    batch. batch: by a call of its own
     on the current tokens, whose first draft is always accepted; a round is two calls, for at least
     two tokens. self: the same for an any-subset model. ngram: from the counts of adjacent tokens in
     the text itself, without a call; a round is one network call, for at least one token. head: from
@@ -107,12 +107,8 @@ class Speculative(SteppedSampler):
             )
         if self.lookahead < 1:
             raise FieldError("lookahead", f"must be at least 1, got {self.lookahead}")
-        if self.lookahead == 1 and self.draft in ("batch", "self") and not self.bonus:
-            raise FieldError(
-                "lookahead",
-                f"must be at least 2, got 1: a single draft of {self.draft} is never verified, and "
-                "saves no call; or set bonus, which drafts the token after it in the same call",
-            )
+        if self.lookahead == 1 and self.draft != "head":
+            raise FieldError("lookahead", "must be at least 2, got 1: a single draft saves no call")
         if self.verifications < 1:
             raise FieldError("verifications", f"must be at least 1, got {self.verifications}")
         if self.verifications > 1 and self.draft != "head":

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 from sedd.denoiser import Denoiser, all_positions
 from sedd.networks.base import Memory
 from sedd.parameterizations.any_subset import UNKNOWN
-from sedd.samplers.drafters import Computed, Drafter, Window, conditionals_of_drafts
+from sedd.samplers.drafters import (
+    Computed,
+    Drafter,
+    Window,
+    conditionals_of_drafts,
+    first_is_certain,
+    with_certain,
+)
 from sedd.types import Array, Bool, Float, Int
 
 
@@ -65,8 +72,8 @@ class TwoStream(Drafter):
         bonus: the verification also drafts the next window in case that all drafts are kept.
         stale: the verification also drafts the next window for each number of kept drafts from 0
             to K - 1, by K queries for each. If all are kept without ``bonus``, the drafts for K - 1
-            serve. These drafts do not know the newest token. A round is one network call, and the
-            first draft is verified as well.
+            serve. These drafts do not know the newest token. All rounds but the first are one
+            network call, and their first draft is verified as well.
     """
 
     lookahead: int
@@ -126,7 +133,8 @@ class TwoStream(Drafter):
         """
         batch, lookahead = tokens_BK.shape
         memo, known_B1 = drafted.memo, window.known_B[:, None]
-        needs_B = window.left_B > self.first
+        certain_B = first_is_certain(self.first, drafted)
+        needs_B = window.left_B > certain_B
         positions_BK = window.positions
         rank_BK = 1 + known_B1 + jnp.arange(lookahead)
         content = Content(
@@ -154,8 +162,7 @@ class TwoStream(Drafter):
         )
         num_read = lookahead - self.first
         targets_BKN = conditionals_of_drafts(denoiser, hidden[:, :num_read], window, tokens_BK)
-        if self.first:
-            targets_BKN = jnp.concatenate([drafted.log_probs_BKN[:, :1], targets_BKN], 1)
+        targets_BKN = with_certain(certain_B, drafted.log_probs_BKN, targets_BKN)
         later = None
         if self.prefixes:
             later = hidden[:, num_read:].reshape(batch, len(self.prefixes), lookahead, -1)
