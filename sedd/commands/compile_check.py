@@ -34,7 +34,7 @@ from sedd.evaluation.bound import batch_nats
 from sedd.evaluation.monte_carlo import MonteCarlo
 from sedd.files import check_writable, write_whole
 from sedd.networks.attention import refusal
-from sedd.networks.mesh import SEQUENCES, Placement, device_mesh
+from sedd.networks.mesh import SEQUENCES, Placement, abstract, device_mesh
 from sedd.progress import Activity
 from sedd.sampling import run_sampler
 from sedd.training.flops import step_flops
@@ -225,7 +225,7 @@ def lower_inference(what: What, config: Config, parts: Parts, devices: Sequence[
     def row(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SEQUENCES))
 
-    denoiser = parts.denoiser(placement.abstract(params))
+    denoiser = parts.denoiser(abstract(params, placement.shardings(params)))
     tokens_BL, flags_BL = row((size, length), jnp.int32), row((size, length), bool)
     if what == "evaluate":
         estimate = MonteCarlo(draws=config.evaluation.draws)
@@ -278,11 +278,7 @@ def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state
     if isinstance(parallel, FullySharded):
         rows = NamedSharding(parallel.mesh, PartitionSpec(None, ("data", "fsdp")))
         lead = (accumulate, size // accumulate)
-        state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
-            parallel.shardings,
-        )
+        state = abstract(state, parallel.shardings)
     else:
         rows = None
         lead = (len(devices), accumulate, size // (accumulate * len(devices)))
@@ -300,17 +296,15 @@ def abstract_inputs(config: Config, parallel: DataParallel | FullySharded, state
 def advice(what: What, config: Config) -> str:
     """Settings that lower the memory use, in the order in which to try them."""
     options = []
-    if what != "train":
-        if config.training.parallel != "fsdp":
-            options.append("--training.parallel fsdp")
-        return f"Try {', '.join([*options, 'a smaller --training.batch-size', 'more devices'])}"
     if config.training.parallel != "fsdp":
         options.append("--training.parallel fsdp")
-    if not getattr(config.network, "remat", True):
-        options.append("--network.remat")
-    accumulate = config.training.accumulate * 2
-    options += [f"--training.accumulate {accumulate}", "more devices"]
-    return f"Try {', '.join(options)}"
+    if what == "train":
+        if not getattr(config.network, "remat", True):
+            options.append("--network.remat")
+        options.append(f"--training.accumulate {config.training.accumulate * 2}")
+    else:
+        options.append("a smaller --training.batch-size")
+    return f"Try {', '.join([*options, 'more devices'])}"
 
 
 def show(command: CompileCheckCommand, compiled: Compiled, num_tokens: int):

@@ -65,14 +65,18 @@ def split_axes(params: Params, mesh: Mesh, stacked: str | None) -> Any:
     parts = mesh.shape[FSDP]
 
     def axis_of(path, leaf):
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        first = 1 if stacked in names else 0
+        first = 1 if is_stacked(path, stacked) else 0
         fits = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % parts == 0]
         if parts == 1 or leaf.size < LEAST_SPLIT or not fits:
             return 0
         return max(fits, key=lambda axis: leaf.shape[axis]) - leaf.ndim
 
     return jax.tree_util.tree_map_with_path(axis_of, params)
+
+
+def is_stacked(path: Any, stacked: str | None) -> bool:
+    """Whether a path of ``jax.tree_util`` leads into the subtree of this name."""
+    return stacked in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def partition(leaf, axis: int) -> PartitionSpec:
@@ -88,6 +92,15 @@ def sharded(params: Params, axes: Any) -> Params:
         lambda leaf, axis: leaf if axis == 0 else Shard(part=leaf, axis=axis, over=FSDP),
         params,
         axes,
+    )
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Describe placed arrays by shape, type and sharding, for compiling without arrays."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
     )
 
 
@@ -153,14 +166,6 @@ class Placement:
             return jax.tree.map(put, params, shardings)
         return jax.device_put(params, shardings)
 
-    def abstract(self, params: Params) -> Params:
-        """Describe placed parameters by shape, type and sharding, for compiling without arrays."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            params,
-            self.shardings(params),
-        )
-
     def run(
         self,
         function: Callable[[Params, Any, Any], Any],
@@ -218,8 +223,7 @@ class Placement:
         """Gather the parameters that are not stacked over layers."""
 
         def gather(path, leaf):
-            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            return leaf if self.stacked in names else whole(leaf)
+            return leaf if is_stacked(path, self.stacked) else whole(leaf)
 
         return jax.tree_util.tree_map_with_path(
             gather, params, is_leaf=lambda leaf: isinstance(leaf, Shard)

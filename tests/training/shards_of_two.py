@@ -54,7 +54,7 @@ def main(place: Path) -> None:
     multihost_utils.process_allgather = lambda x, **rest: (
         gathered.append(np.size(x)) or usual(x, **rest)
     )
-    states = {}
+    states, shardings = {}, {}
     for layout, parts in PARTS.items():
         state, parallel = setup(ADAMW, devices=4, network=Toy(width=64), **parts)
         abstract = jax.eval_shape(lambda state=state: state)
@@ -64,11 +64,16 @@ def main(place: Path) -> None:
             check(restored.state, reference)
             assert checkpoints.latest_good(parallel.shardings) == restored.step == 2
             print(f"{layout} reads {source}", flush=True)
-        states[layout] = restored.state
+        states[layout], shardings[layout] = restored.state, parallel.shardings
         directory = Checkpoints(place / f"two {layout}")
         directory.save(restored.state, data={}, pending={})
         directory.close()
         print(f"{layout} writes", flush=True)
+    for source in PARTS:
+        for layout in PARTS:
+            written = Checkpoints(place / f"two {source}")
+            check(written.restore_latest(abstract, shardings[layout]).state, reference)
+            print(f"{layout} reads two {source}", flush=True)
     assert largest_share(states["fsdp"]) == 0.5
     restored = Checkpoints(place / "flipped").restore_latest(abstract, parallel.shardings)
     print(f"flipped: {restored.step}", flush=True)

@@ -180,7 +180,8 @@ def test_two_processes_read_and_write_every_layout(tmp_path, runners, abstract, 
         path.unlink()
     outputs = finish(processes := start_two(SCRIPT, tmp_path))
     assert [process.returncode for process in processes] == [0, 0], outputs
-    reads = [f"{to} reads {one}" for to in ("pmap", "fsdp") for one in ("one", "four", "parts")]
+    sources = ("one", "four", "parts", "two pmap", "two fsdp")
+    reads = [f"{to} reads {source}" for to in ("pmap", "fsdp") for source in sources]
     for number, (out, err) in enumerate(outputs):
         lines = out.splitlines()
         assert set(reads) <= set(lines)
