@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from sedd.configuration.build import Parts, build_parts
 from sedd.configuration.components import options, options_type
 from sedd.configuration.config import Config, DataOptions, default_cache_dir
+from sedd.data.tokenizer_directory import read_tokenizer_directory
 from sedd.data.tokenizer_sources import build_tokenizer
-from sedd.data.tokenizers import Pretrained, Tokenizer, tokenizer_from_json
+from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError, first_line
 from sedd.evaluation.datasets import TextReader
@@ -314,23 +315,18 @@ def _from_published(published: Published, path: Path, source: str) -> Model:
 def _published_tokenizer(path: Path, num_tokens: int) -> Tokenizer | None:
     """The tokenizer of a published checkpoint.
 
-    It is read from ``tokenizer.json``. Without this file, a vocabulary of GPT-2's size means
-    GPT-2's tokenizer, and any other size gives None.
+    It is read from ``tokenizer.json`` and the files beside it. Without this file, a vocabulary of
+    GPT-2's size means GPT-2's tokenizer, and any other size gives None.
     """
     file = path / "tokenizer.json"
-    if file.is_file():
-        # The file of a run has the key "kind"; other files are of Hugging Face's tokenizers.
-        tokenizer = _read_json(
-            file,
-            lambda data: (
-                tokenizer_from_json(data)
-                if "kind" in data
-                else Pretrained.of(file.name, json.dumps(data))
-            ),
-        )
-    elif num_tokens == GPT2_TOKENS:
-        tokenizer = build_tokenizer("gpt2", None, cache_dir=Path(default_cache_dir()).expanduser())
+    # The file of a run has the key "kind"; other files are of Hugging Face's tokenizers.
+    if file.is_file() and "kind" in _read_json(file, dict):
+        tokenizer = _read_json(file, tokenizer_from_json)
     else:
+        tokenizer = read_tokenizer_directory(path)
+    if tokenizer is None and num_tokens == GPT2_TOKENS:
+        tokenizer = build_tokenizer("gpt2", None, cache_dir=Path(default_cache_dir()).expanduser())
+    if tokenizer is None:
         return None
     if tokenizer.num_tokens != num_tokens:
         raise UserError(

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sedd.constraints import Automaton, compile_regex
-from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_prompt
+from sedd.constraints.clamp import MAX_LENGTH, Clamp, from_infill, from_messages, from_prompt
 from sedd.constraints.json_schema import DEPTH, MAX_NESTING, regex_to_compile
 from sedd.constraints.spans import Given, Span, spans_of
+from sedd.data.chat import Message, check_messages
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError, did_you_mean, mistakes_in
 
@@ -32,6 +33,7 @@ FIELD_TYPES: dict[str, tuple[Any, str]] = {
     "prompt": (str, "a string"),
     "suffix": (str, "a string"),
     "infill": (str, "a string"),
+    "messages": ((list, tuple), "a list of messages"),
     "length": (Integral, "a whole number"),
     "seed": (Integral, "a whole number"),
     "regex": ((str, list, tuple), "a string, or a list with one or null for each gap"),
@@ -61,6 +63,9 @@ class Request:
     infill: str | None = None
     """Text with gaps: ``{mask:12}`` leaves 12 tokens free, ``{mask}`` one. Excludes prompt and
     suffix."""
+    messages: Sequence[Message] | None = None
+    """A conversation to answer: objects with ``role`` and ``content``. The text of the sequence is
+    the answer alone. Excludes prompt, suffix and infill."""
     length: int | None = None
     """Number of tokens, the given ones included. None takes the training length, or with
     ``infill`` the length of the text."""
@@ -104,6 +109,12 @@ class Request:
             raise FieldError("seed", f"must be in [0, 2**32), got {self.seed}")
         if self.infill is not None and (self.prompt or self.suffix):
             raise UserError("infill already holds its context: give no prompt or suffix beside it")
+        if self.messages is not None:
+            check_messages(self.messages)
+            if self.prompt or self.suffix or self.infill is not None:
+                raise UserError(
+                    "messages are all of the given text: give no prompt, suffix or infill"
+                )
         if self.regex is not None and self.json_schema is not None:
             raise UserError("regex and json_schema: give one of them")
         if self.json_schema_depth is not None:
@@ -121,11 +132,14 @@ class Request:
             default_length: the number of tokens if neither ``length`` nor ``infill`` is given.
 
         Raises:
-            UserError: the text does not fit the length, or cannot be encoded.
+            UserError: the text does not fit the length, or cannot be encoded; there are messages,
+                and the tokenizer has no chat template or refuses them.
         """
         if self.infill is not None:
             return from_infill(tokenizer, self.infill, self.length)
         length = default_length if self.length is None else self.length
+        if self.messages is not None:
+            return from_messages(tokenizer, length, self.messages)
         return from_prompt(tokenizer, length, prompt=self.prompt, suffix=self.suffix)
 
     def spans(self, clamp: Clamp, tokenizer: Tokenizer, cache_dir: Path | None) -> list[Span]:

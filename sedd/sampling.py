@@ -50,7 +50,8 @@ class SampleResult:
     """How many entries each sequence had on the batch axis, summed over these calls, [B]: one a
     call, except where a sampler calls the network with several versions of a sequence."""
     text: list[str] | None
-    """The decoded sequences; None without a tokenizer."""
+    """The decoded sequences; with ``messages`` the answers, each up to its end. None without a
+    tokenizer."""
     trace: np.ndarray | None
     """Token ids at the start and after every round, [T, B, L]; None unless ``trace`` was set."""
     times: np.ndarray | None
@@ -104,6 +105,7 @@ def sample(
     prompt: str | Sequence[str] | None = None,
     suffix: str | Sequence[str] | None = None,
     infill: str | Sequence[str] | None = None,
+    messages: Sequence[Any] | None = None,
     regex: str | Sequence[Any] | None = None,
     json_schema: Mapping[str, Any] | Sequence[Any] | None = None,
     json_schema_depth: int | Sequence[int | None] | None = None,
@@ -135,6 +137,8 @@ def sample(
         prompt: text at the start.
         suffix: text at the end.
         infill: text with gaps: ``{mask:12}`` leaves 12 tokens free, ``{mask}`` one.
+        messages: a conversation to answer, as a list of objects with ``role`` and ``content``, or a
+            list of such lists. The model's tokenizer must have a chat template.
         regex: regex that everything from the first free token to the last must match, given text in
             between included. The value for a sequence may also be a list with a regex or None for
             each gap; for one sequence of two gaps: ``regex=[["a+", None]]``.
@@ -172,7 +176,11 @@ def sample(
     texts = {"prompt": prompt, "suffix": suffix, "infill": infill, "regex": regex}
     texts |= {"json_schema": json_schema, "json_schema_depth": json_schema_depth}
     texts = {name: value for name, value in texts.items() if value is not None}
-    num, keys_B = _keys(key, num, {"clamp": clamp, "constraint": constraint, **texts})
+    single = bool(messages) and not _is_list(messages[0])
+    several = {"clamp": clamp, "constraint": constraint, "messages": None if single else messages}
+    num, keys_B = _keys(key, num, {**several, **texts})
+    if messages is not None:
+        texts["messages"] = [messages] * num if single else messages
     clamps, spans = _given(model, num, length, texts, clamp, constraint)
     if rule not in get_args(Rule):
         raise FieldError("rule", f"must be one of {', '.join(get_args(Rule))}, got {rule!r}")
@@ -243,7 +251,7 @@ def _keys(key: Any, num: int | None, given: Mapping[str, Any]) -> tuple[int, Arr
 def _given(model, num, length, texts, clamp, constraint) -> tuple[list[Clamp], list[list[Span]]]:
     """For each sequence, its given tokens and its spans under a constraint."""
     if clamp is not None:
-        for name in ("length", "prompt", "suffix", "infill"):
+        for name in ("length", "prompt", "suffix", "infill", "messages"):
             if name in texts or (name == "length" and length is not None):
                 raise FieldError(
                     name, "does not go with clamp, which has its own tokens and length"
@@ -261,7 +269,7 @@ def _given(model, num, length, texts, clamp, constraint) -> tuple[list[Clamp], l
         request = Request(id=row, length=length, **own)
         if clamp is not None:
             tokens = clamp[row] if isinstance(clamp, Sequence) else clamp
-        elif own.keys() & {"prompt", "suffix", "infill"}:
+        elif own.keys() & {"prompt", "suffix", "infill", "messages"}:
             tokens = request.clamp(model.tokenizer, model.length)
         else:
             tokens = free(model.length if length is None else length)
@@ -332,7 +340,7 @@ def draw(
     given = (keys_B[row_of_B], jnp.asarray(tokens_BL), jnp.asarray(fixed_BL))
     samples = _drawn(denoiser, sampler, given, placement, trace)
     _check_drawn(np.asarray(samples.tokens_BL)[: len(clamps)], spans)
-    result = _result(model, sampler, samples, lengths)
+    result = _result(model, sampler, samples, clamps)
     _check_matches(result.tokens, spans)
     return result
 
@@ -425,17 +433,19 @@ def _check_matches(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> No
                 raise RuntimeError(f"drawn, but no match of {span.automaton.pattern!r}")
 
 
-def _result(model: Model, sampler: Sampler, samples: Samples, lengths: list[int]) -> SampleResult:
+def _result(
+    model: Model, sampler: Sampler, samples: Samples, clamps: Sequence[Clamp]
+) -> SampleResult:
     """Copy the samples to the host and cut the padding off; UserError if the verifier failed."""
-    num, longest = len(lengths), max(lengths)
+    num, longest = len(clamps), max(clamp.length for clamp in clamps)
     tokens, calls = np.asarray(samples.tokens_BL), np.asarray(samples.calls_B)
     score = None if samples.score_B is None else np.asarray(samples.score_B)
     if score is not None and not np.isfinite(score).all():
         raise verifier_error(sampler) or UserError("the verifier's scores must be finite")
     text = None
     if model.tokenizer is not None:
-        rows = zip(tokens[:num], lengths, strict=True)
-        text = [model.tokenizer.decode(row[:n]) for row, n in rows]
+        rows = zip(tokens[:num], clamps, strict=True)
+        text = [clamp.text(row[: clamp.length], model.tokenizer) for row, clamp in rows]
     trace = times = None
     if samples.trace_TBL is not None and samples.rounds is not None:
         frames = int(samples.rounds) + 1

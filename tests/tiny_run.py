@@ -21,7 +21,7 @@ from sedd.commands.cli import run
 from sedd.configuration.build import build_parts
 from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions
-from sedd.data.tokenizers import Characters
+from sedd.data.tokenizers import Characters, Tokenizer
 from sedd.evaluation.price import Price
 from sedd.model import Model
 from sedd.training.checkpoint import Checkpoints
@@ -76,10 +76,16 @@ def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> C
 
 
 def make_run(
-    directory: Path, config: Config, *, steps=(4,), metric: float | None = 1.0, seed: int = 0
+    directory: Path,
+    config: Config,
+    *,
+    steps=(4,),
+    metric: float | None = 1.0,
+    seed: int = 0,
+    tokenizer: Tokenizer = TOKENIZER,
 ) -> Path:
     """What ``train.py`` leaves, with random weights."""
-    parts = build_parts(config, TOKENIZER.num_tokens)
+    parts = build_parts(config, tokenizer.num_tokens)
     params = jax.jit(parts.network.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)
     noise = np.random.default_rng(seed)
@@ -92,7 +98,7 @@ def make_run(
         checkpoints.save(state, data={}, pending={}, metric=metric)
     checkpoints.close()
     (directory / "config.json").write_text(json.dumps(config.to_json()))
-    (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER.to_json()))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()))
     return directory
 
 

@@ -180,6 +180,8 @@ class Asking:
         schemas = [read_schema(given) for given in command.json_schema]
         taken = ("prompt", "suffix", "infill", "length", "json_schema_depth")
         texts = {name: getattr(command, name) for name in taken}
+        if command.chat is not None:
+            texts["messages"] = [{"role": "user", "content": command.chat}]
         # The requests differ in id and seed only, so the text is tokenised and the constraints are
         # compiled once.
         first = self(
@@ -318,7 +320,7 @@ def check_guidance(command: SampleCommand, survey: Survey) -> None:
     if command.guidance and not survey.given and not survey.guided:
         raise UserError(
             f"--guidance {command.guidance} has no effect without given text; give --prompt, "
-            "--suffix or --infill, or --requests with such lines"
+            "--suffix, --infill or --chat, or --requests with such lines"
         )
 
 

@@ -169,7 +169,7 @@ def show(one: Answer, tokenizer: Any) -> None:
     """Print a sample below a line with its id, seed, calls and entropy.
 
     On a terminal, given text is dim and drawn text is bold. Without given text, drawn text is
-    plain.
+    plain. Of a conversation the answer alone is shown.
     """
     about = (
         f"{printable(str(one.request.id))} · seed {one.request.seed} · {one.work} · "
@@ -181,6 +181,9 @@ def show(one: Answer, tokenizer: Any) -> None:
         console.print(Text(" ".join(about.split()), style="dim"))
     else:
         console.rule(about, style="dim")
+    if one.clamp.end_ids:
+        console.print(Text(printable(one.text)))
+        return
     fixed_L = one.clamp.fixed_L
     drawn = "bold" if fixed_L.any() else ""
     text, before = Text(), ""

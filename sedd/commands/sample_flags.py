@@ -38,7 +38,7 @@ from sedd.samplers.base import SamplerOptions
 from sedd.samplers.planned import Profile
 from sedd.sampling import NUMBERS, reshape_of
 
-TITLE = "Draw text from a trained model: from nothing, after a prompt, or into gaps."
+TITLE = "Draw text from a trained model: from nothing, after a prompt, into gaps, or as an answer."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,14 @@ class SampleCommand:
     """Given text at the end of the sequence."""
     infill: Annotated[str | None, unset("TEXT")] = None
     """Given text with gaps to fill: "The {mask:12} said no." leaves twelve tokens free."""
+    chat: Annotated[str | None, unset("TEXT")] = None
+    """A user's message to answer. It is written by the chat template of the model's tokenizer, and
+    the answer ends where the model ends its turn."""
     requests: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Draw one sequence for each line, a JSON object with any of the fields id, prompt, suffix,
-    infill, length, seed, regex, json_schema, json_schema_depth, temperature, top_k, top_p,
-    guidance, and sampler (an object of the sampler's options). The flags are the defaults."""
+    infill, messages (a conversation to answer), length, seed, regex, json_schema,
+    json_schema_depth, temperature, top_k, top_p, guidance, and sampler (an object of the sampler's
+    options). The flags are the defaults."""
     regex: Annotated[tuple[str, ...], unset("REGEX")] = ()
     """Regular expression that the text must match: one for everything from the first free token to
     the last, given text in between included, or one for each gap."""
@@ -214,6 +218,8 @@ def check_files(command: SampleCommand) -> None:
         raise UserError("--regex and --json-schema: give one of them")
     for given in command.json_schema:
         read_schema(given)
+    if command.chat is not None and (command.prompt or command.suffix or command.infill):
+        raise UserError("--chat is all of the given text: give no --prompt, --suffix or --infill")
     depth = command.json_schema_depth
     if command.requests is not None:
         if command.regex or command.json_schema:
@@ -223,8 +229,11 @@ def check_files(command: SampleCommand) -> None:
                 f"--json-schema-depth {depth}: --requests holds the constraints; write "
                 "json_schema_depth into its lines"
             )
-        if command.prompt or command.suffix or command.infill is not None:
-            raise UserError("--requests holds the prompts: give no --prompt, --suffix or --infill")
+        texts = (command.prompt, command.suffix, command.infill, command.chat)
+        if any(text not in ("", None) for text in texts):
+            raise UserError(
+                "--requests holds the prompts: give no --prompt, --suffix, --infill or --chat"
+            )
         if command.num != 1:
             raise UserError(f"--num {command.num}: --requests says how many sequences there are")
     elif depth is not None and not command.json_schema:

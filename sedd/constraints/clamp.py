@@ -4,10 +4,12 @@ Positions without a given token are free: samplers draw them, and leave given to
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sedd.data.chat import ANSWERING, Message, end_ids, render
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
 
@@ -25,11 +27,14 @@ class Clamp:
         fixed_L: whether each position is given.
         gap_starts: positions at which a gap begins directly behind another one. Without any, a gap
             is a maximal run of free positions.
+        end_ids: ids of which the first one that is drawn ends an answer. Without any, the text of
+            the sequence is all of it; see ``text``.
     """
 
     tokens_L: np.ndarray
     fixed_L: np.ndarray
     gap_starts: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -46,6 +51,14 @@ class Clamp:
         starts, ends = np.flatnonzero(first_L1), np.flatnonzero(end_L1)
         lengths = ends[np.searchsorted(ends, starts, side="right")] - starts
         return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
+    def text(self, tokens_L: np.ndarray, tokenizer: Tokenizer) -> str:
+        """The text of a drawn sequence: all of it, or for a conversation the answer alone."""
+        if not self.end_ids:
+            return tokenizer.decode(tokens_L.tolist())
+        answer = tokens_L[~self.fixed_L]
+        ends = np.flatnonzero(np.isin(answer, self.end_ids))
+        return tokenizer.decode(answer[: ends[0] if len(ends) else None].tolist())
 
 
 def free(length: int) -> Clamp:
@@ -92,6 +105,35 @@ def from_prompt(tokenizer: Tokenizer, length: int, *, prompt: str = "", suffix: 
     clamp.tokens_L[: len(before)], clamp.fixed_L[: len(before)] = before, True
     if len(after):
         clamp.tokens_L[-len(after) :], clamp.fixed_L[-len(after) :] = after, True
+    return clamp
+
+
+def from_messages(tokenizer: Tokenizer, length: int, messages: Sequence[Message]) -> Clamp:
+    """A conversation at the start of a sequence, written by the tokenizer's chat template.
+
+    The rest is free, for an answer.
+
+    Args:
+        tokenizer: has the template and encodes the text.
+        length: the number of tokens, those of the conversation included.
+        messages: checked messages; the last one is no answer.
+
+    Raises:
+        UserError: the tokenizer has no template, or the template refuses the messages; the last
+            message is an answer; the conversation is longer than ``length``.
+    """
+    if messages[-1]["role"] == ANSWERING:
+        raise UserError(
+            f"messages: the last one is of the role {ANSWERING}, so that no answer is left to draw"
+        )
+    ids, _ = tokenizer.encode_spans(render(tokenizer, messages, answer=True))
+    if len(ids) > length:
+        raise UserError(
+            f"the conversation ({len(ids)} tokens) does not fit into the length of {length} "
+            "tokens, which includes it; give a larger length"
+        )
+    clamp = replace(free(length), end_ids=end_ids(tokenizer))
+    clamp.tokens_L[: len(ids)], clamp.fixed_L[: len(ids)] = ids, True
     return clamp
 
 

@@ -7,10 +7,11 @@ name.
 """
 
 import base64
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,22 @@ BYTE_OF_CHARACTER = {
 END_NAMES = (EOS_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "[SEP]")
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "[CLS]")
 PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>")
+# Behind the first character of a special token's name, it makes the name ordinary text; see
+# ``encode_spans``. It is no character of Unicode and reserved for use within programs.
+HIDDEN = "\ufdd0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """How a tokenizer writes conversations; see ``sedd.data.chat``."""
+
+    template: str | None = None
+    """The chat template, in Jinja's language; None without one."""
+    variables: tuple[tuple[str, Any], ...] = ()
+    """What the template may read by name: ``bos_token``, ``eos_token``, ``pad_token`` and
+    ``mask_token`` where the tokenizer has them, and settings such as ``enable_thinking``."""
+    end_ids: tuple[int, ...] = ()
+    """Ids of the tokenizer's file that end an answer beside the end of a turn and of a document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +75,63 @@ class Tokenizer(ABC):
         """The id that opens a row in protocols that ask for one; by default, ``eos_id``."""
         return self.eos_id
 
+    @property
+    def specials(self) -> Mapping[str, int]:
+        """The ids of the special tokens that a chat template may write, by their names."""
+        return {}
+
+    @property
+    def turns(self) -> Turns:
+        """How the tokenizer writes conversations; without a template by default."""
+        return Turns()
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer beside the end of a turn and of a document; none by default."""
+        return ()
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode each text as int32 ids, without special tokens. Threads may call it in parallel.
 
         Raises UserError for a character that the tokenizer does not have.
         """
+
+    def encode_spans(
+        self, text: str, given: Sequence[tuple[int, int]] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode a text of ``sedd.data.chat``, in which special tokens are recognised.
+
+        Args:
+            text: the text. The names of special tokens in it become their ids, unless ``HIDDEN``
+                is behind their first character.
+            given: the start and end of each given stretch in characters, ascending. The text is
+                encoded piece by piece between these places, so that no token is given in part.
+
+        Returns:
+            The ids [L], int32, and which of them are given [L].
+
+        Raises:
+            UserError: as ``encode_batch``.
+        """
+        cuts = sorted({0, len(text), *(place for span in given for place in span)})
+        names = sorted(self.specials, key=len, reverse=True)
+        pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        pieces, pieces_given = [], []
+        for start, end in itertools.pairwise(cuts):
+            stretch = text[start:end]
+            found = [stretch] if pattern is None else pattern.split(stretch)
+            pieces += found
+            pieces_given += [any(a <= start < b for a, b in given)] * len(found)
+        # Of the pieces between special tokens, those that hold text are encoded together.
+        plain = [i for i, piece in enumerate(pieces) if piece and piece not in self.specials]
+        encoded = [np.array([self.specials[p]] if p in self.specials else [], int) for p in pieces]
+        shown = [re.sub(f"{HIDDEN}({HIDDEN}?)", r"\1", pieces[i]) for i in plain]
+        for i, ids in zip(plain, self.encode_batch(shown), strict=True):
+            encoded[i] = ids
+        sizes = [len(ids) for ids in encoded]
+        ids = np.concatenate(encoded).astype(np.int32) if encoded else np.zeros(0, np.int32)
+        return ids, np.repeat(np.array(pieces_given, bool), sizes)
 
     def split(self, text: str, size: int) -> list[str]:
         """Cut a text into parts of about ``size`` characters without changing its ids.
@@ -273,20 +341,29 @@ class Pretrained(Tokenizer):
     begin: int | None = None  # id of the tokenizer's own begin of text
     end: str | None = None  # the token that ends a document, if the user named it
     mask: int | None = None  # id of the mask in the file, if it is one of its tokens
+    turns: Turns = Turns()
 
     @classmethod
     def of(
-        cls, name: str, source: str, *, end: str | None = None, mask: int | None = None
+        cls,
+        name: str,
+        source: str,
+        *,
+        end: str | None = None,
+        mask: int | None = None,
+        turns: Turns = Turns(),
     ) -> "Pretrained":
         """Build the tokenizer of a ``tokenizer.json``.
 
         Args:
             name: name of the tokenizer.
             source: content of the file.
-            end: the token that ends a document; by default the first of ``END_NAMES`` in the
-                vocabulary. Padding and begin of text are found by their names, too.
+            end: the token that ends a document. By default it is the ``eos_token`` of ``turns``, or
+                else the first of ``END_NAMES`` in the vocabulary. Padding and begin of text are
+                found in the same way.
             mask: the id of the mask in the file. None, or an id after those of the file, if the
                 mask is not one of its tokens: ids then stay as they are.
+            turns: how the tokenizer writes conversations.
 
         Raises:
             UserError: if ``source`` is not such a file, its vocabulary has no token ``end``, or it
@@ -322,23 +399,29 @@ class Pretrained(Tokenizer):
         last = max(ids.values())
         if mask is not None and mask > last:
             mask = None
+        named = dict(turns.variables) if end is None else {**dict(turns.variables), "eos_token": end}
 
-        def first(names: Sequence[str]) -> int | None:
-            """Our id of the first of these tokens in the vocabulary; the mask is not a token."""
+        def first(key: str, names: Sequence[str]) -> int | None:
+            """Our id of the token that ``named`` has, or else of the first of ``names`` there is.
+
+            The mask is not a token.
+            """
+            names = [named[key]] if named.get(key) in ids else names
             found = (ids[token] for token in names if token in ids and ids[token] != mask)
             return next((int(_exchanged(np.asarray(i), mask, last)) for i in found), None)
 
         return cls(
             name=name,
             num_tokens=last + (mask is None),
-            eos_id=first(END_NAMES if end is None else (end,)),
+            eos_id=first("eos_token", END_NAMES),
             end=end,
             unit="token",
             source=source,
             backend=backend,
-            padding=first(PAD_NAMES),
-            begin=first(BEGIN_NAMES),
+            padding=first("pad_token", PAD_NAMES),
+            begin=first("bos_token", BEGIN_NAMES),
             mask=mask,
+            turns=turns,
         )
 
     @property
@@ -359,6 +442,23 @@ class Pretrained(Tokenizer):
         last = self.num_tokens  # with a mask this is the file's last id
         return ids if self.mask is None else _exchanged(ids, self.mask, last)
 
+    @property
+    def named_mask(self) -> int | None:
+        """The id in the file of the token that the tokenizer's files name as its mask."""
+        named = dict(self.turns.variables).get("mask_token")
+        return None if named is None else self.backend.token_to_id(named)
+
+    @cached_property
+    def specials(self) -> Mapping[str, int]:
+        added = [t for t in json.loads(self.source).get("added_tokens", []) if t["special"]]
+        ids = self.swapped(np.array([token["id"] for token in added], np.int64)).tolist()
+        return dict(zip([token["content"] for token in added], ids, strict=True))
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        ids = np.array([i for i in self.turns.end_ids if i != self.mask], np.int64)
+        return tuple(self.swapped(ids).tolist())
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self.swapped(np.array(encoding.ids, np.int32)) for encoding in encodings]
@@ -367,11 +467,15 @@ class Pretrained(Tokenizer):
         return self.backend.decode(self.swapped(ids).tolist(), skip_special_tokens=True)
 
     def token_bytes(self) -> list[bytes | None]:
-        """The bytes of each id; UserError if the tokenizer is not byte-level or changes texts."""
+        """The bytes of each id; UserError if the tokenizer is not byte-level or changes texts.
+
+        Some tokenizers bring texts into Unicode's normal form C. The bytes are those of this form.
+        """
         data = json.loads(self.source)
         decoder = (data.get("decoder") or {}).get("type")
         prefixed = '"add_prefix_space": true' in json.dumps(data.get("pre_tokenizer"))
-        if decoder != "ByteLevel" or data.get("normalizer") is not None or prefixed:
+        changed = data.get("normalizer") not in (None, {"type": "NFC"})
+        if decoder != "ByteLevel" or changed or prefixed:
             raise UserError(
                 f"tokenizer {self.name!r} does not say which bytes a token stands for "
                 f"(it is not byte-level, or changes the text): use characters, bytes, bpe:SIZE or "
@@ -385,7 +489,13 @@ class Pretrained(Tokenizer):
         return table[: self.num_tokens]
 
     def to_json(self) -> dict[str, Any]:
-        given = {"end": self.end, "mask": self.mask}
+        given: dict[str, Any] = {"end": self.end, "mask": self.mask}
+        if self.turns != Turns():
+            given["turns"] = {
+                "template": self.turns.template,
+                "variables": dict(self.turns.variables),
+                "end_ids": list(self.turns.end_ids),
+            }
         given = {name: value for name, value in given.items() if value is not None}
         return {"kind": "tokenizers", "name": self.name, "source": self.source, **given}
 
@@ -399,7 +509,11 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
             d["name"], [base64.b64decode(token) for token in d["vocabulary"]]
         ),
         "tokenizers": lambda d: Pretrained.of(
-            d["name"], d["source"], end=d.get("end"), mask=d.get("mask")
+            d["name"],
+            d["source"],
+            end=d.get("end"),
+            mask=d.get("mask"),
+            turns=_turns_from_json(d.get("turns", {})),
         ),
     }
     kind = data.get("kind")
@@ -416,6 +530,15 @@ def _exchanged(ids: np.ndarray, one: int | None, other: int) -> np.ndarray:
     if one is None:
         return ids
     return np.where(ids == one, other, np.where(ids == other, one, ids)).astype(ids.dtype)
+
+
+def _turns_from_json(data: dict[str, Any]) -> Turns:
+    """Rebuild ``Turns`` from the description of a tokenizer."""
+    return Turns(
+        template=data.get("template"),
+        variables=tuple(data.get("variables", {}).items()),
+        end_ids=tuple(data.get("end_ids", ())),
+    )
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -9,7 +9,17 @@ from sedd.errors import UserError
 
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?")
-SAFE = ["config.json", "tokenizer.json", "model.safetensors"]
+TOKENIZER = [  # see ``sedd.data.tokenizer_directory``
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+]
+SAFE = ["config.json", *TOKENIZER, "model.safetensors"]
 PICKLED = "pytorch_model.bin"  # a pickle: downloaded only if there is no safetensors file
 
 
