@@ -82,9 +82,10 @@ def make_run(
     steps=(4,),
     metric: float | None = 1.0,
     seed: int = 0,
-    tokenizer: Tokenizer = TOKENIZER,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """What ``train.py`` leaves, with random weights."""
+    tokenizer = tokenizer or TOKENIZER
     parts = build_parts(config, tokenizer.num_tokens)
     params = jax.jit(parts.network.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)

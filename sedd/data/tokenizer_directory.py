@@ -69,7 +69,10 @@ def read_tokenizer_directory(
         variables=(*named.items(), *settings.items()),
         end_ids=_end_ids(folder),
     )
-    tokenizer = Pretrained.of(VOCABULARY, json.dumps(source), mask=mask, turns=turns)
+    try:
+        tokenizer = Pretrained.of(VOCABULARY, json.dumps(source), mask=mask, turns=turns)
+    except UserError as error:
+        raise UserError(f"{folder / VOCABULARY}: {error}") from error
     for token in missing:
         content, wanted = token["content"], token["id"]
         if (got := tokenizer.backend.token_to_id(content)) != wanted:

@@ -399,7 +399,7 @@ class Pretrained(Tokenizer):
         last = max(ids.values())
         if mask is not None and mask > last:
             mask = None
-        named = dict(turns.variables) if end is None else {**dict(turns.variables), "eos_token": end}
+        named = dict(turns.variables) | ({} if end is None else {"eos_token": end})
 
         def first(key: str, names: Sequence[str]) -> int | None:
             """Our id of the token that ``named`` has, or else of the first of ``names`` there is.
