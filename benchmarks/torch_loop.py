@@ -16,7 +16,8 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
-from sedd.networks.ddit import ROTARY_BASE, DDiT
+from sedd.networks import rotary
+from sedd.networks.ddit import DDiT
 from sedd.training.optimizer import OptimizerOptions
 
 
@@ -77,7 +78,7 @@ class RADD(nn.Module):
                     module.bias.fill_(1.0)
             linear.weight.zero_()
             linear.bias.zero_()
-        frequency_F = ROTARY_BASE ** -(torch.arange(0, network.head_dim, 2) / network.head_dim)
+        frequency_F = rotary.BASE ** -(torch.arange(0, network.head_dim, 2) / network.head_dim)
         phase_LK = torch.outer(torch.arange(length).float(), frequency_F).repeat(1, 2)
         self.register_buffer("cos_LK", phase_LK.cos(), persistent=False)
         self.register_buffer("sin_LK", phase_LK.sin(), persistent=False)

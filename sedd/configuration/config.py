@@ -211,7 +211,7 @@ class Config:
 def _plain(value: Any) -> Any:
     """Convert one field of a configuration to JSON values."""
     if isinstance(value, Options):
-        return {"name": value.name, **values(value)}
+        return {"name": value.name} | {k: _plain(v) for k, v in values(value).items()}
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)  # pyright: ignore[reportArgumentType]
     return value
@@ -230,10 +230,7 @@ def _typed(kind: type, data: Any, path: str) -> Any:
         if not path and key in COMPONENTS:
             if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                 raise UserError(f"configuration: {here} must be an object with a name")
-            rest = {k: v for k, v in value.items() if k != "name"}
-            given[key] = options(COMPONENTS[key], value["name"], **rest)
-            for f in dataclasses.fields(given[key]):
-                _check_type(getattr(given[key], f.name), f.type, f"{here}.{f.name}")
+            given[key] = _typed_options(COMPONENTS[key], value, here)
         elif dataclasses.is_dataclass(fields[key].type):
             given[key] = _typed(fields[key].type, value, here)  # pyright: ignore[reportArgumentType]
         else:
@@ -244,6 +241,18 @@ def _typed(kind: type, data: Any, path: str) -> Any:
             return kind(**given)
     except FieldError as error:
         raise FieldError(error.field, error.problem, "configuration") from error
+
+
+def _typed_options(family: str, data: dict[str, Any], path: str) -> Options:
+    """Build the options of a component from a JSON object with its ``name``."""
+    given = {k: v for k, v in data.items() if k != "name"}
+    for f in dataclasses.fields(options_type(family, data["name"])):
+        if dataclasses.is_dataclass(f.type) and f.name in given:
+            given[f.name] = _typed(f.type, given[f.name], f"{path}.{f.name}")  # pyright: ignore
+    built = options(family, data["name"], **given)
+    for f in dataclasses.fields(built):
+        _check_type(getattr(built, f.name), f.type, f"{path}.{f.name}")
+    return built
 
 
 def _check_type(value: Any, hint: Any, where: str) -> None:

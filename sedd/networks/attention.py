@@ -8,8 +8,13 @@
 Tests on a CPU run ``einsum``, ``xla`` and, in interpret mode, ``splash``. The cuDNN call needs a
 GPU, and the compiled splash kernel a TPU.
 
-Suffixes: ``H`` heads, ``K`` channels of a head, ``S`` keys where their number differs from that of
-the queries, ``L``; the others as in ``sedd.types``.
+Keys and values may have fewer heads than queries (grouped-query attention, arXiv:2305.13245): each
+of the G heads then serves H / G neighbouring heads of the queries. No backend repeats them in
+memory.
+
+Suffixes: ``H`` heads of the queries, ``G`` heads of keys and values, ``K`` channels of a head,
+``S`` keys where their number differs from that of the queries, ``L``; the others as in
+``sedd.types``.
 """
 
 from dataclasses import replace
@@ -48,8 +53,8 @@ def is_kept(primitive, *inputs, **params) -> bool:
 
 def attention(
     q_BLHK: Float[Array, "B L H K"],
-    k_BLHK: Float[Array, "B S H K"],
-    v_BLHK: Float[Array, "B S H K"],
+    k_BSGK: Float[Array, "B S G K"],
+    v_BSGK: Float[Array, "B S G K"],
     attend: Attend | None = None,
     *,
     backend: str = "auto",
@@ -61,8 +66,9 @@ def attention(
 
     Args:
         q_BLHK: queries.
-        k_BLHK: keys; there may be more or fewer keys than queries.
-        v_BLHK: values, as many as keys.
+        k_BSGK: keys; there may be more or fewer keys than queries. Their number of heads, G,
+            divides that of the queries.
+        v_BSGK: values, as many as keys.
         attend: which queries see which keys; None lets all see all.
         backend: one of ``BACKENDS``; see ``choose`` for "auto".
 
@@ -74,11 +80,11 @@ def attention(
     """
     chosen = choose(backend, q_BLHK, attend)
     if chosen == "splash":
-        return _splash(q_BLHK, k_BLHK, v_BLHK, attend)
-    batch, queries, keys = *q_BLHK.shape[:2], k_BLHK.shape[1]
+        return _splash(q_BLHK, k_BSGK, v_BSGK, attend)
+    batch, queries, keys = *q_BLHK.shape[:2], k_BSGK.shape[1]
     if chosen == "einsum":
         mask_B1LS = _mask(attend, queries, keys)
-        out_BLHK = _einsum(q_BLHK, k_BLHK, v_BLHK, mask_B1LS)
+        out_BLHK = _einsum(q_BLHK, k_BSGK, v_BSGK, mask_B1LS)
     else:
         causal = False
         if attend is not None and attend.kind == "causal":  # the backend's own causal kernel
@@ -88,8 +94,8 @@ def attention(
             mask_B1LS = jnp.broadcast_to(mask_B1LS, (batch, 1, queries, keys))
         out_BLHK = jax.nn.dot_product_attention(
             q_BLHK,
-            k_BLHK,
-            v_BLHK,
+            k_BSGK,
+            v_BSGK,
             mask=mask_B1LS,
             is_causal=causal,
             implementation="cudnn" if chosen == "cudnn" else "xla",
@@ -176,33 +182,42 @@ def _flash_capable(device) -> bool:
     return int(str(device.compute_capability).split(".")[0]) >= 8
 
 
-def _einsum(q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, mask_B1LL: Bool[Array, "..."] | None):
+def _einsum(q_BLHK: Array, k_BSGK: Array, v_BSGK: Array, mask_B1LS: Bool[Array, "..."] | None):
     """Attention by two batched matrix products, with few stored values.
 
     The softmax is divided by its sum after the product with v instead of before. The backward pass
     recomputes the weights from three stored values: the largest logit, the sum and the unnormalised
-    output of each query. One product and an exponential take less time than writing the [L, L]
+    output of each query. One product and an exponential take less time than writing the [L, S]
     weights to memory and reading them again.
     """
     # Heads before positions: on a CPU, XLA multiplies contiguous [L, K] matrices up to 3 times
-    # faster than matrices whose rows are not adjacent.
-    q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    # faster than matrices whose rows are not adjacent. The queries of all heads that share a head
+    # of keys are the M rows of one matrix.
+    q_BHLK, k_BGSK, v_BGSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BSGK, v_BSGK))
+    batch, _, length, width = q_BHLK.shape
+    groups, keys = k_BGSK.shape[1:3]
+    q_BGMK = q_BHLK.reshape(batch, groups, -1, width)
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    logits_BHLL = product(q_BHLK, k_BHLK.mT)
-    if mask_B1LL is not None:
-        logits_BHLL = jnp.where(mask_B1LL, logits_BHLL, MASKED)
+    logits_BGMS = product(q_BGMK, k_BGSK.mT)
+    if mask_B1LS is not None:
+        by_head = logits_BGMS.reshape(batch, groups, -1, length, keys)
+        logits_BGMS = jnp.where(mask_B1LS[:, :, None], by_head, MASKED).reshape(logits_BGMS.shape)
     # The output does not depend on the subtracted maximum, so that it needs no gradient.
-    largest_BHL1 = keep(jax.lax.stop_gradient(logits_BHLL.max(axis=-1, keepdims=True)))
-    weight_BHLL = jnp.exp((logits_BHLL - largest_BHL1) * q_BHLK.shape[-1] ** -0.5)
-    total_BHL1 = keep(weight_BHLL.sum(axis=-1, keepdims=True))
-    sum_BHLK = keep(product(weight_BHLL.astype(v_BLHK.dtype), v_BHLK))
-    return jnp.swapaxes(sum_BHLK / total_BHL1, 1, 2).astype(v_BLHK.dtype)
+    largest_BGM1 = keep(jax.lax.stop_gradient(logits_BGMS.max(axis=-1, keepdims=True)))
+    weight_BGMS = jnp.exp((logits_BGMS - largest_BGM1) * width**-0.5)
+    total_BGM1 = keep(weight_BGMS.sum(axis=-1, keepdims=True))
+    sum_BGMK = keep(product(weight_BGMS.astype(v_BGSK.dtype), v_BGSK))
+    out_BHLK = (sum_BGMK / total_BGM1).reshape(q_BHLK.shape)
+    return jnp.swapaxes(out_BHLK, 1, 2).astype(v_BGSK.dtype)
 
 
 def _splash(
-    q_BLHK: Array, k_BLHK: Array, v_BLHK: Array, attend: Attend | None, *, interpret: bool = False
+    q_BLHK: Array, k_BSGK: Array, v_BSGK: Array, attend: Attend | None, *, interpret: bool = False
 ) -> Array:
-    """JAX's TPU kernel under ``vmap`` over sequences; ``interpret`` runs it on any platform."""
+    """JAX's TPU kernel under ``vmap`` over sequences; ``interpret`` runs it on any platform.
+
+    The kernel for several heads of keys (``mha``) takes fewer of them than heads of queries.
+    """
     # Imported here because only TPU runs need Pallas.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -224,10 +239,10 @@ def _splash(
     )
     # The kernel does not scale by 1/√K, which bfloat16 may not represent exactly: float32.
     q_BLHK = (q_BLHK.astype(jnp.float32) * width**-0.5).astype(q_BLHK.dtype)
-    q_BHLK, k_BHLK, v_BHLK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    q_BHLK, k_BGSK, v_BGSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BSGK, v_BSGK))
     segments = None
     if attend is not None and attend.segment_BL is not None:
         segment_BL = jnp.broadcast_to(attend.segment_BL, (batch, length)).astype(jnp.int32)
         segments = splash.SegmentIds(q=segment_BL, kv=segment_BL)
-    out_BHLK = jax.vmap(kernel)(q_BHLK, k_BHLK, v_BHLK, segments)
-    return jnp.swapaxes(out_BHLK, 1, 2).astype(v_BLHK.dtype)  # pyright: ignore
+    out_BHLK = jax.vmap(kernel)(q_BHLK, k_BGSK, v_BGSK, segments)
+    return jnp.swapaxes(out_BHLK, 1, 2).astype(v_BSGK.dtype)  # pyright: ignore

@@ -31,7 +31,9 @@ import jax.numpy as jnp
 
 from sedd.errors import FieldError
 from sedd.networks.base import Attend
-from sedd.networks.ddit import DDiT, Norm, dense, rotary, scanned_blocks
+from sedd.networks.blocks import dense
+from sedd.networks.ddit import DDiT, Norm, scanned_blocks
+from sedd.networks.rotary import rotary
 from sedd.networks.shard import whole
 from sedd.types import Array, Float, Int, Key, Params
 

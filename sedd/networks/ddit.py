@@ -8,15 +8,10 @@ the embedding.
 The residual stream, the norms, the modulation and the rotary phases are float32. Matrix products
 and attention are computed in the compute type. The published code does the same under autocast.
 
-The blocks are one scan over stacked parameters, so that the program does not grow with the layers.
-Each block stores the values marked by ``keep`` for its backward pass and recomputes the others.
-
 Suffixes: ``C`` channels of the condition, ``F`` features; the others as in ``sedd.types``.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
@@ -24,20 +19,18 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from sedd.errors import FieldError
-from sedd.networks.attention import Backend, attention, is_kept, keep
-from sedd.networks.base import EMPTY, Attend, Memory, Network
+from sedd.networks.attention import keep
+from sedd.networks.blocks import Transformer, attend_rows, dense, gathered, scanned, uniform
+from sedd.networks.rotary import rotary
 from sedd.networks.shard import whole
-from sedd.types import Array, Bool, Float, Int, Key, Params
+from sedd.types import Array, Float, Int, Key, Params
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
 SIGMA_FREQUENCIES = 128
-ROTARY_BASE = 1e4
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDiT(Network):
+class DDiT(Transformer):
     """A bidirectional transformer, conditioned on σ by adaLN-zero if ``time_conditioned``.
 
     The defaults are SEDD-small, with 169,627,218 parameters at V = 50258. SEDD-medium has
@@ -50,13 +43,8 @@ class DDiT(Network):
     Raises ``ValueError`` if a field is out of its range (``FieldError``) or does not fit another.
     """
 
-    stacked = "blocks"
-    has_memory = True
-
     hidden_dim: int = 768
     """Width D of the hidden states; a multiple of twice num_heads."""
-    num_layers: int = 12
-    """Number of blocks, each attention and an MLP."""
     num_heads: int = 12
     """Heads of the attention, each D / num_heads channels wide."""
     condition_dim: int = 128
@@ -67,20 +55,11 @@ class DDiT(Network):
     """Dropout rate on both residual branches, in training only."""
     norm_bias: bool = False
     """Whether the layer norms have a bias, as RADD's have."""
-    remat: bool = False
-    """Store only the input of each block, and recompute the rest in the backward pass."""
-    dtype: Dtype = "float32"
-    """Type of the matrix products and of the hidden states; parameters are always float32."""
-    attention: Backend = "auto"
-    """How attention is computed; auto picks the fastest that the device has."""
 
     def __post_init__(self):
-        for name in ("num_layers", "num_heads", "condition_dim", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
-        if self.num_states < 2:
-            raise FieldError("num_states", f"must be at least 2, got {self.num_states}")
-        if self.hidden_dim < 1 or self.hidden_dim % (2 * self.num_heads):
+        super().__post_init__()
+        self._at_least(1, "condition_dim", "mlp_ratio")
+        if self.hidden_dim % (2 * self.num_heads):
             raise FieldError(
                 "hidden_dim",
                 "must be a positive multiple of 2·num_heads (rotary positions pair the "
@@ -88,89 +67,25 @@ class DDiT(Network):
             )
         if not 0 <= self.dropout < 1:
             raise FieldError("dropout", f"must be in [0, 1), got {self.dropout}")
-        for name, choices in (("dtype", get_args(Dtype)), ("attention", get_args(Backend))):
-            if getattr(self, name) not in choices:
-                raise FieldError(
-                    name, f"must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(f"attention 'cudnn' needs dtype bfloat16, got {self.dtype!r}")
-        if self.attention == "cudnn" and (self.head_dim % 8 or self.head_dim > 128):
-            raise ValueError(
-                "attention 'cudnn' needs hidden_dim / num_heads to be a multiple of 8 and at most "
-                f"128, got {self.head_dim}"
-            )
 
     @property
     def head_dim(self) -> int:
         """Channels of an attention head."""
         return self.hidden_dim // self.num_heads
 
-    def init(self, key: Key[Array, ""]) -> Params:
-        """Draw fresh float32 parameters; the raw output of a fresh network is 0 everywhere."""
-        return _init(self, key)
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """Heads and channels of the keys of a row."""
+        return self.num_heads, self.head_dim
 
-    def hidden(
-        self,
-        params: Params,
-        tokens_BL: Int[Array, "B L"],
-        *,
-        positions_BL: Int[Array, "B L"] | None = None,
-        attend: Attend | None = None,
-        sigma_B: Float[Array, "..."] | None = None,
-        keys_B: Key[Array, " B"] | None = None,
-    ) -> Float[Array, "B L D"]:
-        """Hidden states after the last norm and modulation, in the compute type.
+    def trunk(self) -> nn.Module:
+        """The module of embedding, blocks and final norm; see ``Transformer.trunk``."""
+        return _Trunk(self)
 
-        Arguments are those of ``Network.hidden``. The dropout of a sequence depends only on its own
-        key in ``keys_B``, not on the rest of the batch.
-        """
-        if self.time_conditioned and sigma_B is None:
-            raise ValueError("this network is conditioned on the time: sigma_B is required")
-        if not self.time_conditioned and sigma_B is not None:
-            raise ValueError("this network is not conditioned on the time: sigma_B must be None")
-        if positions_BL is None:
-            positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
-        trunk = self._trunk(params)
-        hidden_BLD, _ = trunk(tokens_BL, positions_BL, attend, sigma_B, keys_B, None, None)
-        return hidden_BLD
-
-    def _trunk(self, params: Params):
-        """The bound module of the trunk."""
-        # Sharded blocks are gathered one layer at a time inside the scan, all else here.
-        trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
-        return _Trunk(self).bind({"params": trunk})
-
-    def memory(self, batch: int, slots: int) -> Memory:
-        """An empty memory; its keys and values have the compute type."""
-        shape = (batch, self.num_layers, slots, self.num_heads, self.head_dim)
-        return Memory(
-            keys=jnp.zeros(shape, self.dtype),
-            values=jnp.zeros(shape, self.dtype),
-            rank_BS=jnp.full((batch, slots), EMPTY, jnp.int32),
-        )
-
-    def extend(
-        self,
-        params: Params,
-        tokens_BM: Int[Array, "B M"],
-        memory: Memory,
-        *,
-        positions_BM: Int[Array, "B M"],
-        rank_BM: Int[Array, "B M"],
-        write_BM: Bool[Array, "B M"],
-    ) -> tuple[Float[Array, "B M D"], Memory]:
-        """Hidden states of new rows, and the memory with them; see ``Network.extend``."""
-        if self.time_conditioned:
-            raise ValueError("a network that is conditioned on the time has no memory of rows")
-        # A scatter drops rows whose slot is out of range.
-        slot_BM = jnp.where(write_BM, positions_BM, memory.rank_BS.shape[1])
-        rank_BS = _put(memory.rank_BS, slot_BM, rank_BM)
-        attend = Attend(kind="ranks", rank_q_BL=rank_BM, rank_k_BL=rank_BS)
-        past = (memory.keys, memory.values)
-        trunk = self._trunk(params)
-        hidden_BMD, past = trunk(tokens_BM, positions_BM, attend, None, None, past, slot_BM)
-        return hidden_BMD, Memory(keys=past[0], values=past[1], rank_BS=rank_BS)
+    def fresh_head(self) -> Params:
+        """An output layer of zeros: the raw output of a fresh network is 0 everywhere."""
+        kernel_DV = jnp.zeros((self.hidden_dim, self.num_states), jnp.float32)
+        return {"head": {"kernel": kernel_DV, "bias": jnp.zeros(self.num_states, jnp.float32)}}
 
     def flops(self, length: int, read: float) -> float:
         """Count the FLOPs of the forward pass of one sequence; arguments as of ``Network.flops``.
@@ -194,31 +109,8 @@ class DDiT(Network):
         return head["kernel"], head["bias"]
 
 
-@partial(jax.jit, static_argnums=0)
-def _init(network: DDiT, key: Key[Array, ""]) -> Params:
-    """The body of ``DDiT.init``: compiled once for equal networks.
-
-    Under jit the compiler drops the forward pass that Flax runs to find the shapes.
-    """
-    tokens_BL = jnp.zeros((1, 1), jnp.int32)
-    sigma_B = jnp.zeros(1, jnp.float32) if network.time_conditioned else None
-    # Parameters do not depend on the backend of the attention, which may refuse length 1.
-    trunk = _Trunk(replace(network, attention="einsum"))
-    params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None, None, None)["params"]
-    head = {
-        "kernel": jnp.zeros((network.hidden_dim, network.num_states), jnp.float32),
-        "bias": jnp.zeros(network.num_states, jnp.float32),
-    }
-    return {"trunk": params, "head": head}
-
-
 class _Trunk(nn.Module):
-    """The network without its output layer: embedding, blocks and final norm.
-
-    ``past`` are the keys and values of a ``Memory``, [B, layers, S, H, K] each, and ``slot_BL`` the
-    slot of each row, S for a row that is not written; None without a memory. Returns the hidden
-    states and the new ``past``.
-    """
+    """The network without its output layer: embedding, blocks and final norm."""
 
     net: DDiT
 
@@ -226,7 +118,7 @@ class _Trunk(nn.Module):
     def __call__(self, tokens_BL, positions_BL, attend, sigma_B, keys_B, past, slot_BL):
         net = self.net
         embed = nn.Embed(
-            net.num_states, net.hidden_dim, embedding_init=_uniform(net.hidden_dim), name="embed"
+            net.num_states, net.hidden_dim, embedding_init=uniform(net.hidden_dim), name="embed"
         )
         x_BLD = embed(tokens_BL)
         condition_B1C = None
@@ -280,32 +172,20 @@ class _Block(nn.Module):
                 branch_BLD = gate_B1D * keep(branch_BLD)
             return x_BLD + branch_BLD
 
-        h_BLD = _gathered(Norm, jnp.float32)(net.norm_bias, name="norm_attention")(
+        h_BLD = gathered(Norm, jnp.float32)(net.norm_bias, name="norm_attention")(
             x_BLD, shift_a, scale_a
         )
         qkv_BLD = dense(net, 3 * width, width, "qkv", bias=False)(h_BLD)
         q_BLHK, k_BLHK, v_BLHK = rearrange(
             qkv_BLD, "b l (three h k) -> three b l h k", three=3, h=net.num_heads
         )
-        q_BLHK, k_BLHK = map(rotate, (q_BLHK, k_BLHK), rotations)
-        q_BLHK, k_BLHK, v_BLHK = keep(q_BLHK), keep(k_BLHK), keep(v_BLHK)
-        if past is not None:
-            k_BLHK, v_BLHK = (
-                _put(slots, slot_BL, rows)
-                for slots, rows in zip(past, (k_BLHK, v_BLHK), strict=True)
-            )
-            past = (k_BLHK, v_BLHK)
-        elif attend is not None:
-            keys = attend.num_keys(k_BLHK.shape[1])
-            k_BLHK, v_BLHK = k_BLHK[:, :keys], v_BLHK[:, :keys]
-        h_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, attend, backend=net.attention)
-        h_BLD = rearrange(h_BLHK, "b l h k -> b l (h k)")
+        h_BLD, past = attend_rows(
+            q_BLHK, k_BLHK, v_BLHK, rotations, attend, past, slot_BL, backend=net.attention
+        )
         h_BLD = dense(net, width, width, "attention_out", bias=False)(h_BLD)
         x_BLD = keep(add(x_BLD, h_BLD, gate_a, 0))
 
-        h_BLD = _gathered(Norm, jnp.float32)(net.norm_bias, name="norm_mlp")(
-            x_BLD, shift_m, scale_m
-        )
+        h_BLD = gathered(Norm, jnp.float32)(net.norm_bias, name="norm_mlp")(x_BLD, shift_m, scale_m)
         h_BLF = keep(dense(net, net.mlp_ratio * width, width, "mlp_in")(h_BLD))
         h_BLF = jax.nn.gelu(h_BLF, approximate=True)
         h_BLD = dense(net, width, net.mlp_ratio * width, "mlp_out")(h_BLF)
@@ -313,30 +193,11 @@ class _Block(nn.Module):
 
 
 def scanned_blocks(net: DDiT, num_layers: int, *, memory: bool = False) -> nn.Module:
-    """Blocks in a row as one scan, named ``blocks``; their parameters have a leading layer axis.
+    """Blocks in a row, as ``scanned`` makes them.
 
-    Called with x, the number of each layer (for its dropout) and the other arguments of ``_Block``,
-    it returns (x, None). With ``memory`` the last two arguments are ``past`` and ``slot_BL`` of
-    ``_Trunk``, and it returns (x, past).
+    Called with x, the number of each layer (for its dropout) and the other arguments of ``_Block``.
     """
-    # prevent_cse guards the recomputation from being merged with the forward pass; inside a
-    # scan the compiler cannot merge them anyway.
-    block = nn.remat(_Block, prevent_cse=False, policy=None if net.remat else is_kept)
-    blocks = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, *[nn.broadcast] * 4, *((1, nn.broadcast) if memory else ())),  # pyright: ignore
-        out_axes=1,
-        length=num_layers,
-    )
-    return blocks(net, name="blocks")
-
-
-def _put(slots: Array, slot_BM, rows: Array) -> Array:
-    """Write rows [B, M, …] to their slots [B, S, …]; a slot that is out of range is dropped."""
-    sequence_B1 = jnp.arange(len(rows))[:, None]
-    return slots.at[sequence_B1, slot_BM].set(rows, mode="drop")
+    return scanned(_Block, net, num_layers, (0, *[nn.broadcast] * 4), memory=memory)
 
 
 class Norm(nn.Module):
@@ -370,7 +231,7 @@ class _SigmaMap(nn.Module):
     def __call__(self, sigma_B):
         features_BF = sigma_features(sigma_B)
         for name, fan_in in (("in", 2 * SIGMA_FREQUENCIES), ("out", self.width)):
-            init = _uniform(fan_in)
+            init = uniform(fan_in)
             layer = nn.Dense(self.width, kernel_init=init, bias_init=init, name=name)
             features_BF = nn.silu(layer(features_BF))
         return features_BF
@@ -386,26 +247,6 @@ def sigma_features(sigma_B: Float[Array, "*b"]) -> Float[Array, "*b F"]:
     frequency_F = jnp.exp(-jnp.log(1e4) * k_F / SIGMA_FREQUENCIES)
     phase_BF = jnp.expand_dims(sigma_B, -1) * frequency_F.reshape((1,) * sigma_B.ndim + (-1,))
     return jnp.concatenate([jnp.cos(phase_BF), jnp.sin(phase_BF)], axis=-1)
-
-
-def rotary(
-    positions_BL: Int[Array, "B L"], head_dim: int
-) -> tuple[Float[Array, "B L 1 F"], Float[Array, "B L 1 F"]]:
-    """Rotary phases: cos and sin of position·10⁴^(-2k/K) for each channel k = 0..K/2-1, float32.
-
-    ``head_dim`` is K. Channel k is rotated together with channel k + K/2. arXiv:2104.09864.
-    """
-    k_F = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    phase_BLF = positions_BL.astype(jnp.float32)[:, :, None] * (ROTARY_BASE**-k_F)[None, None]
-    return jnp.cos(phase_BLF)[:, :, None], jnp.sin(phase_BLF)[:, :, None]
-
-
-def rotate(x_BLHK: Float[Array, "B L H K"], rotation_BL1K) -> Float[Array, "B L H K"]:
-    """Rotate queries or keys by the phases of ``rotary``, in float32; the type is unchanged."""
-    cos, sin = rotation_BL1K
-    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BLHK.dtype)
 
 
 def drop(
@@ -430,53 +271,6 @@ def drop(
     return jax.vmap(one)(keys_B, x_BLD)
 
 
-def _uniform(fan_in: int):
-    """Initialiser U(-1/√fan_in, 1/√fan_in): PyTorch's for linear layers, SEDD's for embeddings."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
-def dense(net: DDiT, features: int, fan_in: int, name: str, *, bias: bool = True) -> nn.Dense:
-    """A linear layer of a block in the compute type, gathered where it is used."""
-    init = _uniform(fan_in)
-    return _gathered(nn.Dense, net.dtype)(
-        features,
-        use_bias=bias,
-        dtype=net.dtype,
-        kernel_init=init,
-        bias_init=init,
-        dot_general=_flat_product,
-        name=name,
-    )
-
-
-def _flat_product(x_BLD, kernel_DF, dimensions, **kwargs):
-    """``lax.dot_general`` with the batch axes joined, [B·L, D] by [D, F].
-
-    The gradient of the product of [B, L, D] takes a fifth longer on XLA's CPU backend.
-    """
-    del dimensions  # a dense layer always contracts the last axis of x and the first of the kernel
-    product_MF = jax.lax.dot(x_BLD.reshape(-1, x_BLD.shape[-1]), kernel_DF, **kwargs)
-    return product_MF.reshape(*x_BLD.shape[:-1], -1)
-
-
-def _gathered(layer: type[nn.Module], dtype) -> Any:
-    """A layer whose sharded parameters are gathered in ``dtype`` when it is called.
-
-    The policy ``is_kept`` does not store the gathered arrays, so that the backward pass gathers
-    them again. Stored for all layers, they would be the whole model on every device.
-    """
-
-    def apply(variables):
-        return whole(variables, dtype)
-
-    return nn.map_variables(layer, "params", trans_in_fn=apply, init=True)
-
-
 def _modulation(net: DDiT, count: int, condition_B1C: Array | None) -> list:
     """``count`` shifts, scales and gates, linear in the condition; ``None`` without a condition.
 
@@ -486,8 +280,8 @@ def _modulation(net: DDiT, count: int, condition_B1C: Array | None) -> list:
     if condition_B1C is None:
         return [None] * count
     zeros = nn.initializers.zeros
-    dense = _gathered(nn.Dense, jnp.float32)
-    layer = dense(count * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
+    linear = gathered(nn.Dense, jnp.float32)
+    layer = linear(count * net.hidden_dim, kernel_init=zeros, bias_init=zeros, name="modulation")
     return jnp.split(layer(condition_B1C), count, axis=-1)
 
 

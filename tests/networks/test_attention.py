@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 import re
 from types import SimpleNamespace
 
@@ -37,9 +38,13 @@ FORMS = {
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def draw_qkv(length=L, width=K, dtype=jnp.float32, heads=H):
-    keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, (B, length, heads, width), dtype) for key in keys)
+def draw_qkv(length=L, width=K, dtype=jnp.float32, heads=(H, H)):
+    """Queries, keys and values; ``heads`` are those of the queries and of the keys."""
+    keys, (queries, shared) = jax.random.split(jax.random.key(0), 3), heads
+    return tuple(
+        jax.random.normal(key, (B, length, number, width), dtype)
+        for key, number in zip(keys, (queries, shared, shared), strict=True)
+    )
 
 
 def sees(attend, b, i, j):
@@ -61,6 +66,7 @@ def run(qkv, attend, backend):
 
 def by_definition(q, k, v, attend):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     out = np.zeros_like(q)
     for b, i, h in np.ndindex(*q.shape[:3]):
         keys = [j for j in range(k.shape[1]) if sees(attend, b, i, j)]
@@ -77,13 +83,39 @@ def test_is_the_softmax_over_what_is_seen(form, backend):
     np.testing.assert_allclose(out, by_definition(*draw_qkv(), FORMS[form]), atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["einsum", "xla"])
+@pytest.mark.parametrize("form", ["everything", "packed causal", "packed permuted"])
+def test_neighbouring_heads_of_queries_share_a_head_of_keys(form, backend):
+    qkv = draw_qkv(heads=(6, 2))
+    out = run(qkv, FORMS[form], backend)
+    np.testing.assert_allclose(out, by_definition(*qkv, FORMS[form]), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["einsum", "xla"])
+def test_shared_keys_are_not_repeated_in_memory(backend):
+    """No array of the program, nor of its gradient's, has the size of repeated keys."""
+    heads, shared, keys, width = 8, 2, 64, 32
+    q = jax.ShapeDtypeStruct((B, 2, heads, width), jnp.float32)
+    k = jax.ShapeDtypeStruct((B, keys, shared, width), jnp.float32)
+
+    @jax.grad
+    def loss(qkv):
+        return attention(*qkv, FORMS["everything"], backend=backend).sum()
+
+    program = jax.jit(loss).lower((q, k, k)).as_text()
+    shapes = re.findall(r"tensor<((?:\d+x)+)f32>", program)
+    sizes = [math.prod(map(int, shape.rstrip("x").split("x"))) for shape in shapes]
+    assert max(sizes) == B * keys * shared * width
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_backends_have_the_same_gradients(form):
     @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
     def grads(qkv, backend):
         return jax.grad(lambda qkv: (attention(*qkv, FORMS[form], backend=backend) ** 2).sum())(qkv)
 
-    for a, b in zip(*(grads(draw_qkv(), name) for name in ("einsum", "xla")), strict=True):
+    qkv = draw_qkv(heads=(4, 2) if form == "packed causal" else (H, H))
+    for a, b in zip(*(grads(qkv, name) for name in ("einsum", "xla")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -138,7 +170,7 @@ def test_the_softmax_is_in_float32(backend):
 @pytest.mark.parametrize("form", ["everything", "packed", "packed causal"])
 def test_splash_interpreted_equals_einsum(form):
     """The kernel itself, on the CPU: its scale, its segments and its gradients."""
-    qkv = draw_qkv(length=256, width=64)
+    qkv = draw_qkv(length=256, width=64, heads=(4, 2) if form == "packed causal" else (H, H))
     attend = FORMS[form]
     if attend is not None:
         attend = dataclasses.replace(attend, segment_BL=np.repeat(SEGMENT, 22, 1)[:, :256])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sedd.networks.base import Attend, read_out
-from sedd.networks.ddit import DDiT, _Block, drop, make, rotary, rotate, sigma_features
+from sedd.networks.ddit import DDiT, _Block, drop, make, sigma_features
+from sedd.networks.rotary import rotary, rotate
 
 B, L, V = 4, 10, 13
 SEDD = DDiT(

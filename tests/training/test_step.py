@@ -22,6 +22,7 @@ from training_toy import (
 from sedd.errors import UserError
 from sedd.networks import mesh
 from sedd.networks.ddit import DDiT
+from sedd.networks.decoder import Decoder
 from sedd.objectives.base import draw_uniform
 from sedd.training.optimizer import (
     OptimizerOptions,
@@ -91,14 +92,17 @@ def test_accumulated_gradients_are_those_of_the_large_batch(on_one_device, devic
 
 
 @pytest.mark.usefixtures("tiny_parts")
-def test_the_transformer_is_the_same_on_four_devices():
-    network = DDiT(
+@pytest.mark.parametrize(
+    ("kind", "options"), [(DDiT, {"dropout": 0.1}), (Decoder, {"num_kv_heads": 1, "tied": True})]
+)
+def test_the_transformer_is_the_same_on_four_devices(kind, options):
+    network = kind(
         num_states=N + 1,
         time_conditioned=False,
         hidden_dim=16,
         num_layers=2,
         num_heads=2,
-        dropout=0.1,
+        **options,
     )
     one, _ = history(12, SGD, devices=1, network=network)
     for fsdp in (None, 2):
