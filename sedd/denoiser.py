@@ -128,7 +128,10 @@ class Denoiser:
     def log_conditional(
         self, x_BL: Int[Array, "B L"], sigma: Float[Array, "..."] | None = None
     ) -> Float[Array, "B L N"]:
-        """log p(x0_i = y | x) of every real token y, normalised over y.
+        """log p(x0_i = y | x) of every real token y.
+
+        It is normalised over y, unless the parameterization is ``Conditional`` with ``normalise``
+        set to "all".
 
         At a masked position i a causal model conditions on x_<i only. At a visible position the
         entry is 0 for the visible token and -1e6 for the others, also for a causal model.

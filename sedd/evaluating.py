@@ -57,9 +57,10 @@ def evaluate(
         orders: K, only with the order "random": compute -log of the mean likelihood over K random
             orders. In expectation this is an upper bound on -log of the mean over all orders; it
             falls as K grows.
-        split: split of the corpus. By default the first that applies: for a known data set, the
-            protocol's split; for the training corpus, its validation split; for another file, the
-            whole file; for another corpus, its validation split.
+        split: split of the corpus. By default the protocol's split of a known data set, and the
+            validation split of the training corpus. For other text: all of it if it has no splits,
+            else the validation or, without one, the test split that it comes with; if it comes with
+            neither, the validation text that is held out of its training split.
         max_sequences: evaluate at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 

@@ -41,8 +41,9 @@ class EvaluateCommand:
     """Corpora by name, tfds:NAME, hf:OWNER/NAME, files or folders of text. NAME=FILE reads the
     known data set NAME from FILE; zeroshot is the eight data sets of the published tables."""
     split: Annotated[str | None, unset("STR")] = None
-    """Split to evaluate. By default the protocol's split of a known data set, the validation split
-    of the training corpus, all of any other file, or the validation split of any other corpus."""
+    """Split to evaluate. By default the protocol's split of a known data set, and the validation
+    split of the training corpus. Of other text: all if it has no splits, else the validation or,
+    without one, the test split that it comes with, or else the text held out for validation."""
     max_sequences: Annotated[int | None, unset("INT")] = None
     """Number of sequences to evaluate, evenly spread over the split; by default all."""
     batch_size: int = 32

@@ -2,7 +2,8 @@
 
 ``Comparisons`` holds the tests that the flags ask for. They compare with the first data set only:
 
-- ``--samples``: statistics of samples against as many real texts of the same length.
+- ``--samples``: statistics of samples against those of as many evaluated rows, or all if there are
+  fewer.
 - ``--judge``: generative perplexity of both under another model, and MAUVE of its features.
 - ``--price``: nats per token if several tokens are revealed in a network call.
 - ``--consistency``: whether the model's conditionals at pairs of positions belong to one joint
@@ -238,7 +239,8 @@ def read_samples(path: Path) -> list[str]:
 def real_texts(model: Model, data: DataSet, number: int) -> list[str]:
     """Decode ``number`` evaluated rows, evenly spread over the data set.
 
-    They have the length of the samples, on which most statistics of text depend.
+    There are fewer if the data set has fewer. A text has the length of a row, and most statistics
+    depend on the length: the samples should have the same.
     """
     tokenizer = model.text_reader.tokenizer
     x0_BL, scored_BL = data.spread(number)

@@ -108,8 +108,8 @@ class SampleCommand:
     --json FILE.json."""
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
-    id, text, tokens, calls, rows, entropy (in nats, of the frequencies of its tokens), seed, and
-    where the sampler computes them score and log_prob (in nats)."""
+    id, text, tokens, calls, rows, entropy (in nats, of the frequencies of the drawn tokens), seed,
+    and where the sampler computes them score and log_prob (in nats)."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32

@@ -36,8 +36,8 @@ from sedd.types import Array, Key
 class BoundResult:
     """A bound on the negative log likelihood of a corpus, in nats, and its standard errors.
 
-    For autoregressive models and for a fixed order of the tokens the figures are the likelihood
-    itself (``exact``), all of it in ``diffusion``.
+    For autoregressive models, and for one order of the tokens (which may be a random one, drawn for
+    each sequence), the figures are the likelihood itself (``exact``), all of it in ``diffusion``.
 
     If the prior and the reconstruction were left out on request (neither ``is_bound`` nor
     ``exact``), ``nats_per_token`` is the diffusion term alone, as a mean over t in [t_min, 1];

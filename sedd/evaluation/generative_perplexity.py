@@ -154,8 +154,8 @@ def generative_perplexity(
     Args:
         samples: the texts.
         judge: the model that computes their likelihood.
-        reference: real texts. The caller cuts them to the length of the samples; a warning in the
-            result says if their lengths differ by more than a tenth.
+        reference: real texts, which should be as long as the samples; a warning in the result says
+            if their lengths differ by more than a tenth.
 
     Raises:
         ValueError: if the judge scores no token of the samples, or of the real text.

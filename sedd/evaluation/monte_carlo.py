@@ -332,7 +332,10 @@ def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
 
 
 def is_exact(estimator: Estimator, orders: int = 1) -> bool:
-    """Whether a resolved estimator draws nothing, and gives the likelihood of one order."""
+    """Whether a resolved estimator gives the likelihood of one order, without a Monte-Carlo error.
+
+    The order may be a random one, drawn for each sequence.
+    """
     return estimator == "exact" or (estimator == "ordered" and orders == 1)
 
 

@@ -140,7 +140,10 @@ class Placement:
 
     @classmethod
     def of(cls, params: Params, stacked: str | None) -> "Placement | None":
-        """The placement in which parameters lie; None if they were not placed by ``place``."""
+        """The placement on the mesh on which parameters lie, split as ``on`` splits them.
+
+        None if they do not lie on a mesh of ``device_mesh``.
+        """
         sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
         if not isinstance(sharding, NamedSharding) or sharding.mesh.axis_names != BOTH:
             return None

@@ -85,13 +85,16 @@ class Parameterization(ABC):
         return raw[..., : self.process.num_tokens]
 
     def log_probs(self, raw: Float[Array, "*b V"]) -> Float[Array, "*b N"]:
-        """Log probabilities of the clean token at a mask; normalised over the real tokens."""
+        """Log probabilities of the clean token at a mask, normalised over the real tokens.
+
+        A subclass may normalise them otherwise.
+        """
         return jax.nn.log_softmax(self.masked_logits(raw), -1)
 
     def log_conditional(
         self, raw: Float[Array, "*b V"], x: Int[Array, "*b"]
     ) -> Float[Array, "*b N"]:
-        """log p(x0 = y | x), normalised over the real tokens y.
+        """log p(x0 = y | x) of the real tokens y, at a mask as ``log_probs`` normalises it.
 
         A visible token is certain: at its position the entry is 0 for this token and -1e6 for the
         others. Raises ValueError unless the process is absorbing, because on other processes a

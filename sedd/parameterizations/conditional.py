@@ -36,7 +36,9 @@ class Conditional(Parameterization):
     normalise: Normalise = "real"
     """Which entries of the raw output share the mass: the real tokens, or all, as in the published
     samplers of large models. With all, the mask and unused rows of the vocabulary keep the mass
-    that the network gives them, and the probabilities of tokens sum to less than 1."""
+    that the network gives them, and the probabilities of tokens sum to less than 1. This changes
+    conditionals and scores. Cross entropies, in training and in the k-DCE bound, are normalised
+    over the real tokens in any case."""
 
     def __post_init__(self):
         if not self.process.absorbing:
