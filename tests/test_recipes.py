@@ -21,11 +21,12 @@ PARAMETERS = {
     "owt_sedd_small": 169_627_218,
     "owt_sedd_medium": 424_477_010,
     "owt_radd_small": 162_265_682,
+    "owt_radd_decoder_small": 162_150_144,
     "owt_radd_medium": 405_191_762,
     "owt_any_subset_small": 162_265_682,  # RADD-small's, for --init-from
 }
 
-EACH_DAY = ("quickstart", "lm1b_sedd", "text8_radd", "owt_ar_small")
+EACH_DAY = ("quickstart", "lm1b_sedd", "text8_radd", "owt_ar_small", "owt_radd_decoder_small")
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sedd.errors import FieldError
 from sedd.networks.base import Network
 from sedd.types import Array, Float, Int, Key, Params
 
@@ -50,6 +51,9 @@ def init_state(
         seed: determines the parameters and the key of the run.
         params: parameters to start from. Entries that are missing are new, such as those of a
             causal head on a given trunk.
+
+    Raises:
+        FieldError: parameters that are trained are bfloat16.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     given = params or {}
@@ -58,6 +62,12 @@ def init_state(
         return {name: tree for name, tree in network.init(key).items() if name not in given}
 
     params = jax.tree.map(jnp.asarray, jax.jit(missing)(init_key) | given)
+    for leaf in jax.tree.leaves(network.trainable(params)):
+        if leaf.dtype == jnp.bfloat16:
+            raise FieldError(
+                "network.param_dtype",
+                "must be float32 in training: in bfloat16 most updates are rounded away",
+            )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

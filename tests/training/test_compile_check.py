@@ -15,6 +15,7 @@ from sedd.errors import UserError
 ROOT = Path(__file__).parents[2]
 LENGTH, ROWS = 640, 3  # a length that is no width of the models
 SMALL = ["--network.hidden-dim", "128", "--network.num-heads", "2", "--network.num-layers", "2"]
+GROUPED = ["--network", "decoder", "--network.num-kv-heads", "1", "--network.mlp-dim", "2048"]
 
 
 def check(*arguments):
@@ -53,6 +54,7 @@ def moved_sizes(text):
     ("parallel", "network", "parameters"),
     [
         ("pmap", SMALL, 13_312_082),
+        nightly("fsdp", [*SMALL, *GROUPED], 14_537_856),
         nightly("pmap", [], 162_265_682),
         nightly("fsdp", [], 162_265_682),
     ],
