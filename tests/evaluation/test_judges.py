@@ -1,5 +1,6 @@
 """The Llama of a GGUF file against an independent one, and Hugging Face models as judges."""
 
+import dataclasses
 import math
 import pickle
 import sys
@@ -14,11 +15,31 @@ from scipy.special import log_softmax
 
 from sedd.errors import UserError
 from sedd.evaluation.judges import WindowJudge, hugging_face_judge
-from sedd.evaluation.smollm2 import Architecture, Llama, load_smollm2, stack
+from sedd.evaluation.smollm2 import Llama, load_smollm2, network_of, params_of
+from sedd.networks.decoder import Decoder
 
 D, FF, VOCABULARY, LAYERS, HEADS, KV_HEADS, BASE, EPS = 64, 96, 96, 2, 4, 2, 1e4, 2.0**-16
 HEAD = D // HEADS
-ARCHITECTURE = Architecture(heads=HEADS, kv_heads=KV_HEADS, rope_base=BASE, eps=EPS)
+NETWORK = Decoder(
+    num_states=VOCABULARY,
+    time_conditioned=False,
+    hidden_dim=D,
+    num_layers=LAYERS,
+    num_heads=HEADS,
+    num_kv_heads=KV_HEADS,
+    mlp_dim=FF,
+    norm_eps=EPS,
+    rope_theta=BASE,
+    tied=True,
+)
+
+FIELDS = {
+    "block_count": LAYERS,
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": KV_HEADS,
+    "attention.layer_norm_rms_epsilon": EPS,
+    "rope.freq_base": BASE,
+}
 
 
 def random_weights(seed=0):
@@ -114,8 +135,8 @@ def expected_nats(weights):
 def llama(weights, tokenizer=None):
     return Llama(
         name="tiny",
-        architecture=ARCHITECTURE,
-        params=stack(as_gguf(weights), LAYERS),
+        network=NETWORK,
+        params=params_of(NETWORK, as_gguf(weights)),
         tokenizer=tokenizer,
         pad_id=0,
     )
@@ -128,10 +149,20 @@ def test_llama_against_plain_loops():
         assert llama(weights).nats(IDS, SCORED) == pytest.approx(expected_nats(weights), rel=1e-4)
 
 
+def test_a_head_of_its_own_is_read():
+    weights = as_gguf(random_weights())
+    weights["output.weight"] = 2 * weights["token_embd.weight"]
+    network = dataclasses.replace(NETWORK, tied=False)
+    fields = {f"llama.{name}": value for name, value in FIELDS.items()}
+    assert network_of(fields, weights) == network
+    kernel_DV, _ = network.head(params_of(network, weights))
+    np.testing.assert_array_equal(kernel_DV, weights["output.weight"].T)
+
+
 def test_control_the_order_of_rotary_pairs_matters():
     weights = random_weights()
-    unordered = stack(weights, LAYERS)
-    model = Llama(name="", architecture=ARCHITECTURE, params=unordered, tokenizer=None, pad_id=0)
+    unordered = params_of(NETWORK, weights)
+    model = Llama(name="", network=NETWORK, params=unordered, tokenizer=None, pad_id=0)
     assert np.abs(model.nats(IDS, SCORED) / expected_nats(weights) - 1).max() > 1e-3
 
 
@@ -193,11 +224,11 @@ def test_a_gguf_file_is_read(tmp_path):
     weights = random_weights()
     stored = write_gguf(tmp_path / "tiny.gguf", weights)
     model = load_smollm2(tmp_path / "tiny.gguf")
-    assert (model.name, model.architecture, model.pad_id) == ("tiny", ARCHITECTURE, 0)
+    assert (model.name, model.network, model.pad_id) == ("tiny", NETWORK, 0)
     same = Llama(
         name="",
-        architecture=ARCHITECTURE,
-        params=stack(stored, LAYERS),
+        network=NETWORK,
+        params=params_of(NETWORK, stored),
         tokenizer=None,
         pad_id=0,
     )
