@@ -286,7 +286,7 @@ SAMPLERS: dict[str, dict] = {  # the options of each, beside its steps
     "entropy_bounded": {},
     "token_confidence": {},
     "remdm": {},
-    "semi_autoregressive": {"inner": "event_jump", "block_length": 8},
+    "semi_autoregressive": {"inner": "event_jump", "block": 8},
     "best_of_n": {"inner": "event_jump", "n": 2, "verifier": shorter},
     "particle": {"inner": "event_jump", "particles": 2, "verifier": shorter},
 }

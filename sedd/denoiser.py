@@ -19,6 +19,7 @@ from sedd.networks.mesh import anywhere
 from sedd.networks.rows import Rows, over_chunks, row_sizes
 from sedd.parameterizations.any_subset import UNKNOWN, AnySubset
 from sedd.parameterizations.base import Parameterization
+from sedd.parameterizations.block import Block
 from sedd.processes.base import Process
 from sedd.reshape import Reshape
 from sedd.types import Array, Bool, Float, Int, Key, Params, Shaped
@@ -43,6 +44,8 @@ class Denoiser:
         given_BL: which positions hold given tokens. If set, guidance makes a second network call,
             in which these are masked.
         constraint: draws the tokens of some positions jointly, through ``propose``.
+        called: the hidden states of the current tokens, if the caller has made the network call
+            already, with a memory; ``hidden`` then returns them.
     """
 
     params: Params
@@ -52,6 +55,7 @@ class Denoiser:
     reshape: Reshape | None = None
     given_BL: Bool[Array, "B L"] | None = None
     constraint: Constraint | None = None
+    called: tuple[Float[Array, "B L D"], ...] | None = None
 
     @property
     def process(self) -> Process:
@@ -80,6 +84,11 @@ class Denoiser:
     def any_subset(self) -> bool:
         """Whether one pass gives all conditionals of an order (``hidden_in_order``)."""
         return isinstance(self.parameterization, AnySubset)
+
+    @property
+    def block(self) -> int | None:
+        """Positions in a block of a block model; None for other models."""
+        return self.parameterization.block if isinstance(self.parameterization, Block) else None
 
     @property
     def guided(self) -> bool:
@@ -164,6 +173,8 @@ class Denoiser:
         Raises:
             ValueError: if a time-dependent model gets no ``sigma``.
         """
+        if self.called is not None:
+            return self.called
         if self.time_independent:
             sigma = None
         elif sigma is None:
@@ -264,6 +275,54 @@ class Denoiser:
             write_BM=jnp.pad(rank_BC < UNKNOWN, ((0, 0), (0, query_BK.shape[1]))),
         )
         return call.read(hidden_BMD), memory
+
+    def extend_block(
+        self,
+        memory: Memory,
+        x_BL: Int[Array, "B L"],
+        positions_BM: Int[Array, "B M"],
+        needed_BM: Bool[Array, "B M"],
+        read_BW: Int[Array, "B W"],
+    ) -> tuple[Float[Array, "B L D"], Memory]:
+        """Call the network of a block model on some rows only, given the rows in a memory.
+
+        The result at the positions ``read_BW`` is that of ``hidden`` if the memory has the rows of
+        all earlier blocks, except those that are among the new rows. The new rows are written to
+        the memory. Those of a block that still has masks are to be written again when it has none.
+
+        Args:
+            memory: from ``self.network.memory(batch, length)``, or from an earlier call.
+            x_BL: all tokens.
+            positions_BM: the positions of the new rows. Positions outside of the text, and padding,
+                are left out.
+            needed_BM: which rows are needed. The positions of these are distinct.
+            read_BW: the positions to read, which are the last W of ``positions_BM``.
+
+        Returns:
+            The hidden states [B, L, D] of the positions read, 0 elsewhere, and the new memory.
+
+        Raises:
+            UserError: if the network has no memory.
+        """
+        assert self.block is not None
+        batch, length = x_BL.shape
+        written_BM = needed_BM & (positions_BM >= 0) & (positions_BM < length)
+        positions_BM = jnp.clip(positions_BM, 0, length - 1)
+        if self.attend is not None and self.attend.segment_BL is not None:
+            real_BL = jnp.broadcast_to(self.attend.segment_BL > 0, x_BL.shape)
+            written_BM = written_BM & jnp.take_along_axis(real_BL, positions_BM, 1)
+        hidden_BMD, memory = self.network.extend(
+            self.params,
+            jnp.take_along_axis(x_BL, positions_BM, 1),
+            memory,
+            positions_BM=positions_BM,
+            rank_BM=positions_BM // self.block,
+            write_BM=written_BM,
+        )
+        hidden_BWD = hidden_BMD[:, -read_BW.shape[1] :]
+        hidden_BLD = jnp.zeros((batch, length, hidden_BWD.shape[-1]), hidden_BWD.dtype)
+        sequence_B1 = jnp.arange(batch)[:, None]
+        return hidden_BLD.at[sequence_B1, read_BW].set(hidden_BWD, mode="drop"), memory
 
     def log_conditional_in_order(
         self,

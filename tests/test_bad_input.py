@@ -331,7 +331,7 @@ SAMPLERS = [  # of the options of sampling
         "--sampler remdm --t-on 0.1 --t-off 0.5",
         "--t-off must be above 0 and at most the time t_on, 0.1",
     ),
-    ("--sampler semi_autoregressive --block-length 0", "--block-length must be at least 1, got 0"),
+    ("--sampler semi_autoregressive --block 0", "--block must be at least 1, got 0"),
     ("--sampler token_confidence --threshold 0", "--threshold must be in (0, 1], got 0.0"),
     (
         "--sampler token_confidence --threshold 0.5 --steps 3",
@@ -383,7 +383,7 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler particle --tilt nan {score}", "--tilt must be finite, got nan"),
     # Flags of another sampler.
     ("--gamma 0.1", "--gamma: it is a flag of entropy_bounded, not of event_jump"),
-    ("--sampler euler --block-length=3", "--block-length: it is a flag of semi_autoregressive, no"),
+    ("--sampler euler --block=3", "--block: it is a flag of semi_autoregressive, no"),
     ("--sampler tweedie --order x", "--order: it is a flag of ordered and speculative, not of tw"),
     ("--sampler best_of_n --t_on 1 {score}", "--t_on: it is a flag of remdm, not of best_of_n"),
     ("--sampler entropy_bounded --gama 1", "unrecognized option --gama; did you mean --gamma?"),

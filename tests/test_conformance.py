@@ -17,6 +17,7 @@ from sedd.errors import UserError
 from sedd.objectives.base import Corrupted
 from sedd.parameterizations.any_subset import AnySubset
 from sedd.parameterizations.autoregressive import Autoregressive
+from sedd.parameterizations.block import Block
 from sedd.parameterizations.conditional import Conditional
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
@@ -36,6 +37,7 @@ MODELS = {  # the readings that a component may be asked to work on
     "mdlm": Conditional(process=Absorbing(num_tokens=N), time_independent=False),
     "ar": Autoregressive(process=Absorbing(num_tokens=N)),
     "any_subset": AnySubset(process=Absorbing(num_tokens=N)),
+    "block": Block(process=Absorbing(num_tokens=N), block=2),
 }
 SMALL = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "condition_dim": 8, "steps": 6}
 SMALL |= {"calls": 3}
@@ -260,8 +262,9 @@ def test_sampler(name):
     """In one jit, traced once: tokens in range, no mask left, the clamp respected."""
     ran = 0
     for label, reading, sampler in accepted("samplers", name):
-        # Samplers read these models as they read radd; test_two_stream tests the exception.
-        if label in ("mdlm", "any_subset"):
+        # Samplers read these models as they read radd; test_two_stream tests one exception, and
+        # test_blocks the other.
+        if label in ("mdlm", "any_subset", "block"):
             continue
         size = reading.process.num_states
         network = oracle.ConstantNetwork(

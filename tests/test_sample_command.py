@@ -35,7 +35,7 @@ FLAGS = {  # of every sampler, so that each does some of its own
     "token_confidence": "--threshold 0.3",
     "planned": "--calls 3 --profile {place}/price.json",
     "remdm": "--steps 6 --eta 0.5",
-    "semi_autoregressive": "--block-length 4 --inner confidence --inner.by max_probability",
+    "semi_autoregressive": "--block 4 --inner confidence --inner.by max_probability",
     "speculative": "--draft batch --lookahead 3 --bonus --order random",
     "best_of_n": "--n 2 --inner tweedie --inner.steps 2 --verifier {code}:vowels",
     "particle": "--particles 2 --tilt 2 --resample-every 2 --verifier {code}:vowels",
@@ -318,10 +318,10 @@ def test_a_tilde_within_a_value_is_the_home_directory(place, monkeypatch):
             "--sampler best_of_n --n 3 --inner ordered --inner.steps 2 --verifier {code}:vowels",
             3 * 2,
         ),
-        ("--sampler semi_autoregressive --block-length 4 --inner ordered --inner.steps 2", 3 * 2),
-        ("--sampler semi_autoregressive --block-length 6 --inner.steps 1", 2),
+        ("--sampler semi_autoregressive --block 4 --inner ordered --inner.steps 2", 3 * 2),
+        ("--sampler semi_autoregressive --block 6 --inner.steps 1", 2),
         (
-            "--sampler best_of_n --n 2 --inner semi_autoregressive --inner.block-length 6 "
+            "--sampler best_of_n --n 2 --inner semi_autoregressive --inner.block 6 "
             "--inner.inner.steps 1 --verifier {code}:vowels",
             2 * 2,
         ),
@@ -658,7 +658,7 @@ def help_of(monkeypatch, capsys, *arguments):
         ("--sampler particle --inner confidence", "--inner.by {entropy,margin,ma", "--eta"),
         (
             "--sampler best_of_n --inner semi_autoregressive",
-            "--inner.block-length INT",
+            "--inner.block INT",
             "--inner.by",
         ),
         (

@@ -308,7 +308,7 @@ def test_options_go_to_the_sampler_that_has_them(model):
     assert flat.calls.tolist() == [6, 6]
     np.testing.assert_array_equal(flat.tokens, given.tokens)
     np.testing.assert_array_equal(flat.score, vowels(flat.text))
-    blocks = sedd.samplers.options("semi_autoregressive", inner=inner, block_length=4)
+    blocks = sedd.samplers.options("semi_autoregressive", inner=inner, block=4)
     nested = sedd.samplers.options("best_of_n", inner=blocks, n=3)
     result = sedd.sample(model, KEY, num=2, sampler=nested, verifier=vowels)
     assert result.calls.tolist() == [27, 27]  # 3 draws of 3 blocks in 3 calls
@@ -483,7 +483,7 @@ NAN_OPTIONS = {
     "token_confidence": {"steps": 3},
     "planned": {"calls": 3},
     "remdm": {"steps": 3},
-    "semi_autoregressive": {"inner": "confidence", "block_length": 4},
+    "semi_autoregressive": {"inner": "confidence", "block": 4},
     "best_of_n": {"inner": "event_jump", "verifier": vowels, "n": 2},
     "particle": {"inner": "event_jump", "verifier": vowels, "particles": 2},
     "speculative": {"lookahead": 2},
@@ -573,7 +573,7 @@ FRAMES = {  # of the trace of twelve positions, of which seven are free
     "planned": ({"calls": 4}, 5),
     "remdm": ({"steps": 5, "eta": 0.5}, None),  # as many as its draws need
     "semi_autoregressive": (
-        {"block_length": 3, "inner": sedd.samplers.options("ordered", steps=2)},
+        {"block": 3, "inner": sedd.samplers.options("ordered", steps=2)},
         6,
     ),
     "best_of_n": (

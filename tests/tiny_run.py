@@ -55,7 +55,17 @@ def text(words: int = 2000, seed: int = 0) -> str:
 
 
 def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> Config:
-    """The smallest model: absorbing "radd" or "sedd", "uniform" SEDD, "ar", or "any_subset"."""
+    """The smallest model: absorbing "radd" or "sedd", "uniform" SEDD, "ar", "any_subset", "block".
+
+    A block model has blocks of 4 positions.
+    """
+    if kind == "block":
+        return dataclasses.replace(
+            config("radd", corpus=corpus, length=length),
+            parameterization=options("parameterizations", "block", block=4),
+            objective=options("objectives", "block"),
+            sampler=options("samplers", "semi_autoregressive"),
+        )
     if kind in ("ar", "any_subset"):
         name = "autoregressive" if kind == "ar" else kind
         return dataclasses.replace(

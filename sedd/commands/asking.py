@@ -125,9 +125,11 @@ class Asking:
         reshape = reshape_of(1, numbers, self.processor)
         denoiser = dataclasses.replace(self.model.denoiser, reshape=reshape)
         outer, *wrapped = parts(sampler)
+        within = outer.within(denoiser)
         for depth, part in enumerate(wrapped, 1):
             try:
-                part.check(denoiser)
+                part.check(within)
+                within = part.within(within)
             except UserError as error:
                 name = type(part).__module__.rpartition(".")[2]
                 raise UserError(f"--{'.'.join(['inner'] * depth)} {name}: {error}") from error

@@ -21,7 +21,7 @@ SUGGESTIONS = 3  # the most flags that "did you mean" names
 
 
 def as_flag(field: str) -> str:
-    """The flag of a field: ``--inner.block-length`` for ``inner.block_length``."""
+    """The flag of a field: ``--inner.block`` for ``inner.block``."""
     return f"--{field.replace('_', '-')}"
 
 

@@ -64,7 +64,7 @@ def _wraps(outer: str, inner: str, nested: bool) -> bool:
     which plans whole sequences, cannot fill blocks.
     """
     fields = fields_of(inner)
-    if "profile" in fields and "block_length" in fields_of(outer):
+    if "profile" in fields and "stop" in fields_of(outer):
         return False
     return inner != outer and "verifier" not in fields and not (nested and "inner" in fields)
 
@@ -212,6 +212,7 @@ def describe(kinds: Sequence[type[Options]]) -> str:
         "The default for",
         "  time-independent models: event_jump",
         "  autoregressive models: ordered",
+        "  block models: semi_autoregressive",
         "  all others: tweedie",
     ]
     return "\n".join(["--sampler NAME picks a sampler:", *lines])

@@ -28,6 +28,7 @@ from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
 from sedd.parameterizations.any_subset import AnySubset
 from sedd.parameterizations.base import Parameterization
+from sedd.parameterizations.block import Block
 from sedd.processes.base import Process
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.planned import Profile
@@ -88,12 +89,17 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
         objective=config.objective.build(schedule=schedule, parameterization=parameterization),
         sampler=sampler,
     )
-    if isinstance(parameterization, AnySubset) and config.objective.name != "any_subset":
-        raise FieldError(
-            "objective",
-            f"{config.objective.name} does not train the passes over an order of the "
-            "parameterization any_subset: use any_subset",
-        )
+    for kind, what in ((AnySubset, "the passes over an order"), (Block, "the blocks")):
+        name = config.parameterization.name
+        if isinstance(parameterization, kind) and config.objective.name != name:
+            raise FieldError(
+                "objective",
+                f"{config.objective.name} does not train {what} of the parameterization {name}: "
+                f"use {name}",
+            )
+    if isinstance(parameterization, Block):
+        with fields_within("parameterization"):
+            parameterization.check_length(config.data.length)
     try:
         parts.objective.check(parts.network)
     except UserError as error:
@@ -109,8 +115,11 @@ def default_sampler(parameterization: Parameterization) -> str:
       and never takes more calls than τ-leaping;
     - ``tweedie`` for a model that depends on the noise level: it works on every process;
     - ``ordered``, from left to right, for an autoregressive model, and for an any-subset model,
-      which is trained to fill gaps from left to right.
+      which is trained to fill gaps from left to right;
+    - ``semi_autoregressive``, block by block with ``event_jump``, for a block model.
     """
+    if isinstance(parameterization, Block):
+        return "semi_autoregressive"
     if parameterization.causal or isinstance(parameterization, AnySubset):
         return "ordered"
     return "event_jump" if parameterization.time_independent else "tweedie"

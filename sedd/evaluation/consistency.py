@@ -227,6 +227,11 @@ def draw_pairs(
         raise ValueError("consistency is of masked positions: it needs an absorbing process")
     if denoiser.causal:
         raise ValueError("an autoregressive model is one joint: its conditionals are consistent")
+    if denoiser.block is not None:
+        raise ValueError(
+            "pairs of positions are masked anywhere, and a block model has conditionals only where "
+            "all earlier blocks are clean"
+        )
     rng = np.random.default_rng(int(jax.random.bits(key)))
     if distance is None:
         possible_BL = scored_BL & (scored_BL.sum(1, keepdims=True) > 1)

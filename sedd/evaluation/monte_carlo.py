@@ -3,11 +3,13 @@
 There is one estimator for each kind of model:
 
 - ``k_dce``, for time-independent absorbing models: the expected NLL over all orders of the tokens
-  (arXiv:2406.03736, equation 3.10). It has no other terms.
+  (arXiv:2406.03736, equation 3.10). It has no other terms. For a block model these are the orders
+  within each block, and one network call has a number of masks for every block.
 - ``score_entropy``, for every diffusion model: the integral of the score entropy over t in
   [t_min, 1], the KL divergence of the prior, and the reconstruction of x0 from the tokens at t_min
   (arXiv:2310.16834, theorem 3.6). Without the last two terms the sum is not a bound.
-- ``exact``, for autoregressive models: the likelihood itself, in one network call.
+- ``exact``, for autoregressive models and for block models with blocks of one position: the
+  likelihood itself, in one network call.
 - ``ordered``, for time-independent absorbing models: the likelihood of the tokens in one order, or
   averaged over several random orders (``sedd.evaluation.ordered``).
 
@@ -31,13 +33,16 @@ from sedd.errors import FieldError
 from sedd.evaluation.ordered import Order, nats_over_orders
 from sedd.objectives.autoregressive import Autoregressive
 from sedd.objectives.base import Corrupted, Objective
+from sedd.objectives.block import Block
 from sedd.objectives.k_dce import KDCE
 from sedd.objectives.score_entropy import ScoreEntropy
+from sedd.parameterizations.block import cut, joined
 from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
 Estimator = Literal["auto", "k_dce", "score_entropy", "exact", "ordered"]
+GOLDEN = 0.6180339887498949  # multiples of it modulo 1 are spread evenly, however many there are
 REPLICATES = 4  # independent estimates of each sequence's bound; their spread is the draws' error
 
 
@@ -81,8 +86,9 @@ def sequence_nats(
         scored_BL: positions whose tokens are counted; the others are never corrupted.
         draws: noise levels for each sequence; a multiple of 4.
         t_min: the smallest time of a score entropy, in (0, 1).
-        estimator: "auto" takes exact for an autoregressive model, ordered for an any-subset model,
-            k_dce for other time-independent absorbing ones, and score_entropy for all others.
+        estimator: "auto" takes exact for an autoregressive model and for blocks of one position,
+            ordered for an any-subset model, k_dce for other time-independent absorbing ones, and
+            score_entropy for all others.
         order: the order of the estimator ``ordered``.
         orders: how many random orders it averages over.
 
@@ -143,7 +149,10 @@ class _Diffusion:
     def of(cls, denoiser, schedule, x0_BL, scored_BL, estimator, t_min) -> "_Diffusion":
         """Choose the objective of the estimator, and compute the range of mask probabilities."""
         common = {"schedule": schedule, "parameterization": denoiser.parameterization}
-        objective = KDCE(**common) if estimator == "k_dce" else ScoreEntropy(**common, t_min=t_min)
+        if estimator == "k_dce":
+            objective = (KDCE if denoiser.block is None else Block)(**common)
+        else:
+            objective = ScoreEntropy(**common, t_min=t_min)
         lowest, highest = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))
         return cls(
             denoiser=denoiser,
@@ -160,82 +169,107 @@ class _Diffusion:
     @property
     def any_order(self) -> bool:
         """Whether the level is a number of masks (k-DCE), and not a time."""
-        return isinstance(self.objective, KDCE)
+        return isinstance(self.objective, KDCE | Block)
+
+    @property
+    def block(self) -> int:
+        """Positions of which the level determines how many are masked: a block, or all."""
+        length = self.x0_BL.shape[1]
+        return min(self.denoiser.block or length, length)
 
     def mean(self, u_key_B, place_key_B, draw_key_B, strata: int) -> Float[Array, " B"]:
         """The mean over ``strata`` noise levels of one replicate, in nats of a sequence.
 
         All levels share one uniform draw and one assignment of places to positions. Consecutive
-        masks start where the one before ended, so the scan carries that place along.
+        masks start where the one before ended, so the scan carries that place along. The R blocks
+        of the batch, B if a sequence is one block, have their own levels and masks.
         """
         absorbing = self.denoiser.process.absorbing
-        shared_u_B = jax.vmap(jax.random.uniform)(u_key_B)
-        place_BL = self._places(place_key_B)
+        shared_u_R = self._shared_levels(u_key_B)
+        place_RW = self._places(place_key_B)
 
         def draw(carry, k):
-            total_B, begin_B = carry
-            u_B, density_B = level(shared_u_B, k, strata), 1.0
+            total_B, begin_R = carry
+            u_R, density_R = level(shared_u_R, k, strata), jnp.ones_like(shared_u_R)
             if absorbing and strata > 1:
-                u_B, density_B = toward_few_masks(u_B)
+                u_R, density_R = toward_few_masks(u_R)
             if absorbing:
-                corrupted, begin_B = self._mask(u_B, place_BL, begin_B)
+                corrupted, begin_R = self._mask(u_R, density_R, place_RW, begin_R)
             else:
                 keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
-                corrupted = self._corrupt(u_B, keys_B)
+                corrupted = self._corrupt(u_R, keys_B)
             nats_BL = self.objective.nats(
                 self.denoiser.network, self.denoiser.params, corrupted, self.x0_BL
             )
-            return (total_B + density_B * nats_BL.sum(-1), begin_B), None
+            return (total_B + nats_BL.sum(-1), begin_R), None
 
-        zero_B = jnp.zeros(self.x0_BL.shape[0])
-        (total_B, _), _ = jax.lax.scan(draw, (zero_B, zero_B), jnp.arange(strata))
+        start = (jnp.zeros(self.x0_BL.shape[0]), jnp.zeros_like(shared_u_R))
+        (total_B, _), _ = jax.lax.scan(draw, start, jnp.arange(strata))
         return total_B / strata
+
+    def _shared_levels(self, key_B):
+        """One uniform draw for each block, [R]; those of a sequence are spread over [0, 1).
+
+        The errors of the blocks then do not add up, as they would if all had the same level.
+        """
+        u_B = jax.vmap(jax.random.uniform)(key_B)
+        blocks = jnp.arange(-(-self.x0_BL.shape[1] // self.block))
+        return ((u_B[:, None] + GOLDEN * blocks[None]) % 1.0).reshape(-1)
 
     def _places(self, key_B):
         """The place of each position on the circle of ``tile``: a random rank, or uniform draws."""
-        if self.any_order:
-            return random_rank(key_B, self.scored_BL)
-        return jax.vmap(lambda key: jax.random.uniform(key, self.x0_BL.shape[1:]))(key_B)
+        length = self.x0_BL.shape[1]
+        if not self.any_order:
+            return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(key_B)
+        rank_RW = cut(random_rank(key_B, self.scored_BL), self.block, length)
+        return jnp.argsort(jnp.argsort(rank_RW, 1), 1)
 
-    def _mask(self, u_B, place_BL, begin_B) -> tuple[Corrupted, Float[Array, " B"]]:
+    def _mask(self, u_R, density_R, place_RW, begin_R) -> tuple[Corrupted, Float[Array, " R"]]:
         """Mask the positions that come next; returns where the next mask begins as well.
 
-        For k-DCE the size of a mask is the number of its positions, uniform in 1..L; otherwise it
-        is the probability λ of a mask, uniform between its values at t_min and 1. The integral of
-        the score entropy over t has the measure rate(t) dt = dσ = dλ/(1 - λ).
+        For k-DCE the size of a mask is the number of its positions, uniform in 1..W in a block of W
+        scored positions; otherwise it is the probability λ of a mask, uniform between its values at
+        t_min and 1. The integral of the score entropy over t has the measure
+        rate(t) dt = dσ = dλ/(1 - λ).
         """
-        scored_B = self.scored_BL.sum(-1)
+        batch, length = self.x0_BL.shape
+        scored_RW = cut(self.scored_BL, self.block, False)
+        scored_R = scored_RW.sum(-1)
         if self.any_order:
-            period_B, sigma_B = scored_B, None
-            size_B = jnp.minimum(1 + jnp.floor(u_B * scored_B), scored_B)
-            weight_B = scored_B / jnp.maximum(size_B, 1)
+            period_R, sigma_R = scored_R, None
+            size_R = jnp.minimum(1 + jnp.floor(u_R * scored_R), scored_R)
+            weight_R = scored_R / jnp.maximum(size_R, 1)
         else:
-            period_B = jnp.ones_like(scored_B)
-            size_B = self.lowest + (self.highest - self.lowest) * u_B
-            sigma_B = -jnp.log1p(-size_B)
-            weight_B = (self.highest - self.lowest) / (1 - size_B)
-        masked_BL = self.scored_BL & tile(place_BL, period_B, begin_B, size_B)
-        xt_BL = jnp.where(masked_BL, self.denoiser.process.mask, self.x0_BL)
-        end_B = (begin_B + size_B) % jnp.maximum(period_B, 1)
-        return self._weighted(xt_BL, weight_B, sigma_B), end_B
+            period_R = jnp.ones_like(scored_R)
+            size_R = self.lowest + (self.highest - self.lowest) * u_R
+            sigma_R = -jnp.log1p(-size_R)
+            weight_R = (self.highest - self.lowest) / (1 - size_R)
+        masked_RW = scored_RW & tile(place_RW, period_R, begin_R, size_R)
+        xt_BL = jnp.where(joined(masked_RW, batch, length), self.denoiser.process.mask, self.x0_BL)
+        end_R = (begin_R + size_R) % jnp.maximum(period_R, 1)
+        weight_RW = jnp.broadcast_to((density_R * weight_R)[:, None], scored_RW.shape)
+        return self._weighted(xt_BL, joined(weight_RW, batch, length), sigma_R), end_R
 
     def _corrupt(self, u_B, keys_B) -> Corrupted:
         """Corrupt the tokens at a time that is uniform in [t_min, 1]."""
         t_B = self.t_min + (1 - self.t_min) * u_B
         sigma_B, weight_B = self.schedule.sigma(t_B), (1 - self.t_min) * self.schedule.rate(t_B)
         noisy_BL = self.denoiser.process.corrupt(keys_B, self.x0_BL, sigma_B)
-        return self._weighted(jnp.where(self.scored_BL, noisy_BL, self.x0_BL), weight_B, sigma_B)
+        xt_BL = jnp.where(self.scored_BL, noisy_BL, self.x0_BL)
+        return self._weighted(xt_BL, weight_B[:, None], sigma_B)
 
-    def _weighted(self, xt_BL, weight_B, sigma_B) -> Corrupted:
+    def _weighted(self, xt_BL, weight_BL, sigma_B) -> Corrupted:
         """Give the weight to the scored positions that can still change."""
         counts_BL = self.scored_BL & self.denoiser.process.can_move(xt_BL)
-        weight_BL = jnp.where(counts_BL, weight_B[:, None], 0.0)
+        weight_BL = jnp.where(counts_BL, weight_BL, 0.0)
         return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, sigma=sigma_B)
 
 
 def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
-    """-log p(x0) of an autoregressive model."""
-    objective = Autoregressive(schedule=schedule, parameterization=denoiser.parameterization)
+    """-log p(x0) of an autoregressive model, or of a model with blocks of one position."""
+    common = {"schedule": schedule, "parameterization": denoiser.parameterization}
+    # A block of one position is masked in every draw at the level 1.
+    objective = Autoregressive(**common) if denoiser.causal else Block(**common, min_level=1.0)
     zero_B = jnp.zeros(len(x0_BL))
     corrupted = objective.corrupt(keys_B, zero_B, x0_BL, scored_BL)
     nats_BL = objective.nats(denoiser.network, denoiser.params, corrupted, x0_BL)
@@ -319,8 +353,12 @@ def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
     """
     if denoiser.causal:
         return "exact"
+    if denoiser.block is not None and estimator == "score_entropy":
+        raise ValueError("estimator score_entropy does not know blocks: use k_dce")
+    if denoiser.block == 1 and estimator in ("auto", "exact"):
+        return "exact"
     if estimator == "exact":
-        raise ValueError("estimator exact needs an autoregressive model")
+        raise ValueError("estimator exact needs an autoregressive model, or blocks of one position")
     any_order = denoiser.process.absorbing and denoiser.time_independent
     if estimator in ("k_dce", "ordered") and not any_order:
         raise ValueError(f"estimator {estimator} needs a time-independent absorbing model")

@@ -142,10 +142,15 @@ def levels(length: int, draws: int) -> np.ndarray:
 
 
 def check_model(denoiser: Denoiser) -> None:
-    """Raise UserError unless the model is time-independent, absorbing and not autoregressive."""
+    """Raise UserError unless the model is time-independent, absorbing, and draws in any order."""
     if denoiser.causal:
         raise UserError(
             "an autoregressive model has no price of parallelism: it draws one token a call"
+        )
+    if denoiser.block is not None:
+        raise UserError(
+            "the price of parallelism is that of random orders of a whole text, and a block model "
+            "draws its blocks from left to right"
         )
     if not denoiser.process.absorbing or not denoiser.time_independent:
         raise UserError(

@@ -93,8 +93,8 @@ def choose_estimate(
 
     Raises:
         FieldError: if the model does not have the estimator; or, with ``order``, if it is
-            autoregressive, depends on the noise level, or is not absorbing; or if ``orders`` is
-            below 1 or goes with another order.
+            autoregressive, depends on the noise level, or is not absorbing, or has blocks and
+            another order than forward; or if ``orders`` is below 1 or goes with another order.
     """
     if orders < 1:
         raise FieldError("orders", f"must be at least 1, got {orders}")
@@ -113,6 +113,10 @@ def choose_estimate(
             raise FieldError("order", problem) from error
         raise FieldError("estimator", str(error).removeprefix("estimator ")) from error
     order = order or "forward"
+    if resolved == "ordered" and denoiser.block is not None and order != "forward":
+        raise FieldError(
+            "order", f"{order}: a block model draws its blocks from left to right: use forward"
+        )
     if orders > 1 and (resolved != "ordered" or order != "random"):
         raise FieldError("orders", f"{orders} averages over random orders: it needs order random")
     draws = orders if resolved == "ordered" else chosen.draws

@@ -30,18 +30,24 @@ class Attend:
       and permuted orders are written in this way. If there are fewer ranks of keys than of queries,
       only the first rows are keys, and nobody sees the other rows.
 
+    With the kind ``ranks``, ``group_BL`` is a group of each row, or -1. A query also sees the keys
+    of its own group, whatever their ranks. The noisy rows of a block of block diffusion see each
+    other in this way, and are hidden from all other rows by the rank ``EMPTY`` as keys.
+
     ``segment_BL`` is the id of each row's segment; queries and keys are then the same rows, or
     the keys are the first of them. A query sees only keys of its own segment. Segments separate
     padding from text; they also separate packed documents from each other. A query that sees no
-    key has attention output 0.
+    key has attention output 0. An axis B of length 1 serves all sequences.
 
-    Raises ``ValueError`` unless both ranks are given for the kind ``ranks``, and none for others.
+    Raises ``ValueError`` unless both ranks are given for the kind ``ranks``, and neither ranks nor
+    groups for other kinds.
     """
 
     kind: Kind = field(default="all", metadata={"static": True})
-    rank_q_BL: Int[Array, "B Q"] | None = None
-    rank_k_BL: Int[Array, "B K"] | None = None
-    segment_BL: Int[Array, "B L"] | None = None
+    rank_q_BL: Int[Array, "#B Q"] | None = None
+    rank_k_BL: Int[Array, "#B K"] | None = None
+    segment_BL: Int[Array, "#B L"] | None = None
+    group_BL: Int[Array, "#B L"] | None = None
     strict: bool = field(default=False, metadata={"static": True})
 
     def __post_init__(self):
@@ -53,8 +59,11 @@ class Attend:
                     f"rank_q_BL and rank_k_BL go with kind 'ranks', both of them: {name} with "
                     f"kind {self.kind!r} is {getattr(self, name)}"
                 )
-        if self.strict and self.kind != "ranks":
-            raise ValueError(f"strict compares ranks: it needs kind 'ranks', got {self.kind!r}")
+        for name, given in (("strict", self.strict), ("group_BL", self.group_BL is not None)):
+            if given and self.kind != "ranks":
+                raise ValueError(
+                    f"{name} goes with ranks: it needs kind 'ranks', got {self.kind!r}"
+                )
 
     def num_keys(self, rows: int) -> int:
         """How many of a network's rows are keys: the first ones."""
@@ -76,6 +85,9 @@ class Attend:
         elif self.rank_q_BL is not None and self.rank_k_BL is not None:
             rank_q, rank_k = self.rank_q_BL[:, :, None], self.rank_k_BL[:, None, :]
             seen = rank_k < rank_q if self.strict else rank_k <= rank_q
+            if self.group_BL is not None:
+                group_q, group_k = self.group_BL[:, :, None], self.group_BL[:, None, :keys]
+                seen = seen | ((group_q == group_k) & (group_k >= 0))
         if self.segment_BL is not None:
             seen = seen & (self.segment_BL[:, :, None] == self.segment_BL[:, None, :keys])
         return seen[:, None]

@@ -2,6 +2,7 @@ from .any_subset import AnySubset as AnySubset
 from .autoregressive import Autoregressive as Autoregressive
 from .base import Corrupted as Corrupted
 from .base import Objective as Objective
+from .block import Block as Block
 from .k_dce import KDCE as KDCE
 from .lambda_dce import LambdaDCE as LambdaDCE
 from .mdlm import MDLM as MDLM

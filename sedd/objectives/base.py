@@ -239,11 +239,11 @@ class DenoisingCrossEntropy(Objective):
         picked_R = jnp.take_along_axis(logits_RN, x0_R[..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits_RN, -1) - picked_R
 
-    def _masked(self, masked_BL, x0_BL, weight_B, sigma=None, rank_BL=None) -> Corrupted:
-        """Mask the chosen positions, and give each of them the weight of its sequence."""
+    def _masked(self, masked_BL, x0_BL, weight, sigma=None, rank_BL=None) -> Corrupted:
+        """Mask the chosen positions, and give them their weight, [B] or [B, L]."""
         return Corrupted(
             xt_BL=jnp.where(masked_BL, self.process.mask, x0_BL),
-            weight_BL=jnp.where(masked_BL, weight_B[:, None], 0.0),
+            weight_BL=jnp.where(masked_BL, along(weight, x0_BL), 0.0),
             sigma=sigma,
             rank_BL=rank_BL,
         )

@@ -56,9 +56,18 @@ class Sampler(ABC):
         return False
 
     @property
+    def by_block(self) -> bool:
+        """Whether every block is drawn before the next one, as block models need."""
+        return self.left_to_right
+
+    @property
     def width(self) -> int:
         """Sequences that are held in memory for each returned sequence."""
         return 1
+
+    def within(self, denoiser: Denoiser) -> Denoiser:
+        """The model for which an inner sampler has to be checked: this one, unless it has blocks."""
+        return denoiser
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise UserError if this sampler cannot draw from the model, naming one that can."""
@@ -78,6 +87,12 @@ class Sampler(ABC):
                 f"sampler {name!r} cannot draw from an autoregressive model: use the sampler "
                 "ordered with the order forward, without steps (--sampler ordered --order "
                 "forward)"
+            )
+        if denoiser.block is not None and not self.by_block:
+            raise UserError(
+                f"sampler {name!r} cannot draw from a block model by itself, since it fills "
+                "positions of all blocks: use semi_autoregressive, with this one as its inner one "
+                f"(--sampler semi_autoregressive --inner {name})"
             )
         if denoiser.causal and (denoiser.guided or denoiser.constraint is not None):
             raise UserError(
@@ -213,7 +228,12 @@ class SteppedSampler(Sampler):
     """A sampler that proceeds in rounds of at most one network call (two with ``speculative``).
 
     Calling the sampler runs ``start``, and then ``advance`` while any sequence is ``active``.
+
+    ``calls_on_tokens`` states that ``advance`` calls the network once, by
+    ``denoiser.hidden(state.x_BL, …)``, and in no other way. The call can then be made beforehand.
     """
+
+    calls_on_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def start(
@@ -234,7 +254,7 @@ class SteppedSampler(Sampler):
         """Run one round of the active sequences; the others stay unchanged."""
 
     @abstractmethod
-    def max_rounds(self, length: int) -> int:
+    def max_rounds(self, denoiser: Denoiser, length: int) -> int:
         """An upper bound on the rounds for ``length`` free positions.
 
         A trace has one frame more, for the start.
@@ -254,7 +274,9 @@ class SteppedSampler(Sampler):
         state = self.start(denoiser, keys_B, tokens_BL, fixed_BL)
         frames = None
         if trace:
-            frames = jnp.zeros((self.max_rounds(length) + 1, batch, length), state.x_BL.dtype)
+            frames = jnp.zeros(
+                (self.max_rounds(denoiser, length) + 1, batch, length), state.x_BL.dtype
+            )
             frames = frames.at[0].set(state.x_BL)
 
         def one_round(carry):

@@ -44,6 +44,10 @@ class BestOfN(Sampler):
         return self.inner.caveat
 
     @property
+    def by_block(self):
+        return self.inner.by_block
+
+    @property
     def width(self):
         return self.n * self.inner.width
 

@@ -73,6 +73,10 @@ class Particle(Sampler):
         return self.inner.caveat
 
     @property
+    def by_block(self):
+        return self.inner.by_block
+
+    @property
     def width(self):
         return self.particles * self.inner.width
 
@@ -98,7 +102,7 @@ class Particle(Sampler):
         )
         frames = None
         if trace:
-            rounds = self.inner.max_rounds(length)
+            rounds = self.inner.max_rounds(denoiser, length)
             frames = jnp.zeros((rounds + 1, *state.x_BL.shape), state.x_BL.dtype)
             frames = frames.at[0].set(state.x_BL)
         nothing = jnp.zeros((batch, count))

@@ -120,7 +120,7 @@ class ReMDM(SteppedSampler):
         last, first = (jnp.exp(-self.schedule.sigma(jnp.asarray(t, float))) for t in (0, 1))
         return -jnp.log(first + self.share(state.round_B) * (last - first))
 
-    def max_rounds(self, length):
+    def max_rounds(self, denoiser, length):
         return self.steps
 
     def active(self, denoiser, state):

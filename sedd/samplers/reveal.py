@@ -95,6 +95,7 @@ class Revealing(SteppedSampler):
     needs_absorbing: ClassVar[bool] = True
     needs_time_independent: ClassVar[bool] = True
     redraws: ClassVar[bool] = False
+    calls_on_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def make_plan(
@@ -142,7 +143,7 @@ class Revealing(SteppedSampler):
         state = state.called(active_B)
         return state.moved(jnp.where(chosen_BL, drawn_BL, state.x_BL), active_B)
 
-    def max_rounds(self, length):
+    def max_rounds(self, denoiser, length):
         """At most one round for each free position."""
         return length
 

@@ -200,7 +200,7 @@ class Speculative(SteppedSampler):
                 "(ordered takes several)"
             )
 
-    def max_rounds(self, length):
+    def max_rounds(self, denoiser, length):
         """A round reveals at least one position."""
         return length
 

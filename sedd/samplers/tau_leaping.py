@@ -7,6 +7,7 @@ Subclasses give the probabilities of a position's next state (``step_probs``): E
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ class TauLeaping(SteppedSampler):
     sequence takes ``steps`` + 1 network calls. The law tends to the model's own as ``steps``
     grows: doubling ``steps`` halves the error.
     """
+
+    calls_on_tokens: ClassVar[bool] = True
 
     steps: int = 128
     """Intervals of time, with one network call each; one more call draws clean tokens."""
@@ -70,7 +73,7 @@ class TauLeaping(SteppedSampler):
     def sigma(self, state):
         return self.schedule.sigma(self.time(state.round_B))
 
-    def max_rounds(self, length):
+    def max_rounds(self, denoiser, length):
         return self.steps + 1
 
     def active(self, denoiser, state):

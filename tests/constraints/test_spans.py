@@ -133,7 +133,7 @@ def test_every_sampler_always_matches(model, automata, name, steps):
     if name in ("semi_autoregressive", "best_of_n", "particle"):
         options = {"inner": sedd.samplers.options("event_jump", **options)}
     if name == "semi_autoregressive":
-        options["block_length"] = 4
+        options["block"] = 4
     if name in ("best_of_n", "particle"):
         options["verifier"] = letters
     if name == "particle":

@@ -12,9 +12,9 @@ import pytest
 from sedd.denoiser import Denoiser
 from sedd.networks import attention as module
 from sedd.networks.attention import attention, choose, is_kept, keep
-from sedd.networks.base import Attend
+from sedd.networks.base import EMPTY, Attend
 from sedd.networks.ddit import DDiT
-from sedd.parameterizations import Autoregressive, Conditional
+from sedd.parameterizations import Autoregressive, Block, Conditional
 from sedd.processes import Absorbing
 
 B, L, H, K = 3, 12, 2, 8
@@ -31,6 +31,16 @@ FORMS = {
     "packed causal": Attend(kind="causal", segment_BL=SEGMENT),
     "packed permuted": Attend(
         kind="ranks", rank_q_BL=SHUFFLED, rank_k_BL=SHUFFLED, segment_BL=SEGMENT
+    ),
+    "noisy and clean blocks": Block(process=Absorbing(num_tokens=2), block=2)
+    .doubled(ORDER[:, :6], ORDER[:, :6])
+    .attend,
+    "packed groups": Attend(
+        kind="ranks",
+        rank_q_BL=SHUFFLED,
+        rank_k_BL=np.where(SHUFFLED % 2, EMPTY, SHUFFLED),
+        group_BL=np.where(SHUFFLED % 2, SHUFFLED // 6, -1),
+        segment_BL=SEGMENT,
     ),
 }
 
@@ -51,11 +61,15 @@ def sees(attend, b, i, j):
     """The definition in ``Attend``, one pair at a time."""
     if attend is None:
         return True
+    if attend.rank_q_BL is not None:
+        b %= len(attend.rank_q_BL)
     if attend.segment_BL is not None and attend.segment_BL[b, i] != attend.segment_BL[b, j]:
         return False
     if attend.kind != "ranks":
         return attend.kind == "all" or j <= i
     rank_q, rank_k = attend.rank_q_BL[b, i], attend.rank_k_BL[b, j]
+    if attend.group_BL is not None and attend.group_BL[b, i] == attend.group_BL[b, j] >= 0:
+        return True
     return rank_k < rank_q if attend.strict else rank_k <= rank_q
 
 
@@ -352,6 +366,7 @@ def test_models_lower_to_the_kernels_of_their_attention(kind):
         ({"rank_q_BL": ORDER}, "both of them: rank_q_BL with kind 'all'"),
         ({"kind": "ranks", "rank_q_BL": ORDER}, "rank_k_BL with kind 'ranks' is None"),
         ({"kind": "causal", "strict": True}, "needs kind 'ranks', got 'causal'"),
+        ({"kind": "all", "group_BL": ORDER}, "group_BL goes with ranks"),
     ],
 )
 def test_a_contradiction_is_refused(fields, words):

@@ -81,7 +81,7 @@ EXACT = {
     "margin": sampler_of(Confidence, by="margin"),
     "max_probability": sampler_of(Confidence, by="max_probability"),
     "entropy_bounded": sampler_of(EntropyBounded, gamma=0.0),
-    "blocks": sampler_of(SemiAutoregressive, inner=sampler_of(EventJump), block_length=2),
+    "blocks": sampler_of(SemiAutoregressive, inner=sampler_of(EventJump), block=2),
 }
 FURTHER_ORDERS = {"backward", "margin", "max_probability"}
 exact = pytest.mark.parametrize("name", daily(EXACT, EXACT.keys() - FURTHER_ORDERS))
@@ -648,7 +648,7 @@ BLOCKS = {
 @pytest.mark.parametrize("name", daily(BLOCKS, ["event_jump", "remdm"]))
 def test_blocks_have_the_product_of_the_inner_laws(name, fixed):
     inner, reveals, remasks = BLOCKS[name]
-    sampler = sampler_of(SemiAutoregressive, inner=inner, block_length=2)
+    sampler = sampler_of(SemiAutoregressive, inner=inner, block=2)
     assert p_value(sampler, fixed, block_law(2, reveals, remasks, fixed)) > 1e-4
     # Controls: the inner sampler by itself, and the joint.
     assert p_value(sampler, fixed, block_law(L, reveals, remasks, fixed)) < 1e-4

@@ -211,7 +211,7 @@ def samplers():
         "entropy_bounded": EntropyBounded(schedule=LOG_LINEAR, gamma=1.0),
         "token_confidence": TokenConfidence(schedule=LOG_LINEAR, steps=4),
         "threshold": TokenConfidence(schedule=LOG_LINEAR, threshold=0.6),
-        "blocks": SemiAutoregressive(schedule=LOG_LINEAR, inner=jump, block_length=3),
+        "blocks": SemiAutoregressive(schedule=LOG_LINEAR, inner=jump, block=3),
         "speculative": Speculative(schedule=LOG_LINEAR, lookahead=3, order="random"),
         "best_of_n": BestOfN(schedule=LOG_LINEAR, inner=jump, verifier=scores, n=3),
         "particle": Particle(
@@ -423,7 +423,7 @@ def reveal_rounds(sampler, batch=6, length=8, share=0.3):
     tokens_BL, fixed_BL = random_clamps(5, batch, length, share)
     samples = run(sampler, exact(RADD), keys(13, batch), tokens_BL, fixed_BL, trace=True)
     frames_TBL = np.asarray(samples.trace_TBL)
-    assert frames_TBL.shape == (sampler.max_rounds(length) + 1, batch, length)
+    assert frames_TBL.shape == (sampler.max_rounds(exact(RADD), length) + 1, batch, length)
     np.testing.assert_array_equal(frames_TBL[-1], samples.tokens_BL)
     assert (frames_TBL[-1] < N).all()
     return (frames_TBL != N).argmax(0), np.asarray(fixed_BL)

@@ -236,7 +236,7 @@ INNER = {
     "confidence": (Confidence(schedule=NOISE), "absorbing"),
     "first_hitting": (EventJump(schedule=NOISE), "absorbing"),
     "blocks": (
-        SemiAutoregressive(schedule=NOISE, inner=EventJump(schedule=NOISE), block_length=2),
+        SemiAutoregressive(schedule=NOISE, inner=EventJump(schedule=NOISE), block=2),
         "absorbing",
     ),
     "tweedie": (Tweedie(schedule=NOISE, steps=3), "absorbing"),
@@ -445,7 +445,7 @@ def test_blocks_need_a_mask_whatever_is_inside():
             lambda: SemiAutoregressive(schedule=NOISE, inner=best_of(zeros, 2)),
             "they draw whole sequences",
         ),
-        (lambda: SemiAutoregressive(schedule=NOISE, inner=FORWARD, block_length=0), "got 0"),
+        (lambda: SemiAutoregressive(schedule=NOISE, inner=FORWARD, block=0), "got 0"),
     ],
 )
 def test_mistakes_are_named(make, message, monkeypatch):

@@ -457,7 +457,7 @@ def first_tokens(tokens_RL, real_RL):
 def test_within_blocks_and_searches():
     """The law of the blocks is the product of conditionals; searches count rows as well."""
     inner = speculative(lookahead=2, draft="stale")
-    blocks = SemiAutoregressive(schedule=LOG_LINEAR, inner=inner, block_length=2)
+    blocks = SemiAutoregressive(schedule=LOG_LINEAR, inner=inner, block=2)
     samples = oracle.draw(blocks, denoiser(0), DRAWS, trace=False)
     law = product_law(conditional(0), NOTHING_FIXED)
     assert oracle.chi_square_p(oracle.counts_of(samples.tokens_BL, V), law) > 1e-4

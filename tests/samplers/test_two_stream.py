@@ -202,7 +202,7 @@ def test_a_drafter_asks_for_the_positions_that_it_should(drafter):
 def test_reshaped_draws_within_blocks():
     """Blocks start the sampler anew in different rounds, with the blocks before as the prompt."""
     inner = speculative(draft="self", lookahead=2)
-    blocks = SemiAutoregressive(schedule=LOG_LINEAR, inner=inner, block_length=3)
+    blocks = SemiAutoregressive(schedule=LOG_LINEAR, inner=inner, block=3)
     hot = dataclasses.replace(table(0), reshape=Reshape.of(temperature=1.4))
     samples = oracle.draw(blocks, hot, DRAWS, trace=False)
     law = law_of(0, NOTHING_FIXED, "forward", 1.4)
