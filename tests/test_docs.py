@@ -69,7 +69,11 @@ def place(tmp_path_factory):
     (top / "verifier.py").write_text(verifier)
     every = Characters.of("characters", string.printable, eos=True)
     with mock.patch.object(tiny_run, "TOKENIZER", every):
-        for name, kind in (("quickstart", "radd"), ("any_subset", "any_subset")):
+        for name, kind in {
+            "quickstart": "radd",
+            "any_subset": "any_subset",
+            "block": "block",
+        }.items():
             make_run(top / "runs" / name, tiny_run.config(kind, corpus=str(top / "my.txt")))
     tiny_run.profile_of(sedd.load(top / "runs/quickstart")).save(top / "price.json")
     return top

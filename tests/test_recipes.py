@@ -24,6 +24,7 @@ PARAMETERS = {
     "owt_radd_decoder_small": 162_150_144,
     "owt_radd_medium": 405_191_762,
     "owt_any_subset_small": 162_265_682,  # RADD-small's, for --init-from
+    "owt_block_small": 162_265_682,
 }
 
 EACH_DAY = ("quickstart", "lm1b_sedd", "text8_radd", "owt_ar_small", "owt_radd_decoder_small")

@@ -66,7 +66,7 @@ class Sampler(ABC):
         return 1
 
     def within(self, denoiser: Denoiser) -> Denoiser:
-        """The model for which an inner sampler has to be checked: this one, unless it has blocks."""
+        """The model for which an inner sampler has to be checked: this one, by default."""
         return denoiser
 
     def check(self, denoiser: Denoiser) -> None:
