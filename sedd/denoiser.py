@@ -409,29 +409,67 @@ class Denoiser:
 
         At masked positions they are guided and changed by ``reshape`` if the denoiser has one.
         """
+        return self._reshaped(self._guided_rows(hidden, x_BL, rows), x_BL, rows, self.reshape)
+
+    def scored_rows(
+        self,
+        hidden: tuple[Float[Array, "B L D"], ...],
+        x_BL: Int[Array, "B L"],
+        rows: Rows,
+        *,
+        unsharpened: bool = False,
+    ) -> tuple[Float[Array, "R N"], Float[Array, "R N"]]:
+        """``log_conditional_rows``, and the log conditionals by which rows are to be ranked.
+
+        The second are the first, but without temperature, top-k and top-p if ``unsharpened`` is
+        set, and for sequences of temperature 0, whose distributions of one token each would tie.
+        """
+        guided_RN = self._guided_rows(hidden, x_BL, rows)
+        shaped_RN = self._reshaped(guided_RN, x_BL, rows, self.reshape)
+        if self.reshape is None:
+            return shaped_RN, shaped_RN
+        plain_RN = self._reshaped(guided_RN, x_BL, rows, self.reshape.unsharpened())
+        zero_R = self.reshape.take(rows.sequence_R).temperature_B == 0
+        plain_R = jnp.broadcast_to(jnp.asarray(zero_R) | unsharpened, rows.position_R.shape)
+        return shaped_RN, jnp.where(plain_R[:, None], plain_RN, shaped_RN)
+
+    def _guided_rows(
+        self, hidden: tuple[Float[Array, "B L D"], ...], x_BL: Int[Array, "B L"], rows: Rows
+    ) -> Float[Array, "R N"]:
+        """The log conditionals of some rows, guided at masked positions."""
         head = self.network.head(self.params)
         x_R = rows.pick(x_BL)
         log_probs_RN, *without = (
             self.parameterization.log_conditional(read_out(rows.pick(h_BLD), *head), x_R)
             for h_BLD in hidden
         )
-        if self.reshape is None:
+        if self.reshape is None or not without:
             return log_probs_RN
         # Each row is passed to the reshape as a sequence of its own with K = 1 positions.
         reshape = self.reshape.take(rows.sequence_R)
-        shaped_R1N = log_probs_RN[:, None]
-        if without:
-            shaped_R1N = reshape.guide(shaped_R1N, without[0][:, None])
+        guided_R1N = reshape.guide(log_probs_RN[:, None], without[0][:, None])
+        return jnp.where((x_R == self.process.mask_id)[:, None], guided_R1N[:, 0], log_probs_RN)
+
+    def _reshaped(
+        self,
+        log_probs_RN: Float[Array, "R N"],
+        x_BL: Int[Array, "B L"],
+        rows: Rows,
+        reshape: Reshape | None,
+    ) -> Float[Array, "R N"]:
+        """Apply a reshape to guided log conditionals of some rows, at masked positions."""
+        if reshape is None:
+            return log_probs_RN
         governed_R1 = None
         if self.constraint is not None:
             governed_R1 = rows.pick(self.constraint.inside(x_BL.shape[1]))[:, None]
-        shaped_R1N = reshape(
-            shaped_R1N,
+        shaped_R1N = reshape.take(rows.sequence_R)(
+            log_probs_RN[:, None],
             x_BL[rows.sequence_R],
             rows.position_R[:, None],
             drawn_jointly_BK=governed_R1,
         )
-        masked_R1 = (x_R == self.process.mask_id)[:, None]
+        masked_R1 = (rows.pick(x_BL) == self.process.mask_id)[:, None]
         return jnp.where(masked_R1, shaped_R1N[:, 0], log_probs_RN)
 
     def log_conditional_at(

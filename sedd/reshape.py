@@ -8,7 +8,7 @@ conditionals is exact for the changed ones.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -152,6 +152,15 @@ class Reshape:
             shaped,
         )
         return jnp.where(jnp.isnan(log_probs).any(-1, keepdims=True), jnp.nan, shaped)
+
+    def unsharpened(self) -> "Reshape":
+        """The Reshape without temperature, top-k and top-p."""
+        return replace(
+            self,
+            temperature_B=jnp.ones_like(self.temperature_B),
+            top_k_B=jnp.full_like(self.top_k_B, EVERY),
+            top_p_B=jnp.ones_like(self.top_p_B),
+        )
 
     def take(self, sequence_R: Int[Array, " R"]) -> "Reshape":
         """The Reshape for R rows, where row r belongs to sequence ``sequence_R[r]``."""

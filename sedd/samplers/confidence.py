@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.errors import FieldError
-from sedd.samplers.reveal import Ranked, check_steps, group_size
+from sedd.samplers.reveal import Counts, Ranked, check_steps, spread
 
 Score = Literal["entropy", "margin", "max_probability"]
 
@@ -21,7 +21,8 @@ class Confidence(Ranked):
 
     The position is chosen by its whole distribution, before its token is drawn. With one position a
     call the law is the model's own, as it is for every order that does not look at the drawn token.
-    With ``steps`` several positions are drawn in one call, independently of each other.
+    With ``steps`` several positions are drawn in one call, independently of each other. At
+    temperature 0 positions are chosen by their distributions at temperature 1.
     """
 
     by: Score = "entropy"
@@ -29,15 +30,18 @@ class Confidence(Ranked):
     largest probability."""
     steps: int | None = None
     """Network calls over which the positions are spread; by default one position a call."""
+    counts: Counts = "late"
+    """Numbers of positions that the steps draw: even, with the larger ones late or early, or as
+    Dream's code has them."""
 
     def __post_init__(self):
-        check_steps(self.steps)
+        check_steps(self.steps, self.counts)
         if self.by not in get_args(Score):
             raise FieldError("by", f"must be one of {', '.join(get_args(Score))}, got {self.by!r}")
 
     def score(self, prediction, rows):
         """Minus the entropy, the margin, or the largest log probability of each row."""
-        log_probs_RN = prediction.log_probs(rows)
+        _, log_probs_RN = prediction.scored(rows)
         if self.by == "entropy":
             return -entropy(log_probs_RN)
         if self.by == "max_probability":
@@ -46,8 +50,9 @@ class Confidence(Ranked):
         return best[..., 0] - best[..., 1]
 
     def count(self, state, falling_BL):
-        """Spread the free positions evenly over ``steps`` calls."""
-        return group_size(state.plan, self.steps, state.round_B)
+        """Spread the free positions over ``steps`` calls."""
+        masked_B = jnp.isfinite(falling_BL).sum(1)
+        return spread(state.plan, masked_B, self.steps, state.round_B, self.counts)
 
 
 def entropy(log_probs):

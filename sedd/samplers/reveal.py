@@ -8,9 +8,10 @@ functions below translate a number of steps into groups of positions.
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
@@ -20,6 +21,8 @@ from sedd.samplers.noise import fold, tokens_at
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
+Counts = Literal["late", "early", "dream"]
+DREAM_END = 1e-3  # the last time of Dream's steps
 PROPOSAL = 2**31 - 2  # folded into a round's keys for constraints; larger than any position
 
 
@@ -60,6 +63,13 @@ class Prediction:
     def log_probs(self, rows: Rows) -> Float[Array, "R N"]:
         """The log conditionals of some rows."""
         return self.denoiser.log_conditional_rows(self.hidden, self.x_BL, rows)
+
+    def scored(self, rows: Rows, *, unsharpened: bool = False) -> tuple[Array, Array]:
+        """The log conditionals of some rows, and those by which the rows are to be ranked.
+
+        See ``Denoiser.scored_rows``.
+        """
+        return self.denoiser.scored_rows(self.hidden, self.x_BL, rows, unsharpened=unsharpened)
 
     def tokens(self, rows: Rows, log_probs_RN: Float[Array, "R N"]) -> Int[Array, " R"]:
         """A token for each row, from the proposal or drawn from the row's log conditionals."""
@@ -169,6 +179,12 @@ class Ranked(Revealing):
         """The number of free positions of each sequence."""
         return free_BL.sum(1)
 
+    def max_rounds(self, denoiser, length):
+        """At most one round for each free position; with ``counts`` "dream" all of the steps."""
+        options = vars(self)
+        dream = options.get("counts") == "dream"
+        return options["steps"] if dream else super().max_rounds(denoiser, length)
+
     def choose(self, state, masked_BL, prediction):
         """The ``count`` masked positions with the highest scores."""
         score_BL = prediction.denoiser.map_rows(
@@ -189,10 +205,49 @@ def masked(denoiser: Denoiser, state: State) -> Bool[Array, "B L"]:
     return state.free_BL & (state.x_BL == denoiser.mask_id)
 
 
-def check_steps(steps: int | None) -> None:
-    """Raise FieldError if ``steps`` is below 1; None stands for one position a call."""
+def check_steps(steps: int | None, counts: Counts = "late") -> None:
+    """Raise FieldError if ``steps`` is below 1, or ``counts`` is unknown or needs steps.
+
+    None stands for one position a call.
+    """
     if steps is not None and steps < 1:
         raise FieldError("steps", f"must be at least 1, got {steps}")
+    if counts not in get_args(Counts):
+        raise FieldError("counts", f"must be one of {', '.join(get_args(Counts))}, got {counts!r}")
+    if steps is None and counts != "late":
+        raise FieldError("counts", f"is {counts!r}, which needs steps")
+
+
+def spread(
+    total_B: Int[Array, " B"],
+    masked_B: Int[Array, " B"],
+    steps: int | None,
+    round_B: Int[Array, " B"],
+    counts: Counts,
+) -> Int[Array, " B"]:
+    """How many positions to reveal in round ``round_B`` of ``steps``.
+
+    - ``late``: as ``group_size``: even, and the larger numbers come last.
+    - ``early``: even, and the larger numbers come first, as in LLaDA's and SDAR's code.
+    - ``dream``: as in Dream's code. With times from 1 down to ``DREAM_END`` in ``steps`` equal
+      steps, a step from t to s reveals the share 1 - s/t of the positions that are still masked,
+      rounded down; the last step reveals all of them. The number may be 0.
+
+    Args:
+        total_B: positions that are masked at the start.
+        masked_B: positions that are masked now.
+        steps: the number of rounds; None reveals one position a round.
+        round_B: the current round, from 0.
+        counts: one of the above.
+    """
+    if steps is None or counts == "late":
+        return group_size(total_B, steps, round_B)
+    if counts == "early":
+        return total_B // steps + (round_B < total_B % steps)
+    times = np.linspace(1, DREAM_END, steps + 1).astype(np.float32)
+    share = np.append(1 - times[1:] / times[:-1], np.float32(1))[[*range(steps - 1), steps]]
+    share_B = jnp.asarray(share)[jnp.minimum(round_B, steps - 1)]
+    return jnp.floor(masked_B * share_B).astype(masked_B.dtype)
 
 
 def group_size(

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 
 from sedd.arrays import at
 from sedd.errors import FieldError
-from sedd.samplers.reveal import Ranked, check_steps, group_size
+from sedd.samplers.reveal import Counts, Ranked, check_steps, spread
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenConfidence(Ranked):
     """Draw a token at every masked position and keep the most probable ones; biased.
+
+    The probability of a token is that in the distribution from which it is drawn. At temperature 0,
+    where all of these are 1, and with ``unsharpened`` at any temperature, it is that before
+    temperature, top-k and top-p.
 
     Which token is kept depends on the tokens that were drawn, so that probable tokens are kept more
     often than the model's law allows. The samples are less diverse than the model at any number of
@@ -32,11 +36,16 @@ class TokenConfidence(Ranked):
 
     steps: int | None = None
     """Network calls over which the tokens are spread; by default one token a call."""
+    counts: Counts = "late"
+    """Numbers of tokens that the steps keep: even, with the larger ones late or early (LLaDA,
+    SDAR), or as Dream's code has them."""
     threshold: float | None = None
     """Keep all tokens of at least this probability, in (0, 1]; excludes steps."""
+    unsharpened: bool = False
+    """Compare probabilities before temperature, top-k and top-p, as LLaDA does."""
 
     def __post_init__(self):
-        check_steps(self.steps)
+        check_steps(self.steps, self.counts)
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
@@ -46,13 +55,14 @@ class TokenConfidence(Ranked):
 
     def score(self, prediction, rows):
         """The log probability of the token that is drawn at each row."""
-        log_probs_RN = prediction.log_probs(rows)
-        return at(log_probs_RN, prediction.tokens(rows, log_probs_RN))
+        log_probs_RN, ranking_RN = prediction.scored(rows, unsharpened=self.unsharpened)
+        return at(ranking_RN, prediction.tokens(rows, log_probs_RN))
 
     def count(self, state, falling_BL):
         """Spread the positions over ``steps``, or count probabilities of at least ``threshold``."""
         if self.threshold is None:
-            return group_size(state.plan, self.steps, state.round_B)
+            masked_B = jnp.isfinite(falling_BL).sum(1)
+            return spread(state.plan, masked_B, self.steps, state.round_B, self.counts)
         return jnp.maximum((falling_BL >= jnp.log(self.threshold)).sum(1), 1)
 
 
