@@ -38,7 +38,7 @@ from sedd.samplers.base import SamplerOptions
 from sedd.samplers.planned import Profile
 from sedd.sampling import NUMBERS, reshape_of
 
-TITLE = "Draw text from a trained model: from nothing, after a prompt, into gaps, or as an answer."
+TITLE = "Draw text from a trained model: after a prompt, into gaps, or as an answer."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
