@@ -44,6 +44,7 @@ from sedd.configuration.components import (
 from sedd.configuration.config import Config
 from sedd.errors import FieldError, UserError, printable
 from sedd.evaluation.report import Table
+from sedd.networks.rotary import RopeScaling
 from sedd.progress import Activity
 
 
@@ -275,6 +276,7 @@ def test_an_error_of_a_field_shows_its_flag(field, where, line, capsys, monkeypa
         ("--sampler.steps 0", "sampler.steps"),
         ("--objective mdlm --objective.num-steps 0", "objective.num_steps"),
         ("--schedule geometric --schedule.sigma-min 0", "schedule.sigma_min"),
+        ("--network decoder --network.num-kv-heads 5", "network.num_kv_heads"),
     ],
 )
 def test_an_error_of_a_component_carries_its_place_in_the_configuration(arguments, field):
@@ -282,6 +284,15 @@ def test_an_error_of_a_component_carries_its_place_in_the_configuration(argument
     with pytest.raises(FieldError) as caught:
         build_parts(config, num_tokens=3)
     assert caught.value.field == field
+
+
+def test_an_option_may_have_options_of_its_own():
+    long = ("--network", "decoder", "--network.rope-scaling.kind", "yarn")
+    config = config_of(*long, "--network.rope-scaling.factor", "4")
+    assert config.network.rope_scaling == RopeScaling(kind="yarn", factor=4.0)
+    with pytest.raises(FieldError) as caught:
+        config_of(*long, "--network.rope-scaling.factor", "0.5")
+    assert caught.value.field == "network.rope_scaling.factor"
 
 
 def outcome(main, capsys, monkeypatch, *arguments):

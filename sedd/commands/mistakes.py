@@ -48,6 +48,7 @@ def _raise_cause(error: BaseException | None) -> NoReturn:
     """Raise the error of the dataclass that refused its values, which tyro's exceptions wrap."""
     place = getattr(error, "arg", "")  # where the dataclass is, such as "config.optimizer"
     path = place.removeprefix("config").lstrip(".") if isinstance(place, str) else ""
+    path = path.replace("-", "_")  # tyro writes names as flags
     while error is not None and error.__context__ is not None:
         error = error.__context__
     if not isinstance(error, FieldError):

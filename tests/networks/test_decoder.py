@@ -7,17 +7,21 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tiny_run
 from jax.extend.core import jaxprs_in_params
 
+from sedd.configuration.build import build_parts, build_step
 from sedd.configuration.components import options
 from sedd.configuration.config import Config
 from sedd.errors import FieldError, UserError
 from sedd.networks.base import Attend
 from sedd.networks.decoder import Decoder
 from sedd.networks.rotary import RopeScaling
+from sedd.training.state import init_state
 
-B, L, V = 3, 8, 13
+B, L, V, N = 3, 8, 13, 11
 NET = Decoder(
     num_states=V,
     time_conditioned=False,
@@ -235,6 +239,29 @@ def test_long_texts_scale_the_frequencies():
         assert ((share > 0.13) & (share < 0.99)).sum() >= 2
     assert RopeScaling(kind="yarn", factor=8.0).amplitude == pytest.approx(0.1 * np.log(8) + 1)
     assert RopeScaling(kind="llama3", factor=8.0).amplitude == 1
+
+
+@pytest.mark.parametrize("kind", ["ar", "any_subset"])  # a recipe trains the conditional model
+def test_other_objectives_train_it(kind):
+    sizes = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    config = dataclasses.replace(
+        tiny_run.config(kind), network=options("networks", "decoder", **sizes)
+    )
+    parts = build_parts(config, num_tokens=N)
+    step = build_step(config, parts)
+    state = init_state(step.network, step.optimizer, 0)
+    x0 = np.random.default_rng(0).integers(0, N, (1, 4, L), np.int32)
+    rows = {"x0": x0, "scored": np.ones(x0.shape, bool), "index": np.arange(4)[None]}
+    run = jax.jit(step, static_argnames="axis_name", compiler_options=QUICK)
+    after, metrics = run(state, rows, axis_name=None)
+    assert metrics["loss"] == pytest.approx(np.log(N), rel=1e-3)  # of a fresh network
+    assert bool((after.params["head"]["kernel"] != 0).any())
+
+
+def test_bfloat16_parameters_are_not_trained():
+    low = dataclasses.replace(NET, param_dtype="bfloat16")
+    with pytest.raises(FieldError, match=r"network\.param_dtype must be float32 in training"):
+        init_state(low, optax.sgd(0.1), 0)
 
 
 def test_options_survive_json():
