@@ -69,6 +69,9 @@ class Decoder(Transformer):
     """Whether each head of queries and keys is normed before the rotation, as Qwen3's are."""
     tied: bool = False
     """Whether the output layer is the transposed embedding, without parameters of its own."""
+    spare_rows: int = 0
+    """Rows of the embedding and of the output layer after those of the states, as published
+    vocabularies have them, which no token uses."""
     param_dtype: Dtype = "float32"
     """Type of the parameters. Training needs float32; bfloat16 halves the memory of a large model
     that is not trained."""
@@ -80,7 +83,7 @@ class Decoder(Transformer):
                 "autoregressive or any_subset)"
             )
         self._at_least(1, "hidden_dim", "num_heads")
-        self._at_least(0, "num_kv_heads", "head_dim", "mlp_dim")
+        self._at_least(0, "num_kv_heads", "head_dim", "mlp_dim", "spare_rows")
         if not self.head_dim and self.hidden_dim % self.num_heads:
             raise FieldError(
                 "hidden_dim",
@@ -110,6 +113,11 @@ class Decoder(Transformer):
         self._one_of("param_dtype", Dtype)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the embedding: those of the states, and the spare ones."""
+        return self.num_states + self.spare_rows
+
+    @property
     def key_shape(self) -> tuple[int, int]:
         """Heads and channels of the keys of a row."""
         return self.num_kv_heads, self.head_dim
@@ -122,7 +130,7 @@ class Decoder(Transformer):
         """An output layer of zeros: the raw output of a fresh network is 0, unless it is tied."""
         if self.tied:
             return {}
-        return {"head": {"kernel": jnp.zeros((self.hidden_dim, self.num_states), self.param_dtype)}}
+        return {"head": {"kernel": jnp.zeros((self.hidden_dim, self.num_rows), self.param_dtype)}}
 
     def head(self, params: Params) -> tuple[Float[Array, "D V"], Float[Array, " V"]]:
         """The matrix of the output layer, and a bias of zeros: arguments of ``read_out``."""
@@ -130,7 +138,7 @@ class Decoder(Transformer):
             kernel_DV = whole(params["trunk"]["embed"]["embedding"]).T
         else:
             kernel_DV = whole(params["head"]["kernel"])
-        return kernel_DV, jnp.zeros(self.num_states, jnp.float32)
+        return kernel_DV, jnp.zeros(self.num_rows, jnp.float32)
 
     def flops(self, length: int, read: float) -> float:
         """Count the FLOPs of the forward pass of one sequence; arguments as of ``Network.flops``.
@@ -142,7 +150,7 @@ class Decoder(Transformer):
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         weights = self.hidden_dim * (2 * queries + 2 * keys + 3 * self.mlp_dim)
         rows = length * self.num_layers * (2 * weights + 4 * length * queries)
-        return float(rows + 2 * read * self.hidden_dim * self.num_states)
+        return float(rows + 2 * read * self.hidden_dim * self.num_rows)
 
 
 class _Trunk(nn.Module):
@@ -155,7 +163,7 @@ class _Trunk(nn.Module):
         del sigma_B, keys_B  # there is neither a noise level nor dropout
         net = self.net
         embed = nn.Embed(
-            net.num_states,
+            net.num_rows,
             net.hidden_dim,
             embedding_init=uniform(net.hidden_dim),
             param_dtype=net.param_dtype,
