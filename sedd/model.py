@@ -24,15 +24,15 @@ from jax.sharding import Mesh
 from sedd.configuration.build import Parts, build_parts
 from sedd.configuration.components import options, options_type
 from sedd.configuration.config import Config, DataOptions, default_cache_dir
-from sedd.data.tokenizer_directory import read_tokenizer_directory
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError, first_line
 from sedd.evaluation.datasets import TextReader
 from sedd.interop.hub import fetch
-from sedd.interop.layouts import find_config
+from sedd.interop.layouts import Description, Layout, find_config
 from sedd.interop.published import Published, load_published
+from sedd.networks.ddit import DDiT
 from sedd.networks.mesh import Placement, on_host
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.distributed import leave_libtpu_alone
@@ -56,6 +56,7 @@ class Model:
         source: path or address of the checkpoint, for messages.
         step: training step of the checkpoint; None for a published one.
         train_counts: occurrences of each token in the training text, [N]; None if unknown.
+        layout: the layout of a published checkpoint; None for a run.
     """
 
     denoiser: Denoiser
@@ -65,6 +66,7 @@ class Model:
     source: str
     step: int | None = None
     train_counts: np.ndarray | None = None
+    layout: Layout | None = None
 
     @property
     def network_config(self):
@@ -198,7 +200,14 @@ _log_score = jax.jit(Denoiser.log_score)
 _log_conditional = jax.jit(Denoiser.log_conditional)
 
 
-def load(path: str | Path, *, step: Step | None = None, mesh: Mesh | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    step: Step | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    mask_id: int | None = None,
+    mesh: Mesh | None = None,
+) -> Model:
     """Load a trained model with its averaged (EMA) parameters.
 
     Args:
@@ -206,6 +215,10 @@ def load(path: str | Path, *, step: Step | None = None, mesh: Mesh | None = None
             ``hf://OWNER/NAME@REVISION`` for a checkpoint on the Hugging Face hub.
         step: which checkpoint of a run: a training step, or ``"best"`` for the lowest validation
             bound. Default: the newest one that is complete.
+        dtype: the compute type of the network. Default: that of the run, float32 for published
+            SEDD, RADD and MDLM, and the type of the parameters for other published models. The
+            parameters keep their type.
+        mask_id: the published id of the mask, for a published model that does not state it.
         mesh: the devices on which to evaluate and sample, from ``sedd.device_mesh``. With several
             processes all of them make the same calls. The parameters of a run are read straight
             into the parts that its devices hold. By default one device samples, and evaluations
@@ -214,7 +227,7 @@ def load(path: str | Path, *, step: Step | None = None, mesh: Mesh | None = None
     Raises:
         UserError: if there is no checkpoint, it is damaged, or it does not fit its configuration;
             if ``step`` is given for a published checkpoint, or is "best" for a run that was never
-            validated.
+            validated; if a published model does not state its mask, and ``mask_id`` is missing.
 
     Example:
         >>> import sedd
@@ -232,17 +245,27 @@ def load(path: str | Path, *, step: Step | None = None, mesh: Mesh | None = None
     if find_config(path) is not None:
         if step is not None:
             raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
-        return _placed(_from_published(load_published(path), path, source), mesh)
-    return _from_run(path, source, step, mesh)
+        published = load_published(path, dtype=dtype, mask_id=mask_id, mesh=mesh)
+        return _from_published(published, path, source)
+    if mask_id is not None:
+        raise UserError(
+            f"--mask-id {mask_id}: checkpoint {source} is a run, which has its own mask"
+        )
+    return _from_run(path, source, step, dtype, mesh)
 
 
-def _from_run(path: Path, source: str, step: Step | None, mesh: Mesh | None) -> Model:
+def _from_run(
+    path: Path, source: str, step: Step | None, dtype: str | None, mesh: Mesh | None
+) -> Model:
     """Build the model of a run from its directory; the arguments are those of ``load``."""
     config = read_config(path)
     if config is None:
         above = [p for p in path.absolute().parents[:2] if (p / "config.json").exists()]
         hint = f"; did you mean {above[0]}?" if above else ""
         raise UserError(f"checkpoint {path}: not a run's directory (it has no config.json){hint}")
+    if dtype is not None:
+        network = dataclasses.replace(config.network, dtype=dtype)  # pyright: ignore
+        config = dataclasses.replace(config, network=network)
     tokenizer = read_tokenizer(path)
     parts = build_parts(config, tokenizer.num_tokens)
     expected = jax.eval_shape(parts.network.init, jax.random.key(0))
@@ -266,29 +289,32 @@ def _from_run(path: Path, source: str, step: Step | None, mesh: Mesh | None) -> 
     )
 
 
-def _placed(model: Model, mesh: Mesh | None) -> Model:
-    """The model with its parameters on the devices of a mesh, or on the default device."""
-    denoiser = model.denoiser
-    if mesh is None:
-        params = jax.device_put(denoiser.params)
-    else:
-        placement = Placement.on(mesh, denoiser.params, denoiser.network.stacked)
-        params = placement.place(denoiser.params)
-    return dataclasses.replace(model, denoiser=dataclasses.replace(denoiser, params=params))
-
-
 def _from_published(published: Published, path: Path, source: str) -> Model:
     """Build a model from a published checkpoint, with a configuration that describes it."""
     network, what = published.network, published.description
-    tokenizer = _published_tokenizer(path, what.num_tokens)
-    conditional = what.parameterization == "conditional"
-    if conditional:
+    if what.block is not None:
+        raise UserError(
+            f"checkpoint {source}: {published.layout.name} generates blocks of {what.block} "
+            "tokens, which is not supported yet; sedd inspect describes it"
+        )
+    tokenizer = _published_tokenizer(path, what.num_tokens, published.tokenizer)
+    if what.parameterization == "conditional":
         timed = network.time_conditioned
-        reading = options("parameterizations", "conditional", time_independent=not timed)
+        reading = options(
+            "parameterizations",
+            "conditional",
+            time_independent=not timed,
+            shift=what.shift,
+            normalise=what.normalise,
+        )
         objective = "mdlm" if timed else "lambda_dce"
+    elif what.parameterization == "autoregressive":
+        reading = options("parameterizations", "autoregressive", first=_first(what, tokenizer))
+        objective = "autoregressive"
     else:
         reading, objective = options("parameterizations", "score"), "score_entropy"
-    fields = [field.name for field in dataclasses.fields(options_type("networks", "ddit"))]
+    name = "ddit" if isinstance(network, DDiT) else "decoder"
+    fields = [field.name for field in dataclasses.fields(options_type("networks", name))]
     schedule = dict(what.schedule)
     config = Config(
         data=DataOptions(
@@ -299,9 +325,11 @@ def _from_published(published: Published, path: Path, source: str) -> Model:
         process=options("processes", what.process),
         schedule=options("schedules", schedule.pop("name"), **schedule),
         parameterization=reading,
-        network=options("networks", "ddit", **{name: getattr(network, name) for name in fields}),
+        network=options("networks", name, **{name: getattr(network, name) for name in fields}),
         objective=options("objectives", objective),
     )
+    if what.parameterization == "autoregressive":
+        config = dataclasses.replace(config, sampler=options("samplers", "ordered"))
     parts = build_parts(config, what.num_tokens)
     return Model(
         denoiser=parts.denoiser(published.params),
@@ -309,21 +337,26 @@ def _from_published(published: Published, path: Path, source: str) -> Model:
         config=config,
         tokenizer=tokenizer,
         source=source,
+        layout=published.layout,
     )
 
 
-def _published_tokenizer(path: Path, num_tokens: int) -> Tokenizer | None:
-    """The tokenizer of a published checkpoint.
+def _first(what: Description, tokenizer: Tokenizer | None) -> int | None:
+    """The token that opens the texts of an autoregressive model; None for the mask."""
+    if what.first is not None and what.first <= what.num_tokens:
+        return None if what.first == what.num_tokens else what.first
+    return None if tokenizer is None else tokenizer.bos_id
 
-    It is read from ``tokenizer.json`` and the files beside it. Without this file, a vocabulary of
-    GPT-2's size means GPT-2's tokenizer, and any other size gives None.
+
+def _published_tokenizer(
+    path: Path, num_tokens: int, tokenizer: Tokenizer | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a published checkpoint, which may have been read already.
+
+    Without one in its directory, a vocabulary of GPT-2's size means GPT-2's tokenizer, and any
+    other size gives None.
     """
     file = path / "tokenizer.json"
-    # The file of a run has the key "kind"; other files are of Hugging Face's tokenizers.
-    if file.is_file() and "kind" in _read_json(file, dict):
-        tokenizer = _read_json(file, tokenizer_from_json)
-    else:
-        tokenizer = read_tokenizer_directory(path)
     if tokenizer is None and num_tokens == GPT2_TOKENS:
         tokenizer = build_tokenizer("gpt2", None, cache_dir=Path(default_cache_dir()).expanduser())
     if tokenizer is None:
@@ -351,7 +384,7 @@ def _run_config(data: dict[str, Any]) -> Config:
     if data and not data.keys() & {field.name for field in dataclasses.fields(Config)}:
         raise UserError(
             f"an unknown layout, with the keys {', '.join(data)}: expected the configuration of a "
-            "run, or the published one of SEDD, RADD or MDLM"
+            "run, or that of a published model"
         )
     return Config.from_json(data)
 

@@ -60,8 +60,9 @@ def read_tokenizer_directory(
     added = _added(folder, config, set(named.values()))
     present = {token["content"] for token in source.get("added_tokens", [])}
     missing = [token for token in added if token["content"] not in present]
-    source["added_tokens"] = source.get("added_tokens", []) + missing
-    for token in source["added_tokens"]:
+    if missing:
+        source["added_tokens"] = source.get("added_tokens", []) + missing
+    for token in source.get("added_tokens", []):
         control = CONTROL.fullmatch(token["content"]) is not None
         token["special"] = token["special"] or control or token["content"] in named.values()
     turns = Turns(

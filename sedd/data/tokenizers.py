@@ -434,6 +434,10 @@ class Pretrained(Tokenizer):
         """The tokenizer's own begin of text if it has one, else ``eos_id``."""
         return super().bos_id if self.begin is None else self.begin
 
+    def with_mask(self, mask: int | None) -> "Pretrained":
+        """The same tokenizer with another ``mask``."""
+        return Pretrained.of(self.name, self.source, end=self.end, mask=mask, turns=self.turns)
+
     def swapped(self, ids: np.ndarray) -> np.ndarray:
         """Convert ids of the file to ours, or ours to those of the file.
 

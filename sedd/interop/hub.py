@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sedd.data.network import why_hub_unreachable
 from sedd.errors import UserError
+from sedd.interop.tensor_files import INDEX, SINGLE, TensorFiles, headers_only, read_index
 
 SCHEME = "hf://"
 REPOSITORY = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?")
@@ -19,15 +20,17 @@ TOKENIZER = [  # see ``sedd.data.tokenizer_directory``
     "chat_template.jinja",
     "generation_config.json",
 ]
-SAFE = ["config.json", *TOKENIZER, "model.safetensors"]
+SMALL = ["config.json", *TOKENIZER, INDEX]
+SAFE = [*SMALL, SINGLE]
 PICKLED = "pytorch_model.bin"  # a pickle: downloaded only if there is no safetensors file
 
 
-def fetch(path: str) -> Path:
+def fetch(path: str, *, weights: bool = True) -> Path:
     """Find the directory of a checkpoint, downloading it if it is on the hub.
 
     Args:
         path: a directory (``~`` is the home directory), or ``hf://OWNER/NAME[@REVISION]``.
+        weights: whether to download the tensors, too.
 
     Returns:
         The directory. It need not exist, unless it was downloaded.
@@ -77,7 +80,39 @@ def fetch(path: str) -> Path:
                 f"checkpoint {path}: cannot download it ({type(error).__name__}: {reason})"
             ) from error
 
-    directory = download(SAFE)
-    if not (directory / "model.safetensors").exists():
+    directory = download(SAFE if weights else SMALL)
+    if weights and not (directory / SINGLE).exists():
+        if (directory / INDEX).exists():
+            _, files = read_index(directory / INDEX)
+            return download([*SMALL, *sorted(set(files.values()))])
         directory = download([*SAFE, PICKLED])
     return directory
+
+
+def fetch_headers(path: str) -> TensorFiles | None:
+    """Read the names, shapes and types of the tensors of a checkpoint on the hub, without them.
+
+    Args:
+        path: ``hf://OWNER/NAME[@REVISION]``.
+
+    Returns:
+        The tensors, which cannot be read; None if there are no safetensors files, or the hub cannot
+        be reached.
+    """
+    match = REPOSITORY.fullmatch(path)
+    if match is None or why_hub_unreachable() is not None:
+        return None
+    import huggingface_hub as hub
+
+    try:
+        metadata = hub.get_safetensors_metadata(match[1], revision=match[2])
+    except Exception:  # the hub's own errors, and those of the network beneath it
+        return None
+    return headers_only(
+        Path(path),
+        {
+            name: (tuple(tensor.shape), tensor.dtype)
+            for file in metadata.files_metadata.values()
+            for name, tensor in file.tensors.items()
+        },
+    )

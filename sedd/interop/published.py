@@ -1,12 +1,13 @@
-"""Published PyTorch checkpoints of SEDD, RADD and MDLM, read and written without PyTorch.
+"""Published checkpoints, read and written without PyTorch and without running published code.
 
-A checkpoint is a directory with a configuration (see ``sedd.interop.layouts``) and a file of
-tensors. It comes from the hub (``louaaron/sedd-small``, ``JingyangOu/radd-lambda-dce``,
-``kuleshov-group/mdlm-owt``) or from a run of the published training code.
+A checkpoint is a directory with a configuration (see ``sedd.interop.layouts``) and tensors in one
+or several files (see ``sedd.interop.tensor_files``). It comes from the hub
+(``louaaron/sedd-small``, ``GSAI-ML/LLaDA-8B-Instruct``) or from a run of published training code.
 
 Reading has three steps: the configuration gives the network and the names of its tensors; the
 tensors are compared with these names and shapes, so that no mistake stays unnoticed; and each
-tensor is transposed and stacked into our parameters. Writing is the reverse.
+tensor is transposed and stacked into our parameters. One stacked parameter at a time is in the
+memory of the host, and then moves to the devices. Writing is the reverse.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from jax.sharding import Mesh
+from safetensors import SafetensorError
 
+from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 from sedd.interop.layouts.base import (
     IGNORED,
@@ -38,45 +40,97 @@ from sedd.interop.layouts.base import (
     reason,
     to_published,
 )
-from sedd.interop.torch_file import Tensor, read_torch
-from sedd.networks.ddit import DDiT, sigma_features
-from sedd.types import Params
-
-# Files of tensors on the hub and in runs of SEDD, RADD and MDLM; the first that exists is read.
-WEIGHTS = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "checkpoints-meta/checkpoint.pth",
-    "checkpoint.pth",
-    "checkpoints/last.ckpt",
-    "last.ckpt",
+from sedd.interop.tensor_files import (
+    FLOATS,
+    SHARD_BYTES,
+    WEIGHTS,
+    ShardWriter,
+    TensorFiles,
+    nbytes,
+    open_tensors,
 )
+from sedd.interop.vocabulary import published_tokenizer, settle
+from sedd.networks.base import Network
+from sedd.networks.ddit import DDiT, sigma_features
+from sedd.networks.mesh import Placement, put
+from sedd.types import Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published checkpoint in the terms of this package."""
+    """A published checkpoint in the terms of this package.
 
-    network: DDiT
-    params: Params  # float32 numpy arrays
-    description: Description
+    Args:
+        network: the network. Its compute type is float32 for SEDD, RADD and MDLM, and that of the
+            published parameters for other models.
+        params: its parameters, on the devices. Those of SEDD, RADD and MDLM are float32; others
+            have the published type.
+        layout: the layout, with the description of the model.
+        tokenizer: the tokenizer in its directory, with the ids that tokens have here, or None.
+    """
+
+    network: Any
+    params: Params
+    layout: Layout
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def description(self) -> Description:
+        """The model without its network."""
+        return self.layout.description
 
 
-def load_published(path: str | os.PathLike) -> Published:
+def describe_published(
+    path: str | os.PathLike, *, mask_id: int | None = None
+) -> tuple[Layout, TensorFiles | None, Tokenizer | None]:
+    """Read the configuration, the tokenizer and the headers of a checkpoint, but no tensor.
+
+    Args:
+        path: a local directory.
+        mask_id: the published id of the mask, for a model that does not state it.
+
+    Returns:
+        The layout, the files of tensors, None if there are none, and the tokenizer with the ids
+        that tokens have here, or None.
+
+    Raises:
+        UserError: as ``load_published``, but for tensors that do not fit.
+    """
+    directory = Path(path)
+    tensors = open_tensors(directory)
+    config = find_config(directory) or directory / "config.json"
+    layout = read_layout(config, () if tensors is None else tensors.shapes)
+    layout, tokenizer = settle(layout, published_tokenizer(directory), mask_id, config)
+    return layout, tensors, tokenizer
+
+
+def load_published(
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    mask_id: int | None = None,
+    mesh: Mesh | None = None,
+) -> Published:
     """Read the network, the parameters and the description of the checkpoint in ``path``.
 
-    ``path`` is a local directory. The parameters are the averaged (EMA) ones if the checkpoint has
-    them. The network computes in float32. The published code computes in bfloat16 on a GPU, as does
-    ``dataclasses.replace(network, dtype="bfloat16")``.
+    The parameters are the averaged (EMA) ones if the checkpoint has them.
 
     An MDLM checkpoint without ``time_conditioning`` holds a network that is conditioned on σ but
     always runs at σ = 0. It is returned as the equal network without a condition (see
     ``at_constant_sigma``).
 
+    Args:
+        path: a local directory.
+        dtype: the compute type of the network, "float32" or "bfloat16". Published code of SEDD,
+            RADD and MDLM computes in bfloat16 on a GPU; the default here is float32. The default of
+            other models is the type of their parameters.
+        mask_id: the published id of the mask, for a model that does not state it.
+        mesh: the devices that hold the parameters; by default the first device.
+
     Raises:
         UserError: if there is no configuration or no file of tensors, if keys of the configuration
-            are missing or not understood, or if tensors are missing, unexpected, transposed or of a
-            wrong shape; the message lists all of them.
+            are missing or not understood, if the id of the mask is missing, or if tensors are
+            missing, unexpected, transposed or of a wrong shape; the message lists all of them.
 
     Example:
         >>> from sedd.interop.published import load_published
@@ -84,16 +138,33 @@ def load_published(path: str | os.PathLike) -> Published:
         >>> published.description.process, published.description.length
         ('absorbing', 12)
     """
-    directory = Path(path)
-    found = [directory / name for name in WEIGHTS if (directory / name).is_file()]
-    config = find_config(directory) or directory / "config.json"
-    layout = read_layout(config, _tensor_names(found[0]) if found else ())
-    if not found:
-        raise UserError(f"{directory} has no file of tensors: expected one of {', '.join(WEIGHTS)}")
-    network, params = layout.network, _read_params(found[0], layout)
+    layout, tensors, tokenizer = describe_published(path, mask_id=mask_id)
+    if tensors is None:
+        raise UserError(f"{path} has no file of tensors: expected one of {', '.join(WEIGHTS)}")
+    network: Any = layout.network
     if layout.constant_sigma is not None:
+        params = _read_params(tensors, layout, lambda leaf, sharding: leaf, mesh)
         network, params = at_constant_sigma(network, params, layout.constant_sigma)
-    return Published(network=network, params=params, description=layout.description)
+        params = jax.tree.map(_place, params, _shardings(network, mesh))
+    else:
+        params = _read_params(tensors, layout, _place, mesh)
+    if dtype is not None:
+        network = dataclasses.replace(network, dtype=dtype)
+    return Published(network=network, params=params, layout=layout, tokenizer=tokenizer)
+
+
+def _shardings(network: Network, mesh: Mesh | None) -> Any:
+    """Where each parameter of a network is to be; a tree of devices without a mesh."""
+    expected = jax.eval_shape(network.init, jax.random.key(0))
+    if mesh is None:
+        return jax.tree.map(lambda leaf: jax.devices()[0], expected)
+    return Placement.on(mesh, expected, network.stacked).shardings(expected)
+
+
+def _place(leaf: np.ndarray, sharding: Any) -> jax.Array:
+    """Copy a parameter to its devices, and wait until the host's copy is of no more use."""
+    copy = put if jax.process_count() > 1 and not isinstance(sharding, jax.Device) else None
+    return jax.block_until_ready((copy or jax.device_put)(leaf, sharding))
 
 
 def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT, Params]:
@@ -153,38 +224,51 @@ def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT
 
 
 def save_published(
-    path: Path, layout: Layout, params: Params, *, beside: Mapping[str, str]
+    path: Path,
+    layout: Layout,
+    params: Params,
+    *,
+    beside: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint to the directory ``path``, complete or not at all.
 
-    The files are written into a temporary directory beside ``path``, which is then renamed.
+    The files are written into a temporary directory beside ``path``, which is then renamed. One of
+    our parameters and one file of tensors are in the memory of the host at a time.
 
     Args:
         path: the directory; it must be empty or not exist.
         layout: the published layout, from ``sedd.interop.layouts.layout_for``.
         params: parameters of ``layout.network``.
         beside: texts of other files, by name.
+        shard_bytes: the most bytes of tensors in a file; several files have an index.
 
     Raises:
         UserError: if ``path`` is not free or cannot be written.
     """
     check_free(path)
-    tensors = {}
-    for key, array in _flat(params):
-        tensors |= to_published(layout, key, np.asarray(array))
+    sizes = {}
+    for key, leaf in _flat(params):
+        names, shape = names_of(layout, key, leaf.shape)
+        sizes |= {name: nbytes(shape, np.dtype(leaf.dtype)) for name in names}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
-            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            writer = ShardWriter(partial, sizes, shard_bytes)
+            for key, leaf in _flat(params):
+                for name, tensor in to_published(layout, key, np.asarray(leaf)):
+                    writer.write(name, tensor)
+            writer.finish()
             texts = {"config.json": json.dumps(config_of(layout), indent=2) + "\n", **beside}
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
             umask = os.umask(0)
             os.umask(umask)
             # mkdtemp and save_file allow access to the owner only: give the usual permissions.
+            for file in partial.iterdir():
+                file.chmod(0o666 & ~umask)
             partial.chmod(0o777 & ~umask)
-            (partial / "model.safetensors").chmod(0o666 & ~umask)
             partial.replace(path)  # replaces an empty directory, and fails for any other
         except BaseException:
             shutil.rmtree(partial)
@@ -225,100 +309,67 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _read_params(path: Path, layout: Layout) -> Params:
-    """Read our parameters from a file of tensors; UserError lists everything that does not fit."""
-    tensors = {
-        name: tensor for name, tensor in _read_tensors(path).items() if not name.endswith(IGNORED)
-    }
-    ours = jax.eval_shape(layout.network.init, jax.random.key(0))
+def _read_params(
+    tensors: TensorFiles, layout: Layout, place: Callable[[np.ndarray, Any], Any], mesh: Mesh | None
+) -> Params:
+    """Read our parameters, and place each where it is to be before the next one is read.
+
+    Raises:
+        UserError: lists everything that does not fit.
+    """
+    network: Any = layout.network
+    ours = jax.eval_shape(network.init, jax.random.key(0))
     wanted = {key: names_of(layout, key, leaf.shape) for key, leaf in _flat(ours)}
-    shapes = {name: shape for names, shape in wanted.values() for name in names}
+    check_tensors(tensors, {name: shape for names, shape in wanted.values() for name in names})
+    params = []
+    shardings = jax.tree.leaves(_shardings(network, mesh))
+    for (key, leaf), sharding in zip(_flat(ours), shardings, strict=True):
+        names, _ = wanted[key]
+        dtype = np.dtype(np.float32)
+        if not isinstance(network, DDiT):
+            dtype = _kept_dtype({tensors.dtypes[name] for name in names})
+        array = from_published(layout, key, leaf.shape, dtype, tensors.read)
+        params.append(place(array, sharding))
+    return jax.tree.unflatten(jax.tree.structure(ours), params)
+
+
+def _kept_dtype(dtypes: set[np.dtype]) -> np.dtype:
+    """The type of a parameter whose tensors have these types: theirs, or float32."""
+    only = next(iter(dtypes))
+    bfloat16 = np.dtype(jnp.bfloat16)
+    return only if dtypes == {bfloat16} else np.dtype(np.float32)
+
+
+def check_tensors(tensors: TensorFiles, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare tensors with the names and shapes that a configuration asks for.
+
+    Raises:
+        UserError: lists what is missing, unexpected, transposed, of a wrong shape or type, and what
+            is wrong with the index.
+    """
+    found = {name: shape for name, shape in tensors.shapes.items() if not name.endswith(IGNORED)}
     transposed, misshapen = [], []
-    for name in sorted(shapes.keys() & tensors.keys()):
-        here, there = list(shapes[name]), list(tensors[name].shape)
+    for name in sorted(shapes.keys() & found.keys()):
+        here, there = list(shapes[name]), list(found[name])
         if there == here:
             continue
         if there == here[::-1] and len(here) > 1:
             transposed.append(f"{name} is transposed: {there}, not {here}")
         else:
             misshapen.append(f"{name} is {there}, not {here}")
-    problems = []
-    if missing := [name for name in shapes if name not in tensors]:
+    problems = list(tensors.problems)
+    if missing := [name for name in shapes if name not in found]:
         problems.append("missing " + ", ".join(missing))
-    if unexpected := sorted(tensors.keys() - shapes.keys()):
+    if unexpected := sorted(found.keys() - shapes.keys()):
         problems.append("unexpected " + ", ".join(unexpected))
     problems += transposed
     if misshapen:
         problems.append("wrong shape: " + ", ".join(misshapen))
-    if problems:
-        raise UserError(f"{path} does not fit its configuration: {'; '.join(problems)}")
-    params = [
-        from_published(
-            layout, key, [np.asarray(tensors[name]).astype(np.float32) for name in names]
-        )
-        for key, (names, _) in wanted.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(ours), params)
-
-
-def _tensor_names(path: Path) -> list[str]:
-    """The names in the header of a safetensors file; an empty list for other files."""
-    if path.suffix != ".safetensors":
-        return []
-    try:
-        with safe_open(path, "np") as tensors:
-            return list(tensors.keys())
-    except (OSError, SafetensorError):  # ``_read_tensors`` will report it
-        return []
-
-
-def _read_tensors(path: Path) -> Mapping[str, np.ndarray | Tensor]:
-    """The tensors of a file by name, averaged (EMA) if the checkpoint holds an average."""
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: {reason(error)}") from None
-    saved = read_torch(path)
-    tensors = saved
-    if isinstance(saved, dict):
-        # A checkpoint of SEDD's and RADD's code ("model") or of Lightning ("state_dict"), or the
-        # state dict itself.
-        tensors = next((saved[key] for key in ("model", "state_dict") if key in saved), saved)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
-        raise UserError(
-            f"{path} is neither a state dict (tensors by name) nor a checkpoint of a training run "
-            "(with the key model or state_dict)"
-        )
-    if tensors is saved or not saved.get("ema"):  # MDLM's code can be run without an average
-        return tensors
-    return _averaged(path, tensors, saved["ema"])
-
-
-def _averaged(path: Path, tensors: dict[str, Tensor], ema: Any) -> dict[str, Tensor]:
-    """The averaged (EMA) parameters by name.
-
-    The checkpoint holds them as a list without names, in the order of PyTorch's ``parameters()``.
-    This is the order of the state dict without its buffers.
-    """
-    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
-    names = [name for name in tensors if not name.endswith(IGNORED)]
-    if not isinstance(shadow, list) or not all(isinstance(each, Tensor) for each in shadow):
-        raise UserError(
-            f"{path}: the averaged parameters (ema) are unreadable: ema.shadow_params must be a "
-            "list of tensors"
-        )
-    if len(shadow) != len(names):
-        raise UserError(
-            f"{path}: the averaged parameters (ema.shadow_params) are {len(shadow)} tensors, but "
-            f"the model has {len(names)} parameters"
-        )
-    if wrong := [
-        f"{name} is {list(tensors[name].shape)}, its average is {list(each.shape)}"
-        for name, each in zip(names, shadow, strict=True)
-        if each.shape != tensors[name].shape
+    if mistyped := [
+        f"{name} is {tensors.dtypes[name]}"
+        for name in sorted(shapes.keys() & found.keys())
+        if tensors.dtypes[name] not in FLOATS
     ]:
-        raise UserError(f"{path}: the averaged parameters do not fit the model: {', '.join(wrong)}")
-    return dict(zip(names, shadow, strict=True))
+        problems.append("no floating-point tensors of 16, 32 or 64 bits: " + ", ".join(mistyped))
+    if problems:
+        raise UserError(f"{tensors.path} does not fit its configuration: {'; '.join(problems)}")

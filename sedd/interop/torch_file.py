@@ -82,6 +82,11 @@ class Tensor:
             raise pickle.UnpicklingError("a tensor is not described by whole numbers")
         self._storage, self._offset, self.shape, self._strides = storage, offset, shape, strides
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the numbers."""
+        return self._storage.dtype
+
     def __setstate__(self, state):
         raise pickle.UnpicklingError("a tensor has a state")
 

@@ -16,7 +16,7 @@ from test_published import GOLDEN
 
 import sedd
 from sedd.configuration.components import options
-from sedd.interop import published
+from sedd.interop import tensor_files
 from sedd.training.checkpoint import find_checkpoints
 
 MEASURED = {"validation_standard_error": 0.25, "validation_perplexity": 7.5}
@@ -191,8 +191,8 @@ def test_a_tokenizer_of_hugging_face_is_written_as_theirs(tmp_path):
         ),
         (
             tiny_run.config("ar"),
-            "this model is autoregressive, and has no published layout: MDLM, RADD or SEDD hold "
-            "other kinds",
+            "this model is autoregressive, and has no published layout: BD3-LM, MDLM, RADD or SEDD "
+            "hold other kinds",
         ),
     ],
 )
@@ -209,7 +209,7 @@ def test_what_is_dropped_is_said(tmp_path):
     result = exported(tiny_run.make_run(tmp_path / "run", config), tmp_path / "out")
     assert result.err.splitlines() == [
         "note: network.dtype bfloat16 is not kept: sedd.load computes in float32 what it reads "
-        "from a published layout",
+        "from this layout",
         "note: network.attention and network.remat are not kept: they change no result",
     ]
 
@@ -232,7 +232,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(published, "save_file", fail)
+    monkeypatch.setattr(tensor_files, "save_file", fail)
     result = export("--checkpoint", GOLDEN / "radd", "--output", tmp_path / "out")
     assert result.errors == [f"error: cannot write {tmp_path / 'out'}: No space left on device"]
     assert not list(tmp_path.iterdir())

@@ -213,7 +213,7 @@ def test_mdlm_tensors_are_named_with_their_prefix(copy):
         (
             "mdlm",
             lambda c: c.update(model_type="gpt2"),
-            "an unknown layout, with .* 'gpt2': expect",
+            "an unknown layout, with .* 'gpt2' .*: expected .* RADD, SDAR or SEDD",
         ),
         ("mdlm", lambda c: c.pop("vocab_size"), "the key vocab_size is missing"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import f32, i32, keys
-from tiers import daily, nightly
+from tiers import daily
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
@@ -137,7 +137,7 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("name", daily(INNER, {"event_jump", "tweedie"}))
+@pytest.mark.parametrize("name", daily(INNER, {"event_jump", "confidence", "tweedie"}))
 def test_the_cache_changes_no_token(name):
     tokens_BL, fixed_BL, attend = requests()
     model = denoiser(4, attend=attend)
@@ -161,7 +161,7 @@ def test_temperature_and_top_k_act_with_the_cache():
 
 
 @pytest.mark.parametrize(
-    "inner", [ReMDM(schedule=NOISE, steps=6), nightly(Speculative(schedule=NOISE))]
+    "inner", [ReMDM(schedule=NOISE, steps=6), Speculative(schedule=NOISE)], ids=["remdm", "drafts"]
 )
 def test_samplers_with_other_calls_see_the_whole_text(inner):
     """They take no memory, and draw valid tokens all the same."""

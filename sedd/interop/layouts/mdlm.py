@@ -5,8 +5,10 @@ The keys of ``config.json`` are not nested. The network always has a time input;
 """
 
 from sedd.interop.layouts.base import TENSORS, Description, Layout, common_refusals
+from sedd.networks.ddit import DDiT
 
 NAME = "MDLM"
+NETWORK = DDiT
 CODE = "the code of MDLM (arXiv:2406.07524)"
 
 KEYS = {  # our field: (key, kind)

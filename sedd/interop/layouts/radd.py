@@ -14,8 +14,10 @@ from sedd.interop.layouts.base import (
     hydra_description,
     hydra_noise,
 )
+from sedd.networks.ddit import DDiT
 
 NAME = "RADD"
+NETWORK = DDiT
 CODE = "the code of RADD (arXiv:2406.03736)"
 
 

@@ -16,8 +16,10 @@ from sedd.interop.layouts.base import (
     hydra_description,
     hydra_noise,
 )
+from sedd.networks.ddit import DDiT
 
 NAME = "SEDD"
+NETWORK = DDiT
 CODE = "the code of SEDD (arXiv:2310.16834)"
 
 

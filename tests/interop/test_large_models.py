@@ -1,0 +1,250 @@
+"""Large published models through ``sedd.load`` and the commands: inspect, sample, export."""
+
+import json
+import types
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_run
+from published_configs import CONFIGS
+from safetensors.numpy import load_file
+from test_layouts import MASK, ROWS, TOKENS, checkpoint, tiny_config, tokenizer_files
+
+import sedd
+from sedd.errors import UserError
+from sedd.interop.tensor_files import INDEX
+
+
+def load(path, name="LLaDA", **changes):
+    return sedd.load(checkpoint(path, tiny_config(name, **changes)))
+
+
+def test_a_masked_model_loads_samples_and_keeps_its_tokens(tmp_path):
+    model = load(tmp_path / "in")
+    assert (model.process.num_tokens, model.process.mask_id) == (TOKENS - 1, TOKENS - 1)
+    assert model.tokenizer is not None
+    assert model.tokenizer.num_tokens == model.process.num_tokens
+    assert model.time_independent
+    assert model.config.network.name == "decoder"
+    # Words keep their names: that of the mask's row is the last word of the file.
+    assert model.tokenizer.decode([0, MASK, 3]) == f"w0 w{TOKENS - 1} w3"
+    result = sedd.sample(model, jax.random.key(0), num=3, length=6)
+    tokens = np.asarray(result.tokens)
+    assert tokens.shape == (3, 6)
+    assert tokens.max() < model.process.num_tokens  # neither the mask nor an unused row
+    x = np.full((1, 6), model.process.mask_id)
+    log_probs = model.log_conditional(x)
+    assert log_probs.shape == (1, 6, TOKENS - 1)
+    np.testing.assert_allclose(np.exp(np.asarray(log_probs)).sum(-1), 1, rtol=1e-5)
+
+
+def test_the_conditional_of_a_shifted_model_is_the_row_before(tmp_path):
+    model = load(tmp_path / "in", "Dream")
+    assert model.config.parameterization.shift  # pyright: ignore
+    x = np.array([[1, model.process.mask_id, 2, model.process.mask_id, model.process.mask_id]])
+    network = model.denoiser.network
+    raw = np.asarray(network.raw(model.denoiser.params, x))[..., : model.process.num_tokens]
+    rows = np.asarray(jax.nn.log_softmax(raw, -1))
+    ours = np.asarray(model.log_conditional(x))
+    for i in (1, 3, 4):
+        np.testing.assert_allclose(ours[0, i], rows[0, i - 1], atol=1e-5)
+        assert np.abs(ours[0, i] - rows[0, i]).max() > 1e-2
+
+
+def test_an_autoregressive_model_begins_with_its_own_token(tmp_path):
+    model = load(tmp_path / "in", "Llama")
+    assert model.denoiser.causal
+    assert model.config.parameterization.first == 3  # pyright: ignore
+    assert model.process.num_tokens == TOKENS
+    tokens = np.array([[5, 2, 9, 4]])
+    network = model.denoiser.network
+    hidden = network.raw(
+        model.denoiser.params,
+        np.array([[3, 5, 2, 9]]),
+        attend=sedd.networks.Attend(kind="causal"),
+    )
+    theirs = np.asarray(jax.nn.log_softmax(hidden[..., :TOKENS], -1))
+    masked = np.where(np.arange(4) >= 2, model.process.mask_id, tokens)
+    ours = np.asarray(model.log_conditional(masked))
+    np.testing.assert_allclose(ours[0, 2], theirs[0, 2], atol=1e-5)
+    result = sedd.sample(model, jax.random.key(0), num=2, length=5)
+    assert np.asarray(result.tokens).max() < TOKENS
+
+
+def test_the_compute_type_may_differ_from_that_of_the_parameters(tmp_path):
+    path = checkpoint(tmp_path / "in", tiny_config("LLaDA"), dtype=ml_dtypes.bfloat16)
+    model = sedd.load(path)
+    assert model.denoiser.network.dtype == "bfloat16"  # pyright: ignore
+    exact = sedd.load(path, dtype="float32")
+    assert exact.denoiser.network.dtype == "float32"  # pyright: ignore
+    for one in (model, exact):
+        leaves = jax.tree.leaves(one.denoiser.params)
+        assert {leaf.dtype for leaf in leaves} == {np.dtype(ml_dtypes.bfloat16)}
+    x = np.full((1, 4), model.process.mask_id)
+    a, b = (np.asarray(one.log_conditional(x)) for one in (model, exact))
+    assert 0 < np.abs(a - b).max() < 0.3
+
+
+def test_a_mesh_gets_the_same_parameters(tmp_path):
+    path = checkpoint(tmp_path / "in", tiny_config("Qwen3"))
+    mesh = sedd.device_mesh(jax.devices()[:2], fsdp=2)
+    one, many = sedd.load(path), sedd.load(path, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, one.denoiser.params, many.denoiser.params)
+    leaf = jax.tree.leaves(many.denoiser.params)[0]
+    assert len(leaf.sharding.device_set) == 2
+
+
+def test_a_block_model_is_described_and_not_loaded(tmp_path):
+    path = checkpoint(tmp_path / "in", tiny_config("SDAR"))
+    with pytest.raises(UserError, match="SDAR generates blocks of 4 tokens"):
+        sedd.load(path, mask_id=MASK)
+
+
+def test_a_mask_for_a_run_or_for_radd_is_refused(tmp_path):
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.config("radd"), steps=(2,))
+    with pytest.raises(UserError, match=f"--mask-id 5: checkpoint {run} is a run"):
+        sedd.load(run, mask_id=5)
+
+
+def exported(checkpoint, output, *more):
+    result = tiny_run.call("export", "--checkpoint", checkpoint, "--output", output, *more)
+    assert result.code == 0, result.err
+    return result
+
+
+def test_an_export_is_the_published_checkpoint_again(tmp_path):
+    files = tokenizer_files(mask=f"w{MASK}")
+    files["generation_config.json"] = {"eos_token_id": [2, 3]}
+    config = tiny_config("SDAR", architectures=["A2DQwen3LMHeadModel"], torch_dtype="bfloat16")
+    path = checkpoint(tmp_path / "in", config, files=files, dtype=ml_dtypes.bfloat16)
+    result = exported(path, tmp_path / "out")
+    assert "in the layout of A2D-Qwen3" in result.out
+    assert "names code of the repository (auto_map), which is not copied" in result.err
+    for name in ("config.json", *files):
+        here, there = (json.loads((tmp_path / p / name).read_text()) for p in ("in", "out"))
+        assert here == there, name
+    before, after = (load_file(tmp_path / p / "model.safetensors") for p in ("in", "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype
+        np.testing.assert_array_equal(after[name], value)
+
+
+def inspected(path, *more):
+    result = tiny_run.call("inspect", path, "--json", *more)
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def test_inspect_describes_a_checkpoint(tmp_path):
+    config = tiny_config("Fast-dLLM v2", mask_token_id=MASK, new_key=3, torch_dtype="bfloat16")
+    path = checkpoint(tmp_path / "in", config, dtype=ml_dtypes.bfloat16)
+    facts = inspected(path)
+    assert (facts["layout"], facts["shift"], facts["block"]) == ("Fast-dLLM v2", True, 32)
+    assert facts["mask"] == {"published_id": MASK, "token": f"w{MASK}", "id_here": TOKENS - 1}
+    assert facts["vocabulary"] == {"rows": ROWS, "tokens": TOKENS - 1, "unused": ROWS - TOKENS}
+    tensors = load_file(path / "model.safetensors").values()
+    assert facts["parameters"] == sum(tensor.size for tensor in tensors)
+    assert facts["bytes"] == sum(tensor.nbytes for tensor in tensors)
+    assert facts["dtypes"] == ["bfloat16"]
+    assert facts["tokenizer"]["tokens"] == TOKENS - 1
+    assert facts["keys_not_understood"] == ["new_key"]
+    assert facts["problems"] == []
+    assert any("auto_map" in note for note in facts["notes"])
+    assert any("a word of the vocabulary" in note for note in facts["notes"])
+    table = tiny_run.call("inspect", path)
+    assert table.code == 0
+    assert "Fast-dLLM v2" in table.out
+
+
+def test_inspect_lists_problems_instead_of_failing(tmp_path):
+    """A mask that is not stated, tensors that do not fit, and no weights at all."""
+    path = checkpoint(tmp_path / "in", tiny_config("iLLaDA"))
+    facts = inspected(path)
+    assert facts["mask"] == "not stated"
+    assert "names the mask" in facts["problems"][0]
+    assert inspected(path, "--mask-id", MASK)["problems"] == []
+    (path / "config.json").write_text(json.dumps(tiny_config("iLLaDA", num_hidden_layers=3)))
+    assert "missing model.layers.2." in inspected(path, "--mask-id", MASK)["problems"][0]
+    (path / "model.safetensors").unlink()
+    (path / "config.json").write_text(json.dumps(CONFIGS["LLaDA"]))
+    (path / "tokenizer.json").unlink()
+    facts = inspected(path)
+    assert (facts["parameters"], facts["bytes"]) == (8_015_581_184, 16_031_162_368)
+    assert facts["mask"]["published_id"] == 126336
+
+
+def test_inspect_knows_runs_and_refuses_the_rest(tmp_path):
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.config("radd"), steps=(2,))
+    facts = inspected(run)
+    assert (facts["layout"], facts["process"]) == ("a run of sedd train", "absorbing")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LLaDA2MoeModelLM"]}))
+    result = tiny_run.call("inspect", tmp_path)
+    assert result.code == 2
+    assert "LLaDA2MoeModelLM is a mixture of experts" in result.err
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for ``huggingface_hub`` with a sharded checkpoint; the files that it gave."""
+    from sedd.interop.published import load_published, save_published
+
+    path = checkpoint(tmp_path / "one", tiny_config("LLaDA"))
+    one = load_published(path)
+    beside = {name: json.dumps(content) for name, content in tokenizer_files().items()}
+    remote = tmp_path / "remote"
+    save_published(remote, one.layout, one.params, beside=beside, shard_bytes=8000)
+    (remote / "modeling_llada.py").write_text("raise SystemExit('published code was run')")
+    copied = set()
+
+    def snapshot_download(repo_id, *, revision=None, allow_patterns, local_files_only):
+        local = tmp_path / "cache"
+        local.mkdir(exist_ok=True)
+        for file in remote.iterdir():
+            if file.name in allow_patterns:
+                copied.add(file.name)
+                (local / file.name).write_bytes(file.read_bytes())
+        return str(local)
+
+    def get_safetensors_metadata(repo_id, *, revision=None):
+        files = {}
+        for file in remote.glob("*.safetensors"):
+            tensors = {
+                name: types.SimpleNamespace(shape=list(value.shape), dtype="F32")
+                for name, value in load_file(file).items()
+            }
+            files[file.name] = types.SimpleNamespace(tensors=tensors)
+        return types.SimpleNamespace(files_metadata=files)
+
+    import sys
+
+    module = types.ModuleType("huggingface_hub")
+    module.snapshot_download = snapshot_download  # pyright: ignore
+    module.get_safetensors_metadata = get_safetensors_metadata  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.setattr("sedd.interop.hub.why_hub_unreachable", lambda: None)
+    return copied
+
+
+def test_the_hub_gives_shards_to_load_and_headers_to_inspect(hub):
+    facts = inspected("hf://some/llada")
+    assert hub == {"config.json", "tokenizer.json", INDEX}
+    assert (facts["layout"], facts["dtypes"], facts["problems"]) == ("LLaDA", ["float32"], [])
+    model = sedd.load("hf://some/llada")
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.denoiser.params))
+    assert count == facts["parameters"]
+    assert any(name.startswith("model-0") for name in hub)
+    assert "modeling_llada.py" not in hub
+
+
+def test_sample_takes_the_mask_and_the_type(tmp_path):
+    path = checkpoint(tmp_path / "in", tiny_config("iLLaDA"))
+    flags = ("--checkpoint", path, "--length", 5, "--output", "-")
+    result = tiny_run.call("sample", *flags)
+    assert result.code == 2
+    assert "give its published id by --mask-id" in result.err
+    result = tiny_run.call("sample", *flags, "--mask-id", MASK, "--dtype", "bfloat16")
+    assert result.code == 0, result.err
+    assert len(json.loads(result.out)["tokens"]) == 5
