@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw or infill text",
     "evaluate": "bound the perplexity of a model",
     "export": "write a model in a published layout",
+    "inspect": "describe a checkpoint without reading its weights",
     "compile_check": "compile a training step for TPUs that are not there",
 }
 

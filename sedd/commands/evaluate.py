@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     if not is_first():
         command = dataclasses.replace(command, json=None, report=None, table=None, resume=None)
     with Activity(f"loading {command.checkpoint}"):
-        model = sedd.load(command.checkpoint, step=command.step, mesh=mesh)
+        model = command.how.load(command.checkpoint, step=command.step, mesh=mesh)
     estimate = checked_estimate(command, model)
     with Activity("reading the samples and the judge"):
         comparisons = Comparisons.of(command, model)

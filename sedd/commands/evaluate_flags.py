@@ -15,6 +15,7 @@ import tyro
 
 from sedd.commands.cli import check_suffix, parse, take, unset
 from sedd.commands.devices import DeviceFlags
+from sedd.commands.load_flags import LoadFlags
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from sedd.evaluation.scoring import Order
 from sedd.files import check_writable, is_stream
@@ -80,6 +81,7 @@ class EvaluateCommand:
     cache_dir: Annotated[Path | None, unset("DIR")] = None
     """Where packed tokens are kept; by default where the run keeps them."""
     on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
+    how: Annotated[LoadFlags, tyro.conf.arg(name="")] = LoadFlags()
     protocol: Annotated[Protocol, tyro.conf.OmitArgPrefixes]
     protocol_name: tyro.conf.Suppress[str] = "default"
     spelled_out: tyro.conf.Suppress[tuple[str, ...]] = ()  # fields whose flags were given

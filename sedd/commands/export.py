@@ -1,10 +1,12 @@
 """``sedd export``: write a model in the published layout that can hold it.
 
 The command loads the averaged parameters of a run (or of a published checkpoint), finds the layout
-of RADD, SEDD or MDLM whose network, process and schedule are the model's, and writes
-``model.safetensors``, ``config.json``, ``tokenizer.json`` and a model card. The published code of
-the layout and ``sedd.load`` read the result. Options that the layout does not hold, such as the
-dtype of the computation, are printed as notes; a model that no layout can hold is refused.
+whose network, process and schedule are the model's, and writes ``config.json``, the tensors, the
+tokenizer and a model card. Tensors of more than 5 GB are written as several files with an index.
+The published code of the layout and ``sedd.load`` read the result. Options that the layout does not
+hold, such as the dtype of the computation, are printed as notes; a model that no layout can hold is
+refused. A published model that is not of SEDD, RADD or MDLM is written in its own layout, with the
+files of its tokenizer and its configuration as they were.
 """
 
 import dataclasses
@@ -14,22 +16,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 import sedd
 from sedd.commands.cli import console, note, parse
 from sedd.configuration.components import Options, values
 from sedd.data.tokenizers import Pretrained, Tokenizer
 from sedd.errors import UserError
+from sedd.interop.hub import TOKENIZER, fetch
 from sedd.interop.layouts.base import Description, Layout, layout_for, layouts
 from sedd.interop.published import check_free, save_published, with_norm_bias
 from sedd.model import UNKNOWN
-from sedd.networks.ddit import DDiT
+from sedd.networks.decoder import Decoder
 from sedd.progress import Activity
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.metrics import read_metrics
 
 TITLE = "Write a model as a published checkpoint: model.safetensors, config.json, a model card."
+CODE_LEFT_OUT = (
+    "config.json names code of the repository (auto_map), which is not copied: other programs look "
+    "for it beside the configuration"
+)
 FIGURES = ("validation_nats_per_token", "validation_standard_error", "validation_perplexity")
 
 
@@ -44,6 +50,8 @@ class ExportCommand:
     step: int | Literal["best"] | None = None
     """Checkpoint of a run: the one of this step, or the best by validation; by default the newest.
     """
+    mask_id: int | None = None
+    """The published id of the mask, for a published model whose files do not state it."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -60,9 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     with Activity(f"loading {command.checkpoint}"):
         model, step = load_weights(command)
     layout, params, notes = publishable(model)
-    tokenizer = {} if model.tokenizer is None else {"tokenizer.json": written(model.tokenizer)}
     bound = validation(Path(command.checkpoint).expanduser(), step)
-    beside = {**tokenizer, "README.md": card(model, layout, step, bound)}
+    beside = {**tokenizer_texts(model), "README.md": card(model, layout, step, bound)}
     with Activity(f"writing {command.output}"):
         save_published(command.output, layout, params, beside=beside)
     for line in notes:
@@ -83,7 +90,11 @@ def load_weights(command: ExportCommand) -> tuple[sedd.Model, int | None]:
             step = checkpoints.latest_good() if step is None else checkpoints.best()
         except UserError:  # a published checkpoint has no steps; ``sedd.load`` reports the others
             pass
-    model = sedd.load(command.checkpoint, step=command.step if step is None else step)
+    model = sedd.load(
+        command.checkpoint,
+        step=command.step if step is None else step,
+        mask_id=command.mask_id,
+    )
     return model, step if isinstance(step, int) else None
 
 
@@ -91,40 +102,60 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
     """Find the published layout that can hold the model, and convert the parameters for it.
 
     Returns:
-        The layout, the parameters as numpy arrays of the layout's network, and notes on options
-        that the layout does not hold.
+        The layout, the parameters of the layout's network, and notes on options that the layout
+        does not hold.
 
     Raises:
         UserError: no layout can hold the model; the message lists the reasons.
     """
-    network = model.denoiser.network
-    if type(network) is not DDiT:  # a subclass has parameters that no layout holds
-        name = model.config.network.name
-        raise UserError(f"the published layouts hold the network ddit, and this one is {name}")
-    params = jax.tree.map(np.asarray, model.denoiser.params)
+    network: Any = model.denoiser.network
+    params = model.denoiser.params
+    if model.layout is not None and isinstance(network, Decoder):
+        code = "auto_map" in model.layout.config
+        return model.layout, params, [CODE_LEFT_OUT] if code else []
     schedule = model.config.schedule
+    reading: Any = model.config.parameterization
     description = Description(
         process=model.config.process.name,
-        parameterization=model.config.parameterization.name,
+        parameterization=reading.name,
+        shift=getattr(reading, "shift", False),
+        first=getattr(reading, "first", None),
+        mask_id=getattr(model.tokenizer, "mask", None),
         schedule={"name": schedule.name, **values(schedule)},
         num_tokens=model.process.num_tokens,
         length=model.length,
         corpus=None if model.config.data.corpus == UNKNOWN else model.config.data.corpus,
     )
     notes = []
-    if network.dtype != "float32":
+    kept = getattr(network, "param_dtype", "float32")
+    if network.dtype != kept:
         notes.append(
-            f"network.dtype {network.dtype} is not kept: sedd.load computes in float32 what it "
-            "reads from a published layout"
+            f"network.dtype {network.dtype} is not kept: sedd.load computes in {kept} what it "
+            "reads from this layout"
         )
     if network.attention != "auto" or network.remat:
         notes.append("network.attention and network.remat are not kept: they change no result")
+    if getattr(reading, "normalise", "real") != "real":
+        notes.append(
+            "parameterization.normalise is not kept: sedd.load normalises over real tokens"
+        )
     layout = layout_for(network, description)
+    if description.mask_id is not None:
+        layout = dataclasses.replace(layout, swap=(description.mask_id, description.num_tokens))
     if layout.name == "RADD" and not network.norm_bias:
         notes.append("RADD's norms have biases: they are written as 0, which changes no result")
         network, params = with_norm_bias(network, params)
         layout = dataclasses.replace(layout, network=network)
     return layout, params, notes
+
+
+def tokenizer_texts(model: sedd.Model) -> dict[str, str]:
+    """The files of the tokenizer by name: those of a published model, or a ``tokenizer.json``."""
+    if model.layout is not None and isinstance(model.denoiser.network, Decoder):
+        directory = fetch(model.source, weights=False)
+        found = [name for name in TOKENIZER if (directory / name).is_file()]
+        return {name: (directory / name).read_text(encoding="utf-8") for name in found}
+    return {} if model.tokenizer is None else {"tokenizer.json": written(model.tokenizer)}
 
 
 def written(tokenizer: Tokenizer) -> str:

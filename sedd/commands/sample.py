@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     if not is_first():
         command = dataclasses.replace(command, output=None, trace=None)
     with Activity(f"loading {command.checkpoint}"):
-        model = sedd.load(command.checkpoint, step=command.step, mesh=mesh)
+        model = command.how.load(command.checkpoint, step=command.step, mesh=mesh)
         asking = Asking.of(command, model)
     with contextlib.ExitStack() as stack:
         with Activity("reading the requests"):

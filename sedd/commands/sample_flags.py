@@ -17,6 +17,7 @@ import tyro
 
 from sedd.commands.cli import Command, check_suffix, parse, take, unset
 from sedd.commands.devices import DeviceFlags
+from sedd.commands.load_flags import LoadFlags
 from sedd.commands.sampler_flags import (
     DEFAULT,
     describe,
@@ -57,8 +58,7 @@ class SampleCommand:
     num: int = 1
     """Number of sequences to draw. The i-th, counted from 0, has the seed --seed + i."""
     length: Annotated[int | None, unset("INT")] = None
-    """Tokens in a sequence, given text included; by default the training length, and with --infill
-    the length of the text."""
+    """Tokens in a sequence, the prompt included; the training length by default."""
     seed: int = 0
     """Seed of the noise. A sequence depends on its own seed alone, not on the rest of its batch."""
     prompt: Annotated[str, unset("TEXT")] = ""
@@ -74,8 +74,7 @@ class SampleCommand:
     """Draw one sequence for each line, a JSON object with any of the fields id, prompt, suffix,
     infill, messages (a conversation to answer), length, seed, regex, json_schema,
     json_schema_depth, temperature, top_k, top_p, guidance, and sampler (an object of the sampler's
-    options). The flags are the defaults, except that a line with infill and without length has the
-    length of its text."""
+    options). The flags are the defaults."""
     regex: Annotated[tuple[str, ...], unset("REGEX")] = ()
     """Regular expression that the text must match: one for everything from the first free token to
     the last, given text in between included, or one for each gap."""
@@ -118,6 +117,7 @@ class SampleCommand:
     """Sequences that are drawn at the same time, over all devices; the candidates of a search
     count."""
     on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
+    how: Annotated[LoadFlags, tyro.conf.arg(name="")] = LoadFlags()
     sampler: Annotated[Options, tyro.conf.arg(name="")]
 
     def __post_init__(self):
@@ -192,7 +192,7 @@ def sampler_for(arguments: Sequence[str]) -> str:
         kind = None if published is None else read_layout(published).description.parameterization
     except UserError:
         kind = None
-    return "event_jump" if kind == "conditional" else DEFAULT
+    return {"conditional": "event_jump", "autoregressive": "ordered"}.get(str(kind), DEFAULT)
 
 
 def check_files(command: SampleCommand) -> None:

@@ -1,0 +1,33 @@
+"""The flags of ``evaluate``, ``sample`` and ``export`` that say how a model is loaded."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from jax.sharding import Mesh
+
+import sedd
+from sedd.commands.cli import unset
+from sedd.errors import FieldError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadFlags:
+    """What a published model may need to be told.
+
+    Raises:
+        FieldError: ``mask_id`` is negative.
+    """
+
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, unset("float32|bfloat16")] = None
+    """Type in which the network computes. By default that of the run; float32 for published SEDD,
+    RADD and MDLM; and the type of their parameters for other published models."""
+    mask_id: Annotated[int | None, unset("INT")] = None
+    """The published id of the mask, for a published model whose files do not state it."""
+
+    def __post_init__(self):
+        if self.mask_id is not None and self.mask_id < 0:
+            raise FieldError("mask_id", f"must be at least 0, got {self.mask_id}")
+
+    def load(self, checkpoint: str, *, step: Any = None, mesh: Mesh | None = None) -> sedd.Model:
+        """Load a model with these settings, as ``sedd.load`` does."""
+        return sedd.load(checkpoint, step=step, dtype=self.dtype, mask_id=self.mask_id, mesh=mesh)
