@@ -280,33 +280,44 @@ class Denoiser:
         self,
         memory: Memory,
         x_BL: Int[Array, "B L"],
-        positions_BM: Int[Array, "B M"],
-        needed_BM: Bool[Array, "B M"],
-        read_BW: Int[Array, "B W"],
+        block_BW: Int[Array, "B W"],
+        needed_B: Bool[Array, " B"],
+        before_BM: Int[Array, "B M"] | None = None,
+        missing_BM: Bool[Array, "B M"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Memory]:
-        """Call the network of a block model on some rows only, given the rows in a memory.
+        """Call the network of a block model on the rows of a block, given earlier ones in a memory.
 
-        The result at the positions ``read_BW`` is that of ``hidden`` if the memory has the rows of
-        all earlier blocks, except those that are among the new rows. The new rows are written to
-        the memory. Those of a block that still has masks are to be written again when it has none.
+        The result at the positions of the block is that of ``hidden``, if the rows of all earlier
+        blocks are in the memory or among the new rows. The new rows are written to the memory.
+        Those of a block that still has masks are to be written again when it has none.
 
         Args:
             memory: from ``self.network.memory(batch, length)``, or from an earlier call.
             x_BL: all tokens.
-            positions_BM: the positions of the new rows. Positions outside of the text, and padding,
-                are left out.
-            needed_BM: which rows are needed. The positions of these are distinct.
-            read_BW: the positions to read, which are the last W of ``positions_BM``.
+            block_BW: the positions of a block of each sequence; those outside of the text, and
+                padding, are left out.
+            needed_B: the sequences whose result is needed; for the others nothing is written.
+            before_BM: the positions of further rows, of earlier blocks.
+            missing_BM: which of them are to be written; these are distinct.
 
         Returns:
-            The hidden states [B, L, D] of the positions read, 0 elsewhere, and the new memory.
+            The hidden states [B, L, D], 0 at positions outside of the block, and the new memory.
 
         Raises:
             UserError: if the network has no memory.
         """
-        assert self.block is not None
+        assert isinstance(self.parameterization, Block)
         batch, length = x_BL.shape
-        written_BM = needed_BM & (positions_BM >= 0) & (positions_BM < length)
+        positions, written = [block_BW], [jnp.broadcast_to(needed_B[:, None], block_BW.shape)]
+        if self.parameterization.shift:  # the row before the block is read, and is written already
+            positions.insert(0, block_BW[:, :1] - 1)
+            written.insert(0, jnp.zeros((batch, 1), bool))
+        num_read = sum(each.shape[1] for each in positions)
+        if before_BM is not None and missing_BM is not None:
+            positions.insert(0, before_BM)
+            written.insert(0, missing_BM & needed_B[:, None])
+        positions_BM, written_BM = jnp.concatenate(positions, 1), jnp.concatenate(written, 1)
+        written_BM = written_BM & (positions_BM >= 0) & (positions_BM < length)
         positions_BM = jnp.clip(positions_BM, 0, length - 1)
         if self.attend is not None and self.attend.segment_BL is not None:
             real_BL = jnp.broadcast_to(self.attend.segment_BL > 0, x_BL.shape)
@@ -316,13 +327,13 @@ class Denoiser:
             jnp.take_along_axis(x_BL, positions_BM, 1),
             memory,
             positions_BM=positions_BM,
-            rank_BM=positions_BM // self.block,
+            rank_BM=positions_BM // self.parameterization.block,
             write_BM=written_BM,
         )
-        hidden_BWD = hidden_BMD[:, -read_BW.shape[1] :]
+        hidden_BWD = hidden_BMD[:, -num_read:][:, : block_BW.shape[1]]
         hidden_BLD = jnp.zeros((batch, length, hidden_BWD.shape[-1]), hidden_BWD.dtype)
         sequence_B1 = jnp.arange(batch)[:, None]
-        return hidden_BLD.at[sequence_B1, read_BW].set(hidden_BWD, mode="drop"), memory
+        return hidden_BLD.at[sequence_B1, block_BW].set(hidden_BWD, mode="drop"), memory
 
     def log_conditional_in_order(
         self,

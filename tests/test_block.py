@@ -12,6 +12,7 @@ import oracle
 import pytest
 from oracle import f32, i32, keys
 from scipy import special
+from tiers import nightly
 
 from sedd.configuration.build import build_parts
 from sedd.configuration.components import options
@@ -51,8 +52,8 @@ def params():
     return jax.tree.map(lambda x: f32(0.5 * rng.standard_normal(x.shape)), shapes)
 
 
-def reading(block):
-    return Block(process=PROCESS, block=block)
+def reading(block, **fields):
+    return Block(process=PROCESS, block=block, **fields)
 
 
 def denoiser(block):
@@ -117,6 +118,13 @@ def test_every_row_sees_what_the_rules_say(block):
     np.testing.assert_array_equal(single.attend.mask(length, length)[0, 0], clean_clean)
 
 
+def test_shifted_rows_are_read_in_the_block_or_at_the_end_of_the_clean_one_before():
+    call = reading(3, shift=True).doubled(X0_BL[:1], X0_BL[:1])
+    np.testing.assert_array_equal(call.read_BL, [[0, 0, 1, L + 2]])
+    single = reading(3, shift=True).inputs(X0_BL[:1])
+    np.testing.assert_array_equal(single.read_BL, [[0, 0, 1, 2]])
+
+
 def test_segments_hold_in_both_halves():
     segment_BL = i32([[1, 1, 1, 0], [1, 1, 1, 1]])
     call = reading(2).doubled(X0_BL[:2], X0_BL[:2], Attend(segment_BL=segment_BL))
@@ -154,10 +162,12 @@ def drawn(loss, keys_B, u_B, x0_BL, scored_BL):
     return loss.corrupt(keys_B, u_B, x0_BL, scored_BL)
 
 
-@pytest.mark.parametrize("block", [2, 3])
-def test_the_doubled_pass_is_a_pass_for_each_block(block):
+@pytest.mark.parametrize(("block", "shift"), [(2, False), (3, True), nightly(3, False)])
+def test_the_doubled_pass_is_a_pass_for_each_block(block, shift):
     """Loss and gradient; each block's own pass has masks in place of all later tokens."""
-    loss, first_b = objective(block), jnp.arange(-(-L // block)) * block
+    kind = reading(block, shift=shift)
+    loss = Objective(schedule=LogLinear(), parameterization=kind)
+    first_b = jnp.arange(-(-L // block)) * block
     corrupted = drawn(loss, keys(1, B), f32(RNG.random(B)), X0_BL, SOME_BL)
     place_L = jnp.arange(L)[None]
 
@@ -169,7 +179,7 @@ def test_the_doubled_pass_is_a_pass_for_each_block(block):
     @functools.partial(jax.jit, compiler_options=oracle.QUICKLY)
     @jax.value_and_grad
     def one_by_one(params):
-        model = dataclasses.replace(denoiser(block), params=params)
+        model = Denoiser(params=params, network=NETWORK, parameterization=kind)
 
         def nats(first):
             here_BL = (place_L >= first) & (place_L < first + block)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from sedd.errors import FieldError
 from sedd.networks.base import EMPTY, Attend
 from sedd.parameterizations.base import Inputs
-from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.conditional import Conditional, one_row_earlier
 from sedd.types import Array, Int, Shaped
 
 
@@ -24,6 +24,9 @@ class Block(Conditional):
     result is the model's conditional only in the first block that has masks, because the rows of
     later blocks see masks that they were not trained with. ``doubled`` prepares 2L rows, for
     training and likelihoods: all blocks at once, each given the clean tokens of the earlier blocks.
+
+    With ``shift`` the first position of a block is read at the last row of the block before it,
+    whose tokens are clean, as Fast-dLLM v2 does (arXiv:2509.26328).
 
     Raises ``FieldError`` if ``block`` is below 1.
     """
@@ -53,7 +56,8 @@ class Block(Conditional):
         rank_1L = (jnp.arange(x_BL.shape[1]) // self.block)[None]
         segment_BL = _segments(attend)
         ranks = Attend(kind="ranks", rank_q_BL=rank_1L, rank_k_BL=rank_1L, segment_BL=segment_BL)
-        return Inputs(tokens_BM=x_BL, attend=ranks)
+        read_BL = one_row_earlier(x_BL, attend) if self.shift else None
+        return Inputs(tokens_BM=x_BL, attend=ranks, read_BL=read_BL)
 
     def doubled(
         self,
@@ -64,8 +68,8 @@ class Block(Conditional):
         """2L rows, first of xt and then of x0, with the positions 0..L-1 twice.
 
         A row of xt sees the rows of xt in its block and the rows of x0 in earlier blocks. A row of
-        x0 sees the rows of x0 in its and earlier blocks. Position i is read at row i, in the half
-        of xt. arXiv:2503.09573, section 3.2.
+        x0 sees the rows of x0 in its and earlier blocks. Position i is read in the half of xt, with
+        ``shift`` at the first position of a block in that of x0. arXiv:2503.09573, section 3.2.
 
         Args:
             xt_BL: tokens, of which some are masked.
@@ -83,6 +87,10 @@ class Block(Conditional):
         def both(noisy_1L, clean_1L):
             return jnp.concatenate([noisy_1L, clean_1L], 1)
 
+        read_BL = jnp.broadcast_to(position_1L, x0_BL.shape)
+        if self.shift:
+            read_BL = one_row_earlier(x0_BL, attend)
+            read_BL = jnp.where(read_BL // self.block < block_1L, read_BL + length, read_BL)
         segment_BL = _segments(attend)
         if segment_BL is not None:
             segment_BL = jnp.concatenate([segment_BL, segment_BL], 1)
@@ -96,7 +104,7 @@ class Block(Conditional):
                 group_BL=both(block_1L, jnp.full_like(block_1L, -1)),
                 segment_BL=segment_BL,
             ),
-            read_BL=jnp.broadcast_to(position_1L, x0_BL.shape),
+            read_BL=read_BL,
         )
 
 

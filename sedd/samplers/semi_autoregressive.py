@@ -237,28 +237,19 @@ class SemiAutoregressive(SteppedSampler):
         x_BL, size = state.x_BL, self.size(denoiser)
         start_B = state.plan.block_B * size
         missing_B = jnp.where(active_B, start_B - cache.written_B, 0)
-        window_BW = start_B[:, None] + jnp.arange(size)
+        block_BW = start_B[:, None] + jnp.arange(size)
 
-        def rows(positions_BW, needed_BW):
-            needed_BW = needed_BW & active_B[:, None]
-            return denoiser.extend_block(cache.memory, x_BL, positions_BW, needed_BW, window_BW)
+        def call(*before):
+            return denoiser.extend_block(cache.memory, x_BL, block_BW, active_B, *before)
 
-        def with_rows_before(positions_BW):
-            before_BW = (positions_BW >= cache.written_B[:, None]) & (
-                positions_BW < start_B[:, None]
-            )
-            both_BW = jnp.concatenate([positions_BW, window_BW], 1)
-            needed_BW = jnp.concatenate([before_BW, jnp.ones_like(window_BW, bool)], 1)
-            return rows(both_BW, needed_BW)
+        def call_with(before_BM):
+            written_BM = before_BM < cache.written_B[:, None]
+            return call(before_BM, ~written_BM & (before_BM < start_B[:, None]))
 
+        anywhere = denoiser.anywhere
         hidden_BLD, memory = jax.lax.switch(
-            denoiser.anywhere(missing_B > 0).astype(jnp.int32)
-            + denoiser.anywhere(missing_B > size),
-            [
-                lambda: rows(window_BW, jnp.ones_like(window_BW, bool)),
-                lambda: with_rows_before(window_BW - size),
-                lambda: with_rows_before(all_positions(x_BL)),
-            ],
+            anywhere(missing_B > 0).astype(jnp.int32) + anywhere(missing_B > size),
+            [call, lambda: call_with(block_BW - size), lambda: call_with(all_positions(x_BL))],
         )
         written_B = jnp.where(active_B, start_B, cache.written_B)
         return replace(denoiser, called=(hidden_BLD,)), Cache(memory, written_B)

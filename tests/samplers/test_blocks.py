@@ -16,6 +16,7 @@ from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.networks.base import Attend
 from sedd.networks.ddit import DDiT
+from sedd.networks.decoder import Decoder
 from sedd.parameterizations.block import Block
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
@@ -59,8 +60,7 @@ COUNTING = Counting(**vars(NETWORK))
 
 
 @functools.cache
-def params(num_states=N + 1):
-    network = dataclasses.replace(NETWORK, num_states=num_states)
+def random_params(network=NETWORK):
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: f32(0.5 * rng.standard_normal(x.shape)), shapes)
@@ -69,7 +69,7 @@ def params(num_states=N + 1):
 def denoiser(block, network=NETWORK, **fields):
     """A block model, or with None a plain one with the same parameters."""
     kind = Conditional(process=PROCESS) if block is None else Block(process=PROCESS, block=block)
-    return Denoiser(params=params(), network=network, parameterization=kind, **fields)
+    return Denoiser(params=random_params(), network=network, parameterization=kind, **fields)
 
 
 def blocks(inner=JUMP, **fields):
@@ -96,11 +96,34 @@ def requests(length=12):
 # ---------------------------------------------------------------- the cache
 
 
-@pytest.mark.parametrize("block", daily([4, 5, 1, 12], {4}))
-def test_the_cache_gives_the_hidden_states_of_the_whole_text(block):
+DECODER = Decoder(
+    num_states=N + 1,
+    time_conditioned=False,
+    hidden_dim=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=24,
+)
+
+
+@pytest.mark.parametrize(
+    ("block", "shift", "network"),
+    [
+        (4, True, DECODER),
+        (5, False, NETWORK),
+        *(nightly(block, shift, NETWORK) for block in (1, 4, 12) for shift in (False, True)),
+    ],
+)
+def test_the_cache_gives_the_hidden_states_of_the_whole_text(block, shift, network):
     """In every round of every sequence, at all positions of its block."""
     tokens_BL, fixed_BL, attend = requests()
-    model, sampler = denoiser(block, attend=attend), blocks()
+    kind = Block(process=PROCESS, block=block, shift=shift)
+    model = Denoiser(
+        params=random_params(network), network=network, parameterization=kind, attend=attend
+    )
+    sampler = blocks()
     start = jax.jit(sampler.start)(model, keys(0, 6), tokens_BL, fixed_BL)
 
     @functools.partial(jax.jit, compiler_options=oracle.QUICKLY)
@@ -244,7 +267,7 @@ def small(block):
     process = Absorbing(num_tokens=oracle.N)
     network = dataclasses.replace(NETWORK, num_states=oracle.N + 1)
     kind = Conditional(process=process) if block is None else Block(process=process, block=block)
-    return Denoiser(params=params(oracle.N + 1), network=network, parameterization=kind)
+    return Denoiser(params=random_params(network), network=network, parameterization=kind)
 
 
 @pytest.mark.parametrize("fixed", [oracle.NOTHING_FIXED, (1, -1, -1, 2)], ids=["free", "given"])
