@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import f32, i32, keys
-from tiers import daily
+from tiers import daily, nightly
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
