@@ -8,5 +8,7 @@ from .model import load as load
 from .networks.mesh import device_mesh as device_mesh
 from .sampling import SampleResult as SampleResult
 from .sampling import sample as sample
+from .streaming import Piece as Piece
+from .streaming import stream as stream
 
 __version__: str

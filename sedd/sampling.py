@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
 from sedd.samplers.verifier import NO_NUMBERS, TextScorer, text_verifier, verifier_error
-from sedd.types import Array, Key
+from sedd.types import Array, Bool, Int, Key
 
 # Options of ``Reshape`` that are numbers, with the default of each.
 NUMBERS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}
@@ -174,20 +174,80 @@ def sample(
         [True, True]
     """
     texts = {"prompt": prompt, "suffix": suffix, "infill": infill, "regex": regex}
-    texts |= {"json_schema": json_schema, "json_schema_depth": json_schema_depth}
+    texts |= {"messages": messages, "json_schema": json_schema}
+    texts |= {"json_schema_depth": json_schema_depth}
+    asked = ask(
+        model,
+        key,
+        texts,
+        options,
+        num=num,
+        length=length,
+        sampler=sampler,
+        clamp=clamp,
+        constraint=constraint,
+        verifier=verifier,
+    )
+    if rule not in get_args(Rule):
+        raise FieldError("rule", f"must be one of {', '.join(get_args(Rule))}, got {rule!r}")
+    keys_B, built, clamps, spans, reshape = asked
+    return draw(model, keys_B, built, clamps, spans, reshape=reshape, rule=rule, trace=trace)
+
+
+class Asked(NamedTuple):
+    """Sequences to draw, in the order of the keys; the arguments of ``draw``."""
+
+    keys_B: Key[Array, " B"]
+    sampler: Sampler
+    clamps: list[Clamp]
+    spans: list[list[Span]]
+    reshape: Reshape | None
+
+
+def ask(
+    model: Model,
+    key: Key[Array, "..."] | int,
+    texts: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    num: int | None,
+    length: int | None,
+    sampler: str | SamplerOptions | Sampler | None,
+    clamp: Clamp | Sequence[Clamp] | None = None,
+    constraint: Given | Sequence[Given] = None,
+    verifier: TextScorer | None = None,
+) -> Asked:
+    """Turn the arguments of ``sample`` into those of ``draw``.
+
+    Args:
+        model: as for ``sample``, like the other arguments.
+        key: a seed, or keys.
+        texts: the arguments that are texts, ``messages`` and schemas, by their names; None for an
+            argument that is not given.
+        options: of the sampler and of the ``Reshape``.
+        num: number of sequences.
+        length: tokens in a sequence.
+        sampler: the sampler.
+        clamp: given tokens.
+        constraint: compiled constraints.
+        verifier: of a search.
+
+    Raises:
+        UserError: as ``sample`` does.
+        FieldError: as ``sample`` does.
+    """
     texts = {name: value for name, value in texts.items() if value is not None}
+    messages = texts.pop("messages", None)
     single = bool(messages) and not _is_list(messages[0])
     several = {"clamp": clamp, "constraint": constraint, "messages": None if single else messages}
     num, keys_B = _keys(key, num, {**several, **texts})
     if messages is not None:
         texts["messages"] = [messages] * num if single else messages
     clamps, spans = _given(model, num, length, texts, clamp, constraint)
-    if rule not in get_args(Rule):
-        raise FieldError("rule", f"must be one of {', '.join(get_args(Rule))}, got {rule!r}")
+    options = dict(options)
     numbers = {name: options.pop(name) for name in NUMBERS if name in options}
     reshape = reshape_of(num, numbers, options.pop("logit_processor", None))
-    built = _sampler(model, sampler, verifier, options)
-    return draw(model, keys_B, built, clamps, spans, reshape=reshape, rule=rule, trace=trace)
+    return Asked(keys_B, _sampler(model, sampler, verifier, options), clamps, spans, reshape)
 
 
 def _sampler(
@@ -312,6 +372,40 @@ def draw(
         UserError: if the model does not support the sampler, an id is out of range, probabilities
             are nan, or the verifier fails.
     """
+    denoiser, given, placement = prepare(
+        model, keys_B, sampler, clamps, spans, reshape=reshape, rule=rule, shape=shape
+    )
+    samples = _drawn(denoiser, sampler, given, placement, trace)
+    check_drawn(np.asarray(samples.tokens_BL)[: len(clamps)], spans)
+    result = _result(model, sampler, samples, clamps)
+    _check_matches(result.tokens, spans)
+    return result
+
+
+class Prepared(NamedTuple):
+    """A padded batch: the model with what the requests set, and the arguments of a sampler."""
+
+    denoiser: Denoiser
+    given: tuple[Key[Array, " B"], Int[Array, "B L"], Bool[Array, "B L"]]
+    placement: Placement | None
+
+
+def prepare(
+    model: Model,
+    keys_B: Key[Array, " B"],
+    sampler: Sampler,
+    clamps: Sequence[Clamp],
+    spans: Sequence[Sequence[Span]],
+    *,
+    reshape: Reshape | None = None,
+    rule: Rule = "joint",
+    shape: Shape | None = None,
+) -> Prepared:
+    """Make one padded batch, and check that the sampler can draw it; see ``draw``.
+
+    Its rows are a bucket of sequences (``sedd.arrays.bucket``): those of the requests, and then
+    copies of the last one.
+    """
     for c in clamps if model.denoiser.causal else ():
         check_prefix(c)
     lengths = [c.length for c in clamps]
@@ -338,11 +432,7 @@ def draw(
         check_profile(sampler, model, length)
     verifier_error(sampler)  # forget the error of an earlier call
     given = (keys_B[row_of_B], jnp.asarray(tokens_BL), jnp.asarray(fixed_BL))
-    samples = _drawn(denoiser, sampler, given, placement, trace)
-    _check_drawn(np.asarray(samples.tokens_BL)[: len(clamps)], spans)
-    result = _result(model, sampler, samples, clamps)
-    _check_matches(result.tokens, spans)
-    return result
+    return Prepared(denoiser, given, placement)
 
 
 def _drawn(
@@ -409,7 +499,7 @@ def _padded(
     return row_of_B, tokens_BL, fixed_BL, real_BL
 
 
-def _check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
+def check_drawn(tokens_BL: np.ndarray, spans: Sequence[Sequence[Span]]) -> None:
     """Raise UserError if a token was drawn from nan, naming its position.
 
     Under a constraint the message also names the automaton's states after the tokens before it.

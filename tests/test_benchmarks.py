@@ -38,6 +38,15 @@ def test_sampling_prints_a_table_and_a_line(capsys):
     assert {"jax", "device", "steps"} <= line.keys()
 
 
+def test_block_draws_the_same_texts_with_and_without_the_cache(capsys):
+    block = importlib.import_module("block")
+    shape = {"hidden_dim": 8, "num_layers": 1, "num_heads": 1, "vocabulary": 5}
+    block.main(block.Settings(length=10, block=4, batch=2, **shape))
+    every, cached = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert (every["calls"], every["rows"]) == (10, 100)
+    assert (cached["calls"], cached["rows"]) == (10, 10 * 4 + 2 * 4)
+
+
 @pytest.mark.nightly
 def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     """Its commands in this process: they are what compiles."""

@@ -78,8 +78,8 @@ class Compiled:
         temporaries: bytes of intermediate arrays.
         peak: the most bytes that are in use at the same time.
         flops: FLOPs of a run as the compiler counts them: the body of a loop once.
-        collectives: for each kind, how many run and the bytes of their results. Those of the loop
-            over layers count once for each layer, and those of other loops once.
+        collectives: for each kind, how many run and the bytes of their results. Those of a loop
+            count once for each iteration, or once if the number of iterations is not known.
         text: the compiled program.
     """
 

@@ -58,7 +58,8 @@ class SampleCommand:
     num: int = 1
     """Number of sequences to draw. The i-th, counted from 0, has the seed --seed + i."""
     length: Annotated[int | None, unset("INT")] = None
-    """Tokens in a sequence, the prompt included; the training length by default."""
+    """Tokens in a sequence, given text included; by default the training length, and with --infill
+    the length of the text."""
     seed: int = 0
     """Seed of the noise. A sequence depends on its own seed alone, not on the rest of its batch."""
     prompt: Annotated[str, unset("TEXT")] = ""
@@ -74,7 +75,8 @@ class SampleCommand:
     """Draw one sequence for each line, a JSON object with any of the fields id, prompt, suffix,
     infill, messages (a conversation to answer), length, seed, regex, json_schema,
     json_schema_depth, temperature, top_k, top_p, guidance, and sampler (an object of the sampler's
-    options). The flags are the defaults."""
+    options). The flags are the defaults, except that a line with infill and without length has the
+    length of its text."""
     regex: Annotated[tuple[str, ...], unset("REGEX")] = ()
     """Regular expression that the text must match: one for everything from the first free token to
     the last, given text in between included, or one for each gap."""

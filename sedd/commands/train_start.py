@@ -177,7 +177,8 @@ def check_is_run(workdir: Path) -> None:
 def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
     """Check that ``config`` may go on with the run in ``workdir``.
 
-    Fields that change only speed, memory or output may differ: those of ``RESUMABLE``.
+    Only the fields in ``RESUMABLE`` may differ: the number of steps, what to do about an update
+    that is not finite, and fields that affect at most rounding, memory and output.
 
     Returns:
         The configuration with the run's own ``init_from``, and the run's tokenizer.

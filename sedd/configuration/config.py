@@ -26,8 +26,9 @@ from sedd.evaluation.monte_carlo import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 
-# Fields that a resumed run may change. They affect at most rounding, memory, output, and the number
-# of steps (and with it the learning rates of a falling schedule).
+# Fields that a resumed run may change: the number of steps (and with it the learning rates of a
+# falling schedule), what to do about an update that is not finite, and fields that affect at most
+# rounding, memory and output.
 RESUMABLE = (
     "aim",
     "init_from",

@@ -66,7 +66,7 @@ def portable_complement(category: str) -> Ranges:
 
 
 def disputed(category: str) -> Ranges:
-    """The code points that belong to a category in only one of ECMAScript and Python (ASCII)."""
+    """The code points that a category has in ECMAScript or in Python, but not in ``re.ASCII``."""
     return without(complement(portable_complement(category)), CATEGORIES[category])
 
 

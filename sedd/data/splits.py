@@ -39,7 +39,8 @@ class Sorted:
     declared: bool  # whether the names declare splits
     files: tuple[tuple[str, Path], ...]  # (split, file); the split is "all" if none is declared
     left_out: tuple[Path, ...]  # if splits are declared: files that belong to none
-    unused: tuple[Path, ...]  # if no splits are declared: files whose names look like a split
+    # If no splits are declared: files whose names look like a split; none if these all say train.
+    unused: tuple[Path, ...]
 
     @property
     def splits(self) -> tuple[str, ...]:

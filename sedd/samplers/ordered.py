@@ -22,7 +22,8 @@ class Ordered(Revealing):
 
     order: str = "forward"
     """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
-    Listed positions that a sequence does not have are ignored."""
+    Listed positions that a sequence does not have are ignored by sedd.sample, and refused by
+    sample.py."""
     steps: int | None = None
     """Network calls over which the positions are spread; by default one position a call."""
 

@@ -81,7 +81,8 @@ class Speculative(SteppedSampler):
     more queries for the next drafts if the draft is stale."""
     order: str = "forward"
     """Order of the positions: forward, backward, random, or positions counted from 0 such as 3,0,2.
-    Listed positions that a sequence does not have are ignored."""
+    Listed positions that a sequence does not have are ignored by sedd.sample, and refused by
+    sample.py."""
     bonus: bool = False
     """Also compute a version of the sequence in which all drafts are visible. If all are accepted,
     the next round drafts from it. If the draft is batch or self, this saves the call that drafts;

@@ -160,7 +160,7 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("name", daily(INNER, {"event_jump", "confidence", "tweedie"}))
+@pytest.mark.parametrize("name", daily(INNER, {"event_jump", "tweedie"}))
 def test_the_cache_changes_no_token(name):
     tokens_BL, fixed_BL, attend = requests()
     model = denoiser(4, attend=attend)
@@ -184,7 +184,7 @@ def test_temperature_and_top_k_act_with_the_cache():
 
 
 @pytest.mark.parametrize(
-    "inner", [ReMDM(schedule=NOISE, steps=6), Speculative(schedule=NOISE)], ids=["remdm", "drafts"]
+    "inner", [ReMDM(schedule=NOISE, steps=6), nightly(Speculative(schedule=NOISE))]
 )
 def test_samplers_with_other_calls_see_the_whole_text(inner):
     """They take no memory, and draw valid tokens all the same."""
