@@ -21,8 +21,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from sedd.configuration.build import Parts, build_parts
-from sedd.configuration.components import options, options_type
+from sedd.configuration.build import Parts, build_parts, default_sampler_of
+from sedd.configuration.components import Options, options, options_type
 from sedd.configuration.config import Config, DataOptions, default_cache_dir
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
@@ -34,6 +34,7 @@ from sedd.interop.layouts import Description, Layout, find_config
 from sedd.interop.published import Published, load_published
 from sedd.networks.ddit import DDiT
 from sedd.networks.mesh import Placement, on_host
+from sedd.parameterizations.conditional import Normalise
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.distributed import leave_libtpu_alone
 from sedd.types import Array, Float, Int
@@ -206,6 +207,7 @@ def load(
     step: Step | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     mask_id: int | None = None,
+    normalise: Normalise | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
     """Load a trained model with its averaged (EMA) parameters.
@@ -219,6 +221,9 @@ def load(
             SEDD, RADD and MDLM, and the type of the parameters for other published models. The
             parameters keep their type.
         mask_id: the published id of the mask, for a published model that does not state it.
+        normalise: which entries of the raw output share the mass at a mask: "real" for the tokens,
+            "all" for all rows of the vocabulary, as published samplers compute confidences.
+            Default: that of the run, and "real" for published models.
         mesh: the devices on which to evaluate and sample, from ``sedd.device_mesh``. With several
             processes all of them make the same calls. The parameters of a run are read straight
             into the parts that its devices hold. By default one device samples, and evaluations
@@ -246,16 +251,21 @@ def load(
         if step is not None:
             raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
         published = load_published(path, dtype=dtype, mask_id=mask_id, mesh=mesh)
-        return _from_published(published, path, source)
+        return _from_published(published, path, source, normalise)
     if mask_id is not None:
         raise UserError(
             f"--mask-id {mask_id}: checkpoint {source} is a run, which has its own mask"
         )
-    return _from_run(path, source, step, dtype, mesh)
+    return _from_run(path, source, step, dtype, normalise, mesh)
 
 
 def _from_run(
-    path: Path, source: str, step: Step | None, dtype: str | None, mesh: Mesh | None
+    path: Path,
+    source: str,
+    step: Step | None,
+    dtype: str | None,
+    normalise: Normalise | None,
+    mesh: Mesh | None,
 ) -> Model:
     """Build the model of a run from its directory; the arguments are those of ``load``."""
     config = read_config(path)
@@ -266,6 +276,8 @@ def _from_run(
     if dtype is not None:
         network = dataclasses.replace(config.network, dtype=dtype)  # pyright: ignore
         config = dataclasses.replace(config, network=network)
+    reading = _normalised(config.parameterization, normalise)
+    config = dataclasses.replace(config, parameterization=reading)
     tokenizer = read_tokenizer(path)
     parts = build_parts(config, tokenizer.num_tokens)
     expected = jax.eval_shape(parts.network.init, jax.random.key(0))
@@ -289,23 +301,36 @@ def _from_run(
     )
 
 
-def _from_published(published: Published, path: Path, source: str) -> Model:
+def _normalised(reading: Options, normalise: Normalise | None) -> Options:
+    """The options of a parameterization with this ``normalise``; UserError if it has none."""
+    if normalise is None:
+        return reading
+    if not hasattr(reading, "normalise"):
+        raise UserError(
+            f"--normalise {normalise}: the parameterization {reading.name} has one normalisation "
+            "only; conditional and block have two"
+        )
+    return dataclasses.replace(reading, normalise=normalise)  # pyright: ignore[reportCallIssue]
+
+
+def _from_published(
+    published: Published, path: Path, source: str, normalise: Normalise | None
+) -> Model:
     """Build a model from a published checkpoint, with a configuration that describes it."""
     network, what = published.network, published.description
-    if what.block is not None:
-        raise UserError(
-            f"checkpoint {source}: {published.layout.name} generates blocks of {what.block} "
-            "tokens, which is not supported yet; sedd inspect describes it"
-        )
     tokenizer = _published_tokenizer(path, what.num_tokens, published.tokenizer)
-    if what.parameterization == "conditional":
-        timed = network.time_conditioned
+    timed = network.time_conditioned
+    if what.block is not None:
+        if timed:
+            raise UserError(
+                f"checkpoint {source}: a model of blocks whose network takes a noise level "
+                "(time_conditioning) is not supported"
+            )
+        reading = options("parameterizations", "block", block=what.block, shift=what.shift)
+        objective = "block"
+    elif what.parameterization == "conditional":
         reading = options(
-            "parameterizations",
-            "conditional",
-            time_independent=not timed,
-            shift=what.shift,
-            normalise=what.normalise,
+            "parameterizations", "conditional", time_independent=not timed, shift=what.shift
         )
         objective = "mdlm" if timed else "lambda_dce"
     elif what.parameterization == "autoregressive":
@@ -324,12 +349,14 @@ def _from_published(published: Published, path: Path, source: str) -> Model:
         ),
         process=options("processes", what.process),
         schedule=options("schedules", schedule.pop("name"), **schedule),
-        parameterization=reading,
+        parameterization=_normalised(reading, normalise),
         network=options("networks", name, **{name: getattr(network, name) for name in fields}),
         objective=options("objectives", objective),
     )
-    if what.parameterization == "autoregressive":
-        config = dataclasses.replace(config, sampler=options("samplers", "ordered"))
+    if reading.name in ("autoregressive", "block"):  # other models can be drawn by any sampler
+        config = dataclasses.replace(
+            config, sampler=options("samplers", default_sampler_of(config))
+        )
     parts = build_parts(config, what.num_tokens)
     return Model(
         denoiser=parts.denoiser(published.params),

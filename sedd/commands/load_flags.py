@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 import sedd
 from sedd.commands.cli import unset
 from sedd.errors import FieldError
+from sedd.parameterizations.conditional import Normalise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,10 @@ class LoadFlags:
     RADD and MDLM; and the type of their parameters for other published models."""
     mask_id: Annotated[int | None, unset("INT")] = None
     """The published id of the mask, for a published model whose files do not state it."""
+    normalise: Annotated[Normalise | None, unset("real|all")] = None
+    """Which entries of the output share the mass at a mask: the tokens (real), or all rows of the
+    vocabulary (all), as published samplers of large models compute confidences. By default that of
+    the run, and real for published models."""
 
     def __post_init__(self):
         if self.mask_id is not None and self.mask_id < 0:
@@ -30,4 +35,11 @@ class LoadFlags:
 
     def load(self, checkpoint: str, *, step: Any = None, mesh: Mesh | None = None) -> sedd.Model:
         """Load a model with these settings, as ``sedd.load`` does."""
-        return sedd.load(checkpoint, step=step, dtype=self.dtype, mask_id=self.mask_id, mesh=mesh)
+        return sedd.load(
+            checkpoint,
+            step=step,
+            dtype=self.dtype,
+            mask_id=self.mask_id,
+            normalise=self.normalise,
+            mesh=mesh,
+        )

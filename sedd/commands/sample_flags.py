@@ -191,10 +191,15 @@ def sampler_for(arguments: Sequence[str]) -> str:
         pass
     try:
         published = find_config(path)
-        kind = None if published is None else read_layout(published).description.parameterization
+        what = None if published is None else read_layout(published).description
     except UserError:
-        kind = None
-    return {"conditional": "event_jump", "autoregressive": "ordered"}.get(str(kind), DEFAULT)
+        what = None
+    if what is None:
+        return DEFAULT
+    if what.block is not None:
+        return "semi_autoregressive"
+    defaults = {"conditional": "event_jump", "autoregressive": "ordered"}
+    return defaults.get(what.parameterization, DEFAULT)
 
 
 def check_files(command: SampleCommand) -> None:

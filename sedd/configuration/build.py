@@ -131,7 +131,8 @@ def default_sampler_of(config: Config) -> str:
     Raises:
         UserError: the parameterization does not go with the process.
     """
-    process = config.process.build(num_tokens=2)  # the number of tokens makes no difference here
+    # The number of tokens makes no difference here; options may be ids of any of them.
+    process = config.process.build(num_tokens=2**30)
     return default_sampler(config.parameterization.build(process=process))
 
 

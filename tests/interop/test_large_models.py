@@ -96,10 +96,50 @@ def test_a_mesh_gets_the_same_parameters(tmp_path):
     assert len(leaf.sharding.device_set) == 2
 
 
-def test_a_block_model_is_described_and_not_loaded(tmp_path):
-    path = checkpoint(tmp_path / "in", tiny_config("SDAR"))
-    with pytest.raises(UserError, match="SDAR generates blocks of 4 tokens"):
-        sedd.load(path, mask_id=MASK)
+@pytest.mark.parametrize(("name", "size"), [("SDAR", 4), ("Fast-dLLM v2", 2)])
+def test_a_block_model_is_drawn_by_blocks(name, size, tmp_path):
+    """Blocks of the published size, which see no later block."""
+    config = tiny_config(name, **({"bd_size": size} if name != "SDAR" else {}))
+    model = sedd.load(checkpoint(tmp_path / "in", config), mask_id=MASK)
+    assert model.config.parameterization.name == "block"
+    assert model.denoiser.block == size
+    mask = model.process.mask_id
+    x = np.full((1, 8), mask)
+    later = np.array([[mask] * 4 + [5, 6, 7, 8]])
+    here, there = (np.asarray(model.log_conditional(tokens)) for tokens in (x, later))
+    np.testing.assert_array_equal(here[:, :4], there[:, :4])
+    shifted = model.config.parameterization.shift  # pyright: ignore
+    assert shifted == (name != "SDAR")
+    if name == "SDAR":
+        result = sedd.sample(model, jax.random.key(0), num=2, length=8)
+        assert np.asarray(result.tokens).max() < model.process.num_tokens
+
+
+def test_bd3lm_is_our_network_by_blocks(tmp_path):
+    config = CONFIGS["BD3-LM"] | {"hidden_dim": 16, "n_heads": 2, "n_blocks": 2, "vocab_size": 20}
+    config |= {"cond_dim": 8, "model_length": 8}
+    path = checkpoint(tmp_path / "in", config, files={})
+    model = sedd.load(path)
+    assert (model.denoiser.block, model.process.mask_id, model.length) == (4, 19, 8)
+    assert not model.denoiser.network.time_conditioned
+    tokens = np.array([[2, 3, 4, 5, 19, 19, 6, 19]])
+    assert np.isfinite(np.asarray(model.log_conditional(tokens))).all()
+    with pytest.raises(UserError, match=r"takes a noise level \(time_conditioning\)"):
+        sedd.load(checkpoint(tmp_path / "timed", config | {"time_conditioning": True}, files={}))
+
+
+def test_confidences_over_all_rows(tmp_path):
+    """``normalise`` all is the softmax over every row of the file, as in published samplers."""
+    path = checkpoint(tmp_path / "in", tiny_config("LLaDA"))
+    model = sedd.load(path, normalise="all")
+    x = np.full((1, 3), model.process.mask_id)
+    network = model.denoiser.network
+    raw = network.raw(model.denoiser.params, x)
+    assert raw.shape[-1] == ROWS
+    theirs = np.asarray(jax.nn.log_softmax(raw, -1))[..., : model.process.num_tokens]
+    np.testing.assert_allclose(np.asarray(model.log_conditional(x)), theirs, atol=1e-5)
+    with pytest.raises(UserError, match="--normalise all: the parameterization autoregressive has"):
+        sedd.load(checkpoint(tmp_path / "causal", tiny_config("Llama")), normalise="all")
 
 
 def test_a_mask_for_a_run_or_for_radd_is_refused(tmp_path):

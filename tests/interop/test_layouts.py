@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 from published_configs import CONFIGS, MEANING, PARAMETERS
 from safetensors.numpy import load_file, save_file
@@ -331,7 +332,7 @@ def raw(published, tokens_BL):
     return np.asarray(_raw(published.network, published.params, tokens_BL, None))
 
 
-@jax.jit(static_argnums=0)
+@jax.jit(static_argnums=0, compiler_options=oracle.QUICKLY)
 def _raw(network, params, tokens_BL, attend):
     return network.raw(params, tokens_BL, attend=attend)
 

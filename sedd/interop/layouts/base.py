@@ -92,7 +92,6 @@ class Description:
     corpus: str | None  # training data; None if the configuration does not state it
     mask_id: int | None = None  # the mask in the publication; None if it is N, as here
     shift: bool = False  # whether position i is read at row i - 1
-    normalise: str = "real"  # "real" or "all", see ``Conditional``
     block: int | None = None  # tokens in a block of a block diffusion model
     first: int | None = None  # published id of the token that opens a text of an autoregressive one
     dtype: str = "float32"  # type of the published parameters
