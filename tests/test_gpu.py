@@ -41,10 +41,13 @@ FORMS = {
 }
 
 
-def draw_qkv(length=L):
-    shape = (B, length, H, K)
+def draw_qkv(length=L, shared=H):
+    """Queries, keys and values; ``shared`` is the number of heads of keys and values."""
     keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    return tuple(
+        jax.random.normal(key, (B, length, heads, K), jnp.bfloat16)
+        for key, heads in zip(keys, (H, shared, shared), strict=True)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("attend", "backend", "kept"))
@@ -76,9 +79,9 @@ def fused():
     return chosen
 
 
-def assert_like_einsum_in_float32(form, backend, kept=False):
+def assert_like_einsum_in_float32(form, backend, kept=False, shared=H):
     """Relative errors below 0.01, and at most twice those of einsum in bfloat16."""
-    qkv = draw_qkv()
+    qkv = draw_qkv(shared=shared)
     with jax.default_matmul_precision("float32"):
         exact = value_and_grads(
             tuple(x.astype(jnp.float32) for x in qkv), attend=form, backend="einsum"
@@ -97,8 +100,14 @@ def test_cudnn_has_the_values_and_gradients_of_einsum(form):
     assert_like_einsum_in_float32(form, fused())
 
 
+@pytest.mark.parametrize("form", ["everything", "packed causal", "permuted"])
+def test_cudnn_shares_heads_of_keys(form):
+    assert_like_einsum_in_float32(form, fused(), shared=2)
+
+
 def test_the_comparison_with_einsum_passes_for_einsum_and_can_fail():
     assert_like_einsum_in_float32("causal", "einsum")
+    assert_like_einsum_in_float32("packed", "einsum", shared=2)
     causal, full = (
         value_and_grads(draw_qkv(), attend=form, backend="einsum")[0]
         for form in ("causal", "everything")

@@ -14,6 +14,7 @@ from sedd.networks import attention as module
 from sedd.networks.attention import attention, choose, is_kept, keep
 from sedd.networks.base import EMPTY, Attend
 from sedd.networks.ddit import DDiT
+from sedd.networks.decoder import Decoder
 from sedd.parameterizations import Autoregressive, Block, Conditional
 from sedd.processes import Absorbing
 
@@ -323,8 +324,16 @@ def a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("a_gpu")
-@pytest.mark.parametrize("kind", ["autoregressive", "conditional"])
-def test_models_lower_to_the_kernels_of_their_attention(kind):
+@pytest.mark.parametrize(
+    ("kind", "network"),
+    [
+        ("autoregressive", DDiT),
+        ("conditional", DDiT),
+        ("conditional", functools.partial(Decoder, num_kv_heads=1)),
+    ],
+    ids=["autoregressive", "conditional", "shared keys"],
+)
+def test_models_lower_to_the_kernels_of_their_attention(kind, network):
     """An autoregressive model gets causal kernels, and no program has a mask [L, L]."""
     length = 256
     process = Absorbing(num_tokens=10)
@@ -334,7 +343,7 @@ def test_models_lower_to_the_kernels_of_their_attention(kind):
     tokens_BL = jax.ShapeDtypeStruct((2, length), jnp.int32)
     programs = {}
     for platform, backend in (("cuda", "cudnn"), ("tpu", "splash")):
-        network = DDiT(
+        net = network(
             num_states=11,
             time_conditioned=False,
             hidden_dim=128,
@@ -344,8 +353,8 @@ def test_models_lower_to_the_kernels_of_their_attention(kind):
             attention=backend,
         )
         denoiser = Denoiser(
-            params=jax.eval_shape(network.init, jax.random.key(0)),
-            network=network,
+            params=jax.eval_shape(net.init, jax.random.key(0)),
+            network=net,
             parameterization=parameterization,
         )
         traced = jax.jit(lambda model, x_BL: model.hidden(x_BL)).trace(denoiser, tokens_BL)
