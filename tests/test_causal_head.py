@@ -258,7 +258,7 @@ def test_it_learns_what_the_trunk_cannot():
         batch = {"x0": x0_BL[None], "scored": scored_BL[None], "index": np.arange(32)[None]}
         state, _ = run(state, batch)
     denoiser = Denoiser(
-        params=state.ema_params, network=net, parameterization=OBJECTIVE.parameterization
+        params=state.averaged, network=net, parameterization=OBJECTIVE.parameterization
     )
     held_out = [rows(np.arange(32) % N)]
     seen = causal_nats(denoiser, OBJECTIVE, jax.random.key(0), held_out, draws=8, masked=1.0)

@@ -9,23 +9,26 @@ Suffixes: ``H`` heads of the queries, ``G`` heads of keys and values, ``K`` chan
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, get_args
+from functools import cache, partial
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from sedd.errors import FieldError
+from sedd.errors import FieldError, fields_within
 from sedd.networks.attention import Backend, attention, is_kept, keep
 from sedd.networks.base import EMPTY, Attend, Memory, Network
+from sedd.networks.lora import Lora
 from sedd.networks.rotary import Phases, rotate
 from sedd.networks.shard import whole
 from sedd.types import Array, Bool, Float, Int, Key, Params
 
 Dtype = Literal["float32", "bfloat16"]
+ADAPTER = "_adapter"  # the module of the adapter of the layer query is query_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,16 @@ class Transformer(Network):
     """A network of blocks with attention.
 
     Parameters are ``{"trunk": …}`` and those of the output layer. Those of the blocks, in
-    ``trunk/blocks``, have a leading axis of length ``num_layers``. Kernels are ``[in, out]``.
+    ``trunk/blocks``, have a leading axis of length ``num_layers``. Kernels are ``[in, out]``. With
+    ``lora`` there are also ``adapters``, which alone are trained.
 
     Raises ``ValueError`` if a field is out of its range (``FieldError``) or does not fit another.
     """
 
     stacked = "blocks"
     has_memory = True
+    # The linear layers of a block, which may have adapters.
+    linear_layers: ClassVar[tuple[str, ...]]
 
     hidden_dim: int = 768
     """Width D of the hidden states."""
@@ -53,12 +59,16 @@ class Transformer(Network):
     """Type of the matrix products and of the hidden states."""
     attention: Backend = "auto"
     """How attention is computed; auto picks the fastest that the device has."""
+    lora: Lora = Lora()
+    """Low-rank adapters, which are trained in place of all parameters."""
 
     def __post_init__(self):
         self._at_least(1, "hidden_dim", "num_layers", "num_heads")
         self._at_least(2, "num_states")
         self._one_of("dtype", Dtype)
         self._one_of("attention", Backend)
+        with fields_within("lora"):
+            self.lora.names(self.linear_layers)
         channels = self.key_shape[1]
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError(f"attention 'cudnn' needs dtype bfloat16, got {self.dtype!r}")
@@ -101,6 +111,23 @@ class Transformer(Network):
         """Draw fresh parameters."""
         return _init(self, key)
 
+    def trainable(self, params: Params) -> Params:
+        """The adapters if there are any, else all parameters."""
+        return {"adapters": params["adapters"]} if self.lora.rank else params
+
+    def training_flops(self, length: int, read: float) -> float:
+        """Count the FLOPs of training on one sequence; arguments as of ``Network.training_flops``.
+
+        A frozen matrix has no gradient: it counts in the forward pass, and once in the backward
+        pass.
+        """
+        total = super().training_flops(length, read)
+        if not self.lora.rank:
+            return total
+        kernels, factors = _linear_sizes(self)
+        frozen = length * kernels + read * self.hidden_dim * self.num_states
+        return float(total - 2 * frozen + 3 * 2 * length * factors)
+
     def hidden(
         self,
         params: Params,
@@ -130,6 +157,10 @@ class Transformer(Network):
         """The trunk with its parameters."""
         # Sharded blocks are gathered one layer at a time inside the scan, all else here.
         trunk = {k: v if k == "blocks" else whole(v) for k, v in params["trunk"].items()}
+        if self.lora.rank:
+            adapted = params["adapters"]["blocks"]
+            factors = {name + ADAPTER: tree for name, tree in adapted.items()}
+            trunk = trunk | {"blocks": {**trunk["blocks"], **factors}}
         return self.trunk().bind({"params": trunk})
 
     def memory(self, batch: int, slots: int) -> Memory:
@@ -175,7 +206,21 @@ def _init(network: Transformer, key: Key[Array, ""]) -> Params:
     # Parameters do not depend on the backend of the attention, which may refuse length 1.
     trunk = replace(network, attention="einsum").trunk()
     params = trunk.init(key, tokens_BL, tokens_BL, None, sigma_B, None, None, None)["params"]
-    return {"trunk": params, **network.fresh_head()}
+    params = {"trunk": params, **network.fresh_head()}
+    if network.lora.rank:
+        blocks = params["trunk"]["blocks"]
+        names = network.lora.names(network.linear_layers)
+        params["adapters"] = {"blocks": {name: blocks.pop(name + ADAPTER) for name in names}}
+    return params
+
+
+@cache
+def _linear_sizes(network: Transformer) -> tuple[int, int]:
+    """The number of entries of the kernels of all linear layers, and of the adapters."""
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    blocks = params["trunk"]["blocks"]
+    kernels = sum(blocks[name]["kernel"].size for name in network.linear_layers)
+    return kernels, sum(leaf.size for leaf in jax.tree.leaves(params.get("adapters", {})))
 
 
 def scanned(
@@ -278,10 +323,13 @@ def dense(
     *,
     bias: bool = True,
     param_dtype: Dtype = "float32",
-) -> nn.Dense:
-    """A linear layer of a block in the compute type, gathered where it is used."""
+) -> Callable[[Float[Array, "B L D"]], Float[Array, "B L F"]]:
+    """A linear layer of a block in the compute type, gathered where it is used.
+
+    It has an adapter if ``net.lora`` names it.
+    """
     init = uniform(fan_in)
-    return gathered(nn.Dense, net.dtype)(
+    layer = gathered(nn.Dense, net.dtype)(
         features,
         use_bias=bias,
         dtype=net.dtype,
@@ -291,6 +339,34 @@ def dense(
         dot_general=_flat_product,
         name=name,
     )
+    if name not in net.lora.names(net.linear_layers):
+        return layer
+    adapter = gathered(_Adapter, net.dtype)(
+        features, net.lora.rank, net.lora.scale, net.dtype, name=name + ADAPTER
+    )
+    return lambda x_BLD: layer(x_BLD) + adapter(x_BLD)
+
+
+class _Adapter(nn.Module):
+    """The branch scale·(x·A)·B beside a frozen linear layer, see ``sedd.networks.lora``.
+
+    The product of A and B is not added to the kernel: the gradient of the factors would need that
+    of the kernel, a third of the work of training.
+    """
+
+    features: int
+    rank: int
+    scale: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        width = x_BLD.shape[-1]
+        zeros = nn.initializers.zeros
+        a_DR = self.param("a", uniform(width), (width, self.rank), jnp.float32)
+        b_RF = self.param("b", zeros, (self.rank, self.features), jnp.float32)
+        low_BLR = _flat_product(x_BLD.astype(self.dtype), a_DR.astype(self.dtype), None)
+        return self.scale * _flat_product(low_BLR, b_RF.astype(self.dtype), None)
 
 
 def _flat_product(x_BLD, kernel_DF, dimensions, **kwargs):

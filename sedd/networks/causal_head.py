@@ -57,6 +57,11 @@ class CausalHead(DDiT):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lora.rank:
+            raise FieldError(
+                "lora.rank",
+                "goes with ddit and decoder: causal_head trains a block of its own, use it without",
+            )
         if self.head_dim % 4:
             raise FieldError(
                 "hidden_dim",

@@ -43,6 +43,8 @@ class DDiT(Transformer):
     Raises ``ValueError`` if a field is out of its range (``FieldError``) or does not fit another.
     """
 
+    linear_layers = ("qkv", "attention_out", "mlp_in", "mlp_out")
+
     hidden_dim: int = 768
     """Width D of the hidden states; a multiple of twice num_heads."""
     num_heads: int = 12

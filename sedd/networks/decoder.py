@@ -48,6 +48,11 @@ class Decoder(Transformer):
     or if the network is to be ``time_conditioned``.
     """
 
+    linear_layers = (
+        *("query", "key", "value", "attention_out"),
+        *("mlp_gate", "mlp_up", "mlp_down"),
+    )
+
     num_kv_heads: int = 0
     """Heads of keys and values, each shared by num_heads / num_kv_heads heads of the queries; 0 for
     num_heads."""
@@ -73,8 +78,8 @@ class Decoder(Transformer):
     """Rows of the embedding and of the output layer after those of the states, as published
     vocabularies have them, which no token uses."""
     param_dtype: Dtype = "float32"
-    """Type of the parameters. Training needs float32; bfloat16 halves the memory of a large model
-    that is not trained."""
+    """Type of the parameters. Those that are trained must be float32; bfloat16 halves the memory of
+    a large model that is not trained, or of which only adapters are."""
 
     def __post_init__(self):
         if self.time_conditioned:

@@ -34,11 +34,10 @@ from sedd.training.named_arrays import (
     json_checksum,
     kinds_of,
     named_leaves,
-    nested,
     state_like,
     trees_of,
 )
-from sedd.training.reading import SUMS, BadCheckpointError, describe, load
+from sedd.training.reading import SUMS, BadCheckpointError, describe, load, load_params
 from sedd.training.state import TrainState
 from sedd.training.storage import shard_bytes, writable, writing
 from sedd.training.sums import ShardSums
@@ -211,7 +210,8 @@ class Checkpoints:
         Args:
             step: the step; by default that of the newest undamaged checkpoint. Damaged ones are
                 then reported on standard error.
-            ema: read the averaged parameters (EMA), not those of the last update.
+            ema: read the averaged parameters (EMA), not those of the last update. Frozen ones have
+                no average, and are read as they are.
             abstract_params: shapes and types that the parameters must have.
             shardings: where to put the arrays, one sharding or a tree of them. If there are several
                 processes, all must then call this method together; each reads its own shards only.
@@ -224,18 +224,20 @@ class Checkpoints:
             UserError: if there is no undamaged checkpoint, if the requested one is missing or
                 damaged, or if its parameters differ from ``abstract_params``.
         """
-        tree = "ema_params" if ema else "params"
         together = shardings is not None
         steps = self._common_steps() if together else self.steps()
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}")
         if step is not None and step not in steps:
             raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {steps}")
-        expected = {} if abstract_params is None else {tree: abstract_params}
         for candidate in reversed(steps) if step is None else [step]:
             try:
-                _, arrays = load(
-                    self.path(candidate), (tree,), expected, shardings, together=together
+                params = load_params(
+                    self.path(candidate),
+                    ema=ema,
+                    expected=abstract_params,
+                    shardings=shardings,
+                    together=together,
                 )
             except BadCheckpointError as bad:
                 if step is not None:
@@ -243,7 +245,7 @@ class Checkpoints:
                 if not together or jax.process_index() == 0:
                     _say(f"checkpoint {self.path(candidate)} is bad: {bad}; using an older one")
                 continue
-            return candidate, nested(arrays)[tree]
+            return candidate, params
         raise UserError(f"all checkpoints in {self.directory} are damaged")
 
     def latest_good(self, shardings: Sharding | TrainState | None = None) -> int | None:

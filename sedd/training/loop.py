@@ -306,7 +306,7 @@ class _Loop:
         """Validate and sample with the averaged parameters, and write the held record."""
         record = dict(self.held or {})
         with self.kept(state, step), self.clock.paused():
-            params = self.run.parallel.for_evaluation(state.ema_params)
+            params = self.run.parallel.for_evaluation(state.averaged)
             if self.run.validate is not None and self.validates(step):
                 self.doing("validating")
                 self.validations[step] = self.run.validate(params)

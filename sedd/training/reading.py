@@ -20,6 +20,7 @@ from sedd.training.named_arrays import (
     json_checksum,
     kinds_of,
     named_leaves,
+    nested,
     require_same,
     trees_of,
 )
@@ -29,6 +30,7 @@ from sedd.training.sums import changed_part, crc32, read_sums
 from sedd.types import Params
 
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file of what was passed as ``custom_metadata``
+PARAMS = ("params", "ema_params")  # the trees of parameters, the averages last
 SUMS = "checksums"  # the directory of the checksums in that of a checkpoint
 
 
@@ -64,7 +66,7 @@ def load(
         trees: the names of the trees.
         expected: abstract trees that must have the same arrays.
         shardings: where to put the arrays: one sharding for all, a state of shardings, or a tree of
-            them like the one tree that is read; None for numpy arrays.
+            them for each tree that is read; None for numpy arrays.
         together: whether all processes call this function, and fail together.
 
     Returns:
@@ -94,6 +96,47 @@ def load(
     return description, arrays
 
 
+def load_params(
+    path: Path,
+    *,
+    ema: bool,
+    expected: Params | None,
+    shardings: Sharding | Params | None,
+    together: bool,
+) -> Params:
+    """Read and verify the parameters of a checkpoint.
+
+    Args:
+        path: the directory of the checkpoint.
+        ema: read averages; frozen parameters have none, and are read as they are.
+        expected: abstract parameters that must have the same arrays; None for no such check.
+        shardings: where to put the arrays, one sharding or a tree of them; None for numpy arrays.
+        together: whether all processes call this function, and fail together.
+
+    Raises:
+        BadCheckpointError: something is damaged, in one of the processes if ``together``.
+        UserError: the arrays are not the expected ones.
+    """
+    call = _call_together if together else _call
+    names = [name.split("/") for name in call(lambda: describe(path))["arrays"]]
+    entries = {tree: {entry for first, entry, *_ in names if first == tree} for tree in PARAMS}
+    if not ema:
+        trees = ("params",)
+    elif entries["params"] == entries["ema_params"]:
+        trees = ("ema_params",)
+    else:
+        trees = PARAMS
+    wanted = {}
+    if expected is not None:
+        wanted = dict.fromkeys(trees, expected)
+        if trees == PARAMS:
+            averaged = {k: v for k, v in expected.items() if k in entries["ema_params"]}
+            wanted["ema_params"] = averaged
+    _, arrays = load(path, trees, wanted, shardings, together=together)
+    found = nested(arrays)
+    return {name: tree for each in trees for name, tree in found[each].items()}
+
+
 def _by_name(shardings: Any, trees: tuple[str, ...], kinds: Kinds) -> dict[str, Sharding] | None:
     """The sharding of each array by name; ``shardings`` is that of ``load``."""
     if shardings is None:
@@ -102,8 +145,7 @@ def _by_name(shardings: Any, trees: tuple[str, ...], kinds: Kinds) -> dict[str, 
         return dict.fromkeys(kinds, shardings)
     if isinstance(shardings, TrainState):
         return named_leaves(trees_of(shardings))
-    [tree] = trees
-    return named_leaves({tree: shardings})
+    return named_leaves(dict.fromkeys(trees, shardings))
 
 
 def _read(

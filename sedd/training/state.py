@@ -22,7 +22,7 @@ class TrainState:
         step: the number of steps so far; a step whose update was skipped counts.
         params: the parameters.
         opt_state: the optimizer's state, of the trainable parameters.
-        ema_params: the moving average of the parameters, which is validated and sampled.
+        ema_params: the moving averages of the trainable parameters. Frozen ones are their own.
         key: the key of the run. It never changes: a step folds its number into it.
     """
 
@@ -31,6 +31,11 @@ class TrainState:
     opt_state: Any
     ema_params: Params
     key: Key[Array, ""]
+
+    @property
+    def averaged(self) -> Params:
+        """The parameters that are validated and sampled: averages, and the frozen ones."""
+        return self.params | self.ema_params
 
 
 def init_state(
@@ -68,12 +73,13 @@ def init_state(
                 "network.param_dtype",
                 "must be float32 in training: in bfloat16 most updates are rounded away",
             )
+    trained = network.trainable(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(network.trainable(params)),
+        opt_state=optimizer.init(trained),
         # A copy: the step donates its state, and no buffer can be donated twice.
-        ema_params=jax.tree.map(jnp.copy, params),
+        ema_params=jax.tree.map(jnp.copy, trained),
         key=key,
     )
 

@@ -30,8 +30,8 @@ class Step:
     """One training step, as two pure functions: ``totals`` of a batch, then an ``update``.
 
     The optimizer minimises the nats of the global batch divided by its sequences, not by its
-    tokens. It changes the trainable parameters only (``Network.trainable``); frozen ones and
-    their averages stay as they are.
+    tokens. It changes the trainable parameters only (``Network.trainable``); frozen ones stay as
+    they are, and have no averages.
 
     Args:
         network: the network.
@@ -123,7 +123,7 @@ class Step:
         gradient is not finite. Such an update changes only ``step``.
         """
         grads = jax.tree.map(lambda g: g / self.batch_size, totals["grads"])
-        trained, average = map(self.network.trainable, (state.params, state.ema_params))
+        trained = self.network.trainable(state.params)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         n = state.step + 1
@@ -131,7 +131,7 @@ class Step:
             step=n,
             params=state.params | trained,
             opt_state=opt_state,
-            ema_params=state.ema_params | update_ema(average, trained, n, self.ema_decay),
+            ema_params=update_ema(state.ema_params, trained, n, self.ema_decay),
             key=state.key,
         )
         metrics = {

@@ -4,14 +4,17 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+import pytest
 from training_toy import ADAMW, SGD, N, Toy, ToyBatches, history, run, setup
 
+from sedd.errors import UserError
 from sedd.networks import mesh
 from sedd.networks.causal_head import CausalHead
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.schedules import LogLinear
+from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence
 
 HEAD = CausalHead(
@@ -54,9 +57,11 @@ def test_frozen_parameters_have_no_gradient_no_state_and_never_change(monkeypatc
     for seen, state in runs.values():
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(seen[name], one[name], rtol=1e-5)
+        np.testing.assert_array_equal(state.params["embed"], start.params["embed"])
         for tree in (state.params, state.ema_params):
-            np.testing.assert_array_equal(tree["embed"], start.params["embed"])
             assert (tree["mix"] != start.params["mix"]).all()
+        assert state.ema_params.keys() == {"mix", "head"}
+        assert state.averaged["embed"] is state.params["embed"]
         moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
         assert len(moments) == 2 * 3  # Adam's two averages of mix, kernel and bias
 
@@ -70,14 +75,14 @@ def test_a_causal_head_is_the_same_on_two_devices_and_its_trunk_never_changes(mo
     losses = {}
     for devices, fsdp in ((1, None), (2, None), (2, 2)):
         _, runner = setup(SGD, network=HEAD, objective=self_speculative, devices=devices, fsdp=fsdp)
-        placed = runner.place(replace(state, params=params, ema_params=params))
+        placed = runner.place(replace(state, params=params))
         batches, losses[devices, fsdp] = ToyBatches(), []
         for _ in range(6):
             placed, metrics = runner(placed, next(batches))
             losses[devices, fsdp] += [float(metrics["loss"]), float(metrics["grad_norm"])]
+        for name in ("trunk", "head"):
+            assert jax.tree.all(jax.tree.map(np.array_equal, placed.params[name], params[name]))
         for tree in (placed.params, placed.ema_params):
-            for name in ("trunk", "head"):
-                assert jax.tree.all(jax.tree.map(np.array_equal, tree[name], params[name]))
             assert tree["causal"]["out"]["kernel"].any()
     np.testing.assert_allclose(losses[2, None], losses[1, None], rtol=1e-5)
     np.testing.assert_allclose(losses[2, 2], losses[1, None], rtol=1e-5)
@@ -100,3 +105,13 @@ def test_a_resumed_run_with_a_causal_head_is_bit_exact(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, state, resumed))
     moments = [x for x in jax.tree.leaves(state[2]) if x.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(state[0]["causal"]))
+
+    # The averaged parameters of the checkpoint are averages, and the frozen ones.
+    checkpoints = Checkpoints(tmp_path / "whole" / "checkpoints")
+    abstract = jax.eval_shape(lambda: whole.state).averaged
+    for shardings in (None, jax.sharding.SingleDeviceSharding(jax.devices()[0])):
+        _, params = checkpoints.restore_step(abstract_params=abstract, shardings=shardings)
+        assert jax.tree.all(jax.tree.map(np.array_equal, params, whole.state.averaged))
+    wider = {**abstract, "head": {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)}}
+    with pytest.raises(UserError, match="of another configuration: params/head"):
+        checkpoints.restore_params(abstract_params=wider)
