@@ -357,7 +357,8 @@ def parse_config(
         command,
         rest,
         default=command(**required, config=config),
-        description=f"{description}\n\n--config FILE gives the defaults. Components:\n{choices}",
+        description=f"{description}\n\n--config FILE gives the defaults. --lora RANK is short for "
+        f"--network.lora.rank RANK. Components:\n{choices}",
     )
     if parsed.config.aim == recipe.aim and differences(recipe, parsed.config):
         config = dataclasses.replace(parsed.config, aim="")
@@ -366,7 +367,10 @@ def parse_config(
 
 
 def _with_named_components(recipe: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
-    """Replace the components that flags name; returns also the remaining arguments."""
+    """Replace the components that flags name; returns also the remaining arguments.
+
+    ``--lora`` becomes ``--network.lora.rank`` among them.
+    """
     config, rest, named = recipe, list(arguments), set()
     for name in COMPONENTS:
         chosen, rest = take(rest, f"--{name}")
@@ -378,4 +382,5 @@ def _with_named_components(recipe: Config, arguments: Sequence[str]) -> tuple[Co
                 raise UserError(f"--{name} {chosen}: {error}") from error
     if "sampler" not in named:
         config = with_default_sampler(config, recipe)
-    return config, rest
+    rank, rest = take(rest, "--lora")
+    return config, rest if rank is None else [*rest, "--network.lora.rank", rank]

@@ -27,6 +27,7 @@ from sedd.interop.layouts.base import Description, Layout, layout_for, layouts
 from sedd.interop.published import check_free, save_published, with_norm_bias
 from sedd.model import UNKNOWN
 from sedd.networks.decoder import Decoder
+from sedd.networks.lora import merged
 from sedd.progress import Activity
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.metrics import read_metrics
@@ -108,8 +109,7 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
     Raises:
         UserError: no layout can hold the model; the message lists the reasons.
     """
-    network: Any = model.denoiser.network
-    params = model.denoiser.params
+    network, params = merged(model.denoiser.network, model.denoiser.params)
     if model.layout is not None and isinstance(network, Decoder):
         code = "auto_map" in model.layout.config
         return model.layout, params, [CODE_LEFT_OUT] if code else []

@@ -10,6 +10,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,17 +28,20 @@ from sedd.configuration.components import values
 from sedd.configuration.config import Config, differences
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
-from sedd.errors import UserError
+from sedd.errors import FieldError, UserError
 from sedd.model import read_config, read_tokenizer
+from sedd.networks.base import Network
+from sedd.networks.lora import Lora, merged
 from sedd.progress import Activity
 from sedd.training.checkpoint import Checkpoints, Restored
 from sedd.training.named_arrays import kinds_of, require_same
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import TrainState, init_state
+from sedd.types import Params
 
-# Options of a network that change neither the number nor the shape of its parameters: --init-from
-# accepts weights of a network that differs in these.
-FREE = ("dropout", "remat", "dtype", "attention", "freeze")
+# Options of a network that change neither the number nor the shape of its parameters, apart from
+# adapters: --init-from accepts weights of a network that differs in these.
+FREE = ("dropout", "remat", "dtype", "param_dtype", "attention", "freeze", "lora")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,12 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     elif config.init_from is not None:
         source = source_of(config.init_from, config)
         tokenizer = source.tokenizer
+    elif lora_of(config.network).rank:
+        raise FieldError(
+            "network.lora.rank",
+            f"is {lora_of(config.network).rank}: adapters are trained beside a trained network, "
+            "name one by --init-from",
+        )
     elif getattr(config.network, "freeze", False):
         raise UserError(
             f"--network {config.network.name} trains a part of the network on a frozen trunk: name "
@@ -98,12 +108,8 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         if restored:
             state = restored.state
         elif source is not None:
-            params = source.denoiser.params
-            expected = jax.eval_shape(parts.network.init, jax.random.key(0))
-            if parts.network.has_causal_head and "causal" not in params:
-                del expected["causal"]  # the source is the trunk: the causal head is new
-            require_same(f"--init-from {config.init_from}", kinds_of(params), kinds_of(expected))
-            state = parallel.place(make_state(params=params))
+            where = f"--init-from {config.init_from}"
+            state = parallel.place(make_state(params=first_params(where, source, parts.network)))
         else:
             state = parallel.init(make_state)
     batches = Batches(
@@ -126,6 +132,36 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         state=state,
         batches=batches,
     )
+
+
+def first_params(where: str, source: sedd.Model, network: Network) -> Params:
+    """The parameters of ``source`` for a network that may have other adapters, or a causal head.
+
+    Adapters of the source are kept if the network has the same, and are merged otherwise. Entries
+    that the source lacks are left out: they are new.
+
+    Args:
+        where: the flag that names the source, for messages.
+        source: the model to start from.
+        network: the network to be trained.
+
+    Raises:
+        UserError: an array is missing or has another shape.
+    """
+    params = source.denoiser.params
+    if lora_of(source.denoiser.network) != lora_of(network):
+        _, params = merged(source.denoiser.network, params)
+    expected = jax.eval_shape(network.init, jax.random.key(0))
+    new = [name for name in ("causal", "adapters") if name in expected and name not in params]
+    expected = {name: tree for name, tree in expected.items() if name not in new}
+    shapes, here = kinds_of(params), kinds_of(expected)
+    require_same(where, {k: (here.get(k, v)[0], v[1]) for k, v in shapes.items()}, here)
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, expected)
+
+
+def lora_of(network: Any) -> Lora:
+    """The adapters of a network or of its options; those of rank 0 if it can have none."""
+    return getattr(network, "lora", Lora())
 
 
 def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:

@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 from training_toy import ADAMW, SGD, N, Toy, ToyBatches, history, run, setup
+from training_toy import objective as t_dce
 
 from sedd.errors import UserError
 from sedd.networks import mesh
 from sedd.networks.causal_head import CausalHead
+from sedd.networks.decoder import Decoder
+from sedd.networks.lora import Lora
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
@@ -25,6 +28,19 @@ HEAD = CausalHead(
     num_heads=2,
     norm_bias=True,
     dropout=0.1,
+)
+
+
+# The output layer is the embedding: it is not 0 in fresh parameters, so that the loss depends on
+# the adapters.
+ADAPTED = Decoder(
+    num_states=N + 1,
+    time_conditioned=False,
+    hidden_dim=16,
+    num_layers=2,
+    num_heads=2,
+    tied=True,
+    lora=Lora(rank=4),
 )
 
 
@@ -88,10 +104,35 @@ def test_a_causal_head_is_the_same_on_two_devices_and_its_trunk_never_changes(mo
     np.testing.assert_allclose(losses[2, 2], losses[1, None], rtol=1e-5)
 
 
-def test_a_resumed_run_with_a_causal_head_is_bit_exact(tmp_path):
+def test_adapters_are_the_same_on_two_devices_and_all_else_never_changes(monkeypatch):
+    monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
+    start, _ = setup(SGD, network=ADAPTED)
+    runs = {
+        setting: history(6, SGD, network=ADAPTED, devices=setting[0], fsdp=setting[1])
+        for setting in ((1, None), (2, None), (2, 2))
+    }
+    remat, _ = history(6, SGD, network=replace(ADAPTED, remat=True))
+    one, _ = runs[1, None]
+    assert one["grad_norm"].min() > 0
+    np.testing.assert_allclose(remat["loss"], one["loss"], rtol=1e-5)
+    for seen, state in runs.values():
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(seen[name], one[name], rtol=1e-4)
+        assert state.ema_params.keys() == {"adapters"}
+        trunk, before = state.params["trunk"], start.params["trunk"]
+        assert jax.tree.all(jax.tree.map(np.array_equal, trunk, before))
+        assert all(leaf.any() for leaf in jax.tree.leaves(state.params["adapters"]))
+
+
+@pytest.mark.parametrize(
+    ("network", "objective", "trained"),
+    [(HEAD, self_speculative, "causal"), (ADAPTED, t_dce, "adapters")],
+    ids=["causal head", "adapters"],
+)
+def test_a_resumed_run_is_bit_exact(tmp_path, network, objective, trained):
     common = {
-        "network": HEAD,
-        "objective": self_speculative,
+        "network": network,
+        "objective": objective,
         "of_steps": 6,
         "cadence": Cadence(log_every=1, checkpoint_every=3),
     }
@@ -104,7 +145,7 @@ def test_a_resumed_run_with_a_causal_head_is_bit_exact(tmp_path):
     )
     assert jax.tree.all(jax.tree.map(np.array_equal, state, resumed))
     moments = [x for x in jax.tree.leaves(state[2]) if x.ndim]
-    assert len(moments) == 2 * len(jax.tree.leaves(state[0]["causal"]))
+    assert len(moments) == 2 * len(jax.tree.leaves(state[0][trained]))
 
     # The averaged parameters of the checkpoint are averages, and the frozen ones.
     checkpoints = Checkpoints(tmp_path / "whole" / "checkpoints")
@@ -112,6 +153,6 @@ def test_a_resumed_run_with_a_causal_head_is_bit_exact(tmp_path):
     for shardings in (None, jax.sharding.SingleDeviceSharding(jax.devices()[0])):
         _, params = checkpoints.restore_step(abstract_params=abstract, shardings=shardings)
         assert jax.tree.all(jax.tree.map(np.array_equal, params, whole.state.averaged))
-    wider = {**abstract, "head": {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)}}
-    with pytest.raises(UserError, match="of another configuration: params/head"):
+    wider = {**abstract, "trunk": {**abstract["trunk"], "norm": {"scale": np.zeros(3)}}}
+    with pytest.raises(UserError, match="of another configuration: params/trunk/norm"):
         checkpoints.restore_params(abstract_params=wider)
