@@ -10,7 +10,7 @@ The factors are the entry ``adapters`` of a network's parameters, apart from all
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from sedd.errors import FieldError, did_you_mean
 from sedd.types import Params
 
 ALL = "all"
-Adapted = TypeVar("Adapted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class Lora:
         return tuple(name for name in known if name in chosen)
 
 
-def merged(network: Adapted, params: Params) -> tuple[Adapted, Params]:
+def merged(network: Any, params: Params) -> tuple[Any, Params]:
     """Add the adapters to the kernels: an ordinary network with the same output up to rounding.
 
     The sum is computed in float32, one layer at a time, and rounded to the type of the kernel.
@@ -95,4 +94,4 @@ def merged(network: Adapted, params: Params) -> tuple[Adapted, Params]:
         blocks[name] = {**blocks[name], "kernel": total}
     rest = {name: tree for name, tree in params.items() if name != "adapters"}
     params = {**rest, "trunk": {**params["trunk"], "blocks": blocks}}
-    return replace(network, lora=Lora()), params  # pyright: ignore
+    return replace(network, lora=Lora()), params

@@ -30,7 +30,7 @@ from sedd.training.sums import changed_part, crc32, read_sums
 from sedd.types import Params
 
 METADATA = "_CHECKPOINT_METADATA"  # Orbax's file of what was passed as ``custom_metadata``
-PARAMS = ("params", "ema_params")  # the trees of parameters, the averages last
+PARAMS: tuple[str, ...] = ("params", "ema_params")  # the trees of parameters, averages last
 SUMS = "checksums"  # the directory of the checksums in that of a checkpoint
 
 
@@ -126,7 +126,7 @@ def load_params(
         trees = ("ema_params",)
     else:
         trees = PARAMS
-    wanted = {}
+    wanted: dict[str, Any] = {}
     if expected is not None:
         wanted = dict.fromkeys(trees, expected)
         if trees == PARAMS:
