@@ -30,6 +30,7 @@ from sedd.networks.mesh import BOTH, SEQUENCES, Placement, on_host
 from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
+from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import NO_NUMBERS, TextScorer, text_verifier, verifier_error
 from sedd.types import Array, Bool, Int, Key
 
@@ -247,7 +248,22 @@ def ask(
     options = dict(options)
     numbers = {name: options.pop(name) for name in NUMBERS if name in options}
     reshape = reshape_of(num, numbers, options.pop("logit_processor", None))
-    return Asked(keys_B, _sampler(model, sampler, verifier, options), clamps, spans, reshape)
+    built = _sampler(model, sampler, verifier, options)
+    return Asked(keys_B, stopping(built, clamps), clamps, spans, reshape)
+
+
+def stopping(sampler: Sampler, clamps: Sequence[Clamp]) -> Sampler:
+    """A sampler of blocks with the ends of answers as its ``stop``; any other one unchanged.
+
+    Unchanged as well if it has a ``stop`` already, or if not all sequences are answers with the
+    same ends.
+    """
+    ends = {clamp.end_ids for clamp in clamps}
+    if not isinstance(sampler, SemiAutoregressive) or sampler.stop is not None:
+        return sampler
+    if len(ends) != 1 or ends == {()}:
+        return sampler
+    return replace(sampler, stop=",".join(map(str, ends.pop())))
 
 
 def _sampler(

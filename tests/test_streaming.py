@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from chat_toy import CHATML, tokenizer, user
 from tiers import nightly
 
 import sedd
 from sedd.constraints.clamp import free
+from sedd.data.chat import end_ids, render
 from sedd.errors import FieldError, UserError
 from sedd.networks.mesh import device_mesh
 from sedd.streaming import _next_block, _Reader
@@ -96,6 +98,25 @@ def test_mistakes_are_named_before_anything_is_drawn(model):
         sedd.sample(model, 0, sampler="event_jump")
     with pytest.raises(UserError, match="a block model draws its blocks from left to right"):
         sedd.price(model, np.zeros((2, 12), np.int32))
+
+
+def test_an_answer_ends_with_the_block_in_which_its_end_is_drawn(tmp_path):
+    """Its pieces join to the answer, without what follows the end."""
+    chat = tokenizer(CHATML)
+    config = tiny_run.config("block", length=160)
+    tiny_run.make_run(tmp_path / "chat", config, tokenizer=chat, seed=4)
+    model, asked = sedd.load(tmp_path / "chat"), {"messages": [user("Hi")], "temperature": 50.0}
+    whole = sedd.sample(model, 1, num=8, **asked)
+    pieces = list(sedd.stream(model, 1, num=8, **asked))
+    given = len(chat.encode_spans(render(chat, [user("Hi")], answer=True))[0])
+    ended = 0
+    for b in range(8):
+        assert "".join(piece.text[b] for piece in pieces) == whole.text[b]
+        ends = np.flatnonzero(np.isin(whole.tokens[b][given:], end_ids(chat)))
+        last = 160 if not len(ends) else (given + ends[0]) // 4 * 4 + 4
+        assert whole.calls[b] == last - given
+        ended += last < 160
+    assert ended
 
 
 # ---------------------------------------------------------------- commands

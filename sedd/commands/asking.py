@@ -39,7 +39,7 @@ from sedd.samplers.planned import Profile
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.speculative import Speculative
 from sedd.samplers.verifier import TextVerifier, text_verifier
-from sedd.sampling import NUMBERS, check_profile, reshape_of
+from sedd.sampling import NUMBERS, check_profile, reshape_of, stopping
 
 TRACED = 64  # sequences on a trace page, which holds every frame of each of them
 REFUSALS = 20  # printed refusals: a file that holds no requests at all may have thousands of lines
@@ -162,7 +162,7 @@ class Asking:
         sampler = self.sampler(request.sampler or {}, numbers)
         check_order(sampler, clamp.length)
         check_profile(sampler, self.model, clamp.length)
-        return Asked(request, clamp, spans, sampler, numbers)
+        return Asked(request, clamp, spans, stopping(sampler, [clamp]), numbers)
 
     @contextlib.contextmanager
     def requests(self) -> Iterator[Callable[[], Iterator[Asked | UserError]]]:

@@ -9,6 +9,7 @@ block are written by the first call of the next one, which computes both blocks,
 costs no call of its own.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,8 +63,8 @@ class SemiAutoregressive(SteppedSampler):
     is given the noise of the current block only, although later blocks are masked entirely: for
     such a model the law is approximate.
 
-    With ``stop`` a sequence ends after the first block in which this token was drawn. The free
-    positions after the token become copies of it, without network calls.
+    With ``stop`` a sequence ends after the first block in which one of these tokens was drawn. The
+    free positions after the token become copies of it, without network calls.
     """
 
     needs_absorbing: ClassVar[bool] = True
@@ -71,16 +72,17 @@ class SemiAutoregressive(SteppedSampler):
     inner: SteppedSampler
     block: int | None = None
     """Free positions in a block; by default 32. A block model has its own number."""
-    stop: int | None = None
-    """Id of the token that ends a text; by default a text fills its length."""
+    stop: int | str | None = None
+    """Id of the token that ends a text, or several such as 2,5; by default a text fills its length,
+    and an answer to messages ends with the tokens that its chat template names."""
     cache: bool = True
     """Keep the keys and values of a block model's finished blocks. It changes the cost only."""
 
     def __post_init__(self):
         if self.block is not None and self.block < 1:
             raise FieldError("block", f"must be at least 1, got {self.block}")
-        if self.stop is not None and self.stop < 0:
-            raise FieldError("stop", f"must be the id of a token, got {self.stop}")
+        if self.stop is not None and not all(re.fullmatch(r" *\d+ *", i) for i in self._stops()):
+            raise FieldError("stop", f"must be ids of tokens such as 2 or 2,5, got {self.stop!r}")
         if not isinstance(self.inner, SteppedSampler):
             raise FieldError(
                 "inner", "must not be best_of_n or particle: they draw whole sequences"
@@ -89,6 +91,14 @@ class SemiAutoregressive(SteppedSampler):
             raise FieldError(
                 "inner", "must not be planned: its groups are those of a whole sequence"
             )
+
+    def _stops(self) -> list[str]:
+        return [] if self.stop is None else str(self.stop).split(",")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids of the tokens that end a text."""
+        return tuple(map(int, self._stops()))
 
     @property
     def by_block(self):
@@ -104,10 +114,9 @@ class SemiAutoregressive(SteppedSampler):
 
     def check(self, denoiser):
         super().check(denoiser)
-        if self.stop is not None and self.stop >= denoiser.process.num_tokens:
-            raise FieldError(
-                "stop", f"must be below {denoiser.process.num_tokens}, got {self.stop}"
-            )
+        num_tokens = denoiser.process.num_tokens
+        if max(self.stop_ids, default=0) >= num_tokens:
+            raise FieldError("stop", f"must be below {num_tokens}, got {max(self.stop_ids)}")
         self.inner.check(self.within(denoiser))
         if denoiser.block is not None and self.block not in (None, denoiser.block):
             raise FieldError(
@@ -209,12 +218,14 @@ class SemiAutoregressive(SteppedSampler):
     def _stopped(
         self, state: State, x_BL: Int[Array, "B L"], done_B: Bool[Array, " B"]
     ) -> tuple[Int[Array, "B L"], Bool[Array, " B"]]:
-        """Which sequences drew ``stop`` in the block that they finish, and their final tokens."""
+        """Which sequences drew an end in the block that they finish, and their final tokens."""
         if self.stop is None:
             return x_BL, jnp.zeros_like(done_B)
         here_BL = self._block(state).free_BL & done_B[:, None]
-        after_BL = jnp.cumsum(here_BL & (x_BL == self.stop), axis=1) > 0
-        return jnp.where(after_BL & state.free_BL, self.stop, x_BL), after_BL.any(1)
+        ends_BL = here_BL & jnp.isin(x_BL, jnp.asarray(self.stop_ids, x_BL.dtype))
+        end_B1 = jnp.take_along_axis(x_BL, ends_BL.argmax(1)[:, None], 1)
+        after_BL = jnp.cumsum(ends_BL, axis=1) > 0
+        return jnp.where(after_BL & state.free_BL, end_B1, x_BL), after_BL.any(1)
 
     def _keeps(self, denoiser: Denoiser) -> bool:
         """Whether the keys and values of finished blocks are kept."""

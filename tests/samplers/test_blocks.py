@@ -301,20 +301,21 @@ def test_a_text_ends_with_the_block_in_which_its_end_is_drawn():
     ended = 0
     for seed in range(3):
         whole, cut = (
-            run(blocks(stop=stop), model, seed, tokens_BL, fixed_BL) for stop in (None, 2)
+            run(blocks(stop=stop), model, seed, tokens_BL, fixed_BL) for stop in (None, "2, 4")
         )
         for b in range(6):
             free_L = ~np.asarray(fixed_BL[b])
-            found = np.flatnonzero(free_L & (np.asarray(whole.tokens_BL[b]) == 2))
+            found = np.flatnonzero(free_L & np.isin(whole.tokens_BL[b], [2, 4]))
             if not len(found):
                 np.testing.assert_array_equal(cut.tokens_BL[b], whole.tokens_BL[b])
                 continue
             after_L = np.arange(12) >= found[0]
-            expected = np.where(after_L & free_L, 2, whole.tokens_BL[b])
+            end = np.asarray(whole.tokens_BL[b])[found[0]]
+            expected = np.where(after_L & free_L, end, whole.tokens_BL[b])
             np.testing.assert_array_equal(cut.tokens_BL[b], expected)
-            end = (found[0] // 4 + 1) * 4
-            assert cut.calls_B[b] == free_L[:end].sum()
-            ended += end < 12
+            last = (found[0] // 4 + 1) * 4
+            assert cut.calls_B[b] == free_L[:last].sum()
+            ended += last < 12
     assert ended > 5
 
 
@@ -342,6 +343,7 @@ def test_samplers_of_whole_texts_are_refused():
     [
         ({"block": 5}, "block must be that of the model, 4, got 5"),
         ({"stop": 5}, "stop must be below 5, got 5"),
+        ({"stop": "2,7"}, "stop must be below 5, got 7"),
     ],
 )
 def test_options_that_the_model_does_not_have(fields, message):
@@ -354,5 +356,5 @@ def test_guidance_and_negative_ids_are_refused():
     model = denoiser(4, reshape=Reshape.of(guidance=[1.0] * 6), given_BL=fixed_BL)
     with pytest.raises(UserError, match="no distribution given masks in earlier blocks"):
         blocks().check(model)
-    with pytest.raises(FieldError, match="stop must be the id of a token, got -1"):
+    with pytest.raises(FieldError, match="stop must be ids of tokens such as 2 or 2,5, got -1"):
         blocks(stop=-1)
