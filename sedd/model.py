@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from sedd.configuration.build import Parts, build_parts, default_sampler_of
 from sedd.configuration.components import Options, options, options_type
 from sedd.configuration.config import Config, DataOptions, default_cache_dir
+from sedd.constraints.clamp import Clamp, check_prefix
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
@@ -146,6 +147,20 @@ class Model:
         bad = ids[(ids < 0) | (ids >= size)]
         if len(bad):
             raise UserError(f"token id {bad[0]}: the ids of this model are 0 to {size - 1}")
+
+    def check_given(self, clamp: Clamp) -> None:
+        """Raise UserError if the model cannot draw the free tokens of a clamp given the others.
+
+        An autoregressive model sees no token behind a free one. A shifted model predicts a token at
+        the row before it, and there is no row before the first token.
+        """
+        if self.denoiser.causal:
+            check_prefix(clamp)
+        if getattr(self.denoiser.parameterization, "shift", False) and not clamp.fixed_L[0]:
+            raise UserError(
+                "this model predicts a token at the row before it, and nothing predicts the first "
+                "one: begin with given text (a prompt)"
+            )
 
     def log_score(
         self, x_BL: Int[Array, "B L"], sigma_B: Float[Array, " B"]

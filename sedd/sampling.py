@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from sedd.arrays import NAN, bucket
 from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.config import default_cache_dir
-from sedd.constraints.clamp import Clamp, check_prefix, free
+from sedd.constraints.clamp import Clamp, free
 from sedd.constraints.spans import Given, Rule, Shape, Span, batch_spans, spans_of
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
@@ -422,8 +422,8 @@ def prepare(
     Its rows are a bucket of sequences (``sedd.arrays.bucket``): those of the requests, and then
     copies of the last one.
     """
-    for c in clamps if model.denoiser.causal else ():
-        check_prefix(c)
+    for c in clamps:
+        model.check_given(c)
     lengths = [c.length for c in clamps]
     placement = Placement.of(model.denoiser.params, model.denoiser.network.stacked)
     row_of_B, tokens_BL, fixed_BL, real_BL = _padded(clamps, placement)

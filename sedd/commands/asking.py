@@ -28,7 +28,6 @@ from sedd.commands.user_code import load_function, load_processor
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import options_type
 from sedd.configuration.config import default_cache_dir, fits
-from sedd.constraints.clamp import check_prefix
 from sedd.constraints.spans import Shape, shape_of
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
@@ -151,8 +150,7 @@ class Asking:
             raise UserError(
                 f"there is nothing to draw: the given text takes all of the {clamp.length} tokens"
             )
-        if self.model.denoiser.causal:
-            check_prefix(clamp)
+        self.model.check_given(clamp)
         cache_dir = Path(default_cache_dir()).expanduser()
         spans = request.spans(clamp, tokenizer, cache_dir)
         own = {name: getattr(request, name) for name in NUMBERS}

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from test_layouts import MASK, ROWS, TOKENS, checkpoint, tiny_config, tokenizer_files
 
 import sedd
+from sedd.constraints.clamp import Clamp
 from sedd.errors import UserError
 from sedd.interop.tensor_files import INDEX
 
@@ -40,6 +41,14 @@ def test_a_masked_model_loads_samples_and_keeps_its_tokens(tmp_path):
     np.testing.assert_allclose(np.exp(np.asarray(log_probs)).sum(-1), 1, rtol=1e-5)
 
 
+def given(length, tokens):
+    """A clamp of so many positions with these tokens given, by position."""
+    tokens_L, fixed_L = np.zeros(length, np.int32), np.zeros(length, bool)
+    for position, token in tokens.items():
+        tokens_L[position], fixed_L[position] = token, True
+    return Clamp(tokens_L=tokens_L, fixed_L=fixed_L)
+
+
 def test_the_conditional_of_a_shifted_model_is_the_row_before(tmp_path):
     model = load(tmp_path / "in", "Dream")
     assert model.config.parameterization.shift  # pyright: ignore
@@ -51,6 +60,10 @@ def test_the_conditional_of_a_shifted_model_is_the_row_before(tmp_path):
     for i in (1, 3, 4):
         np.testing.assert_allclose(ours[0, i], rows[0, i - 1], atol=1e-5)
         assert np.abs(ours[0, i] - rows[0, i]).max() > 1e-2
+    with pytest.raises(UserError, match="nothing predicts the first one: begin with given text"):
+        sedd.sample(model, jax.random.key(0), num=1, length=4)
+    drawn = sedd.sample(model, jax.random.key(0), clamp=given(4, {0: 2}))
+    assert np.asarray(drawn.tokens)[0, 0] == 2
 
 
 def test_an_autoregressive_model_begins_with_its_own_token(tmp_path):
