@@ -47,6 +47,17 @@ def test_block_draws_the_same_texts_with_and_without_the_cache(capsys):
     assert (cached["calls"], cached["rows"]) == (10, 10 * 4 + 2 * 4)
 
 
+def test_loading_measures_the_model_that_it_wrote(tmp_path):
+    loading = importlib.import_module("loading")
+    shape = {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "mlp_dim": 96, "vocabulary": 50}
+    layout = loading.write(loading.Settings(**shape, shard_mib=1), tmp_path / "model")
+    found = loading.measure(tmp_path / "model")
+    assert found["numbers"] == 2 * 50 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
+    assert found["parameters"] == 2 * found["numbers"]
+    assert found["largest"] == 2 * 2 * 64 * 96
+    assert layout.name == "LLaDA"
+
+
 @pytest.mark.nightly
 def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     """Its commands in this process: they are what compiles."""
