@@ -19,6 +19,7 @@ import sedd
 from sedd.commands import compile_check, evaluate_flags, sample_flags, train
 from sedd.commands.cli import parse, parse_config
 from sedd.commands.export import ExportCommand
+from sedd.commands.inspect import InspectCommand
 from sedd.data.tokenizers import Characters
 from sedd.errors import UserError
 
@@ -29,6 +30,7 @@ PARSERS = {
     "sample": sample_flags.read_command,
     "evaluate": evaluate_flags.read_command,
     "export": lambda words: parse(ExportCommand, words),
+    "inspect": lambda words: parse(InspectCommand, words),
 }
 COMMAND = re.compile(r"^\s*(?:srun .*)?(?:python (?P<script>[\w/]+)\.py|sedd (?P<name>\w+)) (.*)$")
 PLACEHOLDERS = {"--config …": "--config quickstart", "$STEPS": "9", "$RUN": "runs/mine"}
@@ -97,7 +99,8 @@ def test_a_wrong_flag_would_be_found(place, monkeypatch):
     monkeypatch.chdir(place)
     for name in PARSERS:
         with pytest.raises(UserError, match="no-such-flag"):
-            PARSERS[name](["--no-such-flag", "1"] + ["--config", "quickstart"] * (name != "sample"))
+            more = {"sample": [], "inspect": ["runs/quickstart"]}
+            PARSERS[name](["--no-such-flag", "1", *more.get(name, ["--config", "quickstart"])])
     assert {name for _, name, _ in COMMANDS} >= {"train", "sample", "evaluate", "export"}
 
 

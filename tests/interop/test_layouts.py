@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import hf_models
 import jax
@@ -15,7 +16,7 @@ import pytest
 from published_configs import CONFIGS, MEANING, PARAMETERS
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from sedd.errors import UserError
 from sedd.interop.layouts import read_layout
@@ -56,7 +57,8 @@ def tokenizer_files(size=TOKENS, mask=None, special=None):
         words[5] = special
         plain = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
         added = [{"id": 5, "content": special, "special": True, **plain}]
-    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    backend: Any = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     files = {"tokenizer.json": json.loads(backend.to_str()) | {"added_tokens": added}}
     if mask is not None:
         files["tokenizer_config.json"] = {"mask_token": mask}
