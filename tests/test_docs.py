@@ -99,8 +99,9 @@ def test_a_wrong_flag_would_be_found(place, monkeypatch):
     monkeypatch.chdir(place)
     for name in PARSERS:
         with pytest.raises(UserError, match="no-such-flag"):
-            more = {"sample": [], "inspect": ["runs/quickstart"]}
-            PARSERS[name](["--no-such-flag", "1", *more.get(name, ["--config", "quickstart"])])
+            before = ["runs/quickstart"] * (name == "inspect")
+            after = ["--config", "quickstart"] * (name not in ("sample", "inspect"))
+            PARSERS[name]([*before, "--no-such-flag", "1", *after])
     assert {name for _, name, _ in COMMANDS} >= {"train", "sample", "evaluate", "export"}
 
 
