@@ -98,9 +98,9 @@ def test_a_command_has_valid_flags(place, monkeypatch, page, name, arguments):
 def test_a_wrong_flag_would_be_found(place, monkeypatch):
     monkeypatch.chdir(place)
     for name in PARSERS:
+        before = ["runs/quickstart"] * (name == "inspect")
+        after = ["--config", "quickstart"] * (name not in ("sample", "inspect"))
         with pytest.raises(UserError, match="no-such-flag"):
-            before = ["runs/quickstart"] * (name == "inspect")
-            after = ["--config", "quickstart"] * (name not in ("sample", "inspect"))
             PARSERS[name]([*before, "--no-such-flag", "1", *after])
     assert {name for _, name, _ in COMMANDS} >= {"train", "sample", "evaluate", "export"}
 
