@@ -404,6 +404,4 @@ def test_the_benchmark_prints_a_row_for_each_fraction(trained, monkeypatch, caps
 def test_no_published_layout_holds_it(trained, tmp_path):
     outcome = tiny_run.call("export", "--checkpoint", trained[0], "--output", tmp_path / "out")
     assert outcome.code == 2
-    assert outcome.errors == [
-        "error: the published layouts hold the network ddit, and this one is causal_head"
-    ]
+    assert outcome.errors == ["error: no published layout holds the network CausalHead"]

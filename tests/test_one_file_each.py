@@ -398,8 +398,9 @@ TOY = '''
     """A layout with names of its own for a conditional model with a narrow MLP."""
 
     from sedd.interop.layouts.base import TENSORS, Description, Layout
+    from sedd.networks.ddit import DDiT
 
-    NAME, CODE = "TOY", "nothing else"
+    NAME, NETWORK, CODE = "TOY", DDiT, "nothing else"
     KEYS = {
         "num_states": ("vocab", "size"),
         "hidden_dim": ("width", "size"),
