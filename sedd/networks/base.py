@@ -163,7 +163,9 @@ class Network(ABC):
 
     def memory(self, batch: int, slots: int) -> Memory:
         """An empty memory for sequences of ``slots`` positions; UserError without ``extend``."""
-        raise UserError(f"the network {type(self).__name__} has no memory of rows; ddit has one")
+        raise UserError(
+            f"the network {type(self).__name__} has no memory of rows; ddit and decoder have"
+        )
 
     def extend(
         self,
@@ -197,7 +199,9 @@ class Network(ABC):
             UserError: if the network has no memory.
             ValueError: if the network is conditioned on the noise level.
         """
-        raise UserError(f"the network {type(self).__name__} has no memory of rows; ddit has one")
+        raise UserError(
+            f"the network {type(self).__name__} has no memory of rows; ddit and decoder have"
+        )
 
     def causal_hidden(
         self,

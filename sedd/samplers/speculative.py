@@ -190,8 +190,8 @@ class Speculative(SteppedSampler):
         if self.draft != "head" and not denoiser.network.has_memory:
             raise UserError(
                 "sampler 'speculative' needs a network with a memory of rows to draw from an "
-                f"any-subset model, got {type(denoiser.network).__name__}: ddit has one (ordered "
-                "needs none)"
+                f"any-subset model, got {type(denoiser.network).__name__}: ddit and decoder have "
+                "(ordered needs none)"
             )
         segment_BL = None if denoiser.attend is None else denoiser.attend.segment_BL
         if segment_BL is not None and not isinstance(segment_BL, Tracer) and segment_BL.max() > 1:

@@ -367,7 +367,11 @@ def test_models_and_options_that_are_refused():
         ),
         (guided, {}, "takes no guidance with an any-subset model"),
         (packed, {"draft": "ngram"}, "one text in each row .* got the segment 2 .ordered takes"),
-        (forgetful, {}, "needs a network with a memory of rows to draw .* got TableNetwork: ddit"),
+        (
+            forgetful,
+            {},
+            "needs a network with a memory of rows to draw .* got TableNetwork: ddit and",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             speculative(**options).check(model)
