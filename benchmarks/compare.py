@@ -4,8 +4,8 @@ Each model is trained with the seeds 0 to ``seeds`` - 1 by ``train.py`` with
 ``configs/quickstart.py``, and evaluated by ``evaluate.py`` on the same validation sequences. An
 interrupted comparison resumes when the same command is given again. The columns:
 
-- ``figure``: "exact NLL" for the autoregressive model; "bound" for the others, whose NLL is at most
-  the figure.
+- ``figure``: "exact NLL" for the autoregressive model and for blocks of one token; "bound" for the
+  others, whose NLL is at most the figure.
 - ``nats/token``, ``perplexity``, ``bits/character``: means over the seeds.
 - ``± seeds``, ``± sequences``, ``± draws``: standard errors of nats/token, over the seeds, over the
   sequences of one evaluation, and of its Monte-Carlo draws.
@@ -37,6 +37,7 @@ from sedd.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SEDD = ["--parameterization", "score", "--objective", "score_entropy", "--sampler", "tweedie"]
+BLOCK = ["--parameterization", "block", "--objective", "block", "--sampler", "semi_autoregressive"]
 MODELS = {  # (name, flags beside those of the quick start, which is radd)
     "ar": (
         "autoregressive",
@@ -48,6 +49,10 @@ MODELS = {  # (name, flags beside those of the quick start, which is radd)
     "radd": ("RADD, λ-DCE", []),
     "sedd": ("SEDD, absorbing", SEDD),
     "sedd_uniform": ("SEDD, uniform", [*SEDD, "--process", "uniform"]),
+    **{
+        f"block_{size}": (f"blocks of {size}", [*BLOCK, "--parameterization.block", str(size)])
+        for size in (1, 4, 16, 128)
+    },
 }
 
 
@@ -57,8 +62,9 @@ class Settings:
 
     workdir: Path
     """The directory of the runs, which has a folder for each. Give other settings another one."""
-    models: tuple[str, ...] = tuple(MODELS)
-    """The models to compare, by their names in ``MODELS``."""
+    models: tuple[str, ...] = ("ar", "radd", "sedd", "sedd_uniform")
+    """The models to compare, by their names in ``MODELS``; there are block_1, block_4, block_16 and
+    block_128 as well."""
     corpus: str = "sotu"
     length: int = 128
     steps: int = 1000

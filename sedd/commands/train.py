@@ -38,6 +38,7 @@ from sedd.errors import UserError, fields_within
 from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.causal_head import causal_nats
+from sedd.evaluation.monte_carlo import is_exact, resolve
 from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh
@@ -133,7 +134,7 @@ def train_in(workdir: Path, command: TrainCommand) -> None:
     result = train(run, prepared.state, pending=restored.pending if restored else None)
     if not result.stopped and jax.process_index() == 0:
         denoiser = prepared.parts.denoiser(None)
-        exact = denoiser.causal or denoiser.any_subset
+        exact = is_exact(resolve("auto", denoiser))
         conclude(workdir, data, rows, frequencies, exact=exact)
 
 

@@ -14,7 +14,7 @@ from tiers import daily, nightly
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
-from sedd.networks.base import Attend
+from sedd.networks.base import EMPTY, Attend, Memory, Network
 from sedd.networks.ddit import DDiT
 from sedd.networks.decoder import Decoder
 from sedd.parameterizations.block import Block
@@ -147,6 +147,89 @@ def test_the_cache_gives_the_hidden_states_of_the_whole_text(block, shift, netwo
     assert compared >= (~np.asarray(fixed_BL)).sum()
     np.testing.assert_array_equal(state.calls_B, (~np.asarray(fixed_BL)).sum(1))
     assert (np.asarray(state.x_BL) < N).all()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Float64(Network):
+    """One attention of width D over embeddings of tokens and positions, in float64."""
+
+    has_memory = True
+
+    def init(self, key):
+        draws = np.random.default_rng(0).standard_normal
+        width = 6
+        shapes = {
+            "token": (self.num_states, width),
+            "position": (16, width),
+            "head": (width, N + 1),
+        }
+        shapes |= dict.fromkeys("qkv", (width, width))
+        return {name: jnp.asarray(draws(shape)) for name, shape in shapes.items()}
+
+    def hidden(self, params, tokens_BL, *, positions_BL=None, attend=None, **_):
+        positions_BL = (
+            jnp.arange(tokens_BL.shape[1])[None] if positions_BL is None else positions_BL
+        )
+        x_BLD = params["token"][tokens_BL] + params["position"][positions_BL]
+        mask_BLS = attend.mask(tokens_BL.shape[1], tokens_BL.shape[1])[:, 0]
+        return self._attention(params, x_BLD, x_BLD @ params["k"], x_BLD @ params["v"], mask_BLS)
+
+    def memory(self, batch, slots):
+        zeros = jnp.zeros((batch, 1, slots, 1, 6), jnp.float64)
+        return Memory(keys=zeros, values=zeros, rank_BS=jnp.full((batch, slots), EMPTY))
+
+    def extend(self, params, tokens_BM, memory, *, positions_BM, rank_BM, write_BM):
+        x_BMD = params["token"][tokens_BM] + params["position"][positions_BM]
+        sequence_B1 = jnp.arange(len(x_BMD))[:, None]
+        slot_BM = jnp.where(write_BM, positions_BM, memory.rank_BS.shape[1])
+
+        def put(slots, rows_BM):
+            return slots.at[sequence_B1, slot_BM].set(rows_BM, mode="drop")
+
+        keys = put(memory.keys[:, 0, :, 0], x_BMD @ params["k"])
+        values = put(memory.values[:, 0, :, 0], x_BMD @ params["v"])
+        rank_BS = put(memory.rank_BS, rank_BM)
+        mask_BMS = rank_BS[:, None] <= rank_BM[:, :, None]
+        hidden_BMD = self._attention(params, x_BMD, keys, values, mask_BMS)
+        kept = (x[:, None, :, None] for x in (keys, values))
+        return hidden_BMD, Memory(keys=next(kept), values=next(kept), rank_BS=rank_BS)
+
+    def head(self, params):
+        return params["head"], jnp.zeros(N + 1)
+
+    def flops(self, length, read):
+        raise NotImplementedError
+
+    def _attention(self, params, x_BLD, keys_BSD, values_BSD, mask_BLS):
+        logits_BLS = jnp.einsum("bld,bsd->bls", x_BLD @ params["q"], keys_BSD)
+        weights_BLS = jax.nn.softmax(jnp.where(mask_BLS, logits_BLS, -1e30), -1)
+        return x_BLD + weights_BLS @ values_BSD
+
+
+def test_in_float64_the_cache_changes_no_token():
+    """And the conditionals are equal to 1e-12, so that no seed could tell the two apart."""
+    tokens_BL, fixed_BL, attend = requests()
+    with jax.enable_x64(True):
+        network = Float64(num_states=N + 1, time_conditioned=False)
+        kind = Block(process=PROCESS, block=4)
+        model = Denoiser(
+            params=network.init(None), network=network, parameterization=kind, attend=attend
+        )
+        for seed in range(4):
+            kept, anew = (
+                run(blocks(cache=cache), model, seed, tokens_BL, fixed_BL)
+                for cache in (True, False)
+            )
+            np.testing.assert_array_equal(kept.tokens_BL, anew.tokens_BL)
+        memory = network.memory(6, 12)
+        first_B4, all_B4 = (jnp.broadcast_to(i + jnp.arange(4), (6, 4)) for i in (0, 4))
+        needed_B, missing_B4 = jnp.ones(6, bool), jnp.ones((6, 4), bool)
+        hidden_BLD, _ = model.extend_block(
+            memory, kept.tokens_BL, all_B4, needed_B, first_B4, missing_B4
+        )
+        assert hidden_BLD.dtype == jnp.float64
+        whole_BLD = model.hidden(kept.tokens_BL)[0]
+        np.testing.assert_allclose(hidden_BLD[:, 4:8], whole_BLD[:, 4:8], atol=1e-12)
 
 
 INNER = {
