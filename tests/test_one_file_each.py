@@ -343,7 +343,7 @@ def test_a_network_without_memory_is_refused_before_training(add, tmp_path):
     assert outcome.code == 2
     assert outcome.errors == [
         "error: sampler 'speculative' needs a network with a memory of rows to draw from an "
-        "any-subset model, got Bag: ddit and decoder have (ordered needs none)"
+        "any-subset model, got Bag: ddit has one (ordered needs none)"
     ]
     assert not (tmp_path / "run").exists()
 
@@ -397,10 +397,11 @@ def test_a_sampler(add):
 TOY = '''
     """A layout with names of its own for a conditional model with a narrow MLP."""
 
-    from sedd.interop.layouts.base import TENSORS, Description, Layout
+    from sedd.interop.layouts.base import Description, Layout
+    from sedd.interop.layouts.ddit import TENSORS
     from sedd.networks.ddit import DDiT
 
-    NAME, NETWORK, CODE = "TOY", DDiT, "nothing else"
+    NAME, CODE, NETWORK = "TOY", "nothing else", DDiT
     KEYS = {
         "num_states": ("vocab", "size"),
         "hidden_dim": ("width", "size"),
@@ -416,7 +417,7 @@ TOY = '''
     def read(config):
         values = config.read(length=("context", "size"), **KEYS)
         length = values.pop("length")
-        network = config.network(time_conditioned=False, mlp_ratio=2, **values)
+        network = config.build(DDiT, time_conditioned=False, mlp_ratio=2, **values)
         description = Description(
             process="absorbing",
             parameterization="conditional",

@@ -4,7 +4,8 @@ The keys of ``config.json`` are not nested. The network always has a time input;
 ``time_conditioning`` the code runs it at σ = 0 (``Layout.constant_sigma``).
 """
 
-from sedd.interop.layouts.base import TENSORS, Description, Layout, common_refusals
+from sedd.interop.layouts.base import Description, Layout
+from sedd.interop.layouts.ddit import TENSORS, common_refusals
 from sedd.networks.ddit import DDiT
 
 NAME = "MDLM"
@@ -32,7 +33,7 @@ def read(config):
         length=("model_length", "size"), conditioned=("time_conditioning", bool), **KEYS
     )
     length, conditioned = values.pop("length"), values.pop("conditioned")
-    network = config.network(time_conditioned=True, **values)
+    network = config.build(DDiT, time_conditioned=True, **values)
     description = Description(
         process="absorbing",
         parameterization="conditional",

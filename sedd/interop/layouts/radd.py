@@ -3,12 +3,12 @@
 The same nested configuration is ``config.json`` on the hub, and ``.hydra/config.yaml`` in a run.
 """
 
-from sedd.interop.layouts.base import (
+from sedd.interop.layouts.base import Layout
+from sedd.interop.layouts.ddit import (
     HYDRA,
     SCHEDULES,
     SIZES,
     TENSORS,
-    Layout,
     common_refusals,
     hydra_config,
     hydra_description,
@@ -30,10 +30,14 @@ def read(config):
     """Read the nested configuration; the process is always absorbing."""
     values = config.read(**SIZES, **HYDRA, **hydra_noise(config)) | {"process": "absorbing"}
     description = hydra_description(config, values, parameterization="conditional")
-    network = config.network(
-        num_states=description.num_tokens + 1, time_conditioned=False, norm_bias=True, **values
+    network = config.build(
+        DDiT,
+        num_states=description.num_tokens + 1,
+        time_conditioned=False,
+        norm_bias=True,
+        **values,
     )
-    return Layout(name=NAME, network=network, description=description)
+    return Layout(name=NAME, network=network, description=description, tensors=TENSORS)
 
 
 def refusals(network, description):

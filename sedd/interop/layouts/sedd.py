@@ -4,13 +4,13 @@ The same nested configuration is ``config.json`` on the hub, and ``.hydra/config
 """
 
 from sedd.errors import UserError
-from sedd.interop.layouts.base import (
+from sedd.interop.layouts.base import Layout
+from sedd.interop.layouts.ddit import (
     HYDRA,
     PROCESSES,
     SCHEDULES,
     SIZES,
     TENSORS,
-    Layout,
     common_refusals,
     hydra_config,
     hydra_description,
@@ -46,10 +46,10 @@ def read(config):
             f"is {values['process']}, got {str(not absorbing).lower()}"
         )
     description = hydra_description(config, values, parameterization="score")
-    network = config.network(
-        num_states=description.num_tokens + absorbing, time_conditioned=True, **values
+    network = config.build(
+        DDiT, num_states=description.num_tokens + absorbing, time_conditioned=True, **values
     )
-    return Layout(name=NAME, network=network, description=description)
+    return Layout(name=NAME, network=network, description=description, tensors=TENSORS)
 
 
 def refusals(network, description):
