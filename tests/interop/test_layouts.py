@@ -119,7 +119,8 @@ def test_every_configuration_parses(name, tmp_path):
             if "auto_map" in CONFIGS[name]
             else ()
         )
-        assert layout.network.param_dtype == what.dtype == "bfloat16"
+        assert what.dtype == CONFIGS[name].get("torch_dtype")
+        assert layout.network.param_dtype == (what.dtype or "float32")
     if name in PARAMETERS:
         shapes = jax.eval_shape(layout.network.init, jax.random.key(0))
         assert sum(x.size for x in jax.tree.leaves(shapes)) == PARAMETERS[name]
