@@ -306,3 +306,7 @@ def test_sample_takes_the_mask_and_the_type(tmp_path):
     result = tiny_run.call("sample", *flags, "--mask-id", MASK, "--dtype", "bfloat16")
     assert result.code == 0, result.err
     assert len(json.loads(result.out)["tokens"]) == 5
+    assert (
+        f"note: {path}: the repository has code of its own (auto_map), which is not" in result.err
+    )
+    assert f"note: {path}: the mask {MASK} is 'w{MASK}', a word of the vocabulary" in result.err
