@@ -33,6 +33,7 @@ from sedd.evaluation.datasets import TextReader
 from sedd.interop.hub import fetch
 from sedd.interop.layouts import Description, Layout, find_config
 from sedd.interop.published import Published, load_published
+from sedd.networks.base import Network
 from sedd.networks.ddit import DDiT
 from sedd.networks.mesh import Placement, on_host
 from sedd.parameterizations.conditional import Normalise
@@ -332,15 +333,40 @@ def _from_published(
     published: Published, path: Path, source: str, normalise: Normalise | None
 ) -> Model:
     """Build a model from a published checkpoint, with a configuration that describes it."""
-    network, what = published.network, published.description
+    what = published.description
     tokenizer = _published_tokenizer(path, what.num_tokens, published.tokenizer)
+    if what.block is not None and published.network.time_conditioned:
+        raise UserError(
+            f"checkpoint {source}: a model of blocks whose network takes a noise level "
+            "(time_conditioning) is not supported"
+        )
+    config = published_config(published.network, what, tokenizer)
+    reading = _normalised(config.parameterization, normalise)
+    config = dataclasses.replace(config, parameterization=reading)
+    parts = build_parts(config, what.num_tokens)
+    return Model(
+        denoiser=parts.denoiser(published.params),
+        parts=parts,
+        config=config,
+        tokenizer=tokenizer,
+        source=source,
+        layout=published.layout,
+    )
+
+
+def published_config(
+    network: Network, what: Description, tokenizer: Tokenizer | None = None
+) -> Config:
+    """The configuration that describes a published model.
+
+    Args:
+        network: its network, which is not conditioned on the noise level if the model runs at a
+            constant one.
+        what: the rest of the model.
+        tokenizer: its tokenizer, if it has one.
+    """
     timed = network.time_conditioned
     if what.block is not None:
-        if timed:
-            raise UserError(
-                f"checkpoint {source}: a model of blocks whose network takes a noise level "
-                "(time_conditioning) is not supported"
-            )
         reading = options("parameterizations", "block", block=what.block, shift=what.shift)
         objective = "block"
     elif what.parameterization == "conditional":
@@ -364,23 +390,14 @@ def _from_published(
         ),
         process=options("processes", what.process),
         schedule=options("schedules", schedule.pop("name"), **schedule),
-        parameterization=_normalised(reading, normalise),
+        parameterization=reading,
         network=options("networks", name, **{name: getattr(network, name) for name in fields}),
         objective=options("objectives", objective),
     )
     if reading.name in ("autoregressive", "block"):  # other models can be drawn by any sampler
-        config = dataclasses.replace(
-            config, sampler=options("samplers", default_sampler_of(config))
-        )
-    parts = build_parts(config, what.num_tokens)
-    return Model(
-        denoiser=parts.denoiser(published.params),
-        parts=parts,
-        config=config,
-        tokenizer=tokenizer,
-        source=source,
-        layout=published.layout,
-    )
+        sampler = options("samplers", default_sampler_of(config))
+        config = dataclasses.replace(config, sampler=sampler)
+    return config
 
 
 def _first(what: Description, tokenizer: Tokenizer | None) -> int | None:

@@ -34,7 +34,7 @@ from sedd.errors import UserError
 from sedd.evaluation.price import Price
 from sedd.files import check_writable
 from sedd.interop.layouts import find_config, read_layout
-from sedd.model import read_config
+from sedd.model import published_config, read_config
 from sedd.samplers.base import SamplerOptions
 from sedd.samplers.planned import Profile
 from sedd.sampling import NUMBERS, reshape_of
@@ -191,15 +191,15 @@ def sampler_for(arguments: Sequence[str]) -> str:
         pass
     try:
         published = find_config(path)
-        what = None if published is None else read_layout(published).description
+        if published is None:
+            return DEFAULT
+        layout = read_layout(published)
+        network: Any = layout.network
+        if layout.constant_sigma is not None:
+            network = dataclasses.replace(network, time_conditioned=False)
+        return default_sampler_of(published_config(network, layout.description))
     except UserError:
-        what = None
-    if what is None:
         return DEFAULT
-    if what.block is not None:
-        return "semi_autoregressive"
-    defaults = {"conditional": "event_jump", "autoregressive": "ordered"}
-    return defaults.get(what.parameterization, DEFAULT)
 
 
 def check_files(command: SampleCommand) -> None:

@@ -15,6 +15,7 @@ from test_published import GOLDEN, TOLERANCE, training
 from torch_writer import write
 
 import sedd
+from sedd.commands.sample_flags import sampler_for
 from sedd.data.tokenizers import BytePairs, Bytes, Characters, Pretrained
 from sedd.errors import UserError
 from sedd.schedules import Geometric, LogLinear
@@ -76,6 +77,9 @@ def test_the_configuration_is_that_of_a_run(tmp_path):
     edit(path / "config.json", time_conditioning=True)
     model = sedd.load(path)
     assert (model.config.parameterization.name, model.time_independent) == ("conditional", False)
+    kinds = {path: "tweedie", GOLDEN / "mdlm": "event_jump", GOLDEN / "sedd_absorb": "tweedie"}
+    for published, sampler in kinds.items():
+        assert sampler_for(["--checkpoint", str(published)]) == sampler
 
 
 def test_a_training_run_of_the_published_code_is_loaded(tmp_path):
