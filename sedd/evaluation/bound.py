@@ -27,7 +27,6 @@ from sedd.evaluation.monte_carlo import (
     label_of,
     resolve,
 )
-from sedd.networks.base import Attend
 from sedd.networks.mesh import Placement, device_mesh, on_host
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
@@ -142,30 +141,25 @@ class Scored:
 
 
 @partial(jax.jit, static_argnames=("placement", "schedule", "estimate"))
-def batch_nats(
-    denoiser, schedule, key, index_B, x0_BL, scored_BL, segment_BL=None, *, placement, estimate
-):
+def batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, placement, estimate):
     """Estimate the rows of a batch, split over the devices of the placement.
 
-    Each row draws with the key of its place ``index_B`` in the corpus. Texts of a row that are in
-    different segments do not see each other.
+    Each row draws with the key of its place ``index_B`` in the corpus.
     """
 
     def on_device(params, key, rows):
-        index_B, x0_BL, scored_BL, segment_BL = rows
+        index_B, x0_BL, scored_BL = rows
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
-        attend = denoiser.attend if segment_BL is None else Attend(segment_BL=segment_BL)
-        model = replace(denoiser, params=params, attend=attend)
-        return estimate(model, schedule, keys_B, x0_BL, scored_BL)
+        return estimate(replace(denoiser, params=params), schedule, keys_B, x0_BL, scored_BL)
 
-    return placement.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL, segment_BL))
+    return placement.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL))
 
 
 def score_sequences(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, ...]],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
     estimate: Callable[..., SequenceNats],
     *,
     first: int = 0,
@@ -192,7 +186,7 @@ def estimates(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, ...]],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
     estimate: Callable[..., Any],
     *,
     first: int = 0,
@@ -209,13 +203,39 @@ def estimates(
         key: the key of sequence i is ``fold_in(key, i)``, where i is its place in the corpus. The
             estimates therefore do not depend on the batches or on the devices.
         batches: pairs of tokens x0_BL and of scored_BL, each of any size; empty ones are skipped.
-            A third array, segment_BL, gives the segment of each position.
         estimate: a hashable function of (denoiser, schedule, keys_B, x0_BL, scored_BL) that returns
             arrays with a row for each sequence.
         first: the place in the corpus of the first sequence.
 
     Yields:
         x0_BL, scored_BL, and the estimate of the batch as numpy arrays.
+    """
+
+    def numbered():
+        number = first
+        for x0_BL, scored_BL in batches:
+            yield np.arange(number, number + len(x0_BL)), x0_BL, scored_BL
+            number += len(x0_BL)
+
+    return keyed_estimates(denoiser, schedule, key, numbered(), estimate)
+
+
+def keyed_estimates(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    key: Key[Array, ""],
+    batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    estimate: Callable[..., Any],
+) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
+    """``estimates`` of sequences that have numbers of their own.
+
+    Args:
+        denoiser: the model.
+        schedule: its noise schedule.
+        key: the key of a sequence is ``fold_in(key, number)``.
+        batches: the numbers [B] in 0..2**32 - 1, the tokens x0_BL and scored_BL. B is any size, and
+            every size of L is compiled once.
+        estimate: see ``estimates``.
     """
     stacked = denoiser.network.stacked
     placement = Placement.of(denoiser.params, stacked)
@@ -224,7 +244,7 @@ def estimates(
         denoiser = replace(denoiser, params=placement.place(denoiser.params))
     key = placement.replicate(key)
     padded = 0
-    for x0_BL, scored_BL, *segment in batches:
+    for number_B, x0_BL, scored_BL in batches:
         size = len(x0_BL)
         if not size:
             continue
@@ -232,13 +252,11 @@ def estimates(
         # and every device gets the same number of rows.
         padded = max(padded, -(-size // placement.num_devices) * placement.num_devices)
         rows = np.resize(np.arange(size), padded)
-        given = (x0_BL, scored_BL, *segment)
-        each = placement.spread((first + rows, *(array[rows] for array in given)))
+        each = placement.spread((number_B[rows], x0_BL[rows], scored_BL[rows]))
         nats = on_host(
             batch_nats(denoiser, schedule, key, *each, placement=placement, estimate=estimate)
         )
         yield x0_BL, scored_BL, jax.tree.map(itemgetter(slice(size)), nats)
-        first += size
 
 
 def _scored(nats: SequenceNats, x0_BL, scored_BL, count_text) -> Scored:
@@ -321,7 +339,7 @@ def evaluate_bound(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, ...]],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
     *,
     draws: int = 16,
     t_min: float = 1e-3,
@@ -338,7 +356,7 @@ def evaluate_bound(
         denoiser: the model.
         schedule: its noise schedule.
         key: the source of all draws.
-        batches: pairs of tokens and of positions to score, see ``estimates``.
+        batches: pairs of tokens and of positions to score.
         draws: noise levels for each sequence; a multiple of 4.
         t_min: the smallest time of a score entropy, in (0, 1).
         estimator: as in ``MonteCarlo``.

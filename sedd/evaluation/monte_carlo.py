@@ -21,7 +21,7 @@ give the error of their mean. They are therefore split into four independent rep
 spread does. ``sedd.evaluation.bound`` sums up a corpus from these estimates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -79,7 +79,7 @@ def sequence_nats(
     for ``ordered`` those of ``nats_over_orders``.
 
     Args:
-        denoiser: the model.
+        denoiser: the model; its ``attend`` may set padding apart, which must not be scored.
         schedule: its noise schedule.
         keys_B: one key a sequence; an estimate depends on its own key alone.
         x0_BL: clean tokens.
@@ -261,8 +261,12 @@ class _Diffusion:
     def _weighted(self, xt_BL, weight_BL, sigma_B) -> Corrupted:
         """Give the weight to the scored positions that can still change."""
         counts_BL = self.scored_BL & self.denoiser.process.can_move(xt_BL)
-        weight_BL = jnp.where(counts_BL, weight_BL, 0.0)
-        return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, sigma=sigma_B)
+        return Corrupted(
+            xt_BL=xt_BL,
+            weight_BL=jnp.where(counts_BL, weight_BL, 0.0),
+            sigma=sigma_B,
+            attend=self.denoiser.attend,
+        )
 
 
 def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
@@ -272,6 +276,7 @@ def _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL) -> SequenceNats:
     objective = Autoregressive(**common) if denoiser.causal else Block(**common, min_level=1.0)
     zero_B = jnp.zeros(len(x0_BL))
     corrupted = objective.corrupt(keys_B, zero_B, x0_BL, scored_BL)
+    corrupted = replace(corrupted, attend=denoiser.attend)
     nats_BL = objective.nats(denoiser.network, denoiser.params, corrupted, x0_BL)
     return _one_term(nats_BL.sum(-1))
 

@@ -79,13 +79,41 @@ def ordered_nats(
             on a time-dependent model, and on an autoregressive model, whose only order takes one
             call (``evaluate_bound``).
     """
-    if not denoiser.process.absorbing:
-        raise ValueError("the likelihood of an order needs an absorbing process")
     if denoiser.causal:
         raise ValueError(
             "an autoregressive model has one order, from left to right: evaluate_bound gives its "
             "exact NLL in one call"
         )
+    return follow_order(denoiser, order_BL, x0_BL, scored_BL)[0]
+
+
+def follow_order(
+    denoiser: Denoiser,
+    order_BL: Int[Array, "B L"],
+    x0_BL: Int[Array, "B L"],
+    scored_BL: Bool[Array, "B L"],
+    *,
+    greedily: bool = False,
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Reveal each sequence's scored tokens in an order, and compare them with the likeliest ones.
+
+    Arguments, errors and network calls are those of ``ordered_nats``. An autoregressive model takes
+    one call, and its order must be from left to right.
+
+    Args:
+        denoiser: the model.
+        order_BL: the positions, the first to be revealed first.
+        x0_BL: clean tokens.
+        scored_BL: positions whose tokens are revealed.
+        greedily: stop where a token is not the likeliest one. The nats are then incomplete, and
+            most sequences take few calls.
+
+    Returns:
+        -log p of the scored tokens of each sequence in nats, and whether each of them is the most
+        likely token, given those before it: whether greedy decoding would have returned them.
+    """
+    if not denoiser.process.absorbing:
+        raise ValueError("the likelihood of an order needs an absorbing process")
     if not denoiser.time_independent:
         raise ValueError(
             "the likelihood of an order needs a time-independent model; for this time-dependent "
@@ -94,36 +122,49 @@ def ordered_nats(
     # The scored positions come first, in their order.
     later_BL = ~jnp.take_along_axis(scored_BL, order_BL, 1)
     order_BL = jnp.take_along_axis(order_BL, jnp.argsort(later_BL, axis=1, stable=True), 1)
+    if denoiser.causal:
+        return _in_one_pass(denoiser, denoiser.hidden(x0_BL), x0_BL, scored_BL)
     if denoiser.any_subset:
-        return _in_one_pass(denoiser, order_BL, x0_BL, scored_BL)
+        rank_BL = jnp.where(scored_BL, 1 + jnp.argsort(order_BL, axis=1), 0)
+        hidden_BLD = denoiser.hidden_in_order(x0_BL, rank_BL, all_positions(x0_BL), rank_BL)
+        return _in_one_pass(denoiser, (hidden_BLD,), x0_BL, scored_BL)
     count_B = scored_BL.sum(1)
 
+    def unfinished(carry):
+        i, _, _, likeliest_B = carry
+        return denoiser.anywhere((i < count_B) & (likeliest_B | (not greedily)))
+
     def reveal(carry):
-        i, x_BL, nats_B = carry
+        i, x_BL, nats_B, likeliest_B = carry
         position_B1 = jax.lax.dynamic_slice_in_dim(order_BL, i, 1, 1)
         log_probs_B1N = denoiser.log_conditional_at(denoiser.hidden(x_BL), x_BL, position_B1)
-        nats_B1 = -at(log_probs_B1N, jnp.take_along_axis(x0_BL, position_B1, 1))
-        # A sequence whose scored positions are all revealed keeps its sum.
-        nats_B = nats_B + jnp.where(i < count_B, nats_B1[:, 0], 0.0)
+        token_B1 = jnp.take_along_axis(x0_BL, position_B1, 1)
+        # A sequence whose scored positions are all revealed keeps its results.
+        nats_B = nats_B + jnp.where(i < count_B, -at(log_probs_B1N, token_B1)[:, 0], 0.0)
+        likeliest_B &= (i >= count_B) | (jnp.argmax(log_probs_B1N, -1) == token_B1)[:, 0]
         revealed_BL = jnp.arange(x_BL.shape[1])[None] == position_B1
-        return i + 1, jnp.where(revealed_BL, x0_BL, x_BL), nats_B
+        return i + 1, jnp.where(revealed_BL, x0_BL, x_BL), nats_B, likeliest_B
 
     masked_BL = jnp.where(scored_BL, denoiser.mask_id, x0_BL)
-    start = (jnp.zeros((), jnp.int32), masked_BL, jnp.zeros(len(x0_BL)))
-    return jax.lax.while_loop(lambda carry: denoiser.anywhere(carry[0] < count_B), reveal, start)[2]
+    zero_B = jnp.zeros(len(x0_BL))
+    start = (jnp.zeros((), jnp.int32), masked_BL, zero_B, jnp.ones_like(zero_B, bool))
+    return jax.lax.while_loop(unfinished, reveal, start)[2:]
 
 
-def _in_one_pass(denoiser, order_BL, x0_BL, scored_BL) -> Float[Array, " B"]:
-    """``ordered_nats`` of an any-subset model; the scored positions come first in ``order_BL``."""
-    rank_BL = jnp.where(scored_BL, 1 + jnp.argsort(order_BL, axis=1), 0)
-    hidden_BLD = denoiser.hidden_in_order(x0_BL, rank_BL, all_positions(x0_BL), rank_BL)
+def _in_one_pass(denoiser, hidden, x0_BL, scored_BL) -> tuple[Array, Array]:
+    """``follow_order`` from the hidden states of one call, in which x0 is given in this order."""
     masked_BL = jnp.where(scored_BL, denoiser.mask_id, x0_BL)
 
     def nats(rows):
-        log_probs_RN = denoiser.log_conditional_rows((hidden_BLD,), masked_BL, rows)
+        log_probs_RN = denoiser.log_conditional_rows(hidden, masked_BL, rows)
         return -at(log_probs_RN, rows.pick(x0_BL))
 
-    return denoiser.map_rows(scored_BL, nats, jnp.float32).sum(1)
+    def likeliest(rows):
+        log_probs_RN = denoiser.log_conditional_rows(hidden, masked_BL, rows)
+        return jnp.argmax(log_probs_RN, -1) == rows.pick(x0_BL)
+
+    nats_B = denoiser.map_rows(scored_BL, nats, jnp.float32).sum(1)
+    return nats_B, (denoiser.map_rows(scored_BL, likeliest, bool) | ~scored_BL).all(1)
 
 
 def make_order(

@@ -50,8 +50,6 @@ class AnySubset(DenoisingCrossEntropy):
     """Order of the generated positions. forward: from left to right, one order for each prompt (the
     binary lattice of arXiv:2205.13554). random: uniformly random, which is harder to learn."""
 
-    packs = False
-
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.parameterization, Parameterization):
@@ -125,7 +123,9 @@ class AnySubset(DenoisingCrossEntropy):
         query_rank_BK = jnp.take_along_axis(corrupted.rank_BL, query_BK, 1)
         parameterization = self.parameterization
         assert isinstance(parameterization, Parameterization)
-        inputs = parameterization.in_order(x0_BL, corrupted.rank_BL, query_BK, query_rank_BK)
+        inputs = parameterization.in_order(
+            x0_BL, corrupted.rank_BL, query_BK, query_rank_BK, attend=corrupted.attend
+        )
         row_BL = length - 1 + jnp.cumsum(generated_BL, -1)
         # The prompt has no loss: its positions are read at any row.
         return replace(inputs, read_BL=jnp.where(generated_BL, row_BL, 0))

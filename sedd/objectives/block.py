@@ -34,8 +34,6 @@ class Block(DenoisingCrossEntropy):
     max_level: float = 1.0
     """Upper end of the probabilities of a mask, in (0, 1]."""
 
-    packs = False
-
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.parameterization, Parameterization):
@@ -73,7 +71,7 @@ class Block(DenoisingCrossEntropy):
         return self.parameterization
 
     def _inputs(self, corrupted, x0_BL):
-        return self._reading.doubled(corrupted.xt_BL, x0_BL)
+        return self._reading.doubled(corrupted.xt_BL, x0_BL, corrupted.attend)
 
 
 make = Block
