@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a model, or go on with a run",
     "sample": "draw or infill text",
     "evaluate": "bound the perplexity of a model",
+    "harness": "evaluate a model on tasks of lm-evaluation-harness",
     "export": "write a model in a published layout",
     "inspect": "describe a checkpoint without reading its weights",
     "compile_check": "compile a training step for TPUs that are not there",

@@ -16,7 +16,7 @@ import tiny_run
 from tiny_run import ROOT, make_run
 
 import sedd
-from sedd.commands import compile_check, evaluate_flags, sample_flags, train
+from sedd.commands import compile_check, evaluate_flags, harness, sample_flags, train
 from sedd.commands.cli import parse, parse_config
 from sedd.commands.export import ExportCommand
 from sedd.commands.inspect import InspectCommand
@@ -29,6 +29,7 @@ PARSERS = {
     "compile_check": lambda words: parse_config(words, compile_check.CompileCheckCommand, ""),
     "sample": sample_flags.read_command,
     "evaluate": evaluate_flags.read_command,
+    "harness": harness.read_command,
     "export": lambda words: parse(ExportCommand, words),
     "inspect": lambda words: parse(InspectCommand, words),
 }

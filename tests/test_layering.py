@@ -12,7 +12,7 @@ LEVELS = [
     {"parameterizations", "reshape", "denoiser"},
     {"objectives", "samplers", "constraints"},
     {"training", "evaluation", "interop", "control", "watermark"},
-    {"configuration", "model", "evaluating", "sampling", "streaming", "requests"},
+    {"configuration", "model", "evaluating", "sampling", "streaming", "harness", "requests"},
 ]  # the commands, and the scripts that call them, are level 6: nothing imports them
 LEVEL = {family: level for level, families in enumerate(LEVELS) for family in families}
 TOP = len(LEVELS)
@@ -26,6 +26,7 @@ BESIDE = {  # inside a level: what a family may still import
     "evaluating": {"model"},
     "sampling": {"configuration", "model", "requests"},
     "streaming": {"model", "sampling"},
+    "harness": {"configuration", "model", "sampling"},
 }
 PROTOCOLS = {  # modules of another level than their families, so that others can use them
     "sedd.constraints.base": 2,

@@ -23,8 +23,7 @@ from sedd.training.step import Batch, Step
 from sedd.types import Params
 
 AXIS = "devices"
-# The entries of a batch that go to the devices; rows of single texts have no segments.
-BATCH = ("x0", "scored", "index", "segment")
+BATCH = ("x0", "scored", "index")  # the entries of a batch that go to the devices
 
 
 class DataParallel:
@@ -94,7 +93,6 @@ class DataParallel:
                 (self._num_local, self.accumulate, -1, *np.shape(batch[name])[1:]),
             )
             for name in BATCH
-            if name in batch
         }
 
     def __call__(self, state: TrainState, batch: dict):
@@ -206,7 +204,6 @@ class FullySharded:
                 np.reshape(batch[name], (self.accumulate, -1, *np.shape(batch[name])[1:])),
             )
             for name in BATCH
-            if name in batch
         }
 
     def __call__(self, state: TrainState, batch: dict):
