@@ -30,12 +30,13 @@ from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError, first_line
 from sedd.evaluation.datasets import TextReader
+from sedd.interop import peft
 from sedd.interop.hub import fetch
 from sedd.interop.layouts import Description, Layout, find_config
-from sedd.interop.published import Published, load_published
+from sedd.interop.published import Published, describe_published, load_published
 from sedd.networks.base import Network
 from sedd.networks.ddit import DDiT
-from sedd.networks.mesh import Placement, on_host
+from sedd.networks.mesh import Placement, on_host, put
 from sedd.parameterizations.conditional import Normalise
 from sedd.training.checkpoint import find_checkpoints
 from sedd.training.distributed import leave_libtpu_alone
@@ -230,7 +231,8 @@ def load(
 
     Args:
         path: the directory of a run or of a published checkpoint, or ``hf://OWNER/NAME`` or
-            ``hf://OWNER/NAME@REVISION`` for a checkpoint on the Hugging Face hub.
+            ``hf://OWNER/NAME@REVISION`` for a checkpoint on the Hugging Face hub. A directory of
+            PEFT's adapters gives their base model, a published one, with the adapters.
         step: which checkpoint of a run: a training step, or ``"best"`` for the lowest validation
             bound. Default: the newest one that is complete.
         dtype: the compute type of the network. Default: that of the run, float32 for published
@@ -258,11 +260,14 @@ def load(
     """
     source = str(path)
     leave_libtpu_alone()
-    path = fetch(source)
-    if not path.is_dir():
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not path.parent.is_dir()
-        hint = f"; for a checkpoint of the Hugging Face hub write hf://{source}" if hub else ""
-        raise UserError(f"checkpoint {path}: no such directory{hint}")
+    path = _directory(source)
+    if (path / peft.CONFIG).is_file():
+        if step is not None:
+            raise UserError(f"--step {step}: {source} holds adapters, without steps")
+        base = load(
+            peft.base_of(path), dtype=dtype, mask_id=mask_id, normalise=normalise, mesh=mesh
+        )
+        return _with_adapters(base, path, source)
     if find_config(path) is not None:
         if step is not None:
             raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
@@ -284,11 +289,7 @@ def _from_run(
     mesh: Mesh | None,
 ) -> Model:
     """Build the model of a run from its directory; the arguments are those of ``load``."""
-    config = read_config(path)
-    if config is None:
-        above = [p for p in path.absolute().parents[:2] if (p / "config.json").exists()]
-        hint = f"; did you mean {above[0]}?" if above else ""
-        raise UserError(f"checkpoint {path}: not a run's directory (it has no config.json){hint}")
+    config = _config_of_run(path)
     if dtype is not None:
         network = dataclasses.replace(config.network, dtype=dtype)  # pyright: ignore
         config = dataclasses.replace(config, network=network)
@@ -327,6 +328,79 @@ def _normalised(reading: Options, normalise: Normalise | None) -> Options:
             "only; conditional and block have two"
         )
     return dataclasses.replace(reading, normalise=normalise)  # pyright: ignore[reportCallIssue]
+
+
+def _with_adapters(base: Model, path: Path, source: str) -> Model:
+    """A published model with the adapters in a directory of PEFT."""
+    layout, params = base.layout, base.denoiser.params
+    if layout is None or layout.constant_sigma is not None:
+        what = "a run" if layout is None else f"of {layout.name}, whose gates are folded"
+        raise UserError(
+            f"{path / peft.CONFIG}: the base model {base.source} is {what}: adapters are read for "
+            "other published models"
+        )
+    blocks = params["trunk"]["blocks"]
+    kernels = {name: layer["kernel"].shape for name, layer in blocks.items() if "kernel" in layer}
+    lora, adapters = peft.load_adapters(path, layout.tensors, kernels)
+    network = dataclasses.replace(base.config.network, lora=lora)  # pyright: ignore
+    config = dataclasses.replace(base.config, network=network, init_from=base.source)
+    parts = build_parts(config, base.process.num_tokens)
+    placement = Placement.of(params, parts.network.stacked)
+    if placement is None:
+        adapters = jax.device_put(adapters)
+    else:
+        expected = jax.eval_shape(parts.network.init, jax.random.key(0))
+        placed = Placement.on(placement.mesh, expected, parts.network.stacked)
+        adapters = jax.tree.map(put, adapters, placed.shardings(expected)["adapters"])
+    denoiser = parts.denoiser(params | {"adapters": adapters})
+    return dataclasses.replace(base, denoiser=denoiser, parts=parts, config=config, source=source)
+
+
+def describe(path: str | Path) -> tuple[Config, bool]:
+    """Read the configuration of a checkpoint, without its tensors.
+
+    Args:
+        path: as for ``load``. A checkpoint on the hub is downloaded.
+
+    Returns:
+        The configuration of a run, or one that describes a published checkpoint, and whether the
+        checkpoint is published.
+
+    Raises:
+        UserError: as ``load``, but for mistakes in the tensors.
+    """
+    source = str(path)
+    path = _directory(source)
+    if (path / peft.CONFIG).is_file():
+        return describe(peft.base_of(path))
+    if find_config(path) is None:
+        return _config_of_run(path), False
+    layout, _, tokenizer = describe_published(path)
+    network: Any = layout.network
+    if layout.constant_sigma is not None:  # see ``at_constant_sigma``
+        network = dataclasses.replace(network, time_conditioned=False, norm_bias=True)
+    tokenizer = _published_tokenizer(path, layout.description.num_tokens, tokenizer)
+    return published_config(network, layout.description, tokenizer), True
+
+
+def _directory(source: str) -> Path:
+    """The directory of a checkpoint, downloaded if it is on the hub; UserError if there is none."""
+    path = fetch(source)
+    if not path.is_dir():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not path.parent.is_dir()
+        hint = f"; for a checkpoint of the Hugging Face hub write hf://{source}" if hub else ""
+        raise UserError(f"checkpoint {path}: no such directory{hint}")
+    return path
+
+
+def _config_of_run(path: Path) -> Config:
+    """The configuration of the run in a directory; UserError if it is none."""
+    config = read_config(path)
+    if config is None:
+        above = [p for p in path.absolute().parents[:2] if (p / "config.json").exists()]
+        hint = f"; did you mean {above[0]}?" if above else ""
+        raise UserError(f"checkpoint {path}: not a run's directory (it has no config.json){hint}")
+    return config
 
 
 def _from_published(

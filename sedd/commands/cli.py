@@ -311,6 +311,7 @@ def parse_config(
     description: str,
     *,
     saved: Config | None = None,
+    complete: Callable[..., Config] | None = None,
 ) -> Any:
     """Parse the flags of a command that has a configuration.
 
@@ -328,6 +329,9 @@ def parse_config(
         command: the dataclass of the command, with a field ``config`` of type Config.
         description: the beginning of the help.
         saved: the configuration to use without --config: that of the run to resume.
+        complete: completes the configuration between the first and the second stage, given the
+            arguments, the configuration, and whether it is ``named`` by --config. With it,
+            --config may be missing beside --init-from.
 
     Returns:
         An instance of ``command``.
@@ -336,7 +340,8 @@ def parse_config(
         UserError: there is no configuration, or a flag is wrong.
     """
     path, rest = take(arguments, "--config")
-    if path is None and saved is None and not {"-h", "--help"} & set(arguments):
+    begun = complete is not None and take(arguments, "--init-from")[0] is not None
+    if path is None and saved is None and not begun and not {"-h", "--help"} & set(arguments):
         for flag in (argument.partition("=")[0] for argument in arguments):
             if flag.startswith("--") and did_you_mean(flag, ["--config"]):
                 raise UserError(f"unknown flag {flag}; did you mean --config?")
@@ -344,7 +349,10 @@ def parse_config(
             f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
         )
     recipe = (saved or Config()) if path is None else load_config(path)
-    config, rest = _with_named_components(recipe, rest)
+    config = recipe
+    if complete is not None and (path is not None or saved is None):
+        config = complete(arguments, recipe, named=path is not None)
+    config, rest = _with_named_components(config, rest)
     choices = "\n".join(
         f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
     )

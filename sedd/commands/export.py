@@ -6,7 +6,9 @@ tokenizer and a model card. Tensors of more than 5 GB are written as several fil
 The published code of the layout and ``sedd.load`` read the result. Options that the layout does not
 hold, such as the dtype of the computation, are printed as notes; a model that no layout can hold is
 refused. A published model that is not of SEDD, RADD or MDLM is written in its own layout, with the
-files of its tokenizer and its configuration as they were.
+files of its tokenizer and its configuration as they were; so is a run that was trained from one.
+
+Adapters are added to the weights. With ``--adapters`` they are written alone, in the files of PEFT.
 """
 
 import dataclasses
@@ -16,16 +18,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 import sedd
 from sedd.commands.cli import console, note, parse
 from sedd.configuration.components import Options, values
 from sedd.data.tokenizers import Pretrained, Tokenizer
 from sedd.errors import UserError
-from sedd.interop.hub import TOKENIZER, fetch
-from sedd.interop.layouts.base import Description, Layout, layout_for, layouts
-from sedd.interop.published import check_free, save_published, with_norm_bias
-from sedd.model import UNKNOWN
+from sedd.interop.hub import SCHEME, TOKENIZER, fetch
+from sedd.interop.layouts.base import Description, Layout, find_config, layout_for, layouts
+from sedd.interop.peft import save_adapters
+from sedd.interop.published import (
+    check_free,
+    describe_published,
+    save_published,
+    with_norm_bias,
+)
+from sedd.model import UNKNOWN, read_config
 from sedd.networks.decoder import Decoder
 from sedd.networks.lora import merged
 from sedd.progress import Activity
@@ -53,6 +62,8 @@ class ExportCommand:
     """
     mask_id: int | None = None
     """The published id of the mask, for a published model whose files do not state it."""
+    adapters: bool = False
+    """Write the adapters alone, as PEFT does: adapter_config.json, adapter_model.safetensors."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,6 +80,9 @@ def main(arguments: Sequence[str]) -> None:
     with Activity(f"loading {command.checkpoint}"):
         model, step = load_weights(command)
     layout, params, notes = publishable(model)
+    if command.adapters:
+        write_adapters(command.output, model, layout)
+        return
     bound = validation(Path(command.checkpoint).expanduser(), step)
     beside = {**tokenizer_texts(model), "README.md": card(model, layout, step, bound)}
     with Activity(f"writing {command.output}"):
@@ -76,6 +90,62 @@ def main(arguments: Sequence[str]) -> None:
     for line in notes:
         note(line)
     console.print(f"wrote {command.output} in the layout of {layout.name}")
+
+
+def write_adapters(output: Path, model: sedd.Model, layout: Layout) -> None:
+    """Write the adapters of a model alone; UserError if it has none."""
+    network: Any = model.denoiser.network
+    if not network.lora.rank:
+        raise UserError(f"--adapters: {model.source} has no adapters; they are trained by --lora")
+    base = model.config.init_from or ""
+    tensors = layouts()[layout.name].tensors(layout.network)
+    save_adapters(
+        output,
+        tensors,
+        network.lora,
+        model.denoiser.params["adapters"],
+        base=base.removeprefix(SCHEME),
+    )
+    console.print(f"wrote the adapters to {output}, with the names of {layout.name}")
+
+
+def origin(model: sedd.Model) -> tuple[Layout, Path] | None:
+    """The published model from which a run was trained, if the run still has its layout.
+
+    Returns:
+        The layout and the directory; None if there is no such model, it cannot be read, or the run
+        has another network, vocabulary or parameterization.
+    """
+    start = model.config.init_from
+    while start is not None:
+        try:
+            path = fetch(start, weights=False)
+            if find_config(path) is not None:
+                layout, *_ = describe_published(
+                    path, mask_id=getattr(model.tokenizer, "mask", None)
+                )
+                return (layout, path) if has_layout(model, layout) else None
+            config = read_config(path)
+        except UserError:
+            return None
+        start = None if config is None else config.init_from
+    return None
+
+
+def has_layout(model: sedd.Model, layout: Layout) -> bool:
+    """Whether a model has the network and the meaning of a published one."""
+    network, what = model.denoiser.network, layout.description
+    reading: Any = model.config.parameterization
+    if not isinstance(network, Decoder) or not isinstance(layout.network, Decoder):
+        return False
+    free = ("dtype", "param_dtype", "remat", "attention", "lora")
+    same = {name: getattr(layout.network, name) for name in free}
+    kind = "block" if what.block is not None else what.parameterization
+    return (
+        dataclasses.replace(network, **same) == layout.network
+        and (reading.name, getattr(reading, "shift", False)) == (kind, what.shift)
+        and getattr(reading, "block", None) == what.block
+    )
 
 
 def load_weights(command: ExportCommand) -> tuple[sedd.Model, int | None]:
@@ -113,6 +183,11 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
     if model.layout is not None and isinstance(network, Decoder):
         code = "auto_map" in model.layout.config
         return model.layout, params, [CODE_LEFT_OUT] if code else []
+    if (found := origin(model)) is not None:
+        layout, _ = found
+        kind = layout.network.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
+        params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind), params)
+        return layout, params, [CODE_LEFT_OUT] if "auto_map" in layout.config else []
     schedule = model.config.schedule
     reading: Any = model.config.parameterization
     description = Description(
@@ -151,8 +226,12 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
 
 def tokenizer_texts(model: sedd.Model) -> dict[str, str]:
     """The files of the tokenizer by name: those of a published model, or a ``tokenizer.json``."""
+    directory = None
     if model.layout is not None and isinstance(model.denoiser.network, Decoder):
         directory = fetch(model.source, weights=False)
+    elif (found := origin(model)) is not None:
+        _, directory = found
+    if directory is not None:
         found = [name for name in TOKENIZER if (directory / name).is_file()]
         return {name: (directory / name).read_text(encoding="utf-8") for name in found}
     return {} if model.tokenizer is None else {"tokenizer.json": written(model.tokenizer)}

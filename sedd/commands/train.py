@@ -29,6 +29,7 @@ import tyro
 import sedd
 from sedd.commands.cli import console, note, parse_config, take
 from sedd.commands.devices import Processes, join
+from sedd.commands.train_from import started_from
 from sedd.commands.train_start import Prepared, check_is_run, is_complete, prepare
 from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
 from sedd.configuration.config import Config
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     if take(arguments, "--config")[0] is None:
         workdir, _ = take(arguments, "--workdir")
         saved = None if workdir is None else read_config(Path(workdir).expanduser())
-    command = parse_config(arguments, TrainCommand, TITLE, saved=saved)
+    command = parse_config(arguments, TrainCommand, TITLE, saved=saved, complete=started_from)
     join(command.processes)
     config, workdir = command.config, command.workdir
     # The real vocabulary is known only after the corpus was read, which may take hours. Components

@@ -10,12 +10,11 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 
-import sedd
 from sedd.commands.cli import note
+from sedd.commands.train_from import first_params, lora_of, source_of
 from sedd.configuration.build import (
     Data,
     Parts,
@@ -24,24 +23,15 @@ from sedd.configuration.build import (
     build_parts,
     build_step,
 )
-from sedd.configuration.components import values
 from sedd.configuration.config import Config, differences
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
 from sedd.model import read_config, read_tokenizer
-from sedd.networks.base import Network
-from sedd.networks.lora import Lora, merged
 from sedd.progress import Activity
 from sedd.training.checkpoint import Checkpoints, Restored
-from sedd.training.named_arrays import kinds_of, require_same
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import TrainState, init_state
-from sedd.types import Params
-
-# Options of a network that change neither the number nor the shape of its parameters, apart from
-# adapters: --init-from accepts weights of a network that differs in these.
-FREE = ("dropout", "remat", "dtype", "param_dtype", "attention", "freeze", "lora")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +73,8 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     tokenizer = source = None
     if checkpoints.steps():
         config, tokenizer = check_same_run(workdir, config)
+    elif config.init_from is None and config.convert is not None:
+        raise UserError(f"--convert {config.convert} needs a model to convert: --init-from")
     elif config.init_from is not None:
         source = source_of(config.init_from, config)
         tokenizer = source.tokenizer
@@ -108,8 +100,13 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         if restored:
             state = restored.state
         elif source is not None:
-            where = f"--init-from {config.init_from}"
-            state = parallel.place(make_state(params=first_params(where, source, parts.network)))
+            params = first_params(
+                f"--init-from {config.init_from}",
+                source,
+                parts.network,
+                convert=config.convert is not None,
+            )
+            state = parallel.place(make_state(params=params))
         else:
             state = parallel.init(make_state)
     batches = Batches(
@@ -132,36 +129,6 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         state=state,
         batches=batches,
     )
-
-
-def first_params(where: str, source: sedd.Model, network: Network) -> Params:
-    """The parameters of ``source`` for a network that may have other adapters, or a causal head.
-
-    Adapters of the source are kept if the network has the same, and are merged otherwise. Entries
-    that the source lacks are left out: they are new.
-
-    Args:
-        where: the flag that names the source, for messages.
-        source: the model to start from.
-        network: the network to be trained.
-
-    Raises:
-        UserError: an array is missing or has another shape.
-    """
-    params = source.denoiser.params
-    if lora_of(source.denoiser.network) != lora_of(network):
-        _, params = merged(source.denoiser.network, params)
-    expected = jax.eval_shape(network.init, jax.random.key(0))
-    new = [name for name in ("causal", "adapters") if name in expected and name not in params]
-    expected = {name: tree for name, tree in expected.items() if name not in new}
-    shapes, here = kinds_of(params), kinds_of(expected)
-    require_same(where, {k: (here.get(k, v)[0], v[1]) for k, v in shapes.items()}, here)
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, expected)
-
-
-def lora_of(network: Any) -> Lora:
-    """The adapters of a network or of its options; those of rank 0 if it can have none."""
-    return getattr(network, "lora", Lora())
 
 
 def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
@@ -260,42 +227,6 @@ def check_same_data(workdir: Path, restored: Restored, batches: Batches) -> None
                 f"--workdir {workdir}: the corpus has changed since this run began: {sizes}. Bring "
                 f"it back, or use another directory and --init-from {workdir}"
             )
-
-
-def source_of(init_from: str, config: Config) -> sedd.Model:
-    """Load the model of ``--init-from``: a run, a published checkpoint, or hf://OWNER/NAME.
-
-    Raises:
-        UserError: it cannot be loaded, its tokenizer is another one, or its network differs in an
-            option that changes the parameters. A frozen trunk must also have the same
-            parameterization.
-    """
-    where = f"--init-from {init_from}"
-    try:
-        source = sedd.load(init_from)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    there = source.config.data.tokenizer
-    if source.tokenizer is None or there != config.data.tokenizer:
-        raise UserError(
-            f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
-            "weights can be used only with the tokenizer that they were trained with"
-        )
-    reading, needed = source.config.parameterization.name, config.parameterization.name
-    if getattr(config.network, "freeze", False) and reading != needed:
-        raise UserError(
-            f"{where}: its parameterization is {reading}; the frozen trunk of a network "
-            f"{config.network.name} must have {needed}"
-        )
-    here = values(config.network)
-    other = [
-        f"its network.{name} is {value} and --network.{name.replace('_', '-')} is {here[name]}"
-        for name, value in values(source.config.network).items()
-        if name in here and here[name] != value and name not in FREE
-    ]
-    if other:
-        raise UserError(f"{where} is of another configuration: {'; '.join(other)}")
-    return source
 
 
 def is_complete(workdir: Path, prepared: Prepared) -> bool:

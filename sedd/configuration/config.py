@@ -176,6 +176,9 @@ class Config:
     init_from: str | None = None
     """Start from the averaged (EMA) weights of a run's newest checkpoint, or of a published one (a
     directory or hf://OWNER/NAME)."""
+    convert: str | None = None
+    """Make a diffusion model of the autoregressive one of --init-from: full (all positions see each
+    other), or block:SIZE (blocks from left to right)."""
     seed: int = 0
     """Seed of the first parameters, the order of the data, the noise and the samples."""
     data: DataOptions = DataOptions()
@@ -193,6 +196,8 @@ class Config:
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
             raise FieldError("seed", f"must be in [0, 2**32), got {self.seed}")
+        if self.convert is not None:
+            converted_block(self.convert)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values; a component becomes an object of its options and its ``name``."""
@@ -207,6 +212,20 @@ class Config:
                 message names the field by its path.
         """
         return _typed(cls, data, "")
+
+
+def converted_block(convert: str) -> int | None:
+    """The block size in ``--convert block:SIZE``; None for ``--convert full``.
+
+    Raises:
+        FieldError: it has another form.
+    """
+    if convert == "full":
+        return None
+    kind, _, size = convert.partition(":")
+    if kind != "block" or not size.isdecimal() or int(size) < 1:
+        raise FieldError("convert", f"must be full or block:SIZE, such as block:32, got {convert}")
+    return int(size)
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,7 @@ def save_published(
 ) -> None:
     """Write a checkpoint to the directory ``path``, complete or not at all.
 
-    The files are written into a temporary directory beside ``path``, which is then renamed. One of
-    our parameters and one file of tensors are in the memory of the host at a time.
+    One of our parameters and one file of tensors are in the memory of the host at a time.
 
     Args:
         path: the directory; it must be empty or not exist.
@@ -246,23 +246,37 @@ def save_published(
     Raises:
         UserError: if ``path`` is not free or cannot be written.
     """
-    check_free(path)
     sizes = {}
     for key, leaf in _flat(params):
         names, shape = names_of(layout, key, leaf.shape)
         sizes |= {name: nbytes(shape, np.dtype(leaf.dtype)) for name in names}
+    with complete_directory(path) as partial:
+        writer = ShardWriter(partial, sizes, shard_bytes)
+        for key, leaf in _flat(params):
+            for name, tensor in to_published(layout, key, np.asarray(leaf)):
+                writer.write(name, tensor)
+        writer.finish()
+        texts = {"config.json": json.dumps(config_of(layout), indent=2) + "\n", **beside}
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def complete_directory(path: Path) -> Iterator[Path]:
+    """Write a directory, complete or not at all.
+
+    The files are written into a temporary directory beside ``path``, which is yielded, and then
+    renamed. If the body raises, nothing is left.
+
+    Raises:
+        UserError: if ``path`` is not free or cannot be written.
+    """
+    check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
-            writer = ShardWriter(partial, sizes, shard_bytes)
-            for key, leaf in _flat(params):
-                for name, tensor in to_published(layout, key, np.asarray(leaf)):
-                    writer.write(name, tensor)
-            writer.finish()
-            texts = {"config.json": json.dumps(config_of(layout), indent=2) + "\n", **beside}
-            for name, text in texts.items():
-                (partial / name).write_text(text, encoding="utf-8")
+            yield partial
             umask = os.umask(0)
             os.umask(umask)
             # mkdtemp and save_file allow access to the owner only: give the usual permissions.
