@@ -10,14 +10,25 @@ import pytest
 import tiny_run
 
 import sedd
+from sedd.configuration.components import build
+from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.model import read_config
 from sedd.networks.causal_head import CausalHead
 from sedd.networks.ddit import DDiT
 from sedd.networks.decoder import Decoder
 from sedd.networks.lora import Lora, merged
+from sedd.objectives.lambda_dce import LambdaDCE
+from sedd.parameterizations.conditional import Conditional
+from sedd.processes.absorbing import Absorbing
+from sedd.reshape import Reshape
+from sedd.schedules import LogLinear
+from sedd.training.optimizer import OptimizerOptions, make_optimizer
+from sedd.training.state import init_state
+from sedd.training.step import Step
 
 V, L = 11, 8
+READING = Conditional(process=Absorbing(num_tokens=16))
 SIZES = {"num_states": V, "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
 NETWORKS = {
     "sedd": DDiT(**SIZES, time_conditioned=True, condition_dim=8, lora=Lora(rank=3)),
@@ -209,3 +220,68 @@ def test_the_flag_is_an_option_of_the_network(tmp_path, text, base):
     flags = ("--init-from", base, "--lora", "many")
     [error] = train(tmp_path / "run", text, *flags).errors
     assert error.startswith("error: --network.lora.rank: not a whole number: 'many'")
+
+
+# ---------------------------------------------------------------- what they learn
+
+
+def learned(net, rate, x0_BL, scored_BL, params=None):
+    """The state after 500 steps on one batch, and the state before."""
+    settings = OptimizerOptions(
+        **{"learning_rate": rate, "warmup_steps": 10, "schedule": "cosine"},
+        **{"beta2": 0.99, "ema_decay": 0.9},
+    )
+    optimizer = make_optimizer(settings, 500)
+    step = Step(
+        network=net,
+        objective=LambdaDCE(schedule=LogLinear(), parameterization=READING),
+        optimizer=optimizer,
+        ema_decay=settings.ema_decay,
+        batch_size=len(x0_BL),
+    )
+    index_B = np.arange(len(x0_BL))
+    batch = {"x0": x0_BL[None], "scored": scored_BL[None], "index": index_B[None]}
+    start = init_state(net, optimizer, 0, params=params)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def train(state):
+        return jax.lax.scan(lambda s, _: step(s, batch, axis_name=None), state, length=500)[0]
+
+    return train(start), start
+
+
+def answers(net, state, x0_BL, scored_BL):
+    """The tokens with the most likely ones, from left to right, in the place of the scored ones."""
+    denoiser = Denoiser(
+        params=state.averaged,
+        network=net,
+        parameterization=READING,
+        reshape=Reshape.of(temperature=0.0),
+    )
+    sampler = build("samplers", "ordered", schedule=LogLinear())
+    asked_BL = np.where(scored_BL, READING.process.mask, x0_BL)
+    keys_B = jax.random.split(jax.random.key(1), len(x0_BL))
+    return jax.jit(sampler)(denoiser, keys_B, asked_BL, ~scored_BL).tokens_BL
+
+
+def test_eight_answers_are_learned_by_all_parameters_then_eight_others_by_adapters():
+    """Prompts of four tokens with answers of eight, which are random and cannot be inferred."""
+    first_BL, second_BL = np.random.default_rng(0).integers(0, 16, (2, 8, 12), np.int32)
+    scored_BL = np.broadcast_to(np.arange(12) >= 4, first_BL.shape)
+    net = Decoder(
+        num_states=17,
+        time_conditioned=False,
+        hidden_dim=32,
+        num_layers=2,
+        num_heads=2,
+        tied=True,
+    )
+    state, _ = learned(net, 3e-3, first_BL, scored_BL)
+    np.testing.assert_array_equal(answers(net, state, first_BL, scored_BL), first_BL)
+
+    adapted = dataclasses.replace(net, lora=Lora(rank=8))
+    assert (answers(net, state, second_BL, scored_BL) != second_BL).any()
+    after, before = learned(adapted, 1e-2, second_BL, scored_BL, state.averaged)
+    np.testing.assert_array_equal(answers(adapted, after, second_BL, scored_BL), second_BL)
+    same = jax.tree.map(np.array_equal, after.params["trunk"], before.params["trunk"])
+    assert jax.tree.all(same)
