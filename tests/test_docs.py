@@ -1,6 +1,7 @@
 """The commands of the documentation have valid flags, and its Python blocks run on a tiny run."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -20,12 +21,13 @@ from sedd.commands import compile_check, evaluate_flags, harness, sample_flags, 
 from sedd.commands.cli import parse, parse_config
 from sedd.commands.export import ExportCommand
 from sedd.commands.inspect import InspectCommand
+from sedd.configuration.components import options
 from sedd.data.tokenizers import Characters
 from sedd.errors import UserError
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PARSERS = {
-    "train": lambda words: parse_config(words, train.TrainCommand, ""),
+    "train": lambda words: parse_config(words, train.TrainCommand, "", complete=started_from),
     "compile_check": lambda words: parse_config(words, compile_check.CompileCheckCommand, ""),
     "sample": sample_flags.read_command,
     "evaluate": evaluate_flags.read_command,
@@ -33,6 +35,23 @@ PARSERS = {
     "export": lambda words: parse(ExportCommand, words),
     "inspect": lambda words: parse(InspectCommand, words),
 }
+
+
+def started_from(words, recipe, *, named):
+    """In the place of ``train_from.started_from``, which would download the model.
+
+    A command without a recipe may have the options of a decoder and of a block model.
+    """
+    if named:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        network=options("networks", "decoder"),
+        parameterization=options("parameterizations", "block"),
+        objective=options("objectives", "block"),
+    )
+
+
 COMMAND = re.compile(r"^\s*(?:srun .*)?(?:python (?P<script>[\w/]+)\.py|sedd (?P<name>\w+)) (.*)$")
 PLACEHOLDERS = {"--config …": "--config quickstart", "$STEPS": "9", "$RUN": "runs/mine"}
 

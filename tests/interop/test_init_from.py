@@ -177,9 +177,12 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
         load_adapters(tmp_path / "out", names, {"query": (2, 6, 7)})
 
 
-@pytest.mark.parametrize("convert", ["full", "block:4"])
+@pytest.mark.parametrize("convert", ["full", "block:1"])
 def test_an_autoregressive_model_is_converted(qwen, tmp_path, text, convert):
-    """Without training, causal attention gives its own conditionals, one row earlier."""
+    """Without training, causal attention gives its own conditionals, one row earlier.
+
+    The attention of blocks of one token is causal.
+    """
     run = tmp_path / "run"
     outcome = train(
         *(run, text, "--init-from", qwen, "--convert", convert),
@@ -190,7 +193,7 @@ def test_an_autoregressive_model_is_converted(qwen, tmp_path, text, convert):
     reading = after.config.parameterization
     assert reading.shift
     assert (reading.name, getattr(reading, "block", None)) == (
-        ("conditional", None) if convert == "full" else ("block", 4)
+        ("conditional", None) if convert == "full" else ("block", 1)
     )
     assert after.process.num_tokens == before.process.num_tokens == TOKENS
     rows = after.denoiser.params["trunk"]["embed"]["embedding"]
@@ -203,6 +206,8 @@ def test_an_autoregressive_model_is_converted(qwen, tmp_path, text, convert):
     masked = np.array([[5, 9, 4, before.process.mask_id]])
     expected = before.log_conditional(masked)[0, 3]
     np.testing.assert_allclose(jax.nn.log_softmax(logits), expected, atol=1e-4)
+    seen = after.log_conditional(x_BL)[0, 4]
+    assert np.allclose(seen, expected, atol=1e-4) == (convert == "block:1")
 
 
 def test_a_recipe_takes_the_network_of_a_published_model(llada, tmp_path, text):
