@@ -225,6 +225,7 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
     mask_id: int | None = None,
     normalise: Normalise | None = None,
+    block: int | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
     """Load a trained model with its averaged (EMA) parameters.
@@ -242,6 +243,8 @@ def load(
         normalise: which entries of the raw output share the mass at a mask: "real" for the tokens,
             "all" for all rows of the vocabulary, as published samplers compute confidences.
             Default: that of the run, and "real" for published models.
+        block: tokens in a block, for a published masked model that was trained by blocks and whose
+            configuration does not say so.
         mesh: the devices on which to evaluate and sample, from ``sedd.device_mesh``. With several
             processes all of them make the same calls. The parameters of a run are read straight
             into the parts that its devices hold. By default one device samples, and evaluations
@@ -272,11 +275,12 @@ def load(
         if step is not None:
             raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
         published = load_published(path, dtype=dtype, mask_id=mask_id, mesh=mesh)
-        return _from_published(published, path, source, normalise)
-    if mask_id is not None:
-        raise UserError(
-            f"--mask-id {mask_id}: checkpoint {source} is a run, which has its own mask"
-        )
+        return _from_published(published, path, source, normalise, block)
+    for flag, value in (("--mask-id", mask_id), ("--trained-block", block)):
+        if value is not None:
+            raise UserError(
+                f"{flag} {value}: checkpoint {source} is a run; the flag is for published models"
+            )
     return _from_run(path, source, step, dtype, normalise, mesh)
 
 
@@ -404,10 +408,19 @@ def _config_of_run(path: Path) -> Config:
 
 
 def _from_published(
-    published: Published, path: Path, source: str, normalise: Normalise | None
+    published: Published,
+    path: Path,
+    source: str,
+    normalise: Normalise | None,
+    block: int | None,
 ) -> Model:
     """Build a model from a published checkpoint, with a configuration that describes it."""
     what = published.description
+    if block is not None:
+        if what.parameterization != "conditional" or what.block not in (None, block):
+            kind = f"has blocks of {what.block}" if what.block else f"is {what.parameterization}"
+            raise UserError(f"--trained-block {block}: checkpoint {source} {kind}")
+        what = dataclasses.replace(what, block=block)
     tokenizer = _published_tokenizer(path, what.num_tokens, published.tokenizer)
     if what.block is not None and published.network.time_conditioned:
         raise UserError(

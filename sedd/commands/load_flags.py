@@ -28,6 +28,9 @@ class LoadFlags:
     """Which entries of the output share the mass at a mask: the tokens (real), or all rows of the
     vocabulary (all), as published samplers of large models compute confidences. By default that of
     the run, and real for published models."""
+    trained_block: Annotated[int | None, unset("INT")] = None
+    """Tokens in a block, for a published model that was trained by blocks and whose configuration
+    does not say so."""
 
     def __post_init__(self):
         if self.mask_id is not None and self.mask_id < 0:
@@ -41,5 +44,6 @@ class LoadFlags:
             dtype=self.dtype,
             mask_id=self.mask_id,
             normalise=self.normalise,
+            block=self.trained_block,
             mesh=mesh,
         )

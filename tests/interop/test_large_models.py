@@ -128,6 +128,19 @@ def test_a_block_model_is_drawn_by_blocks(name, size, tmp_path):
         assert np.asarray(result.tokens).max() < model.process.num_tokens
 
 
+def test_blocks_that_a_configuration_does_not_state(tmp_path):
+    path = checkpoint(tmp_path / "in", tiny_config("A2D-Qwen3"))
+    model = sedd.load(path, mask_id=MASK, block=4)
+    assert model.denoiser.block == 4
+    assert sedd.load(path, mask_id=MASK).denoiser.block is None
+    sdar = checkpoint(tmp_path / "sdar", tiny_config("SDAR"))
+    with pytest.raises(UserError, match=r"--trained-block 8: checkpoint .* has blocks of 4"):
+        sedd.load(sdar, mask_id=MASK, block=8)
+    causal = checkpoint(tmp_path / "causal", tiny_config("Llama"))
+    with pytest.raises(UserError, match=r"--trained-block 8: checkpoint .* is autoregressive"):
+        sedd.load(causal, block=8)
+
+
 def test_bd3lm_is_our_network_by_blocks(tmp_path):
     config = CONFIGS["BD3-LM"] | {"hidden_dim": 16, "n_heads": 2, "n_blocks": 2, "vocab_size": 20}
     config |= {"cond_dim": 8, "model_length": 8}
@@ -159,6 +172,8 @@ def test_a_mask_for_a_run_or_for_radd_is_refused(tmp_path):
     run = tiny_run.make_run(tmp_path / "run", tiny_run.config("radd"), steps=(2,))
     with pytest.raises(UserError, match=f"--mask-id 5: checkpoint {run} is a run"):
         sedd.load(run, mask_id=5)
+    with pytest.raises(UserError, match=f"--trained-block 4: checkpoint {run} is a run"):
+        sedd.load(run, block=4)
 
 
 def exported(checkpoint, output, *more):

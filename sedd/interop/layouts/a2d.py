@@ -1,6 +1,7 @@
 """The layouts of A2D, of the project dllm: Llama, Qwen2 and Qwen3 with full attention.
 
-Configurations of models that were trained by blocks do not say so: they are read as these, too.
+Configurations of models that were trained by blocks do not say so: ``sedd.load`` is told by
+``block``.
 """
 
 from sedd.interop.layouts.decoder import DecoderLayout
