@@ -49,20 +49,22 @@ QWEN3 = """\
 """
 
 
-def vocabulary() -> str:
+def vocabulary(spare: int = 0) -> str:
     """The ``tokenizer.json`` of a tokenizer whose tokens are bytes, and special tokens."""
     backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(_characters())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
+    backend.add_special_tokens([*SPECIAL, *(f"<|reserved_token_{i}|>" for i in range(spare))])
     return backend.to_str()
 
 
-def tokenizer(template: str | None, *, eos: str = "<|endoftext|>", **settings) -> Pretrained:
-    """The tokenizer with a chat template and settings of it."""
+def tokenizer(
+    template: str | None, *, eos: str = "<|endoftext|>", spare: int = 0, **settings
+) -> Pretrained:
+    """The tokenizer with a chat template, settings of it, and some spare tokens."""
     variables = (("bos_token", "<|startoftext|>"), ("eos_token", eos), ("mask_token", "<|mask|>"))
     turns = Turns(template=template, variables=(*variables, *settings.items()))
-    return Pretrained.of("toy", vocabulary(), turns=turns)
+    return Pretrained.of("toy", vocabulary(spare), turns=turns)
 
 
 def _characters() -> list[str]:

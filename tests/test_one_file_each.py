@@ -343,7 +343,7 @@ def test_a_network_without_memory_is_refused_before_training(add, tmp_path):
     assert outcome.code == 2
     assert outcome.errors == [
         "error: sampler 'speculative' needs a network with a memory of rows to draw from an "
-        "any-subset model, got Bag: ddit has one (ordered needs none)"
+        "any-subset model, got Bag: ddit and decoder have (ordered needs none)"
     ]
     assert not (tmp_path / "run").exists()
 

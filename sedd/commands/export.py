@@ -290,8 +290,9 @@ def card(model: sedd.Model, layout: Layout, step: int | None, bound: dict[str, A
         "vocabulary": f"{model.process.num_tokens:,} tokens"
         + ("" if model.process.mask_id is None else " and the mask, the last id"),
         "tokenizer": "none" if model.tokenizer is None else model.tokenizer.name,
-        "trained on sequences of": f"{model.length} tokens",
     }
+    if model.layout is None or not isinstance(model.denoiser.network, Decoder):
+        rows["trained on sequences of"] = f"{model.length} tokens"
     if step is not None:
         rows["training step"] = f"{step:,}, averaged (EMA) parameters"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

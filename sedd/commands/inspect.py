@@ -155,7 +155,7 @@ def describe_tensors(
     """The number of parameters with their bytes and types; adds what does not fit to ``problems``.
 
     Without tensors, the number is that of the configuration, and the bytes are those of the type
-    that it states.
+    that it states, or None.
     """
     network: Any = layout.network
     ours = jax.eval_shape(network.init, jax.random.key(0))
@@ -166,8 +166,9 @@ def describe_tensors(
         shapes |= dict.fromkeys(names, shape)
     if tensors is None:
         count = sum(int(np.prod(shape)) for shape in shapes.values())
-        size = np.dtype(jax.numpy.dtype(layout.description.dtype)).itemsize
-        return {"parameters": count, "bytes": count * size, "dtypes": [layout.description.dtype]}
+        dtype = layout.description.dtype
+        size = None if dtype is None else count * jax.numpy.dtype(dtype).itemsize
+        return {"parameters": count, "bytes": size, "dtypes": [] if dtype is None else [dtype]}
     try:
         check_tensors(tensors, shapes)
     except UserError as error:

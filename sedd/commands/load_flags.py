@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from jax.sharding import Mesh
 
 import sedd
-from sedd.commands.cli import unset
+from sedd.commands.cli import note, unset
 from sedd.errors import FieldError
 from sedd.parameterizations.conditional import Normalise
 
@@ -37,8 +37,8 @@ class LoadFlags:
             raise FieldError("mask_id", f"must be at least 0, got {self.mask_id}")
 
     def load(self, checkpoint: str, *, step: Any = None, mesh: Mesh | None = None) -> sedd.Model:
-        """Load a model with these settings, as ``sedd.load`` does."""
-        return sedd.load(
+        """Load a model with these settings, as ``sedd.load`` does, and print notes on it."""
+        model = sedd.load(
             checkpoint,
             step=step,
             dtype=self.dtype,
@@ -47,3 +47,6 @@ class LoadFlags:
             block=self.trained_block,
             mesh=mesh,
         )
+        for line in () if model.layout is None else model.layout.notes:
+            note(f"{checkpoint}: {line}")
+        return model

@@ -323,11 +323,13 @@ def trigram_bits(data: Data, rows: ValidationRows) -> float | None:
         pieces = data.tokenizer.token_bytes()
     except UserError:
         return None
-    text = "".join(joined_text(pieces, packed.tokens[:TRIGRAM_TOKENS]) for packed, _ in data.train)
+    text = "".join(
+        joined_text(pieces, packed.first_tokens(TRIGRAM_TOKENS)) for packed, _ in data.train
+    )
     texts = (
         joined_text(pieces, x0_L[scored_L])
         for batch in rows
-        for x0_L, scored_L in zip(*batch, strict=True)
+        for x0_L, scored_L, *_ in zip(*batch, strict=True)
     )
     nats, characters = CharacterTrigram.fit(text).nats(texts)
     return nats / characters / math.log(2)

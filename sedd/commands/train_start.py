@@ -22,6 +22,7 @@ from sedd.configuration.build import (
     build_parallel,
     build_parts,
     build_step,
+    check_padding,
 )
 from sedd.configuration.config import Config, differences
 from sedd.data.loader import Batches
@@ -92,6 +93,7 @@ def prepare(workdir: Path, config: Config) -> Prepared:
 
     data = read_data(config, tokenizer)
     parts = build_parts(config, data.tokenizer.num_tokens)
+    check_padding(config, parts, segmented=any(packed.segmented for packed, _ in data.train))
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
     make_state = partial(init_state, step.network, step.optimizer, config.seed)

@@ -17,6 +17,7 @@ import numpy as np
 
 from sedd.configuration.components import build, maker, options, values
 from sedd.configuration.config import Config, DataOptions, with_component
+from sedd.data.answer_rows import pack_records
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.tokenizer_sources import build_tokenizer
@@ -100,12 +101,38 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
     if isinstance(parameterization, Block):
         with fields_within("parameterization"):
             parameterization.check_length(config.data.length)
+    check_padding(config, parts)
     try:
         parts.objective.check(parts.network)
     except UserError as error:
         raise FieldError("objective", f"{config.objective.name} {error}") from None
     parts.sampler.check(parts.denoiser(None))
     return parts
+
+
+def check_padding(config: Config, parts: Parts, *, segmented: bool | None = None) -> None:
+    """Check that the model can be trained on rows of several texts, if the data are such rows.
+
+    Args:
+        config: ``data.padding`` says what the rows are, as far as it is known without the data.
+        parts: the components of the model.
+        segmented: whether the rows have segments; None if the data are not known yet.
+
+    Raises:
+        FieldError: rows have segments, and the objective does not take them, or the network depends
+            on the noise level, which differs among the texts of a row.
+    """
+    if not (config.data.padding == "none" if segmented is None else segmented):
+        return
+    reason = None
+    if not parts.objective.packs:
+        reason = f"which the objective {config.objective.name} does not take"
+    elif not parts.parameterization.time_independent:
+        reason = "each with its own noise level, and this network depends on that of a row"
+    if reason is not None:
+        raise FieldError(
+            "data.padding", f"none packs several texts into a row, {reason}; use eos, or unified"
+        )
 
 
 def default_sampler(parameterization: Parameterization) -> str:
@@ -354,6 +381,27 @@ def pack_split(
 
 
 def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> Packed:
+    """Pack text, or records; FieldError if an option goes with the other kind only."""
+    if corpus.records:
+        if not data.wrap:
+            raise FieldError("data.wrap", ": --data.padding says how records fill rows")
+        return pack_records(
+            corpus,
+            tokenizer,
+            split,
+            length=data.length,
+            padding=data.padding or "eos",
+            answers=data.answers,
+            cache_dir=cache_dir,
+            workers=data.workers,
+            progress=progress,
+        )
+    if data.padding is not None:
+        raise FieldError(
+            "data.padding",
+            f"is {data.padding}, which needs a corpus of messages, or of prompts with completions; "
+            f"{corpus.name!r} is text",
+        )
     return pack(
         corpus,
         tokenizer,
@@ -386,7 +434,7 @@ class ValidationRows:
     def __len__(self) -> int:
         return sum(-(-len(rows) // self.batch_size) for _, rows in self._rows())
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         for packed, rows in self._rows():
             for first in range(0, len(rows), self.batch_size):
                 yield packed.rows(rows[first : first + self.batch_size])
@@ -394,7 +442,7 @@ class ValidationRows:
     def counts(self) -> np.ndarray:
         """Count how often each token occurs at scored positions of all rows, [N]."""
         counts_N = np.zeros(self.parts[0].counts.size, np.int64)
-        for x0_BL, scored_BL in self:
+        for x0_BL, scored_BL, *_ in self:
             counts_N += np.bincount(x0_BL[scored_BL], minlength=counts_N.size)
         return counts_N
 

@@ -21,6 +21,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from sedd.configuration.components import COMPONENTS, Options, options, options_type, values
+from sedd.data.answer_rows import Padding
+from sedd.data.records import Answers
 from sedd.errors import FieldError, UserError, did_you_mean, fields_within, first_line
 from sedd.evaluation.monte_carlo import check_draws
 from sedd.training.loop import Cadence
@@ -77,6 +79,12 @@ class DataOptions:
     wrap: bool = True
     """Join all documents, separated by the end-of-text token, and cut the result into sequences;
     with --data.no-wrap each document starts a sequence of its own, which is padded."""
+    padding: Padding | None = None
+    """How rows are filled if the corpus is of messages, or of prompts with completions: eos (the
+    default) and rainbow fill a row behind its text with tokens that are learned, none packs several
+    texts into a row as segments, and unified joins all and learns prompts too."""
+    answers: Answers = "all"
+    """Which answers of a conversation are learned: all, or the last one only."""
     cache_dir: str = field(default_factory=default_cache_dir)
     """Where downloads and packed tokens are kept."""
     workers: int | None = None

@@ -51,6 +51,11 @@ class Corpus(ABC):
         return self._documents_from(split, start) if start else self._documents(split)
 
     @property
+    def records(self) -> bool:
+        """Whether a document is no text but a record of ``sedd.data.records``."""
+        return False
+
+    @property
     def evaluation_split(self) -> str:
         """The split that is evaluated by default: all, validation, test, or else the last."""
         for split in ("all", "validation", "test"):
@@ -88,6 +93,10 @@ class Mixture(Corpus):
             raise ValueError("a mixture needs at least one corpus")
         shared = tuple(s for s in parts[0].splits if all(s in part.splits for part in parts))
         return cls(name="+".join(part.name for part in parts), splits=shared, parts=parts)
+
+    @property
+    def records(self) -> bool:
+        return any(part.records for part in self.parts)
 
     def _documents(self, split: str) -> Iterator[str]:
         return chain.from_iterable(part.documents(split) for part in self.parts)
@@ -130,6 +139,10 @@ class WithHeldOut(Corpus):
         return cls(name=corpus.name, splits=(*corpus.splits, "validation"), source=corpus)
 
     @property
+    def records(self) -> bool:
+        return self.source.records
+
+    @property
     def evaluation_split(self) -> str:
         """The evaluation split of the source; "validation" if that is "train"."""
         declared = self.source.evaluation_split
@@ -148,7 +161,7 @@ class WithHeldOut(Corpus):
         return digest(["held out", HELD_OUT_EVERY, self.source.fingerprint()])
 
 
-def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
+def hold_out(documents: Iterator[str], split: str, *, whole: bool = False) -> Iterator[str]:
     """Yield the documents of one split of a corpus that has no validation split of its own.
 
     Of 20 documents or more, every 20th is validation. Of fewer, the last twentieth of each document
@@ -157,12 +170,17 @@ def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
     Args:
         documents: all documents that are to be divided.
         split: "train", "validation", or "all" for the documents as they are.
+        whole: whether documents are never cut. Of fewer than 20, the last one is validation then; a
+            single one is in both splits.
     """
     if split == "all":
         yield from documents
         return
     validation = split == "validation"
     first = list(islice(documents, HELD_OUT_EVERY))
+    if len(first) < HELD_OUT_EVERY and whole:
+        yield from first[-1:] if validation else first[:-1] or first
+        return
     if len(first) < HELD_OUT_EVERY:
         for text in first:
             cut = _cut(text)
@@ -174,18 +192,21 @@ def hold_out(documents: Iterator[str], split: str) -> Iterator[str]:
             yield text
 
 
-def hold_out_from(read: Callable[[int], Iterator[str]], split: str, start: int) -> Iterator[str]:
+def hold_out_from(
+    read: Callable[[int], Iterator[str]], split: str, start: int, *, whole: bool = False
+) -> Iterator[str]:
     """The documents of ``hold_out`` after the first ``start``, of which most are not read.
 
     Args:
         read: returns all documents that are to be divided, after the number that it is given.
         split: "train", "validation" or "all".
         start: documents of the split to leave out.
+        whole: as for ``hold_out``.
     """
     if split == "all":
         return read(start)
     if start < HELD_OUT_EVERY:  # documents may be divided, which only the first of them tell
-        return islice(hold_out(read(0), split), start, None)
+        return islice(hold_out(read(0), split, whole=whole), start, None)
     validation = split == "validation"
     # In each run of 20 documents 19 are training, and the last is validation.
     first = (

@@ -121,7 +121,7 @@ def conversation(
             continue
         before = render(tokenizer, messages[:number], answer=True)
         if not whole.startswith(before):
-            hint = "" if last else "; score the last answer only (--data.turns last)"
+            hint = "" if last else "; score the last answer only (--data.answers last)"
             raise UserError(
                 f"the chat template of tokenizer {tokenizer.name!r} writes the text before message "
                 f"{number + 1} in another way than within the whole conversation{hint}"

@@ -11,11 +11,17 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from sedd.data.base import Corpus, digest, hold_out_from, say
-from sedd.data.readers import LINES, PARQUET, read_documents, without_compression
+from sedd.data.readers import (
+    LINES,
+    PARQUET,
+    holds_records,
+    read_documents,
+    without_compression,
+)
 from sedd.data.splits import sort_into_splits
 from sedd.errors import UserError
 
@@ -30,23 +36,31 @@ SHOWN = 3  # file names that a note lists
 
 @dataclass(frozen=True, kw_only=True)
 class FileCorpus(Corpus):
-    """Text files with one document each, and files with a document in each line or row."""
+    """Text files with one document each, and files with a document in each line or row.
+
+    If the first line of the first file is a record of ``sedd.data.records``, all lines must be.
+    """
 
     files: tuple[tuple[str, Path], ...]  # (split, file); the split is "all" if none is declared
     key: str | None = None  # key or column of the text; None is "text"
+
+    @cached_property
+    def records(self) -> bool:
+        return self.key is None and holds_records(self.files[0][1])
 
     def _documents(self, split: str) -> Iterator[str]:
         return self._documents_from(split, 0)
 
     def _documents_from(self, split: str, start: int) -> Iterator[str]:
         if self.splits == UNSPLIT:
-            return hold_out_from(partial(self._read, self.files), split, start)
+            read = partial(self._read, self.files)
+            return hold_out_from(read, split, start, whole=self.records)
         return self._read([entry for entry in self.files if entry[0] == split], start)
 
     def _read(self, files: Sequence[tuple[str, Path]], skip: int) -> Iterator[str]:
         """The documents of ``files`` after the first ``skip``."""
         for _, path in files:
-            skip = yield from read_documents(path, self.key, skip)
+            skip = yield from read_documents(path, self.key, skip, records=self.records)
 
     def fingerprint(self) -> str:
         """A hash of the key and of the path, split, size and time of change of each file."""

@@ -30,10 +30,11 @@ CYCLE = 10_000  # longest cycle of a ``Schedule``: weights are exact to one exam
 class Batches:
     """An endless iterator over the batches of this process.
 
-    A batch is a dictionary of ``step``, ``x0`` (int32 [B, L]), ``scored`` (bool [B, L]) and
-    ``index`` (int32 [B], places in the global batch). B is ``batch_size / process_count``, and
-    process p holds the places from p * B to (p + 1) * B. The rows of a part come in a new order in
-    every epoch. A batch may contain the end of one epoch and the beginning of the next.
+    A batch is a dictionary of ``step``, ``x0`` (int32 [B, L]), ``scored`` (bool [B, L]), ``index``
+    (int32 [B], places in the global batch), and if a part has segments ``segment`` (int32 [B, L], 0
+    for padding). B is ``batch_size / process_count``, and process p holds the places from p * B to
+    (p + 1) * B. The rows of a part come in a new order in every epoch. A batch may contain the end
+    of one epoch and the beginning of the next.
 
     Args:
         parts: rows to draw from, each with a positive weight; all of one length.
@@ -119,16 +120,21 @@ class Batches:
         length = self._parts[0].length
         x0_BL = np.empty((len(part_B), length), np.int32)
         scored_BL = np.empty((len(part_B), length), bool)
+        segment_BL = np.ones((len(part_B), length), np.int32)
         for number, packed in enumerate(self._parts):
             chosen = np.flatnonzero(part_B == number)
             if chosen.size:
                 rows = self._rows(number, rank_B[chosen])
-                x0_BL[chosen], scored_BL[chosen] = packed.rows(rows)
+                x0_BL[chosen], scored_BL[chosen], *segment = packed.rows(rows)
+                if segment:
+                    segment_BL[chosen] = segment[0]
+        segmented = any(packed.segmented for packed in self._parts)
         return {
             "step": int(step),
             "x0": x0_BL,
             "scored": scored_BL,
             "index": self._places_B.astype(np.int32),
+            **({"segment": segment_BL} if segmented else {}),
         }
 
     def _rows(self, part: int, rank: np.ndarray) -> np.ndarray:

@@ -64,13 +64,7 @@ class Packed:
             IndexError: if a number is not in 0..num_rows-1.
             UserError: if the token file was truncated meanwhile.
         """
-        indices = np.asarray(indices)
-        if indices.size and not (indices.min() >= 0 and indices.max() < self.num_rows):
-            raise IndexError(
-                f"rows are 0..{self.num_rows - 1}, got {indices.min()}..{indices.max()}"
-            )
-        if self.file is not None:
-            self.file.check()
+        indices = self.checked(indices)
         if self.spans is None:
             tokens_SL = self.tokens[: self.num_rows * self.length].reshape(-1, self.length)
             x0_BL = tokens_SL[indices].astype(np.int32)
@@ -87,6 +81,26 @@ class Packed:
         x0_BL = np.where(offsets_L < 0, self.around[0], x0_BL)
         x0_BL = np.where(offsets_L == size_B1, self.around[1], x0_BL)
         return x0_BL.astype(np.int32), np.asarray(offsets_L <= size_B1)
+
+    def checked(self, indices: np.ndarray) -> np.ndarray:
+        """Check that there are rows with these numbers, and that their file is whole."""
+        indices = np.asarray(indices)
+        if indices.size and not (indices.min() >= 0 and indices.max() < self.num_rows):
+            raise IndexError(
+                f"rows are 0..{self.num_rows - 1}, got {indices.min()}..{indices.max()}"
+            )
+        if self.file is not None:
+            self.file.check()
+        return indices
+
+    @property
+    def segmented(self) -> bool:
+        """Whether ``rows`` also returns the segments of several texts in a row; never here."""
+        return False
+
+    def first_tokens(self, count: int) -> np.ndarray:
+        """The ids of the first tokens of the corpus."""
+        return self.tokens[:count]
 
     def unigram_entropy(self) -> float:
         """Entropy of the scored tokens' own frequencies, in nats per token.
@@ -189,6 +203,11 @@ def pack(
         >>> x0_BL.shape, scored_BL.all()
         ((2, 16), np.True_)
     """
+    if corpus.records:
+        raise UserError(
+            f"{corpus.name}: it holds messages or prompts, which only training reads; text is a "
+            "file of another kind, or PATH:KEY"
+        )
     for name, value in (("max_documents", max_documents), ("workers", workers)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
@@ -274,8 +293,7 @@ def _open(folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer, c
     ends = np.load(folder / "ends.npy", mmap_mode="r")
     if not total:
         raise UserError(f"{name} holds no text")
-    file = MappedFile.of(folder / "tokens.bin")
-    tokens = np.frombuffer(file.content, dtype=meta["dtype"])
+    file, tokens = map_tokens(folder, meta["dtype"])
     eos_id = tokenizer.eos_id
     spans, dropped = cut.ranges(ends, total, 0 if eos_id is None else 1)
     num_rows = len(spans[0])
@@ -298,7 +316,7 @@ def _open(folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer, c
         counts -= np.bincount(np.asarray(tokens[begin:end], np.int64), minlength=len(counts))
     for special in cut.around or ():
         counts[special] += num_rows
-    characters, size = _text_size(meta, counts, tokenizer)
+    characters, size = text_size(meta, counts, tokenizer)
     return Packed(
         name=name,
         num_rows=num_rows,
@@ -315,6 +333,17 @@ def _open(folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer, c
         around=cut.around,
         digest=meta.get("digest") or content_digest(folder),
     )
+
+
+def map_tokens(folder: Path, dtype: str) -> tuple[MappedFile, np.ndarray]:
+    """Map the tokens of token files, which must not be empty, into memory."""
+    file = MappedFile.of(folder / "tokens.bin")
+    return file, np.frombuffer(file.content, dtype=dtype)
+
+
+def join_rows(ends: np.ndarray, total: int, length: int) -> tuple[Ranges, Ranges]:
+    """Rows of ``length`` tokens of all documents joined; see ``Cut.ranges``."""
+    return _joined(ends, total, length, None, False)
 
 
 def _joined(
@@ -359,7 +388,7 @@ def _rank_within(rows_of: np.ndarray) -> np.ndarray:
     return np.arange(rows_of.sum()) - np.repeat(np.cumsum(rows_of) - rows_of, rows_of)
 
 
-def _text_size(meta: dict[str, Any], counts: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+def text_size(meta: dict[str, Any], counts: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
     """Characters and bytes of the text that the counted tokens spell; see ``Packed``."""
     try:
         table = tokenizer.token_bytes()

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from sedd.data.records import is_record, record_text
 from sedd.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
@@ -52,7 +53,22 @@ def without_compression(name: str) -> Path:
     return Path(path.stem) if path.suffix in COMPRESSIONS else path
 
 
-def read_documents(path: Path, key: str | None = None, skip: int = 0) -> Documents:
+def holds_records(path: Path) -> bool:
+    """Whether the first line of a file is a record of ``sedd.data.records``; False on any error.
+
+    Errors are those of ``read_documents`` later.
+    """
+    if without_compression(path.name).suffix not in LINES:
+        return False
+    with contextlib.suppress(UserError, ValueError, RecursionError), _opened(path) as file:
+        line = next((line for line in file if not line.isspace()), b"")
+        return is_record(json.loads(line))
+    return False
+
+
+def read_documents(
+    path: Path, key: str | None = None, skip: int = 0, *, records: bool = False
+) -> Documents:
     """Read the documents of one file, which may be compressed with gzip (.gz) or zstd (.zst).
 
     - JSON lines: every line is an object with a document under ``key`` (default ``"text"``).
@@ -65,6 +81,7 @@ def read_documents(path: Path, key: str | None = None, skip: int = 0) -> Documen
         key: the key or column of the text.
         skip: documents to leave out at the beginning. They are not parsed, and row groups of a
             Parquet file are not even read.
+        records: whether every line is a record of ``sedd.data.records``; JSON lines only.
 
     Returns:
         A generator, whose own value is what remains of ``skip`` after the file's last document.
@@ -74,7 +91,12 @@ def read_documents(path: Path, key: str | None = None, skip: int = 0) -> Documen
     """
     suffix = without_compression(path.name).suffix
     if suffix in LINES:
-        return _read_lines(path, key or "text", skip)
+        return _read_lines(path, key or "text", skip, records)
+    if records:
+        raise UserError(
+            f"{path}: other files of this corpus are JSON lines of messages or prompts, and this "
+            "one is not"
+        )
     if suffix == PARQUET:
         return _read_parquet(path, key or "text", skip)
     if key is None:
@@ -173,7 +195,7 @@ def _read_json(path: Path, key: str, skip: int) -> Documents:
     return max(0, skip - len(records))
 
 
-def _read_lines(path: Path, key: str, skip: int) -> Documents:
+def _read_lines(path: Path, key: str, skip: int, records: bool) -> Documents:
     """The documents of JSON lines; empty lines are no documents."""
     empty = True
     with _opened(path) as file:
@@ -189,7 +211,7 @@ def _read_lines(path: Path, key: str, skip: int) -> Documents:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
                 raise UserError(f"{where}: not a line of JSON ({error})") from error
-            yield _text_of(record, key, where, path)
+            yield record_text(record, where) if records else _text_of(record, key, where, path)
     if empty:
         raise UserError(f"{path} is empty")
     return skip

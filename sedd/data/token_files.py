@@ -3,7 +3,8 @@
 Layout of ``cache_dir/packed/HASH``, where HASH is a digest of everything that determines the ids:
 
 - ``tokens.bin``: the ids of all documents one after the other, uint16 or uint32, each document
-  followed by the end of a document where the tokenizer has one;
+  followed by the end of a document where the tokenizer has one; of records, the highest bit is set
+  at given tokens;
 - ``ends.npy``: the position in ``tokens.bin`` after each document;
 - ``meta.json``: counts, sizes and a digest. It is written last.
 
@@ -28,12 +29,14 @@ from typing import Any
 import numpy as np
 
 from sedd.data.base import Corpus, digest, exclusive, say
+from sedd.data.records import Answers
 from sedd.data.token_log import ENDS, ENTRY, JOURNAL, TOKENS, Position, TokenLog
-from sedd.data.token_workers import Task, encode_in_order, token_dtype
+from sedd.data.token_workers import Task, encode_in_order, given_mark, token_dtype
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 
 FORMAT = 1  # part of HASH: raise it when the meaning of the files changes
+RECORDS_FORMAT = 1  # part of HASH for records, likewise
 CONTENT = (TOKENS, "ends.npy")
 TASK_CHARACTERS = 1 << 18  # text that one worker tokenises at a time
 BLOCK = 1 << 22  # bytes of a file that are read at a time
@@ -49,6 +52,7 @@ def token_files(
     workers: int | None,
     progress: Progress | None,
     max_documents: int | None,
+    answers: Answers = "all",
 ) -> tuple[Path, dict[str, Any]]:
     """Find or build the token files of a split.
 
@@ -61,6 +65,7 @@ def token_files(
             depend on it.
         progress: called as ``progress(documents, tokens)`` during a build.
         max_documents: how many documents to read, from the first; None reads all.
+        answers: for a corpus of records: the answers that are not given.
 
     Returns:
         The directory of the files, and the content of their ``meta.json``.
@@ -69,6 +74,8 @@ def token_files(
         UserError: if the files cannot be written or read back.
     """
     made_from = [FORMAT, corpus.fingerprint(), split, tokenizer.fingerprint(), max_documents]
+    made_from += [RECORDS_FORMAT, answers] if corpus.records else []
+    marked = answers if corpus.records else None
     folder = cache_dir / "packed" / digest(made_from)
 
     def read(start: int) -> Iterator[str]:
@@ -84,7 +91,8 @@ def token_files(
                     if folder.exists():
                         say(f"the packed tokens of {corpus.name} ({split}) are damaged: made again")
                     partial = _make_partial(folder, alone)
-                    _build(folder, partial, read, tokenizer, workers or _cores(), progress)
+                    workers = workers or _cores()
+                    _build(folder, partial, read, tokenizer, workers, progress, marked)
                     meta = _read_meta(folder)
         except OSError as error:
             raise UserError(f"cannot write the packed tokens {folder}: {error.strerror}") from error
@@ -140,6 +148,7 @@ def _build(
     tokenizer: Tokenizer,
     workers: int,
     progress: Progress | None,
+    answers: Answers | None,
 ) -> None:
     """Build the files in the directory ``partial``, then rename that directory to ``folder``.
 
@@ -153,17 +162,19 @@ def _build(
         tokenizer: encodes the documents.
         workers: how many tokenise at once.
         progress: as in ``token_files``.
+        answers: as in ``token_files``; None for text.
     """
+    dtype = token_dtype(tokenizer, records=answers is not None)
     try:
         if _read_meta(partial) is None:
-            with TokenLog(partial, token_dtype(tokenizer)) as log:
+            with TokenLog(partial, dtype) as log:
                 if log.position.tokens:
                     done = log.position.tokens
                     say(f"{done:,} tokens are there from an interrupted run, now the rest")
-                for _ in _tokenise(log, read, tokenizer, workers):
+                for _ in _tokenise(log, read, tokenizer, workers, answers):
                     if progress is not None:
                         progress(log.position.documents, log.position.tokens)
-            _complete(partial, log.position, tokenizer)
+            _complete(partial, log.position, tokenizer, dtype, answers is not None)
         for name in (ENDS, JOURNAL):
             (partial / name).unlink(missing_ok=True)
         _move(partial, folder)
@@ -177,28 +188,38 @@ def _build(
 
 
 def _tokenise(
-    log: TokenLog, read: Callable[[int], Iterator[str]], tokenizer: Tokenizer, workers: int
+    log: TokenLog,
+    read: Callable[[int], Iterator[str]],
+    tokenizer: Tokenizer,
+    workers: int,
+    answers: Answers | None,
 ) -> Iterator[None]:
     """Append the tokens of all documents that the log lacks, one task an iteration."""
     documents = read(log.position.documents)
     if log.position.offset:  # the log ends inside a document
         documents = chain([next(documents)[log.position.offset :]], documents)
-    tasks = _tasks(documents, tokenizer, log.position.offset)
+    tasks = _tasks(documents, tokenizer, log.position.offset, answers)
     for encoded in encode_in_order(tasks, tokenizer, workers):
         log.append(encoded)
         yield
 
 
-def _complete(partial: Path, position: Position, tokenizer: Tokenizer) -> None:
+def _complete(
+    partial: Path, position: Position, tokenizer: Tokenizer, dtype: np.dtype, records: bool
+) -> None:
     """Write ``ends.npy`` and ``meta.json``, which make the files of a log complete.
 
     Files are read in pieces or mapped into memory, because they may be larger than it.
     """
-    dtype = token_dtype(tokenizer)
     counts = np.zeros(tokenizer.num_tokens, np.int64)
+    given_counts = np.zeros_like(counts)
+    mark = given_mark(dtype) if records else 0
     with (partial / TOKENS).open("rb") as file:
         while block := file.read(BLOCK):
-            counts += np.bincount(np.frombuffer(block, dtype), minlength=len(counts))
+            marked = np.frombuffer(block, dtype)
+            ids = marked & ~dtype.type(mark)
+            counts += np.bincount(ids, minlength=len(counts))
+            given_counts += np.bincount(ids[(marked & mark) > 0], minlength=len(counts))
     empty = not position.documents  # an empty file cannot be mapped
     ends = np.empty(0, np.int64) if empty else np.memmap(partial / ENDS, np.int64, "r")
     np.save(partial / "ends.npy", ends)
@@ -211,6 +232,7 @@ def _complete(partial: Path, position: Position, tokenizer: Tokenizer) -> None:
         "text_characters": position.characters,
         "text_bytes": position.size,
         "counts": counts.tolist(),
+        **({"given_counts": given_counts.tolist()} if records else {}),
         "files": {name: (partial / name).stat().st_size for name in CONTENT},
         "digest": content_digest(partial),
     }
@@ -234,7 +256,9 @@ def _move(partial: Path, folder: Path) -> None:
             shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _tasks(documents: Iterator[str], tokenizer: Tokenizer, offset: int) -> Iterator[Task]:
+def _tasks(
+    documents: Iterator[str], tokenizer: Tokenizer, offset: int, answers: Answers | None = None
+) -> Iterator[Task]:
     """Cut or join documents into tasks of about ``TASK_CHARACTERS`` characters.
 
     The tokenizer chooses where a document is cut, so that the ids do not depend on the cuts.
@@ -243,22 +267,23 @@ def _tasks(documents: Iterator[str], tokenizer: Tokenizer, offset: int) -> Itera
         documents: the texts.
         tokenizer: knows where a text may be cut.
         offset: characters of the first document that came before its text.
+        answers: of each task; not None for records, which are never cut.
     """
     texts: list[str] = []
     last: list[bool] = []
     held = 0
     for text in documents:
-        parts = tokenizer.split(text, TASK_CHARACTERS) or [""]
+        parts = [text] if answers else tokenizer.split(text, TASK_CHARACTERS) or [""]
         for number, part in enumerate(parts, start=1):
             texts.append(part)
             last.append(number == len(parts))
             offset = 0 if last[-1] else offset + len(part)
             held += len(part) + 16  # the overhead of a part: empty documents fill a task too
             if held >= TASK_CHARACTERS:
-                yield Task(texts, last, offset)
+                yield Task(texts, last, offset, answers)
                 texts, last, held = [], [], 0
     if texts:
-        yield Task(texts, last, offset)
+        yield Task(texts, last, offset, answers)
 
 
 def _cores() -> int:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sedd.data.records import Answers, document_of
 from sedd.data.tokenizers import BytePairs, Pretrained, Tokenizer, tokenizer_from_json
 from sedd.errors import UserError
 
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     texts: list[str]
     last: list[bool]  # whether a part is the last one of its document
     offset: int  # characters of the last document up to here if its end is in a later task, else 0
+    answers: Answers | None = None  # for records: the answers that are not given
 
 
 class Encoded(NamedTuple):
@@ -51,13 +53,17 @@ class Encoded(NamedTuple):
     size: int  # bytes of the texts in UTF-8
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The type in which token ids are stored."""
-    return np.dtype(np.uint16 if tokenizer.num_tokens <= 1 << 16 else np.uint32)
+def token_dtype(tokenizer: Tokenizer, *, records: bool = False) -> np.dtype:
+    """The type in which token ids are stored. Of records the highest bit marks given tokens."""
+    return np.dtype(
+        np.uint16 if tokenizer.num_tokens <= 1 << (15 if records else 16) else np.uint32
+    )
 
 
 def encode(tokenizer: Tokenizer, task: Task) -> Encoded:
     """Tokenise a task; the end of a document follows it if the tokenizer has one."""
+    if task.answers is not None:
+        return _encode_records(tokenizer, task, task.answers)
     dtype = token_dtype(tokenizer)
     end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
     pieces = []
@@ -71,6 +77,32 @@ def encode(tokenizer: Tokenizer, task: Task) -> Encoded:
         characters=sum(map(len, task.texts)),
         size=sum(len(t) if t.isascii() else len(t.encode()) for t in task.texts),
     )
+
+
+def _encode_records(tokenizer: Tokenizer, task: Task, answers: Answers) -> Encoded:
+    """Tokenise records; an end of a document follows each that does not end with one."""
+    dtype = token_dtype(tokenizer, records=True)
+    mark = given_mark(dtype)
+    pieces, characters, size = [], 0, 0
+    for text in task.texts:
+        document = document_of(tokenizer, text, answers)
+        ids, given_L = tokenizer.encode_spans(*document)
+        if tokenizer.eos_id is not None and ids[-1:].tolist() != [tokenizer.eos_id]:
+            ids, given_L = np.append(ids, tokenizer.eos_id), np.append(given_L, False)
+        pieces.append(ids.astype(dtype) | np.where(given_L, mark, 0).astype(dtype))
+        characters, size = characters + len(document.text), size + len(document.text.encode())
+    return Encoded(
+        ids=np.concatenate(pieces),
+        ends=np.cumsum([len(piece) for piece in pieces], dtype=np.int64),
+        offset=task.offset,
+        characters=characters,
+        size=size,
+    )
+
+
+def given_mark(dtype: np.dtype) -> int:
+    """The bit that marks given tokens of records: the highest one of the type."""
+    return 1 << (8 * dtype.itemsize - 1)
 
 
 def encode_in_order(tasks: Iterable[Task], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:

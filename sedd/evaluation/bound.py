@@ -27,6 +27,7 @@ from sedd.evaluation.monte_carlo import (
     label_of,
     resolve,
 )
+from sedd.networks.base import Attend
 from sedd.networks.mesh import Placement, device_mesh, on_host
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
@@ -141,25 +142,30 @@ class Scored:
 
 
 @partial(jax.jit, static_argnames=("placement", "schedule", "estimate"))
-def batch_nats(denoiser, schedule, key, index_B, x0_BL, scored_BL, *, placement, estimate):
+def batch_nats(
+    denoiser, schedule, key, index_B, x0_BL, scored_BL, segment_BL=None, *, placement, estimate
+):
     """Estimate the rows of a batch, split over the devices of the placement.
 
-    Each row draws with the key of its place ``index_B`` in the corpus.
+    Each row draws with the key of its place ``index_B`` in the corpus. Texts of a row that are in
+    different segments do not see each other.
     """
 
     def on_device(params, key, rows):
-        index_B, x0_BL, scored_BL = rows
+        index_B, x0_BL, scored_BL, segment_BL = rows
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
-        return estimate(replace(denoiser, params=params), schedule, keys_B, x0_BL, scored_BL)
+        attend = denoiser.attend if segment_BL is None else Attend(segment_BL=segment_BL)
+        model = replace(denoiser, params=params, attend=attend)
+        return estimate(model, schedule, keys_B, x0_BL, scored_BL)
 
-    return placement.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL))
+    return placement.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL, segment_BL))
 
 
 def score_sequences(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[np.ndarray, ...]],
     estimate: Callable[..., SequenceNats],
     *,
     first: int = 0,
@@ -186,7 +192,7 @@ def estimates(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[np.ndarray, ...]],
     estimate: Callable[..., Any],
     *,
     first: int = 0,
@@ -203,6 +209,7 @@ def estimates(
         key: the key of sequence i is ``fold_in(key, i)``, where i is its place in the corpus. The
             estimates therefore do not depend on the batches or on the devices.
         batches: pairs of tokens x0_BL and of scored_BL, each of any size; empty ones are skipped.
+            A third array, segment_BL, gives the segment of each position.
         estimate: a hashable function of (denoiser, schedule, keys_B, x0_BL, scored_BL) that returns
             arrays with a row for each sequence.
         first: the place in the corpus of the first sequence.
@@ -213,9 +220,10 @@ def estimates(
 
     def numbered():
         number = first
-        for x0_BL, scored_BL in batches:
-            yield np.arange(number, number + len(x0_BL)), x0_BL, scored_BL
-            number += len(x0_BL)
+        for batch in batches:
+            count = len(batch[0])
+            yield np.arange(number, number + count), *batch
+            number += count
 
     return keyed_estimates(denoiser, schedule, key, numbered(), estimate)
 
@@ -224,7 +232,7 @@ def keyed_estimates(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[np.ndarray, ...]],
     estimate: Callable[..., Any],
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
     """``estimates`` of sequences that have numbers of their own.
@@ -233,8 +241,8 @@ def keyed_estimates(
         denoiser: the model.
         schedule: its noise schedule.
         key: the key of a sequence is ``fold_in(key, number)``.
-        batches: the numbers [B] in 0..2**32 - 1, the tokens x0_BL and scored_BL. B is any size, and
-            every size of L is compiled once.
+        batches: the numbers [B] in 0..2**32 - 1, the tokens x0_BL, scored_BL and, if a row holds
+            several texts, segment_BL. B is any size, and every size of L is compiled once.
         estimate: see ``estimates``.
     """
     stacked = denoiser.network.stacked
@@ -244,7 +252,7 @@ def keyed_estimates(
         denoiser = replace(denoiser, params=placement.place(denoiser.params))
     key = placement.replicate(key)
     padded = 0
-    for number_B, x0_BL, scored_BL in batches:
+    for number_B, x0_BL, scored_BL, *segment in batches:
         size = len(x0_BL)
         if not size:
             continue
@@ -252,7 +260,8 @@ def keyed_estimates(
         # and every device gets the same number of rows.
         padded = max(padded, -(-size // placement.num_devices) * placement.num_devices)
         rows = np.resize(np.arange(size), padded)
-        each = placement.spread((number_B[rows], x0_BL[rows], scored_BL[rows]))
+        given = (number_B, x0_BL, scored_BL, *segment)
+        each = placement.spread(tuple(array[rows] for array in given))
         nats = on_host(
             batch_nats(denoiser, schedule, key, *each, placement=placement, estimate=estimate)
         )
@@ -339,7 +348,7 @@ def evaluate_bound(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[np.ndarray, ...]],
     *,
     draws: int = 16,
     t_min: float = 1e-3,
@@ -356,7 +365,7 @@ def evaluate_bound(
         denoiser: the model.
         schedule: its noise schedule.
         key: the source of all draws.
-        batches: pairs of tokens and of positions to score.
+        batches: pairs of tokens and of positions to score, see ``estimates``.
         draws: noise levels for each sequence; a multiple of 4.
         t_min: the smallest time of a score entropy, in (0, 1).
         estimator: as in ``MonteCarlo``.

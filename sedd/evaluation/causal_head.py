@@ -36,7 +36,7 @@ def causal_nats(
     denoiser: Denoiser,
     objective: SelfSpeculative,
     key: Key[Array, ""],
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[np.ndarray, ...]],
     *,
     draws: int = 16,
     masked: float | None = None,

@@ -102,7 +102,24 @@ def describe_published(
     config = find_config(directory) or directory / "config.json"
     layout = read_layout(config, () if tensors is None else tensors.shapes)
     layout, tokenizer = settle(layout, published_tokenizer(directory), mask_id, config)
-    return layout, tensors, tokenizer
+    return layout if tensors is None else typed(layout, tensors), tensors, tokenizer
+
+
+def typed(layout: Layout, tensors: TensorFiles) -> Layout:
+    """The layout with the type that the tensors have, whatever the configuration states.
+
+    SEDD's, RADD's and MDLM's parameters are float32 here in any case.
+    """
+    dtype = tensors.dtypes.get(layout.tensors["trunk/embed/embedding"])
+    if dtype is None or isinstance(layout.network, DDiT):
+        return layout
+    network: Any = layout.network
+    kept = str(_kept_dtype({dtype}))
+    return dataclasses.replace(
+        layout,
+        network=dataclasses.replace(network, dtype=kept, param_dtype=kept),
+        description=dataclasses.replace(layout.description, dtype=str(dtype)),
+    )
 
 
 def load_published(
@@ -143,29 +160,31 @@ def load_published(
     if tensors is None:
         raise UserError(f"{path} has no file of tensors: expected one of {', '.join(WEIGHTS)}")
     network: Any = layout.network
-    if layout.constant_sigma is not None:
-        params = _read_params(tensors, layout, lambda leaf, sharding: leaf, mesh)
-        network, params = at_constant_sigma(network, params, layout.constant_sigma)
-        params = jax.tree.map(_place, params, _shardings(network, mesh))
+    if layout.constant_sigma is None:
+        params = _read_params(tensors, layout, _placing(network, mesh))
     else:
-        params = _read_params(tensors, layout, _place, mesh)
+        params = _read_params(tensors, layout, lambda index, leaf: leaf)
+        network, params = at_constant_sigma(network, params, layout.constant_sigma)
+        leaves, structure = jax.tree.flatten(params)
+        place = _placing(network, mesh)
+        params = structure.unflatten([place(index, leaf) for index, leaf in enumerate(leaves)])
     if dtype is not None:
         network = dataclasses.replace(network, dtype=dtype)
     return Published(network=network, params=params, layout=layout, tokenizer=tokenizer)
 
 
-def _shardings(network: Network, mesh: Mesh | None) -> Any:
-    """Where each parameter of a network is to be; a tree of devices without a mesh."""
-    expected = jax.eval_shape(network.init, jax.random.key(0))
+def _placing(network: Network, mesh: Mesh | None) -> Callable[[int, np.ndarray], jax.Array]:
+    """A function that copies the parameter of this number to its devices.
+
+    It returns when the host's copy is of no more use. Without a mesh it is the default device.
+    """
     if mesh is None:
-        return jax.tree.map(lambda leaf: jax.devices()[0], expected)
-    return Placement.on(mesh, expected, network.stacked).shardings(expected)
-
-
-def _place(leaf: np.ndarray, sharding: Any) -> jax.Array:
-    """Copy a parameter to its devices, and wait until the host's copy is of no more use."""
-    copy = put if jax.process_count() > 1 and not isinstance(sharding, jax.Device) else None
-    return jax.block_until_ready((copy or jax.device_put)(leaf, sharding))
+        return lambda index, leaf: jax.block_until_ready(jax.device_put(leaf))
+    expected = jax.eval_shape(network.init, jax.random.key(0))
+    placement = Placement.on(mesh, expected, network.stacked)
+    shardings = jax.tree.leaves(placement.shardings(expected))
+    copy: Any = put if jax.process_count() > 1 else jax.device_put
+    return lambda index, leaf: jax.block_until_ready(copy(leaf, shardings[index]))
 
 
 def at_constant_sigma(network: DDiT, params: Params, sigma: float) -> tuple[DDiT, Params]:
@@ -324,7 +343,7 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _read_params(
-    tensors: TensorFiles, layout: Layout, place: Callable[[np.ndarray, Any], Any], mesh: Mesh | None
+    tensors: TensorFiles, layout: Layout, place: Callable[[int, np.ndarray], Any]
 ) -> Params:
     """Read our parameters, and place each where it is to be before the next one is read.
 
@@ -336,14 +355,13 @@ def _read_params(
     wanted = {key: names_of(layout, key, leaf.shape) for key, leaf in _flat(ours)}
     check_tensors(tensors, {name: shape for names, shape in wanted.values() for name in names})
     params = []
-    shardings = jax.tree.leaves(_shardings(network, mesh))
-    for (key, leaf), sharding in zip(_flat(ours), shardings, strict=True):
+    for index, (key, leaf) in enumerate(_flat(ours)):
         names, _ = wanted[key]
         dtype = np.dtype(np.float32)
         if not isinstance(network, DDiT):
             dtype = _kept_dtype({tensors.dtypes[name] for name in names})
         array = from_published(layout, key, leaf.shape, dtype, tensors.read)
-        params.append(place(array, sharding))
+        params.append(place(index, array))
     return jax.tree.unflatten(jax.tree.structure(ours), params)
 
 

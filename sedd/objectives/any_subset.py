@@ -50,6 +50,8 @@ class AnySubset(DenoisingCrossEntropy):
     """Order of the generated positions. forward: from left to right, one order for each prompt (the
     binary lattice of arXiv:2205.13554). random: uniformly random, which is harder to learn."""
 
+    packs = False
+
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.parameterization, Parameterization):

@@ -21,6 +21,8 @@ from sedd.parameterizations.base import Inputs, Parameterization
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key, Params
 
+GOLDEN = (5**0.5 - 1) / 2
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class Corrupted:
         rank_BL: the order of generation. For ``any_subset`` it is 0 in the prompt, and 1, 2, … at
             the generated positions. For ``self_speculative`` it is a permutation of 0..L-1, in
             which the visible positions come first. None for all other objectives.
-        attend: the segments of rows with padding; None if all positions see each other.
+        attend: the segments of rows with padding or several texts; positions of different segments
+            do not see each other. None if all positions see each other.
     """
 
     xt_BL: Int[Array, "B L"]
@@ -65,6 +68,8 @@ class Objective(ABC):
     parameterization: Parameterization
     causal: ClassVar[bool] = False
     """Whether the objective trains causal parameterizations, and only these."""
+    packs: ClassVar[bool] = True
+    """Whether a row may hold several texts as segments (``corrupt_segments``)."""
     trains_causal_head: ClassVar[bool] = False
     """Whether the objective trains networks with a causal head, and only these."""
 
@@ -121,6 +126,44 @@ class Objective(ABC):
         It differs from ``corrupt`` only in an objective that changes while the model is trained.
         """
         return self.corrupt(keys_B, u_B, x0_BL, scored_BL)
+
+    def corrupt_segments(
+        self,
+        step: Int[Array, ""] | int,
+        keys_B: Key[Array, " B"],
+        u_B: Float[Array, " B"],
+        x0_BL: Int[Array, "B L"],
+        scored_BL: Bool[Array, "B L"],
+        segment_BL: Int[Array, "B L"],
+    ) -> Corrupted:
+        """``corrupt_at`` for rows of several texts, each with a noise level and noise of its own.
+
+        Text s of a row has the draw u + s·φ mod 1, φ the golden ratio, which spreads the draws of
+        a row evenly. The noise level itself is not returned: no network may depend on it.
+
+        Args:
+            step: as for ``corrupt_at``, like the next ones.
+            keys_B: one key a sequence.
+            u_B: uniform draws in [0, 1).
+            x0_BL: clean tokens.
+            scored_BL: positions that may be corrupted and have a loss.
+            segment_BL: 1, 2, … for the texts of a row, and 0 for padding.
+        """
+
+        def add(number, so_far):
+            here_BL = segment_BL == number
+            one = self.corrupt_at(
+                step,
+                jax.vmap(jax.random.fold_in, (0, None))(keys_B, number),
+                (u_B + number * GOLDEN) % 1.0,
+                x0_BL,
+                scored_BL & here_BL,
+            )
+            return jnp.where(here_BL, one.xt_BL, so_far[0]), so_far[1] + one.weight_BL
+
+        start = x0_BL, jnp.zeros(x0_BL.shape)
+        xt_BL, weight_BL = jax.lax.fori_loop(1, segment_BL.max() + 1, add, start)
+        return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, attend=Attend(segment_BL=segment_BL))
 
     def rows(self, length: int) -> int:
         """The number of rows that the network gets for a sequence of this length."""

@@ -34,6 +34,8 @@ class Block(DenoisingCrossEntropy):
     max_level: float = 1.0
     """Upper end of the probabilities of a mask, in (0, 1]."""
 
+    packs = False
+
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.parameterization, Parameterization):

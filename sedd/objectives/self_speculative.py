@@ -29,6 +29,8 @@ class SelfSpeculative(DenoisingCrossEntropy):
 
     trains_causal_head = True
 
+    packs = False
+
     def __post_init__(self):
         super().__post_init__()
         self._require_time_independent()

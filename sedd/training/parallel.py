@@ -23,7 +23,8 @@ from sedd.training.step import Batch, Step
 from sedd.types import Params
 
 AXIS = "devices"
-BATCH = ("x0", "scored", "index")  # the entries of a batch that go to the devices
+# The entries of a batch that go to the devices; rows of single texts have no segments.
+BATCH = ("x0", "scored", "index", "segment")
 
 
 class DataParallel:
@@ -93,6 +94,7 @@ class DataParallel:
                 (self._num_local, self.accumulate, -1, *np.shape(batch[name])[1:]),
             )
             for name in BATCH
+            if name in batch
         }
 
     def __call__(self, state: TrainState, batch: dict):
@@ -204,6 +206,7 @@ class FullySharded:
                 np.reshape(batch[name], (self.accumulate, -1, *np.shape(batch[name])[1:])),
             )
             for name in BATCH
+            if name in batch
         }
 
     def __call__(self, state: TrainState, batch: dict):

@@ -71,7 +71,7 @@ class Step:
             step: the number of steps so far.
             batch: this device's part of the batch, A micro-batches of b sequences: ``x0`` and
                 ``scored`` [A, b, L], and ``index`` [A, b], each sequence's place in the global
-                batch.
+                batch. If sequences hold several texts, also ``segment`` [A, b, L].
             axis_name: the mapped axes over devices; None if one program holds the whole batch.
 
         Returns:
@@ -97,9 +97,11 @@ class Step:
         times_key, corruption_key, dropout_key = jax.random.split(key, 3)
         u_B = draw_uniform(times_key, batch["index"], self.batch_size, stratified=self.stratified)
         corruption_keys_B = keys_of(corruption_key, batch["index"])
-        corrupted = self.objective.corrupt_at(
-            step, corruption_keys_B, u_B, batch["x0"], batch["scored"]
-        )
+        given = (step, corruption_keys_B, u_B, batch["x0"], batch["scored"])
+        if "segment" in batch:
+            corrupted = self.objective.corrupt_segments(*given, batch["segment"])
+        else:
+            corrupted = self.objective.corrupt_at(*given)
         keys_B = keys_of(dropout_key, batch["index"])
 
         def summed_nats(trained):

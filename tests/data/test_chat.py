@@ -94,7 +94,7 @@ def test_every_answer_is_left_to_the_model():
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     model = tokenizer(QWEN3, enable_thinking=False)
     turns = [*ANSWERED, user("And now?"), answer("Bye.")]
-    with pytest.raises(UserError, match=r"before message 2 in another way .*--data\.turns last"):
+    with pytest.raises(UserError, match=r"before message 2 in another way .*--data\.answers last"):
         conversation(model, turns)
     last = conversation(model, turns, last_only=True)
     assert last.text[last.given[-1][1] :] == "Bye.<|im_end|>"

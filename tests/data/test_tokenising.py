@@ -362,6 +362,8 @@ def test_documents_before_the_start_are_not_parsed(folder, tmp_path, monkeypatch
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
     corpus = open_corpus(str(place), cache_dir=tmp_path)
+    assert not corpus.records  # this parses the first line
+    parsed.clear()
     assert next(islice(corpus.documents("all", 30), 1)) == texts[30]
     assert len(parsed) == 1
     groups = []

@@ -101,7 +101,6 @@ CONFIGS = {
         "rope_full_precision": True,
         "rope_theta": 500000.0,
         "scale_logits": False,
-        "torch_dtype": "bfloat16",
         "transformers_version": "4.46.3",
         "use_cache": False,
         "vocab_size": 126464,

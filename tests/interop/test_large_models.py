@@ -87,9 +87,12 @@ def test_an_autoregressive_model_begins_with_its_own_token(tmp_path):
 
 
 def test_the_compute_type_may_differ_from_that_of_the_parameters(tmp_path):
+    """The tensors decide the default, not the configuration: LLaDA's states no type."""
     path = checkpoint(tmp_path / "in", tiny_config("LLaDA"), dtype=ml_dtypes.bfloat16)
     model = sedd.load(path)
     assert model.denoiser.network.dtype == "bfloat16"  # pyright: ignore
+    other = checkpoint(tmp_path / "float", tiny_config("Dream"))
+    assert sedd.load(other).denoiser.network.dtype == "float32"  # pyright: ignore
     exact = sedd.load(path, dtype="float32")
     assert exact.denoiser.network.dtype == "float32"  # pyright: ignore
     for one in (model, exact):
@@ -240,8 +243,10 @@ def test_inspect_lists_problems_instead_of_failing(tmp_path):
     (path / "config.json").write_text(json.dumps(CONFIGS["LLaDA"]))
     (path / "tokenizer.json").unlink()
     facts = inspected(path)
-    assert (facts["parameters"], facts["bytes"]) == (8_015_581_184, 16_031_162_368)
+    assert (facts["parameters"], facts["bytes"]) == (8_015_581_184, None)
     assert facts["mask"]["published_id"] == 126336
+    (path / "config.json").write_text(json.dumps(CONFIGS["Dream"]))
+    assert inspected(path)["bytes"] == 2 * 7_615_616_512
 
 
 def test_inspect_knows_runs_and_refuses_the_rest(tmp_path):
@@ -316,3 +321,7 @@ def test_sample_takes_the_mask_and_the_type(tmp_path):
     result = tiny_run.call("sample", *flags, "--mask-id", MASK, "--dtype", "bfloat16")
     assert result.code == 0, result.err
     assert len(json.loads(result.out)["tokens"]) == 5
+    assert (
+        f"note: {path}: the repository has code of its own (auto_map), which is not" in result.err
+    )
+    assert f"note: {path}: the mask {MASK} is 'w{MASK}', a word of the vocabulary" in result.err

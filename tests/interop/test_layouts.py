@@ -19,10 +19,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from sedd.errors import UserError
+from sedd.interop import published
 from sedd.interop.layouts import read_layout
 from sedd.interop.layouts.base import names_of
 from sedd.interop.published import describe_published, load_published, save_published
-from sedd.interop.tensor_files import INDEX
+from sedd.interop.tensor_files import INDEX, open_tensors
 from sedd.networks.base import Attend
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoder.npz"
@@ -119,7 +120,8 @@ def test_every_configuration_parses(name, tmp_path):
             if "auto_map" in CONFIGS[name]
             else ()
         )
-        assert layout.network.param_dtype == what.dtype == "bfloat16"
+        assert what.dtype == CONFIGS[name].get("torch_dtype")
+        assert layout.network.param_dtype == (what.dtype or "float32")
     if name in PARAMETERS:
         shapes = jax.eval_shape(layout.network.init, jax.random.key(0))
         assert sum(x.size for x in jax.tree.leaves(shapes)) == PARAMETERS[name]
@@ -235,6 +237,38 @@ def test_shards_hold_what_one_file_holds(tmp_path):
     again = load_published(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, one.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(again.params)} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_a_parameter_moves_to_its_device_before_the_next_one_is_read(tmp_path, monkeypatch):
+    """The host holds the tensors of one stacked parameter at a time."""
+    path = checkpoint(tmp_path / "in", tiny_config("Qwen2"))
+    events = []
+
+    def opened(directory):
+        files = open_tensors(directory)
+        assert files is not None
+
+        def read(name):
+            events.append(name)
+            return files.read(name)
+
+        return dataclasses.replace(files, read=read)
+
+    def placing(network, mesh):
+        def place(index, leaf):
+            events.append(index)
+            return leaf
+
+        return place
+
+    monkeypatch.setattr(published, "open_tensors", opened)
+    monkeypatch.setattr(published, "_placing", placing)
+    loaded = load_published(path)
+    groups = "".join("." if isinstance(e, str) else "|" for e in events).split("|")[:-1]
+    leaves = jax.tree.leaves(loaded.params)
+    assert [e for e in events if not isinstance(e, str)] == list(range(len(leaves)))
+    stacked = [path[1].key == "blocks" for path, _ in jax.tree.leaves_with_path(loaded.params)]
+    assert [len(group) for group in groups] == [2 if one else 1 for one in stacked]
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class Description:
     shift: bool = False  # whether position i is read at row i - 1
     block: int | None = None  # tokens in a block of a block diffusion model
     first: int | None = None  # published id of the token that opens a text of an autoregressive one
-    dtype: str = "float32"  # type of the published parameters
+    dtype: str | None = None  # type of the published parameters, if it is known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,7 @@ class DecoderLayout:
             eos=("eos_token_id", None, None),
         )
         dtype = config.data.get("dtype") or config.data.get("torch_dtype")
-        dtype = dtype if dtype in DTYPES else "float32"
+        dtype = dtype if dtype in DTYPES else None
         computed = "bfloat16" if dtype == "bfloat16" else "float32"
         network = config.build(
             Decoder,
