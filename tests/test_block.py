@@ -19,6 +19,7 @@ from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
+from sedd.evaluation.block_levels import BlockDraws, least_variance, narrowed
 from sedd.evaluation.monte_carlo import resolve, sequence_nats
 from sedd.evaluation.ordered import ordered_nats
 from sedd.evaluation.protocols import Protocol
@@ -247,6 +248,49 @@ def test_blocks_of_one_position_have_the_autoregressive_loss_without_noise(score
     got_BL = jax.jit(loss.nats, static_argnums=0)(NETWORK, params(), corrupted, X0_BL)
     exact_B = enumerated(1, X0_BL, scored_BL, np.mean)
     np.testing.assert_allclose(got_BL.sum(1), exact_B, atol=1e-5)
+
+
+# ---------------------------------------------------------------- levels of least variance
+
+
+def test_the_range_of_least_variance_is_found():
+    """Losses whose spread is smallest between .3 and .8, with a mean that falls below .3."""
+    rng = np.random.default_rng(0)
+    level_R = rng.random(200_000)
+    spread_R = np.where((level_R > 0.3) & (level_R <= 0.8), 1.0, 3.0)
+    nats_R = spread_R * rng.standard_normal(len(level_R)) + np.minimum(level_R, 0.3)
+    low, high, ratio = narrowed(level_R, nats_R)
+    assert (low, high) == (0.3, 0.8)
+    assert ratio == pytest.approx(1 / nats_R.var(), rel=0.02)
+    assert narrowed(level_R, np.zeros(len(level_R))) == (0.0, 1.0, 1.0)
+
+
+def test_levels_and_losses_of_blocks_are_those_of_the_objective():
+    loss = objective(2, min_level=0.9)  # its own range makes no difference
+    every = dataclasses.replace(loss, min_level=0.0)
+    keys_B = keys(11, B)
+    estimate = BlockDraws(objective=every, draws=2)
+    pairs = np.asarray(
+        jax.jit(estimate, static_argnums=1)(denoiser(2), None, keys_B, X0_BL, SOME_BL)
+    )
+    assert pairs.shape == (B, 2, 2, 2)
+    unscored_BN = ~np.asarray(SOME_BL).reshape(B, 2, 2).any(-1)
+    np.testing.assert_array_equal(np.isnan(pairs[:, 0, :, 1]), unscored_BN)
+    draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, 1)
+    u_B = (jax.vmap(jax.random.uniform)(keys_B) + 1) / 2
+    corrupted = drawn(every, draw_keys_B, u_B, X0_BL, SOME_BL)
+    nats_BL = jax.jit(every.nats, static_argnums=0)(NETWORK, params(), corrupted, X0_BL)
+    np.testing.assert_allclose(
+        np.nan_to_num(pairs[:, 1, :, 1]), nats_BL.reshape(B, 2, 2).sum(-1), rtol=1e-5
+    )
+    weight_BN = np.asarray(corrupted.weight_BL).reshape(B, 2, 2).max(-1)
+    hit = weight_BN > 0
+    assert hit.any()
+    np.testing.assert_allclose(pairs[:, 1, :, 0][hit], 1 / weight_BN[hit], rtol=1e-6)
+    batches = [(np.asarray(X0_BL), np.asarray(SOME_BL))]
+    found = least_variance(denoiser(2), loss, jax.random.key(0), batches, draws=4)
+    assert 0.5 <= found.high - found.low <= 1
+    assert found.variance_ratio <= 1
 
 
 # ---------------------------------------------------------------- the bound

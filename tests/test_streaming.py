@@ -134,6 +134,13 @@ def test_a_block_model_is_trained_evaluated_and_sampled(place):
     )
     assert outcome.code == 0, outcome.err
     assert "validation bound at step 2" in outcome.out
+    assert "least variance at levels " in outcome.out
+    again = ("--training.steps", 3, "--objective.min-level", 0.4, "--objective.max-level", 0.9)
+    outcome = tiny_run.call(
+        *("train", "--workdir", place / "trained", "--config", place / "trained" / "config.json"),
+        *again,
+    )
+    assert outcome.code == 0, outcome.err
     output = place / "figures.json"
     outcome = call(
         *(place, "evaluate", "--data", place / "my.txt", "--max-sequences", 4, "--draws", 8),

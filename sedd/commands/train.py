@@ -37,12 +37,14 @@ from sedd.data.baselines import CharacterTrigram, joined_text, unigram_nats
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError, fields_within
 from sedd.evaluating import text_counter
+from sedd.evaluation.block_levels import least_variance
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.causal_head import causal_nats
-from sedd.evaluation.monte_carlo import is_exact, resolve
+from sedd.evaluation.monte_carlo import REPLICATES, is_exact, resolve
 from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh
+from sedd.objectives.block import Block
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
 from sedd.training.flops import step_flops
@@ -251,9 +253,29 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
         )
         wanted = ("nats_per_token", "standard_error", "standard_error_draws", "perplexity")
         figures = {name: getattr(result, name) for name in wanted}
-        return figures | {k: v for k, v in result.to_json().items() if k.startswith("bits") and v}
+        figures |= {k: v for k, v in result.to_json().items() if k.startswith("bits") and v}
+        return figures | levels_of_blocks(config, parts, held_out, params)
 
     return validate
+
+
+def levels_of_blocks(
+    config: Config, parts: Parts, held_out: ValidationRows, params
+) -> dict[str, float]:
+    """The range of levels in which the loss of a block model varies least; none for other models.
+
+    Arguments are those of ``validator``, and the averaged parameters.
+    """
+    if not isinstance(parts.objective, Block):
+        return {}
+    low, high, ratio = least_variance(
+        parts.denoiser(params),
+        parts.objective,
+        jax.random.key(config.seed),
+        held_out,
+        draws=max(config.evaluation.draws // REPLICATES, 1),
+    )
+    return {"least_variance_from": low, "least_variance_to": high, "variance_ratio": ratio}
 
 
 def validate_causal_head(

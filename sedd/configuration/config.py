@@ -29,8 +29,8 @@ from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 
 # Fields that a resumed run may change: the number of steps (and with it the learning rates of a
-# falling schedule), what to do about an update that is not finite, and fields that affect at most
-# rounding, memory and output.
+# falling schedule), what to do about an update that is not finite, the noise levels of blocks (a
+# validation shows which vary least), and fields that affect at most rounding, memory and output.
 RESUMABLE = (
     "aim",
     "init_from",
@@ -49,6 +49,8 @@ RESUMABLE = (
     "training.wandb",
     "evaluation",
     "sampler",
+    "objective.min_level",
+    "objective.max_level",
     "network.remat",
     "network.attention",
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from sedd.errors import FieldError
 from sedd.objectives.base import DenoisingCrossEntropy
 from sedd.parameterizations.block import Block as Parameterization
+from sedd.types import Array, Float, Key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,29 @@ class Block(DenoisingCrossEntropy):
                 "min_level", f"must be in [0, max_level {self.max_level}], got {self.min_level}"
             )
 
+    @property
+    def block(self) -> int:
+        """Positions in a block."""
+        return self._reading.block
+
     def rows(self, length):
         return 2 * length
 
+    def levels(
+        self, keys_B: Key[Array, " B"], u_B: Float[Array, " B"], length: int
+    ) -> Float[Array, "B N"]:
+        """The probabilities of a mask that ``corrupt`` draws for each of the N blocks."""
+        level_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)[0]
+        num_blocks = -(-length // self.block)
+        place_BN = jax.vmap(lambda key: jax.random.permutation(key, num_blocks))(level_keys_B)
+        u_BN = (place_BN + u_B[:, None]) / num_blocks
+        return self.max_level - (self.max_level - self.min_level) * u_BN
+
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         length = x0_BL.shape[1]
-        level_keys_B, mask_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)
-        block_L = jnp.arange(length) // self._reading.block
-        num_blocks = -(-length // self._reading.block)
-        place_BN = jax.vmap(lambda key: jax.random.permutation(key, num_blocks))(level_keys_B)
-        u_BL = (place_BN[:, block_L] + u_B[:, None]) / num_blocks
-        level_BL = self.max_level - (self.max_level - self.min_level) * u_BL
+        mask_keys_B = jax.vmap(jax.random.split, out_axes=1)(keys_B)[1]
+        block_L = jnp.arange(length) // self.block
+        level_BL = self.levels(keys_B, u_B, length)[:, block_L]
         masked_BL = scored_BL & jax.vmap(
             lambda key, p_L: jax.random.bernoulli(key, p_L, mode="high")
         )(mask_keys_B, level_BL)

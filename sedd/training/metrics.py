@@ -144,6 +144,9 @@ class ProgressReport:
             parts.append(f"loss {loss:.4f}")
         if (nats := record.get("validation_nats_per_token")) is not None:
             parts.append(f"validation {nats:.4f} nats/token")
+        if (low := record.get("validation_least_variance_from")) is not None:
+            high = record["validation_least_variance_to"]
+            parts.append(f"least variance at levels {low:.2f} to {high:.2f}")
         if (speed := record.get("tokens_per_second")) is not None:
             parts.append(f"{speed:,.0f} tokens/s")
         if (mfu := record.get("mfu")) is not None:
