@@ -360,11 +360,12 @@ def _with_adapters(base: Model, path: Path, source: str) -> Model:
     return dataclasses.replace(base, denoiser=denoiser, parts=parts, config=config, source=source)
 
 
-def describe(path: str | Path) -> tuple[Config, bool]:
+def describe(path: str | Path, *, mask_id: int | None = None) -> tuple[Config, bool]:
     """Read the configuration of a checkpoint, without its tensors.
 
     Args:
         path: as for ``load``. A checkpoint on the hub is downloaded.
+        mask_id: as for ``load``.
 
     Returns:
         The configuration of a run, or one that describes a published checkpoint, and whether the
@@ -376,10 +377,10 @@ def describe(path: str | Path) -> tuple[Config, bool]:
     source = str(path)
     path = _directory(source)
     if (path / peft.CONFIG).is_file():
-        return describe(peft.base_of(path))
+        return describe(peft.base_of(path), mask_id=mask_id)
     if find_config(path) is None:
         return _config_of_run(path), False
-    layout, _, tokenizer = describe_published(path)
+    layout, _, tokenizer = describe_published(path, mask_id=mask_id)
     network: Any = layout.network
     if layout.constant_sigma is not None:  # see ``at_constant_sigma``
         network = dataclasses.replace(network, time_conditioned=False, norm_bias=True)

@@ -53,8 +53,10 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
     name = take(arguments, "--init-from")[0] or recipe.init_from
     if name is None:
         return recipe
+    given = str(take(arguments, "--mask-id")[0] or recipe.mask_id)
     try:
-        source, published = describe(name)
+        # What is no number is reported when all flags are read.
+        source, published = describe(name, mask_id=int(given) if given.isdecimal() else None)
     except UserError as error:
         raise UserError(f"--init-from {name}: {error}") from None
     convert = take(arguments, "--convert")[0] or recipe.convert
@@ -146,11 +148,15 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
     """
     where = f"--init-from {init_from}"
     try:
-        source = sedd.load(init_from)
+        source = sedd.load(init_from, mask_id=config.mask_id)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     there = source.config.data.tokenizer
-    if source.tokenizer is None or there != config.data.tokenizer:
+    if source.tokenizer is None:
+        raise UserError(
+            f"{where}: it has no tokenizer; put its tokenizer.json beside its config.json"
+        )
+    if there != config.data.tokenizer:
         raise UserError(
             f"{where}: its tokenizer is {there}, and --data.tokenizer is {config.data.tokenizer}; "
             "weights can be used only with the tokenizer that they were trained with"

@@ -201,7 +201,7 @@ def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
         )
     if config.init_from not in (None, saved.init_from):
         note("--init-from has no effect: the run has begun already, and is resumed")
-    config = dataclasses.replace(config, init_from=saved.init_from)
+    config = dataclasses.replace(config, init_from=saved.init_from, mask_id=saved.mask_id)
     return config, read_tokenizer(workdir)
 
 

@@ -34,6 +34,7 @@ from sedd.training.optimizer import OptimizerOptions
 RESUMABLE = (
     "aim",
     "init_from",
+    "mask_id",
     "data.cache_dir",
     "data.workers",
     "training.steps",
@@ -186,6 +187,8 @@ class Config:
     init_from: str | None = None
     """Start from the averaged (EMA) weights of a run's newest checkpoint, or of a published one (a
     directory or hf://OWNER/NAME)."""
+    mask_id: int | None = None
+    """The published id of the mask of --init-from, if its files do not state it."""
     convert: str | None = None
     """Make a diffusion model of the autoregressive one of --init-from: full (all positions see each
     other), or block:SIZE (blocks from left to right)."""

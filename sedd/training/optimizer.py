@@ -117,9 +117,10 @@ def _muon(options: OptimizerOptions, steps: int) -> optax.GradientTransformation
     """Muon for the kernels of the blocks, AdamW for everything else, both with Nesterov momentum.
 
     Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction
-    of the matrix learns at the same speed. The blocks' kernels are the only arrays with three axes,
-    [layers, in, out]; embedding, head, norms and biases take AdamW. Updates of Muon are scaled to a
-    root mean square of 0.2, that of Adam's, so that one learning rate fits both (arXiv:2502.16982).
+    of the matrix learns at the same speed. The blocks' kernels, or their adapters, are the only
+    arrays with three axes, [layers, in, out]; embedding, head, norms and biases take AdamW. Updates
+    of Muon are scaled to a root mean square of 0.2, that of Adam's, so that one learning rate fits
+    both (arXiv:2502.16982).
     """
 
     def matrices(params):

@@ -12,6 +12,9 @@ from safetensors.numpy import load_file, save_file
 from test_layouts import MASK, ROWS, TOKENS, checkpoint, rewrite, tiny_config, tokenizer_files
 
 import sedd
+from sedd.commands.train_from import started_from
+from sedd.configuration.components import options
+from sedd.configuration.config import Config
 from sedd.errors import UserError
 from sedd.interop.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
 from sedd.model import read_config
@@ -236,6 +239,16 @@ def test_contradictions_are_one_line(llada, tmp_path, text, flags, message):
     [error] = train(tmp_path / "run", text, "--init-from", llada, *flags.split()).errors
     assert message.replace("LLADA", str(llada)) in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_model_that_names_no_mask_needs_its_id(tmp_path, text):
+    path = published(tmp_path / "base", "SDAR")
+    [error] = train(tmp_path / "run", text, "--init-from", path).errors
+    assert "names the mask: give its published id by --mask-id" in error
+    arguments = ("--init-from", str(path), "--mask-id", str(MASK))
+    config = started_from(arguments, Config(), named=False)
+    assert config.parameterization == options("parameterizations", "block", block=4)
+    assert (config.objective.name, config.sampler.name) == ("block", "semi_autoregressive")
 
 
 def test_an_autoregressive_model_needs_convert(qwen, tmp_path, text):
