@@ -93,6 +93,9 @@ def test_the_compute_type_may_differ_from_that_of_the_parameters(tmp_path):
     assert model.denoiser.network.dtype == "bfloat16"  # pyright: ignore
     other = checkpoint(tmp_path / "float", tiny_config("Dream"))
     assert sedd.load(other).denoiser.network.dtype == "float32"  # pyright: ignore
+    half = checkpoint(tmp_path / "half", tiny_config("Dream"), dtype=np.float16)
+    leaves = jax.tree.leaves(sedd.load(half).denoiser.params)
+    assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
     exact = sedd.load(path, dtype="float32")
     assert exact.denoiser.network.dtype == "float32"  # pyright: ignore
     for one in (model, exact):

@@ -34,6 +34,7 @@ REFUSED = {
     "DiffusionGemmaForBlockDiffusion": "is a uniform diffusion with a canvas, which is not read",
     "WeDLMForCausalLM": "reorders its rows under causal attention, which is not read",
 }
+CODE_NOT_RUN = "the repository has code of its own (auto_map), which is not run"
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # keys of mixtures of experts
 
 
@@ -114,7 +115,9 @@ def read_layout(path: Path, names: Collection[str] = ()) -> Layout:
     refuse_by_name(config)
     for layout in layouts().values():
         if layout.matches(config, names):
-            return replace(layout.read(config), config=data)
+            found = layout.read(config)
+            notes = (*found.notes, CODE_NOT_RUN) if "auto_map" in data else found.notes
+            return replace(found, config=data, notes=notes)
     architectures = ", ".join(map(str, config.architectures))
     what = f"architectures {architectures}" if architectures else "no architectures"
     raise UserError(

@@ -150,8 +150,6 @@ class DecoderLayout:
                 f"the embedding is tied by the configuration, but {self.names['head/kernel']} is "
                 "saved too: it is read as an output layer of its own"
             )
-        if "auto_map" in config.data:
-            notes.append("the repository has code of its own (auto_map), which is not run")
         values |= self._biases(config)
         rest = config.read(
             length=(self.length_key, "size", LENGTH),
