@@ -74,7 +74,9 @@ class HarnessCommand:
     json: Annotated[Path | None, unset("FILE.json")] = None
     """Write the results to this file; - is standard output, and then no table is printed."""
     records: Annotated[Path | None, unset("FILE.jsonl")] = None
-    """Write a line for each request: its score with the error, or its network calls."""
+    """Write a line for each request: the score with its error, or the answer with its calls."""
+    confirm_run_unsafe_code: bool = False
+    """Allow tasks that run code which the model has written."""
     how: Annotated[LoadFlags, tyro.conf.arg(name="")] = LoadFlags()
     on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
     sampler: Annotated[Options, tyro.conf.arg(name="")]
@@ -123,6 +125,7 @@ def main(arguments: Sequence[str]) -> None:
         limit=command.limit,
         gen_kwargs=generation_options(command.gen_kwargs),
         system=command.system,
+        confirm_run_unsafe_code=command.confirm_run_unsafe_code,
     )
     if not is_first():
         return

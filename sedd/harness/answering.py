@@ -6,6 +6,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 import jax
@@ -30,7 +31,7 @@ from sedd.evaluation.monte_carlo import check_draws, is_exact
 from sedd.evaluation.scoring import Track
 from sedd.model import Model
 from sedd.samplers.base import Sampler, SamplerOptions
-from sedd.sampling import draw, reshape_of
+from sedd.sampling import check_profile, draw, reshape_of, stopping
 
 MAX_NEW_TOKENS = 256  # of an answer whose task sets no limit, as in lm-eval
 
@@ -93,7 +94,7 @@ class Harness:
 
     Raises:
         FieldError: if a value is out of range, or the model has no likelihood of an order.
-        UserError: if the model has no tokenizer, or cannot be sampled by the sampler.
+        UserError: if the model has no tokenizer, or the sampler cannot draw from it.
     """
 
     model: Model
@@ -122,6 +123,16 @@ class Harness:
         if self.chat and self.tokenizer.turns.template is None:
             raise UserError(f"tokenizer {self.tokenizer.name!r} has no chat template")
         estimator_of(self.model.denoiser, self.likelihood)
+        self.built_sampler.check(self.model.denoiser)
+        check_profile(self.built_sampler, self.model)
+
+    @cached_property
+    def built_sampler(self) -> Sampler:
+        """The sampler that draws answers."""
+        sampler = self.sampler or default_sampler(self.model.parts.parameterization)
+        if isinstance(sampler, Sampler):
+            return sampler
+        return build_sampler(sampler, self.model.schedule)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -189,7 +200,7 @@ class Harness:
         The n-th of several equal questions has the noise of its own number n.
 
         Raises:
-            UserError: if a question does not fit the model, or the sampler does not.
+            UserError: if a question is too long for the model.
         """
         contexts = [self.encode(question.context) or self.start for question in questions]
         for context, question in zip(contexts, questions, strict=True):
@@ -201,10 +212,7 @@ class Harness:
             repeats.append(seen[tuple(context)])
             seen[tuple(context)] += 1
             groups[bucket(len(context) + question.max_new_tokens)].append(place)
-        sampler = self.sampler or default_sampler(self.model.parts.parameterization)
-        if not isinstance(sampler, Sampler):
-            sampler = build_sampler(sampler, self.model.schedule)
-        size = max(self.batch_size // sampler.width, 1)
+        size = max(self.batch_size // self.built_sampler.width, 1)
         batches = [
             places[begin : begin + size]
             for _, places in sorted(groups.items(), reverse=True)
@@ -214,7 +222,6 @@ class Harness:
         answers: dict[int, Drawn] = {}
         for places in tracked:
             drawn = self._draw(
-                sampler,
                 [contexts[place] for place in places],
                 [questions[place] for place in places],
                 [repeats[place] for place in places],
@@ -224,19 +231,19 @@ class Harness:
 
     def _draw(
         self,
-        sampler: Sampler,
         contexts: Sequence[list[int]],
         questions: Sequence[Question],
         repeats: Sequence[int],
     ) -> list[Drawn]:
         """Draw the answers of a batch."""
-        ends = end_ids(self.tokenizer) if self.chat else (self.tokenizer.eos_id,)
+        eos_id = self.tokenizer.eos_id
+        ends = end_ids(self.tokenizer) if self.chat else () if eos_id is None else (eos_id,)
         clamps = []
         for context, question in zip(contexts, questions, strict=True):
             length = len(context) + question.max_new_tokens
             tokens_L, fixed_L = np.zeros(length, np.int32), np.arange(length) < len(context)
             tokens_L[: len(context)] = context
-            clamps.append(Clamp(tokens_L=tokens_L, fixed_L=fixed_L))
+            clamps.append(Clamp(tokens_L=tokens_L, fixed_L=fixed_L, end_ids=ends))
         numbers = np.array([number_of(context) for context in contexts], np.uint32)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
         names = ("temperature", "top_k", "top_p")
@@ -244,7 +251,7 @@ class Harness:
         result = draw(
             self.model,
             jax.vmap(jax.random.fold_in)(keys_B, np.array(repeats, np.uint32)),
-            sampler,
+            stopping(self.built_sampler, clamps),
             clamps,
             [()] * len(clamps),
             reshape=reshape_of(len(clamps), settings),
@@ -252,7 +259,7 @@ class Harness:
         answers = []
         for row, (context, question) in enumerate(zip(contexts, questions, strict=True)):
             ids = result.tokens[row, len(context) : clamps[row].length]
-            found = np.flatnonzero(np.isin(ids, [i for i in ends if i is not None]))
+            found = np.flatnonzero(np.isin(ids, ends))
             ids = ids[: found[0]] if len(found) else ids
             answers.append(
                 Drawn(

@@ -26,7 +26,7 @@ def language_model(harness: Harness, records: list[dict[str, Any]]) -> Any:
     Args:
         harness: answers the requests.
         records: gets an entry for each request: the task, the number of the document and of the
-            request, and the score with its error, or the answer's tokens and calls.
+            request, and the score with its error, or the answer with its tokens and calls.
 
     Raises:
         UserError: if lm-eval is not installed.
@@ -111,7 +111,7 @@ def language_model(harness: Harness, records: list[dict[str, Any]]) -> Any:
                 questions.append(_question(context, options))
             answers = harness.answer(questions)
             for request, one in zip(requests, answers, strict=True):
-                record(request, calls=one.calls, tokens=one.tokens)
+                record(request, calls=one.calls, tokens=one.tokens, text=one.text)
             return [one.text for one in answers]
 
         def get_model_info(self) -> dict[str, Any]:
@@ -152,6 +152,7 @@ def evaluate_tasks(
     limit: int | None = None,
     gen_kwargs: Mapping[str, Any] | None = None,
     system: str | None = None,
+    confirm_run_unsafe_code: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a model on tasks of lm-eval.
 
@@ -164,6 +165,7 @@ def evaluate_tasks(
         limit: evaluate only so many documents of each task.
         gen_kwargs: options of generation that replace those of the tasks.
         system: a system message, or in front of the text without a chat template.
+        confirm_run_unsafe_code: allow tasks that run code which the model has written.
 
     Returns:
         lm-eval's results, and a record of each request (see ``language_model``). In the results
@@ -171,13 +173,19 @@ def evaluate_tasks(
         Monte-Carlo error. The entry ``sedd`` sums up the records of each task.
 
     Raises:
-        UserError: if lm-eval is not installed, there is no such task, its data cannot be read, or
-            a request cannot be answered.
+        UserError: if lm-eval is not installed, there is no such task, its data cannot be read, it
+            runs code without a confirmation, or a request cannot be answered.
     """
     lm_eval = _lm_eval()
     records: list[dict[str, Any]] = []
     model = language_model(harness, records)
     manager, loaded = _load(tasks, include_path)
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
+            raise UserError(
+                f"task {name} runs code that the model writes: confirm it by "
+                "confirm_run_unsafe_code, in a place where that code can do no harm"
+            )
     manager.load = lambda _: loaded  # lm-eval would load the tasks again
     results = lm_eval.simple_evaluate(
         model=model,
@@ -186,6 +194,8 @@ def evaluate_tasks(
         num_fewshot=num_fewshot,
         batch_size=harness.batch_size,
         limit=limit,
+        log_samples=False,  # they are in the records
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
         gen_kwargs=dict(gen_kwargs) if gen_kwargs else None,
         system_instruction=system,
         apply_chat_template=harness.chat,

@@ -53,7 +53,9 @@ def test_the_sampler_decides_the_calls(model):
     (drawn,) = harness(model, sampler=steps).answer(QUESTIONS[3:])
     assert 1 <= drawn.calls <= 2
     with pytest.raises(UserError, match="steps"):
-        harness(model, sampler=sedd.samplers.options("event_jump", steps=0)).answer(QUESTIONS[:1])
+        harness(model, sampler=sedd.samplers.options("event_jump", steps=0))
+    with pytest.raises(UserError, match="needs a verifier"):
+        harness(model, sampler="best_of_n")
 
 
 def test_an_answer_ends_at_the_end_of_a_document_and_before_until(model, monkeypatch):
@@ -61,6 +63,7 @@ def test_an_answer_ends_at_the_end_of_a_document_and_before_until(model, monkeyp
     ids = [*model.tokenizer.encode_batch(["on a mat"])[0].tolist(), eos, 3, 4]
 
     def drawn(model, keys_B, sampler, clamps, spans, reshape):
+        assert all(clamp.end_ids == (eos,) for clamp in clamps)
         tokens = np.stack([np.append(clamp.tokens_L[clamp.fixed_L], ids) for clamp in clamps])
         return dataclasses.make_dataclass("Result", ["tokens", "calls"])(tokens, np.array([7]))
 

@@ -114,6 +114,7 @@ def test_the_command_evaluates_three_tasks(run, tasks, tmp_path):
     expected = text["word_perplexity,none"] * error
     assert text["word_perplexity_mc_stderr,none"] == pytest.approx(expected, rel=0.5)
 
+    assert all(len(r["text"]) <= r["tokens"] <= 6 for r in of["toy_answer"])
     calls = [r["calls"] for r in of["toy_answer"]]
     assert 1 <= min(calls) <= max(calls) == 3
     about = results["sedd"]
@@ -206,6 +207,17 @@ def test_data_that_cannot_be_read(run, tasks, tmp_path):
     (tmp_path / "toy.yaml").write_text(json.dumps(task))
     with pytest.raises(UserError, match=r"tasks .*toy\.yaml: .*missing\.jsonl"):
         evaluate_tasks(Harness(model=sedd.load(run)), [str(tmp_path / "toy.yaml")])
+
+
+def test_tasks_that_run_code_are_to_be_confirmed(run, tasks, tmp_path):
+    task = json.loads((tasks / "toy_choice.yaml").read_text())
+    (tmp_path / "toy.yaml").write_text(json.dumps({**task, "unsafe_code": True}))
+    harness = Harness(model=sedd.load(run), draws=8, batch_size=4)
+    arguments = (harness, [str(tmp_path / "toy.yaml")])
+    with pytest.raises(UserError, match="task toy_choice runs code that the model writes"):
+        evaluate_tasks(*arguments)
+    results, _ = evaluate_tasks(*arguments, confirm_run_unsafe_code=True)
+    assert "acc,none" in results["results"]["toy_choice"]
 
 
 def test_generation_options():
