@@ -56,6 +56,11 @@ class Question:
     top_k: int | None = None
     top_p: float | None = None
 
+    @property
+    def changes_conditionals(self) -> bool:
+        """Whether the answer is not drawn from the model's own conditionals."""
+        return (self.temperature, self.top_k, self.top_p) != (1.0, None, None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
@@ -219,12 +224,14 @@ class Harness:
             for begin in range(0, len(places), size)
         ]
         tracked = batches if self.track is None else self.track(batches, "drawing", len(batches))
+        reshaped = any(question.changes_conditionals for question in questions)
         answers: dict[int, Drawn] = {}
         for places in tracked:
             drawn = self._draw(
                 [contexts[place] for place in places],
                 [questions[place] for place in places],
                 [repeats[place] for place in places],
+                reshaped=reshaped,
             )
             answers.update(zip(places, drawn, strict=True))
         return [answers[place] for place in range(len(questions))]
@@ -234,8 +241,10 @@ class Harness:
         contexts: Sequence[list[int]],
         questions: Sequence[Question],
         repeats: Sequence[int],
+        *,
+        reshaped: bool,
     ) -> list[Drawn]:
-        """Draw the answers of a batch."""
+        """Draw the answers of a batch; ``reshaped`` if those of any batch are not drawn as is."""
         eos_id = self.tokenizer.eos_id
         ends = end_ids(self.tokenizer) if self.chat else () if eos_id is None else (eos_id,)
         clamps = []
@@ -254,7 +263,7 @@ class Harness:
             stopping(self.built_sampler, clamps),
             clamps,
             [()] * len(clamps),
-            reshape=reshape_of(len(clamps), settings),
+            reshape=reshape_of(len(clamps), settings) if reshaped else None,
         )
         answers = []
         for row, (context, question) in enumerate(zip(contexts, questions, strict=True)):
