@@ -8,6 +8,7 @@
 ``added_tokens.json``           ids of added tokens, in older directories
 ``chat_template.jinja``         the chat template; it replaces that of ``tokenizer_config.json``
 ``generation_config.json``      ids that end an answer
+``config.json``                 the family of the model, for settings of its chat template
 ==============================  ====================================================================
 
 Code that such a directory may hold is never run.
@@ -67,7 +68,7 @@ def read_tokenizer_directory(
         token["special"] = token["special"] or control or token["content"] in named.values()
     turns = Turns(
         template=_template(folder, config),
-        variables=(*named.items(), *settings.items()),
+        variables=tuple({**named, **_family_settings(folder), **settings}.items()),
         end_ids=_end_ids(folder),
     )
     try:
@@ -82,6 +83,15 @@ def read_tokenizer_directory(
                 f"the id {got} behind the vocabulary"
             )
     return tokenizer
+
+
+def _family_settings(folder: Path) -> dict[str, Any]:
+    """The variables that the code of a family sets for its templates.
+
+    The code of A2D, of the project dllm, turns off the thoughts of Qwen3's template.
+    """
+    architectures = _read(folder / "config.json").get("architectures") or [""]
+    return {"enable_thinking": False} if str(architectures[0]).startswith("A2D") else {}
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -254,6 +254,15 @@ def test_a_directory(tmp_path):
     assert read_tokenizer_directory(tmp_path).turns.template == LLADA
 
 
+@pytest.mark.parametrize(("family", "thought"), [("A2DQwen3LMHeadModel", EMPTY_THOUGHT), ("", "")])
+def test_the_family_of_a_directory_sets_its_template(tmp_path, family, thought):
+    config = {"chat_template": QWEN3, "eos_token": "<|im_end|>"}
+    write(tmp_path, tokenizer=vocabulary(), tokenizer_config=config)
+    write(tmp_path, config={"architectures": [family]})
+    found = read_tokenizer_directory(tmp_path)
+    assert render(found, ASKED, answer=True) == FAMILIES["sdar"][2] + thought
+
+
 def test_an_added_token_with_another_id_is_refused(tmp_path):
     config = {"added_tokens_decoder": {"300": {"content": "<|far|>", "special": True}}}
     write(tmp_path, tokenizer=vocabulary(), tokenizer_config=config)
