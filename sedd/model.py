@@ -25,6 +25,7 @@ from sedd.configuration.build import Parts, build_parts, default_sampler_of
 from sedd.configuration.components import Options, options, options_type
 from sedd.configuration.config import Config, DataOptions, default_cache_dir
 from sedd.constraints.clamp import Clamp, check_prefix
+from sedd.data.answer_rows import DEFAULT_PADDING
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer, tokenizer_from_json
 from sedd.denoiser import Denoiser
@@ -124,6 +125,8 @@ class Model:
             tokenizer=self.tokenizer,
             length=data.length,
             wrap=data.wrap,
+            padding=data.padding or DEFAULT_PADDING,
+            answers=data.answers,
             corpus=data.corpus,
             cache_dir=Path(data.cache_dir).expanduser(),
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from sedd.data.answer_rows import pack_records
 from sedd.data.corpora import open_corpus
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Bytes, Characters
+from sedd.errors import UserError
+from sedd.evaluation import Protocol
 from sedd.evaluation.bound import estimates
 from sedd.objectives.base import GOLDEN
 from sedd.training.state import init_state
@@ -249,6 +252,17 @@ def test_a_run_that_is_resumed_masks_the_same(chats):
     train(chats, "parts", "--training.steps", "4", *every)
     assert losses(chats, "whole") == losses(chats, "parts")
     assert len(losses(chats, "whole")) == 4
+    # Its validation and an evaluation of the same records bound the same tokens.
+    lines = (chats / "whole" / "metrics.jsonl").read_text().splitlines()
+    validated = [x for x in map(json.loads, lines) if "validation_nats_per_token" in x][-1]
+    model = sedd.load(chats / "whole")
+    held_out = str(chats / "data" / "validation.jsonl")
+    bound = sedd.evaluate(model, held_out, protocol=Protocol(draws=64))
+    assert bound.num_tokens == sum(len(said) + 1 for _, said in TASKS)
+    error = math.hypot(bound.standard_error_draws, validated["validation_standard_error_draws"])
+    assert abs(bound.nats_per_token - validated["validation_nats_per_token"]) < 4 * error
+    with pytest.raises(UserError, match="records of messages or prompts are cut as in training"):
+        sedd.evaluate(model, held_out, protocol=Protocol(cut="wrapped"))
 
 
 @pytest.mark.parametrize(

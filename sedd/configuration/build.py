@@ -17,7 +17,7 @@ import numpy as np
 
 from sedd.configuration.components import build, maker, options, values
 from sedd.configuration.config import Config, DataOptions, with_component
-from sedd.data.answer_rows import pack_records
+from sedd.data.answer_rows import DEFAULT_PADDING, pack_records
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.tokenizer_sources import build_tokenizer
@@ -390,7 +390,7 @@ def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> P
             tokenizer,
             split,
             length=data.length,
-            padding=data.padding or "eos",
+            padding=data.padding or DEFAULT_PADDING,
             answers=data.answers,
             cache_dir=cache_dir,
             workers=data.workers,

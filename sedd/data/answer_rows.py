@@ -30,6 +30,7 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError
 
 Padding = Literal["none", "eos", "rainbow", "unified"]
+DEFAULT_PADDING: Padding = "eos"
 COLOURS = 7  # tokens that take turns in ``rainbow``
 SPARE = re.compile(r"reserved|unused|extra", re.IGNORECASE)  # in names of special tokens of no use
 

@@ -205,8 +205,8 @@ def pack(
     """
     if corpus.records:
         raise UserError(
-            f"{corpus.name}: it holds messages or prompts, which only training reads; text is a "
-            "file of another kind, or PATH:KEY"
+            f"{corpus.name}: it holds records of messages or prompts, which are not read as text; "
+            "give another file, or PATH:KEY"
         )
     for name, value in (("max_documents", max_documents), ("workers", workers)):
         if value is not None and value < 1:

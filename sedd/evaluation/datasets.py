@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from sedd.data.answer_rows import Padding, pack_records
 from sedd.data.base import Corpus
 from sedd.data.corpora import NAMES, MappedCorpus, open_corpus, parse_mixture
 from sedd.data.detokenizers import DETOKENIZERS
 from sedd.data.packing import Packed, TooShortError, pack, unigram_entropy, validation_rows
+from sedd.data.records import Answers
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError, did_you_mean
 from sedd.evaluation.protocols import SPLITS, Protocol
@@ -34,6 +36,7 @@ class TokenRows:
 
     x0_SL: np.ndarray
     scored_SL: np.ndarray
+    segmented: ClassVar[bool] = False
 
     @property
     def num_rows(self) -> int:
@@ -63,12 +66,24 @@ class DataSet:
     chosen: np.ndarray
     num_dropped: int = 0
 
-    def rows(self, first: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return x0_BL and scored_BL of at most ``size`` evaluated rows, starting at ``first``."""
+    def rows(self, first: int, size: int) -> tuple[np.ndarray, ...]:
+        """Return x0_BL and scored_BL of at most ``size`` evaluated rows, starting at ``first``.
+
+        Rows of several texts have a third array, segment_BL.
+        """
         return self.source.rows(self.chosen[first : first + size])
 
     def spread(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return x0_BL and scored_BL of ``number`` evaluated rows (or all), evenly spread."""
+        """Return x0_BL and scored_BL of ``number`` evaluated rows (or all), evenly spread.
+
+        Raises:
+            UserError: if a row holds several texts.
+        """
+        if self.source.segmented:
+            raise UserError(
+                f"{self.label}: its rows hold several texts each (--data.padding none of the run), "
+                "which have bounds only"
+            )
         size = len(self.chosen)
         places = np.linspace(0, size - 1, min(number, size)).astype(int)
         return self.source.rows(self.chosen[places])
@@ -107,11 +122,12 @@ class DataSet:
         """The fingerprint and the counts, from one pass over the rows."""
         counts, digest = np.zeros(1, np.int64), hashlib.blake2b(digest_size=16)
         for first in range(0, len(self.chosen), CHUNK):
-            x0_BL, scored_BL = self.rows(first, CHUNK)
+            x0_BL, scored_BL, *segment = self.rows(first, CHUNK)
             found = np.bincount(x0_BL[scored_BL], minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
             digest.update(x0_BL.astype(np.int32).tobytes() + scored_BL.tobytes())
+            digest.update(b"".join(each.tobytes() for each in segment))
         return digest.hexdigest(), counts
 
 
@@ -154,6 +170,8 @@ class TextReader:
         tokenizer: the model's tokenizer.
         length: tokens in a row of training, used if the protocol sets no length.
         wrap: whether documents were joined in training, for ``cut`` "as_trained".
+        padding: how rows of records were filled in training, see ``sedd.data.answer_rows``.
+        answers: which answers of records were learned.
         corpus: the corpus that the model was trained on; its validation split is evaluated.
         cache_dir: the folder in which tokenised corpora are kept.
     """
@@ -161,6 +179,8 @@ class TextReader:
     tokenizer: Tokenizer
     length: int
     wrap: bool
+    padding: Padding
+    answers: Answers
     corpus: str
     cache_dir: Path
 
@@ -225,6 +245,8 @@ class TextReader:
 
     def _pack(self, corpus: Corpus, split: str, chosen: Protocol) -> Packed:
         """Tokenise a split and cut it into rows."""
+        if corpus.records:
+            return self._pack_records(corpus, split, chosen)
         try:
             return pack(
                 corpus,
@@ -240,6 +262,24 @@ class TextReader:
             )
         except TooShortError as error:
             raise UserError(f"{error}; --cut whole evaluates it in one padded row") from error
+
+    def _pack_records(self, corpus: Corpus, split: str, chosen: Protocol) -> Packed:
+        """Rows of records, which are cut as in training; UserError if the protocol cuts others."""
+        if chosen.cut != "as_trained" or chosen.specials:
+            what = "--specials" if chosen.specials else f"--cut {chosen.cut}"
+            raise UserError(
+                f"{corpus.name}: records of messages or prompts are cut as in training, without "
+                f"{what}"
+            )
+        return pack_records(
+            corpus,
+            self.tokenizer,
+            split,
+            length=chosen.length or self.length,
+            padding=self.padding,
+            answers=self.answers,
+            cache_dir=self.cache_dir,
+        )
 
     def _specials(self) -> tuple[int, int]:
         """The ids of the beginning and the end of a document."""

@@ -161,7 +161,7 @@ def test_a_record_that_is_none_is_named(tmp_path, second, says):
 
 
 def test_what_reads_text_refuses_records(pairs, tmp_path):
-    with pytest.raises(UserError, match=r"holds messages or prompts, which only training reads"):
+    with pytest.raises(UserError, match="it holds records of messages or prompts, which are not"):
         pack(pairs, BYTES, "all", length=8, wrap=True, cache_dir=tmp_path)
     with pytest.raises(UserError, match=r"is made from text, and .* holds messages or prompts"):
         build_tokenizer("characters", pairs, cache_dir=tmp_path)
