@@ -1,5 +1,6 @@
 """Large published models through ``sedd.load`` and the commands: inspect, sample, export."""
 
+import dataclasses
 import json
 import types
 
@@ -13,8 +14,11 @@ from safetensors.numpy import load_file
 from test_layouts import MASK, ROWS, TOKENS, checkpoint, tiny_config, tokenizer_files
 
 import sedd
+from sedd.commands.export import publishable
+from sedd.configuration.components import options
 from sedd.constraints.clamp import Clamp
 from sedd.errors import UserError
+from sedd.interop.published import load_published, save_published
 from sedd.interop.tensor_files import INDEX
 
 
@@ -206,6 +210,48 @@ def test_an_export_is_the_published_checkpoint_again(tmp_path):
         np.testing.assert_array_equal(after[name], value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "reading", "network", "name"),
+    [
+        ("radd", {"shift": True}, {"qkv_bias": True}, "Dream"),
+        ("ar", {}, {"qk_norm": True}, "Qwen3"),
+    ],
+)
+def test_a_run_with_the_decoder_is_exported(kind, reading, network, name, tmp_path):
+    config = tiny_run.config(kind)
+    sizes = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 24}
+    config = dataclasses.replace(
+        config,
+        network=options("networks", "decoder", **sizes, **network),
+        parameterization=dataclasses.replace(config.parameterization, **reading),
+    )
+    run = tiny_run.make_run(tmp_path / "run", config, steps=(2,))
+    assert f"in the layout of {name}" in exported(run, tmp_path / "out").out
+    before, after = sedd.load(run), sedd.load(tmp_path / "out")
+    x = np.full((1, 6), before.process.mask_id)
+    x[0, :2] = 1, 2
+    np.testing.assert_array_equal(before.log_conditional(x), after.log_conditional(x))
+    assert after.config.parameterization == before.config.parameterization
+    assert after.tokenizer == before.tokenizer
+
+
+def test_what_was_trained_from_a_published_model_has_its_ids_again(tmp_path):
+    """The rows of the mask change places when a model of no layout is exported, too."""
+    path = checkpoint(tmp_path / "in", tiny_config("LLaDA"))
+    model = dataclasses.replace(sedd.load(path), layout=None)
+    layout, params, _ = publishable(model)
+    save_published(tmp_path / "out", layout, params, beside={})
+    theirs = load_file(path / "model.safetensors")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    for here, there in (
+        ("model.embed_tokens.weight", "model.transformer.wte.weight"),
+        ("lm_head.weight", "model.transformer.ff_out.weight"),
+    ):
+        np.testing.assert_array_equal(ours[here], theirs[there])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["mask_token_id"], config["vocab_size"]) == (MASK, ROWS)
+
+
 def inspected(path, *more):
     result = tiny_run.call("inspect", path, "--json", *more)
     assert result.code == 0, result.err
@@ -265,8 +311,6 @@ def test_inspect_knows_runs_and_refuses_the_rest(tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for ``huggingface_hub`` with a sharded checkpoint; the files that it gave."""
-    from sedd.interop.published import load_published, save_published
-
     path = checkpoint(tmp_path / "one", tiny_config("LLaDA"))
     one = load_published(path)
     beside = {name: json.dumps(content) for name, content in tokenizer_files().items()}
