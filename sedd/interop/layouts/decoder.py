@@ -97,7 +97,7 @@ class DecoderLayout:
         required: the values that other keys may have.
         length_key: the key of the longest text.
         without_effect: further keys that do not change what the network computes.
-        renamed: pairs of a beginning of the names of ``TENSORS`` and its replacement.
+        names: the names of the tensors, by our parameters.
         exports: whether models that were not read from this layout may be written in it.
     """
 
