@@ -5,6 +5,8 @@ from .base import read_out as read_out
 from .causal_head import CausalHead as CausalHead
 from .ddit import DDiT as DDiT
 from .decoder import Decoder as Decoder
+from .lora import Lora as Lora
+from .lora import merged as merged
 from .mesh import Placement as Placement
 from .mesh import device_mesh as device_mesh
 from .rotary import RopeScaling as RopeScaling
