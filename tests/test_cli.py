@@ -19,7 +19,7 @@ import pytest
 import tyro
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.text import Text
-from tiny_run import RECIPE, ROOT, Outcome, call
+from tiny_run import RECIPE, ROOT, Outcome
 
 import sedd
 import sedd.data.base
@@ -614,6 +614,8 @@ def test_help_says_what_each_option_of_a_component_is(family, name):
 
 
 def test_the_help_of_training_shows_them():
-    result = call("train", "--config", "quickstart", "--help")
-    words = " ".join(result.out.replace("│", " ").split())
+    """In a process of its own: tyro keeps the docstrings of the first command line it parses."""
+    command = [sys.executable, "-m", "sedd", "train", "--config", "quickstart", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = " ".join(result.stdout.replace("│", " ").split())
     assert "--network.num-layers INT Number of blocks, each attention and an MLP." in words
