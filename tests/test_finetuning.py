@@ -29,10 +29,17 @@ from sedd.training.state import init_state
 from sedd.training.step import Step, keys_of
 
 L = 40
+PADDINGS = ("none", "eos", "rainbow", "unified")
 RECORDS = [
     {"prompt": "p" * (i % 5), "completion": "answer "[: 1 + i % 7] * (1 + i % 3)} for i in range(12)
 ]
 PARTS = build_parts(tiny_run.config("radd", length=L), 257)
+
+
+class Spare(Bytes):
+    """The bytes 0 to 6 as the spare tokens that fill rows with the padding rainbow."""
+
+    specials = {f"<|reserved_token_{i}|>": i for i in range(7)}  # noqa: RUF012
 
 
 @functools.cache
@@ -51,7 +58,7 @@ def rows(tmp_path_factory):
     return {
         padding: pack_records(
             corpus,
-            Bytes(),
+            Spare() if padding == "rainbow" else Bytes(),
             "all",
             length=L,
             padding=padding,
@@ -59,7 +66,7 @@ def rows(tmp_path_factory):
             cache_dir=place,
             workers=1,
         )
-        for padding in ("none", "eos", "unified")
+        for padding in PADDINGS
     }
 
 
@@ -76,7 +83,7 @@ def cross_entropy(xt_BL, x0_BL, segment_BL):
     return -np.take_along_axis(log_probs, np.asarray(x0_BL)[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("padding", ["none", "eos", "unified"])
+@pytest.mark.parametrize("padding", PADDINGS)
 def test_the_loss_of_a_padding(rows, padding):
     """λ-DCE in numpy: (1/λ)·Σ -log p over masked tokens, one λ for each text of a row."""
     size = 4
@@ -106,6 +113,7 @@ def test_the_loss_of_a_padding(rows, padding):
         u_BL = np.broadcast_to(np.asarray(u_B)[:, None], segment_BL.shape)
     masked_BL = np.asarray(corrupted.xt_BL) == 257
     assert masked_BL.any()
+    assert (padding == "rainbow") == (batch["x0"] < 7).any()
     assert not (masked_BL & ~batch["scored"]).any()
     nats_BL = cross_entropy(corrupted.xt_BL, batch["x0"], segment_BL) / (1 - u_BL)
     np.testing.assert_allclose(totals["nats"], nats_BL[masked_BL].sum(), rtol=1e-4)
