@@ -2,6 +2,7 @@ from . import constraints as constraints
 from . import samplers as samplers
 from .errors import UserError as UserError
 from .evaluating import evaluate as evaluate
+from .evaluating import marginals as marginals
 from .evaluating import price as price
 from .model import Model as Model
 from .model import load as load

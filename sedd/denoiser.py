@@ -199,6 +199,20 @@ class Denoiser:
             for call in calls
         )
 
+    def log_marginal(self, x_BL: Int[Array, "B L"]) -> Float[Array, " B"]:
+        """Approximate the log probability of the visible tokens, with all others summed out.
+
+        One network call for any number of visible tokens. It is the value of a marginal head, which
+        is 0 if all positions are masked; it is no normalised log probability.
+
+        Args:
+            x_BL: tokens, and masks at the positions that are summed out.
+
+        Raises:
+            UserError: if the network has no marginal head.
+        """
+        return self.network.log_marginal(self.params, self.hidden(x_BL)[0], x_BL)
+
     def hidden_in_order(
         self,
         x_BL: Int[Array, "B L"],

@@ -250,6 +250,36 @@ class WithCausalHead(ConstantNetwork):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WithMarginalHead(ConstantNetwork):
+    """The same, with a marginal head: the sum of the raw outputs of the visible tokens."""
+
+    has_marginal_head = True
+
+    def log_marginal(self, params, hidden_BLD, tokens_BL):
+        own_BL = jnp.take_along_axis(hidden_BLD, tokens_BL[..., None], -1)[..., 0]
+        return jnp.where(tokens_BL < self.num_states - 1, own_BL, 0.0).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginalTable(TableNetwork):
+    """A table, and f by another one, ``params["marginal"]``; 0 where all positions are masked."""
+
+    has_marginal_head = True
+    frozen_trunk = True
+
+    def init(self, key):
+        return {}  # all of them are given
+
+    def trainable(self, params):
+        return {"marginal": params["marginal"]}
+
+    def log_marginal(self, params, hidden_BLD, tokens_BL):
+        index_B = self._index(tokens_BL)
+        last = len(params["marginal"]) - 1
+        return jnp.where(index_B == last, 0.0, params["marginal"][index_B])
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExactScoreNetwork(_Direct):
     """The exact log score of params["joint"], shifted so that `Score` gives it back."""
 

@@ -229,7 +229,10 @@ def test_objective(name):
         process = reading.process
         rng = np.random.default_rng(0)
         x0_BL, scored_BL = i32(rng.integers(0, N, (B, L))), jnp.asarray(rng.random((B, L)) < 0.8)
-        kind = oracle.WithCausalHead if objective.trains_causal_head else oracle.ConstantNetwork
+        kind = oracle.ConstantNetwork
+        if objective.trains_causal_head or objective.trains_marginal_head:
+            causal = objective.trains_causal_head
+            kind = oracle.WithCausalHead if causal else oracle.WithMarginalHead
         network = kind(num_states=process.num_states, time_conditioned=not reading.time_independent)
 
         def loss(raw_BLV, objective=objective, network=network, x0_BL=x0_BL, scored_BL=scored_BL):

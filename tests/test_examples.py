@@ -19,6 +19,7 @@ ENTRY_POINTS = {
         sedd.sample,
         sedd.evaluate,
         sedd.price,
+        sedd.marginals,
         sedd.stream,
         sedd.samplers.options,
         sedd.Model.log_score,
@@ -38,7 +39,8 @@ def place(tmp_path_factory):
     """The files that the examples name: a run, its export, and a text."""
     place = tmp_path_factory.mktemp("examples")
     run = tiny_run.make_run(place / "runs" / "quickstart", tiny_run.config("radd"))
-    tiny_run.make_run(place / "runs" / "block", tiny_run.config("block"))
+    for kind in ("block", "marginal"):
+        tiny_run.make_run(place / "runs" / kind, tiny_run.config(kind))
     exported = tiny_run.call("export", "--checkpoint", run, "--output", place / "exports" / "radd")
     assert exported.code == 0, exported.err
     words = tiny_run.text(200)

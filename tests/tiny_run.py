@@ -19,7 +19,7 @@ import numpy as np
 
 from sedd.commands.cli import run
 from sedd.configuration.build import build_parts
-from sedd.configuration.components import options
+from sedd.configuration.components import options, values
 from sedd.configuration.config import Config, DataOptions
 from sedd.data.tokenizers import Characters, Tokenizer
 from sedd.evaluation.price import Price
@@ -57,8 +57,14 @@ def text(words: int = 2000, seed: int = 0) -> str:
 def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> Config:
     """The smallest model: absorbing "radd" or "sedd", "uniform" SEDD, "ar", "any_subset", "block".
 
-    A block model has blocks of 4 positions.
+    A block model has blocks of 4 positions. "marginal" is "radd" with a marginal head.
     """
+    if kind == "marginal":
+        return dataclasses.replace(
+            config("radd", corpus=corpus, length=length),
+            network=options("networks", "marginal_head", **values(NETWORK)),
+            objective=options("objectives", "marginal"),
+        )
     if kind == "block":
         return dataclasses.replace(
             config("radd", corpus=corpus, length=length),

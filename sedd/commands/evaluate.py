@@ -8,8 +8,8 @@ The command works in this order, so that no mistake shows after hours of computi
    be read is reported, and the others are evaluated.
 4. Score every sequence of each data set. Finished sequences are appended to a journal. An
    interrupted evaluation continues from it.
-5. Measure the price of parallelism, compare the samples with real text, and test the consistency of
-   the conditionals, if asked for.
+5. Measure the price of parallelism, rank texts by their log marginals, compare the samples with
+   real text, and test the consistency of the conditionals, if asked for.
 6. Write the files (report, table, JSON), and then print the tables, which are printed even if a
    file cannot be written. If the JSON goes to standard output, no tables are printed.
 """
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     if opened:
         comparisons.check(opened[0])
         results = evaluate_all(command, model, estimate, opened)
-        sections, more = comparisons.compute(opened[0])
+        sections, more = comparisons.compute(opened[0], results[0])
         figures = about(command, model) | by_data_set(results) | more
         if failed:
             figures["failed"] = failed

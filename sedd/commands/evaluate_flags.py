@@ -73,6 +73,13 @@ class EvaluateCommand:
     """Measure what these numbers of network calls for a text cost in nats, if each call reveals
     several tokens, on the text of the first data set. --json then holds the profile for the
     sampler planned."""
+    marginals: Annotated[Path | None, unset("FILE")] = None
+    """Rank the texts of this file by approximate log marginals from one network call each: a text
+    with gaps such as {mask:12} in a line, or JSON lines with "infill" or "text" if the name ends in
+    .jsonl. Needs a marginal head."""
+    marginal_check: Annotated[int | None, unset("ORDERS")] = None
+    """Compare the values of the marginal head with the log-mean likelihood over this many random
+    orders, on the first data set and on the texts of --marginals."""
     report: Annotated[Path | None, unset("FILE.html")] = None
     """Write all results to one HTML page."""
     resume: Annotated[Path | None, unset("FILE.jsonl")] = None
@@ -88,7 +95,7 @@ class EvaluateCommand:
     arguments: tyro.conf.Suppress[tuple[str, ...]] = ()  # the whole command line, for the report
 
     def __post_init__(self):
-        for name in ("batch_size", "max_sequences", "consistency"):
+        for name in ("batch_size", "max_sequences", "consistency", "marginal_check"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -6,6 +6,7 @@
   fewer.
 - ``--judge``: generative perplexity of both under another model, and MAUVE of its features.
 - ``--price``: nats per token if several tokens are revealed in a network call.
+- ``--marginals``, ``--marginal-check``: log marginals by a marginal head.
 - ``--consistency``: whether the model's conditionals at pairs of positions belong to one joint
   distribution.
 """
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.commands.evaluate_flags import EvaluateCommand
+from sedd.commands.evaluate_marginals import RankedTexts
 from sedd.errors import UserError, did_you_mean
 from sedd.evaluating import price_of
 from sedd.evaluation.consistency import consistency, draw_pairs
@@ -59,23 +61,27 @@ class Comparisons:
         model: the evaluated model.
         samples: the texts of ``--samples``; None without the flag.
         judge: the model of ``--judge``; None without the flag.
+        marginals: the texts of ``--marginals``; None without it and without ``--marginal-check``.
     """
 
     command: EvaluateCommand
     model: Model
     samples: list[str] | None
     judge: Judge | None
+    marginals: RankedTexts | None = None
 
     @classmethod
     def of(cls, command: EvaluateCommand, model: Model) -> "Comparisons":
-        """Read the file of samples and load the judge.
+        """Read the files of samples and of texts to rank, and load the judge.
 
         Raises:
-            UserError: the file cannot be read, or there is no such judge.
+            UserError: a file cannot be read, there is no such judge, or the model has no marginal
+                head.
         """
         samples = None if command.samples is None else read_samples(command.samples)
         judge = None if command.judge is None else judge_of(command.judge)
-        return cls(command=command, model=model, samples=samples, judge=judge)
+        marginals = RankedTexts.of(command, model)
+        return cls(command=command, model=model, samples=samples, judge=judge, marginals=marginals)
 
     def check(self, data: DataSet) -> None:
         """Check that there are enough texts and pairs of positions for the tests.
@@ -87,6 +93,8 @@ class Comparisons:
         """
         if self.command.price is not None:
             self._check_price(self.command.price, data)
+        if self.marginals is not None:
+            self.marginals.check(data)
         if self.samples is not None and min(len(self.samples), len(data.chosen)) < 2:
             raise UserError(
                 f"--samples {self.command.samples}: at least 2 samples and 2 rows of text are "
@@ -100,8 +108,10 @@ class Comparisons:
             except ValueError as error:
                 raise UserError(f"--consistency {pairs}: {error}") from error
 
-    def compute(self, data: DataSet) -> tuple[list[Section], dict[str, Any]]:
-        """Run all tests against the text of ``data``.
+    def compute(
+        self, data: DataSet, result: EvaluationResult
+    ) -> tuple[list[Section], dict[str, Any]]:
+        """Run all tests against the text of ``data``, of which ``result`` are the figures.
 
         Returns:
             The sections of the report with their tables, and the figures for the JSON file.
@@ -112,6 +122,8 @@ class Comparisons:
         sections, figures = [], {}
         if self.command.price is not None:
             sections.append(self._of_parallelism(data, self.command.price, figures))
+        if self.marginals is not None:
+            sections.append(self.marginals.section(data, result, figures))
         with Activity("comparing samples and conditionals"):
             if self.samples is not None:
                 try:

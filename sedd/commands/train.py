@@ -40,11 +40,14 @@ from sedd.evaluating import text_counter
 from sedd.evaluation.block_levels import least_variance
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.causal_head import causal_nats
+from sedd.evaluation.marginals import log_marginals
+from sedd.evaluation.measured import mean_of
 from sedd.evaluation.monte_carlo import REPLICATES, is_exact, resolve
 from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh
 from sedd.objectives.block import Block
+from sedd.objectives.marginal import Marginal
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
 from sedd.training.flops import step_flops
@@ -159,6 +162,7 @@ def run_of(
         profile: steps to record for a profiler; None for none.
     """
     config, parts, tokenizer = prepared.config, prepared.parts, prepared.data.tokenizer
+    marginal = parts.objective.trains_marginal_head
     return Run(
         workdir=workdir,
         parallel=prepared.parallel,
@@ -169,7 +173,8 @@ def run_of(
         learning_rate=make_schedule(config.optimizer, config.training.steps),
         validate=validator(config, parts, tokenizer, rows),
         sample=text_sampler(config, parts, tokenizer),
-        unigram_nats=frequencies,
+        unigram_nats=None if marginal else frequencies,
+        unit="loss in nats², validation in nats per token" if marginal else "nats per token",
         flops=partial(
             step_flops,
             parts.network,
@@ -240,6 +245,8 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
     """
     if isinstance(parts.objective, SelfSpeculative):
         return partial(validate_causal_head, config, parts, parts.objective, held_out)
+    if isinstance(parts.objective, Marginal):
+        return partial(validate_marginal_head, config, parts, held_out)
     count_text = text_counter(tokenizer)
 
     def validate(params) -> dict[str, Any]:
@@ -297,6 +304,26 @@ def validate_causal_head(
         "standard_error": causal.error or 0.0,  # unknown for a single sequence
         "gain": gain.value,
         "gain_error": gain.error or 0.0,
+    }
+
+
+def validate_marginal_head(
+    config: Config, parts: Parts, held_out: ValidationRows, params
+) -> dict[str, Any]:
+    """The errors of a marginal head against the log likelihoods in two random orders of each text.
+
+    ``nats_per_token`` is their root mean square, which holds the spread of the orders as well, and
+    ``bias`` is their mean. Arguments are those of ``validator``, and the averaged parameters.
+    """
+    found = log_marginals(parts.denoiser(params), jax.random.key(config.seed), held_out, orders=1)
+    error_SK = (found.log_marginal_S[:, None] - found.log_probs_SK) / found.known_S[:, None]
+    square, bias = mean_of(np.square(error_SK).mean(1)), mean_of(error_SK.mean(1))
+    root = math.sqrt(square.value)
+    return {
+        "nats_per_token": root,
+        "standard_error": (square.error or 0.0) / (2 * root or 1.0),
+        "bias": bias.value,
+        "bias_error": bias.error or 0.0,
     }
 
 
@@ -362,7 +389,7 @@ def conclude(
 ) -> None:
     """Print the last validation beside two baselines on the same tokens, and list the files.
 
-    The figures of a causal head are compared with those of its trunk instead.
+    The figures of a causal or a marginal head are compared with those of its trunk instead.
 
     Args:
         workdir: the directory of the run, whose ``metrics.jsonl`` holds the validation.
@@ -387,6 +414,13 @@ def conclude(
             f"  {nats:.4f} ± {error:.4f} by the causal head\n"
             f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently\n"
             f"  difference: {gain:.4f} ± {last['validation_gain_error']:.4f}\n{files}"
+        )
+        return
+    if (bias := last.get("validation_bias")) is not None:
+        console.print(
+            f"\nvalidation at step {last['step']:,}, nats per token, ± standard error\n"
+            f"  {nats:.4f} ± {error:.4f} root mean square difference of the head and one order\n"
+            f"  {bias:.4f} ± {last['validation_bias_error']:.4f} mean difference\n{files}"
         )
         return
     sign = "=" if exact else "≤"

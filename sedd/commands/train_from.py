@@ -28,7 +28,7 @@ from sedd.model import describe
 from sedd.networks.base import Network
 from sedd.networks.lora import Lora, merged
 from sedd.training.named_arrays import kinds_of, require_same
-from sedd.types import Params
+from sedd.types import Array, Float, Params
 
 # Options of a network that change neither the number nor the shape of its parameters, apart from
 # adapters: --init-from accepts weights of a network that differs in these.
@@ -62,7 +62,7 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
     convert = take(arguments, "--convert")[0] or recipe.convert
     if convert is not None:
         source = converted(name, convert, source)
-    elif named and (not published or maker("networks", recipe.network.name).has_causal_head):
+    elif named and (not published or _adds_a_head(recipe)):
         return recipe
     adapters = lora_of(recipe.network).rank > 0 or any(
         take(arguments, flag)[0] not in (None, "0") for flag in ("--lora", "--network.lora.rank")
@@ -92,6 +92,12 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
             config, sampler=options("samplers", default_sampler_of(config))
         )
     return config
+
+
+def _adds_a_head(recipe: Config) -> bool:
+    """Whether the network of a recipe is a trunk with a further head."""
+    network = maker("networks", recipe.network.name)
+    return network.has_causal_head or network.has_marginal_head
 
 
 def first_network(recipe: Options, source: Options, *, named: bool, adapters: bool) -> Options:
@@ -197,10 +203,11 @@ def check_reading(where: str, source: Options, config: Options) -> None:
 
 
 def first_params(where: str, source: sedd.Model, network: Network, *, convert: bool) -> Params:
-    """The parameters of ``source`` for a network that may have other adapters, or a causal head.
+    """The parameters of ``source`` for a network that may have other adapters, or a further head.
 
     Adapters of the source are kept if the network has the same, and are merged otherwise. Entries
-    that the source lacks are left out: they are new.
+    that the source lacks are left out: they are new. The frequencies of a new marginal head are
+    those that the source predicts without any visible token.
 
     Args:
         where: the flag that names the source, for messages.
@@ -215,7 +222,10 @@ def first_params(where: str, source: sedd.Model, network: Network, *, convert: b
     if lora_of(source.denoiser.network) != lora_of(network):
         _, params = merged(source.denoiser.network, params)
     expected = jax.eval_shape(network.init, jax.random.key(0))
-    new = [name for name in ("causal", "adapters") if name in expected and name not in params]
+    if "unigram" in expected and "unigram" not in params:
+        params = params | {"unigram": {"log_prob": log_unigram(source)}}
+    heads = ("causal", "adapters", "marginal")
+    new = [name for name in heads if name in expected and name not in params]
     expected = {name: tree for name, tree in expected.items() if name not in new}
     here = kinds_of(expected)
     there = {
@@ -224,6 +234,21 @@ def first_params(where: str, source: sedd.Model, network: Network, *, convert: b
     require_same(where, there, here)
     params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, expected)
     return with_mask(params, source.process.num_tokens) if convert else params
+
+
+def log_unigram(source: sedd.Model) -> Float[Array, " N"]:
+    """Log of the mean prediction at up to 64 positions of a text in which all are masked, [N]."""
+    length = source.length
+    x_1L = jnp.full((1, length), source.denoiser.mask_id, jnp.int32)
+    count = min(64, length)
+    positions_1K = (jnp.arange(count) * length // count)[None]
+
+    @jax.jit
+    def predicted(denoiser):
+        log_probs_1KN = denoiser.log_conditional_at(denoiser.hidden(x_1L), x_1L, positions_1K)
+        return jax.nn.logsumexp(log_probs_1KN[0], 0) - jnp.log(count)
+
+    return predicted(source.denoiser)
 
 
 def with_mask(params: Params, num_tokens: int) -> Params:

@@ -23,7 +23,9 @@ from sedd.configuration.build import (
     build_parts,
     build_step,
     check_padding,
+    check_whole_rows,
 )
+from sedd.configuration.components import maker
 from sedd.configuration.config import Config, differences
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
@@ -86,14 +88,17 @@ def prepare(workdir: Path, config: Config) -> Prepared:
             "name one by --init-from",
         )
     elif getattr(config.network, "freeze", False):
+        causal = maker("networks", config.network.name).has_causal_head
+        together = ", or train both with --network.no-freeze" if causal else ""
         raise UserError(
             f"--network {config.network.name} trains a part of the network on a frozen trunk: name "
-            "a trained one by --init-from RUN, or train both with --network.no-freeze"
+            f"a trained one by --init-from RUN{together}"
         )
 
     data = read_data(config, tokenizer)
     parts = build_parts(config, data.tokenizer.num_tokens)
     check_padding(config, parts, segmented=any(packed.segmented for packed, _ in data.train))
+    check_whole_rows(config, parts, [packed for packed, _ in data.train])
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
     make_state = partial(init_state, step.network, step.optimizer, config.seed)

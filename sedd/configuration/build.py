@@ -135,6 +135,21 @@ def check_padding(config: Config, parts: Parts, *, segmented: bool | None = None
         )
 
 
+def check_whole_rows(config: Config, parts: Parts, rows: Sequence[Packed]) -> None:
+    """Check that a marginal head is trained on rows of which every token is scored.
+
+    Raises:
+        FieldError: a row has padding or given tokens.
+    """
+    whole = all(packed.num_tokens_total == packed.num_rows * packed.length for packed in rows)
+    if parts.objective.trains_marginal_head and not whole:
+        raise FieldError(
+            "objective",
+            f"{config.objective.name} needs rows without padding and without given tokens: join "
+            "the texts by --data.wrap, or records by --data.padding unified",
+        )
+
+
 def default_sampler(parameterization: Parameterization) -> str:
     """Return the name of the sampler that a model gets if the user names none.
 

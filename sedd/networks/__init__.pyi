@@ -7,6 +7,7 @@ from .ddit import DDiT as DDiT
 from .decoder import Decoder as Decoder
 from .lora import Lora as Lora
 from .lora import merged as merged
+from .marginal_head import MarginalHead as MarginalHead
 from .mesh import Placement as Placement
 from .mesh import device_mesh as device_mesh
 from .rotary import RopeScaling as RopeScaling

@@ -129,6 +129,8 @@ class Network(ABC):
     has_memory: ClassVar[bool] = False
     # Whether there is a ``causal_hidden``, with the parameters ``causal``.
     has_causal_head: ClassVar[bool] = False
+    # Whether there is a ``log_marginal``, with the parameters ``marginal`` and ``unigram``.
+    has_marginal_head: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, key: Key[Array, ""]) -> Params:
@@ -217,6 +219,17 @@ class Network(ABC):
         Only networks with ``has_causal_head`` have this method; others raise ``UserError``.
         """
         raise UserError(f"the network {type(self).__name__} has no causal head; causal_head has")
+
+    def log_marginal(
+        self, params: Params, hidden_BLD: Float[Array, "B L D"], tokens_BL: Int[Array, "B L"]
+    ) -> Float[Array, " B"]:
+        """Approximate the log probability of the visible tokens; see ``MarginalHead``.
+
+        Only networks with ``has_marginal_head`` have this method; others raise ``UserError``.
+        """
+        raise UserError(
+            f"the network {type(self).__name__} has no marginal head; marginal_head has"
+        )
 
     @property
     def frozen_trunk(self) -> bool:

@@ -5,6 +5,7 @@ from .base import Objective as Objective
 from .block import Block as Block
 from .k_dce import KDCE as KDCE
 from .lambda_dce import LambdaDCE as LambdaDCE
+from .marginal import Marginal as Marginal
 from .mdlm import MDLM as MDLM
 from .score_entropy import ScoreEntropy as ScoreEntropy
 from .self_speculative import SelfSpeculative as SelfSpeculative

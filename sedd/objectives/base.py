@@ -34,8 +34,8 @@ class Corrupted:
         weight_BL: the weight of each position's loss; 0 where the position has no loss.
         sigma: total noise, [B] or [B, L]; None if the objective has no time.
         rank_BL: the order of generation. For ``any_subset`` it is 0 in the prompt, and 1, 2, … at
-            the generated positions. For ``self_speculative`` it is a permutation of 0..L-1, in
-            which the visible positions come first. None for all other objectives.
+            the generated positions. For ``self_speculative`` and ``marginal`` it is a permutation
+            of 0..L-1, in which the visible positions come first. None for all other objectives.
         attend: the segments of rows with padding or several texts; positions of different segments
             do not see each other. None if all positions see each other.
     """
@@ -72,6 +72,8 @@ class Objective(ABC):
     """Whether a row may hold several texts as segments (``corrupt_segments``)."""
     trains_causal_head: ClassVar[bool] = False
     """Whether the objective trains networks with a causal head, and only these."""
+    trains_marginal_head: ClassVar[bool] = False
+    """Whether the objective trains networks with a marginal head, and only these."""
 
     def __post_init__(self):
         if self.causal and not self.parameterization.causal:
@@ -86,10 +88,14 @@ class Objective(ABC):
 
     def check(self, network: Network) -> None:
         """Raise UserError if the objective cannot train the network."""
-        if self.trains_causal_head and not network.has_causal_head:
-            raise UserError("trains a causal head, and this network has none: use causal_head")
-        if network.has_causal_head and not self.trains_causal_head:
-            raise UserError("does not train the causal head of the network: use self_speculative")
+        for kind, trains, has, objective in (
+            ("causal", self.trains_causal_head, network.has_causal_head, "self_speculative"),
+            ("marginal", self.trains_marginal_head, network.has_marginal_head, "marginal"),
+        ):
+            if trains and not has:
+                raise UserError(f"trains a {kind} head, and this network has none: use {kind}_head")
+            if has and not trains:
+                raise UserError(f"does not train the {kind} head of the network: use {objective}")
 
     @property
     def process(self):

@@ -108,6 +108,8 @@ class Run:
     unigram_nats: float | None = None
     """Cross entropy of the validation tokens under the frequencies of the training tokens, in nats
     per token; a dashed line in ``curves.png``."""
+    unit: str = "nats per token"
+    """The unit of loss and validation in ``curves.png``."""
     flops: Callable[..., float] | None = None
     """``flops(read=rows)`` gives the FLOPs of a step whose output layer runs at ``rows`` positions.
     """
@@ -173,7 +175,7 @@ def train(run: Run, state: TrainState, *, pending: dict | None = None) -> TrainR
                 run.checkpoints.wait()
             raise
         if jax.process_index() == 0:
-            plot_curves(run.workdir, unigram_nats=run.unigram_nats)
+            plot_curves(run.workdir, unigram_nats=run.unigram_nats, unit=run.unit)
     return TrainResult(
         state=state, step=step, stopped=step < run.steps, validation=loop.validations.get(step)
     )

@@ -176,12 +176,15 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return _records(Path(workdir) / "metrics.jsonl")
 
 
-def plot_curves(workdir: str | Path, *, unigram_nats: float | None = None) -> Path | None:
-    """Draw ``curves.png``: training loss and validation ± 1 standard error, in nats per token.
+def plot_curves(
+    workdir: str | Path, *, unigram_nats: float | None = None, unit: str = "nats per token"
+) -> Path | None:
+    """Draw ``curves.png``: training loss and validation ± 1 standard error.
 
     Args:
         workdir: the run's directory.
         unigram_nats: nats per token of the training frequencies, drawn as a dashed line.
+        unit: the label of the vertical axis.
 
     Returns:
         The path of the picture; None if nothing has been recorded yet.
@@ -220,7 +223,7 @@ def plot_curves(workdir: str | Path, *, unigram_nats: float | None = None) -> Pa
     last = max(records[-1]["step"], 1)
     axes.set_xlim(0, last * (1.09 if bound else 1.02))  # room for the last bound's number
     axes.set_title(_title(Path(workdir).absolute().name), loc="left", parse_math=False)
-    _style(axes)
+    _style(axes, unit)
     figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
     path = Path(workdir) / "curves.png"
     with _Writable(path):
@@ -273,14 +276,14 @@ def _draw_bounds(axes, steps, nats, errors) -> list[float]:
     return [*(nats - errors), *(nats + errors)]
 
 
-def _style(axes) -> None:
+def _style(axes, unit: str) -> None:
     """Label the axes, draw the grid, and remove the frame."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel("step")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel(unit)
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

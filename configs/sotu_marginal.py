@@ -1,0 +1,35 @@
+"""A marginal head on the model of the quick start; give the trunk by ``--init-from RUN``.
+
+The trunk is frozen: it keeps its samples and its bounds, and the head gives approximate log
+marginals of texts with gaps, from one network call each.
+"""
+
+import dataclasses
+
+import quickstart
+
+from sedd.configuration.components import options, values
+from sedd.configuration.config import Config
+from sedd.training.optimizer import OptimizerOptions
+
+
+def get_config() -> Config:
+    """The configuration of this recipe."""
+    trunk = quickstart.get_config()
+    return dataclasses.replace(
+        trunk,
+        aim="no published figure: a marginal head (arXiv:2310.12920) on the quick start's model",
+        network=options("networks", "marginal_head", **values(trunk.network)),
+        objective=options("objectives", "marginal", window=64),
+        optimizer=OptimizerOptions(
+            learning_rate=5e-4,
+            warmup_steps=50,
+            schedule="cosine",
+            beta2=0.99,
+            ema_decay=0.99,
+        ),
+        training=dataclasses.replace(
+            trunk.training, steps=600, batch_size=8, eval_every=200, sample_every=None
+        ),
+        evaluation=dataclasses.replace(trunk.evaluation, max_sequences=32),
+    )
