@@ -1,5 +1,6 @@
 from . import constraints as constraints
 from . import samplers as samplers
+from . import watermark as watermark
 from .errors import UserError as UserError
 from .evaluating import evaluate as evaluate
 from .evaluating import marginals as marginals

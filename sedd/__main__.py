@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a model, or go on with a run",
     "sample": "draw or infill text",
     "evaluate": "bound the perplexity of a model",
+    "detect": "test texts for a watermark",
     "harness": "evaluate a model on tasks of lm-evaluation-harness",
     "export": "write a model in a published layout",
     "inspect": "describe a checkpoint without reading its weights",

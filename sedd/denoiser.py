@@ -2,8 +2,8 @@
 
 A ``Denoiser`` computes two quantities. The log score, log(p_t(y) / p_t(x)), serves τ-leaping on any
 process. The log conditional, log p(x0 | x) of the clean tokens, serves the samplers of absorbing
-processes. ``Reshape`` (temperature, guidance, …) and constraints act here, so that no sampler has
-to know them.
+processes. ``Reshape`` (temperature, guidance, …), constraints and watermarks act here, so that no
+sampler has to know them.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from sedd.parameterizations.block import Block
 from sedd.processes.base import Process
 from sedd.reshape import Reshape
 from sedd.types import Array, Bool, Float, Int, Key, Params, Shaped
+from sedd.watermark.base import Watermark
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +45,7 @@ class Denoiser:
         given_BL: which positions hold given tokens. If set, guidance makes a second network call,
             in which these are masked.
         constraint: draws the tokens of some positions jointly, through ``propose``.
+        watermark: replaces the noise with which tokens are drawn, or changes the conditionals.
         called: the hidden states of the current tokens, if the caller has made the network call
             already, with a memory; ``hidden`` then returns them.
     """
@@ -55,6 +57,7 @@ class Denoiser:
     reshape: Reshape | None = None
     given_BL: Bool[Array, "B L"] | None = None
     constraint: Constraint | None = None
+    watermark: Watermark | None = None
     called: tuple[Float[Array, "B L D"], ...] | None = None
 
     @property
@@ -432,9 +435,10 @@ class Denoiser:
     ) -> Float[Array, "R N"]:
         """The log conditionals of some rows, given ``hidden = self.hidden(x_BL, sigma)``.
 
-        At masked positions they are guided and changed by ``reshape`` if the denoiser has one.
+        At masked positions they are guided, and changed by ``reshape`` and ``watermark``, if the
+        denoiser has these.
         """
-        return self._reshaped(self._guided_rows(hidden, x_BL, rows), x_BL, rows, self.reshape)
+        return self._marked(self._unmarked_rows(hidden, x_BL, rows), hidden, x_BL, rows)
 
     def scored_rows(
         self,
@@ -451,12 +455,45 @@ class Denoiser:
         """
         guided_RN = self._guided_rows(hidden, x_BL, rows)
         shaped_RN = self._reshaped(guided_RN, x_BL, rows, self.reshape)
+        shaped_RN = self._marked(shaped_RN, hidden, x_BL, rows)
         if self.reshape is None:
             return shaped_RN, shaped_RN
         plain_RN = self._reshaped(guided_RN, x_BL, rows, self.reshape.unsharpened())
         zero_R = self.reshape.take(rows.sequence_R).temperature_B == 0
         plain_R = jnp.broadcast_to(jnp.asarray(zero_R) | unsharpened, rows.position_R.shape)
         return shaped_RN, jnp.where(plain_R[:, None], plain_RN, shaped_RN)
+
+    def _unmarked_rows(
+        self, hidden: tuple[Float[Array, "B L D"], ...], x_BL: Int[Array, "B L"], rows: Rows
+    ) -> Float[Array, "R N"]:
+        """The log conditionals of some rows, guided and reshaped, without the watermark."""
+        return self._reshaped(self._guided_rows(hidden, x_BL, rows), x_BL, rows, self.reshape)
+
+    def _marked(
+        self,
+        log_probs_RN: Float[Array, "R N"],
+        hidden: tuple[Float[Array, "B L D"], ...],
+        x_BL: Int[Array, "B L"],
+        rows: Rows,
+    ) -> Float[Array, "R N"]:
+        """Apply the watermark to log conditionals of some rows, at masked positions."""
+        if self.watermark is None:
+            return log_probs_RN
+        masked_R1 = (rows.pick(x_BL) == self.process.mask_id)[:, None]
+
+        def neighbours(distance: int) -> Float[Array, "R N"]:
+            position_R = rows.position_R + distance
+            there_R = (position_R >= 0) & (position_R < x_BL.shape[1])
+            if distance > 0 and self.causal:
+                there_R = jnp.zeros_like(there_R)
+            elif distance > 0 and self.block is not None:  # later blocks are not seen
+                there_R = there_R & (position_R % self.block != 0)
+            near = replace(rows, position_R=jnp.clip(position_R, 0, x_BL.shape[1] - 1))
+            probs_RN = jnp.exp(self._unmarked_rows(hidden, x_BL, near))
+            return jnp.where(there_R[:, None], probs_RN, 0.0)
+
+        marked_RN = self.watermark.marked(log_probs_RN, rows, neighbours)
+        return jnp.where(masked_R1, marked_RN, log_probs_RN)
 
     def _guided_rows(
         self, hidden: tuple[Float[Array, "B L D"], ...], x_BL: Int[Array, "B L"], rows: Rows
@@ -539,8 +576,14 @@ class Denoiser:
             lambda rows: jnp.repeat(rows, count, 0), (self.attend, self.given_BL)
         )
         reshape = None if self.reshape is None else self.reshape.repeat(count)
+        watermark = None if self.watermark is None else self.watermark.repeat(count)
         return replace(
-            self, attend=attend, given_BL=given_BL, constraint=constraint, reshape=reshape
+            self,
+            attend=attend,
+            given_BL=given_BL,
+            constraint=constraint,
+            reshape=reshape,
+            watermark=watermark,
         )
 
 

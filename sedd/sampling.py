@@ -30,12 +30,15 @@ from sedd.networks.mesh import BOTH, SEQUENCES, Placement, on_host
 from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
+from sedd.samplers.noise import fold
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import NO_NUMBERS, TextScorer, text_verifier, verifier_error
 from sedd.types import Array, Bool, Int, Key
+from sedd.watermark.scheme import Scheme, drawn_positions, scored_positions
 
 # Options of ``Reshape`` that are numbers, with the default of each.
 NUMBERS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}
+NONCE = 2**31 - 3  # folded into a key for the nonce of its watermark; larger than any position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,17 @@ class SampleResult:
     """Log probability in nats of the tokens drawn for each sequence, [B]. Each token is conditioned
     on the given tokens and on those drawn before it. Temperature and the like are applied. None if
     the sampler does not compute it."""
+    nonces: np.ndarray | None = None
+    """The nonce of each sequence's watermark, [B], for ``sedd.watermark.detect``; None without."""
+    scored: np.ndarray | None = None
+    """Which tokens carry the watermark, [B, L]: drawn, and not under a constraint; None without."""
+
+
+class Marking(NamedTuple):
+    """A watermark of a batch: the scheme, and a nonce for each sequence."""
+
+    scheme: Scheme
+    nonce_B: np.ndarray
 
 
 PARTITION = {  # of the fields of ``Samples`` whose first axis is not that of the sequences
@@ -115,6 +129,8 @@ def sample(
     rule: Rule = "joint",
     verifier: TextScorer | None = None,
     trace: bool = False,
+    watermark: Scheme | None = None,
+    nonces: Sequence[int] | None = None,
     **options: Any,
 ) -> SampleResult:
     """Draw sequences from a model.
@@ -157,6 +173,9 @@ def sample(
         verifier: for best_of_n and particle: a function from a list of texts to one finite score
             each, higher is better.
         trace: also return the tokens after every round.
+        watermark: how the texts are watermarked, and by which secret.
+        nonces: a number in [0, 2**32) for each sequence. Texts of equal nonces share the noise of
+            their watermark; by default the nonces are random numbers of the keys.
         options: options of the sampler (``steps=128``; for planned, ``profile`` is the result of
             ``sedd.price`` or a file of it), and of ``sedd.reshape.Reshape``: ``temperature``,
             ``top_k``, ``top_p``, ``guidance`` (one number, or one a sequence) and
@@ -193,7 +212,17 @@ def sample(
     if rule not in get_args(Rule):
         raise FieldError("rule", f"must be one of {', '.join(get_args(Rule))}, got {rule!r}")
     keys_B, built, clamps, spans, reshape = asked
-    return draw(model, keys_B, built, clamps, spans, reshape=reshape, rule=rule, trace=trace)
+    return draw(
+        model,
+        keys_B,
+        built,
+        clamps,
+        spans,
+        reshape=reshape,
+        rule=rule,
+        trace=trace,
+        marking=_marking(watermark, nonces, keys_B),
+    )
 
 
 class Asked(NamedTuple):
@@ -251,6 +280,22 @@ def ask(
     reshape = reshape_of(num, numbers, options.pop("logit_processor", None))
     built = _sampler(model, sampler, verifier, options)
     return Asked(keys_B, stopping(built, clamps), clamps, spans, reshape)
+
+
+def _marking(
+    scheme: Scheme | None, nonces: Sequence[int] | None, keys_B: Key[Array, " B"]
+) -> Marking | None:
+    """The watermark of a batch, with random numbers of the keys if no nonces are given."""
+    if scheme is None:
+        if nonces is not None:
+            raise FieldError("nonces", "are for a watermark: give one, or no nonces")
+        return None
+    if nonces is None:
+        bits = partial(jax.random.bits, dtype=jnp.uint32)
+        return Marking(scheme, np.asarray(jax.vmap(bits)(fold(keys_B, NONCE))))
+    if len(nonces) != len(keys_B) or not all(0 <= nonce < 2**32 for nonce in nonces):
+        raise FieldError("nonces", f"must be {len(keys_B)} numbers in [0, 2**32), one a sequence")
+    return Marking(scheme, np.asarray(nonces, np.uint32))
 
 
 def stopping(sampler: Sampler, clamps: Sequence[Clamp]) -> Sampler:
@@ -371,6 +416,7 @@ def draw(
     rule: Rule = "joint",
     shape: Shape | None = None,
     trace: bool = False,
+    marking: Marking | None = None,
 ) -> SampleResult:
     """Draw one sequence for each key as one padded batch.
 
@@ -384,19 +430,34 @@ def draw(
         rule: how a step draws under a constraint.
         shape: sizes to which the spans are padded: batches of one shape share a program.
         trace: also return the tokens after every round.
+        marking: a watermark.
 
     Raises:
         UserError: if the model does not support the sampler, an id is out of range, probabilities
             are nan, or the verifier fails.
     """
     denoiser, given, placement = prepare(
-        model, keys_B, sampler, clamps, spans, reshape=reshape, rule=rule, shape=shape
+        model,
+        keys_B,
+        sampler,
+        clamps,
+        spans,
+        reshape=reshape,
+        rule=rule,
+        shape=shape,
+        marking=marking,
     )
     samples = _drawn(denoiser, sampler, given, placement, trace)
     check_drawn(np.asarray(samples.tokens_BL)[: len(clamps)], spans)
     result = _result(model, sampler, samples, clamps)
     _check_matches(result.tokens, spans)
-    return result
+    if marking is None:
+        return result
+    scored = np.zeros(result.tokens.shape, bool)
+    for row, clamp, its_spans, tokens in zip(scored, clamps, spans, result.tokens, strict=True):
+        length = clamp.length
+        row[:length] = scored_positions(tokens[:length], clamp, its_spans, _stop_ids(sampler))
+    return replace(result, nonces=marking.nonce_B, scored=scored)
 
 
 class Prepared(NamedTuple):
@@ -417,6 +478,7 @@ def prepare(
     reshape: Reshape | None = None,
     rule: Rule = "joint",
     shape: Shape | None = None,
+    marking: Marking | None = None,
 ) -> Prepared:
     """Make one padded batch, and check that the sampler can draw it; see ``draw``.
 
@@ -435,6 +497,13 @@ def prepare(
         rule = _rule(rule, reshape, any(spans))
         guided = (given_BL.any(1) & (reshape.guidance_B[row_of_B] > 0)).any()
         reshape = jax.tree.map(lambda values: values[row_of_B], reshape)
+    watermark = None
+    if marking is not None:
+        check_temperature(reshape)
+        drawn_BL = np.zeros(fixed_BL.shape, bool)
+        for row, sequence in zip(drawn_BL, row_of_B, strict=True):
+            row[: lengths[sequence]] = drawn_positions(clamps[sequence], spans[sequence])
+        watermark = marking.scheme.batch(marking.nonce_B[row_of_B], drawn_BL)
     denoiser = replace(
         model.denoiser,
         attend=None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32)),
@@ -443,6 +512,7 @@ def prepare(
         constraint=batch_spans([spans[row] for row in row_of_B], rule, shape)
         if any(spans)
         else None,
+        watermark=watermark,
     )
     sampler.check(denoiser)
     for length in set(lengths):
@@ -467,6 +537,25 @@ def _drawn(
     rows = rows if placement is None else placement.spread(rows)
     params = denoiser.params
     return on_host(run_sampler(sampler, params, rows, placement=placement, trace=trace))
+
+
+def check_temperature(reshape: Reshape | None) -> None:
+    """Raise FieldError if a sequence with a watermark has the temperature 0."""
+    if reshape is not None and (np.asarray(reshape.temperature_B) == 0).any():
+        raise FieldError(
+            "temperature",
+            "must be above 0 with a watermark: at 0 nothing is drawn that could carry it",
+        )
+
+
+def _stop_ids(sampler: Sampler) -> tuple[int, ...]:
+    """The tokens at which the sampler, or one that it wraps, ends a text."""
+    part: Sampler | None = sampler
+    while part is not None:
+        if isinstance(part, SemiAutoregressive):
+            return part.stop_ids
+        part = getattr(part, "inner", None)
+    return ()
 
 
 def check_profile(sampler: Sampler | None, model: Model, length: int | None = None) -> None:

@@ -19,6 +19,7 @@ from tiny_run import ROOT, make_run
 import sedd
 from sedd.commands import compile_check, evaluate_flags, harness, sample_flags, train
 from sedd.commands.cli import parse, parse_config
+from sedd.commands.detect import DetectCommand
 from sedd.commands.export import ExportCommand
 from sedd.commands.inspect import InspectCommand
 from sedd.configuration.components import options
@@ -34,6 +35,7 @@ PARSERS = {
     "harness": harness.read_command,
     "export": lambda words: parse(ExportCommand, words),
     "inspect": lambda words: parse(InspectCommand, words),
+    "detect": lambda words: parse(DetectCommand, words),
 }
 
 
@@ -87,6 +89,7 @@ def place(tmp_path_factory):
     (top / "wheels" / "a.whl").touch()
     for name in ("requests.jsonl", "samples.jsonl", "person.json", "my.txt", "held_out.txt"):
         (top / name).write_text(tiny_run.text(600) if name.endswith(".txt") else "{}\n")
+    (top / "secret.key").write_text("0123456789abcdef" * 4)
     (verifier,) = (block for block in blocks("docs/sampling.md", "python") if "# verifier" in block)
     (top / "verifier.py").write_text(verifier)
     every = Characters.of("characters", string.printable, eos=True)
@@ -119,8 +122,8 @@ def test_a_command_has_valid_flags(place, monkeypatch, page, name, arguments):
 def test_a_wrong_flag_would_be_found(place, monkeypatch):
     monkeypatch.chdir(place)
     for name in PARSERS:
-        before = ["runs/quickstart"] * (name == "inspect")
-        after = ["--config", "quickstart"] * (name not in ("sample", "inspect"))
+        before = ["runs/quickstart"] * (name in ("inspect", "detect"))
+        after = ["--config", "quickstart"] * (name not in ("sample", "inspect", "detect"))
         with pytest.raises(UserError, match="no-such-flag"):
             PARSERS[name]([*before, "--no-such-flag", "1", *after])
     assert {name for _, name, _ in COMMANDS} >= {"train", "sample", "evaluate", "export"}

@@ -20,7 +20,7 @@ BESIDE = {  # inside a level: what a family may still import
     "arrays": {"types"},
     "files": {"errors"},
     "progress": {"errors"},
-    "denoiser": {"constraints", "parameterizations", "reshape"},
+    "denoiser": {"constraints", "parameterizations", "reshape", "watermark"},
     "reshape": {"parameterizations"},
     "model": {"configuration"},
     "evaluating": {"model"},
@@ -30,6 +30,7 @@ BESIDE = {  # inside a level: what a family may still import
 }
 PROTOCOLS = {  # modules of another level than their families, so that others can use them
     "sedd.constraints.base": 2,
+    "sedd.watermark.base": 2,
 }
 MODULES_BESIDE_PACKAGES = 12
 

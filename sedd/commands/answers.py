@@ -22,7 +22,9 @@ from sedd.model import Model
 from sedd.requests import Request
 from sedd.reshape import LogitProcessor
 from sedd.samplers.base import Sampler
-from sedd.sampling import draw, reshape_of
+from sedd.samplers.best_of_n import BestOfN
+from sedd.sampling import Marking, draw, reshape_of
+from sedd.watermark.scheme import Scheme, runs_of
 
 WINDOW = 8  # batches' worth of requests that are sorted by program at a time
 
@@ -77,6 +79,8 @@ class Answer:
     """Token ids at the start and after every round, [T, L], where a trace is kept."""
     times: np.ndarray | None
     """The diffusion times of the frames, [T]."""
+    watermark: dict[str, Any] | None
+    """What ``sedd detect`` has to know beside the secret; None without a watermark."""
 
     @property
     def entropy(self) -> float:
@@ -105,6 +109,7 @@ class Answer:
             "seed": self.request.seed,
             **({} if self.score is None else {"score": self.score}),
             **({} if self.log_prob is None else {"log_prob": self.log_prob}),
+            **({} if self.watermark is None else {"watermark": self.watermark}),
         }
 
 
@@ -123,6 +128,7 @@ class Answering:
             batches share a program.
         processor: the user's function on log probabilities, or None.
         rule: how a step draws under a constraint.
+        scheme: the watermarking scheme, whose nonces are the seeds of the requests; or None.
         shape: the shape that holds the constraints of every request, so that batches share a
             program; None without constraints.
         traced: number of requests, from the first on, that keep their trace.
@@ -134,6 +140,7 @@ class Answering:
     reshaped: bool = False
     processor: LogitProcessor | None = None
     rule: Rule = "joint"
+    scheme: Scheme | None = None
     shape: Shape | None = None
     traced: int = 0
 
@@ -198,6 +205,7 @@ class Answering:
             rule=self.rule,
             shape=self.shape,
             trace=trace,
+            marking=None if self.scheme is None else Marking(self.scheme, seeds),
         )
         return [
             Answer(
@@ -212,9 +220,22 @@ class Answering:
                 log_prob=_shortest(result.log_prob, row),
                 frames=None if result.trace is None else result.trace[:, row, : one.clamp.length],
                 times=result.times,
+                watermark=self._mark(one, result.scored, row),
             )
             for row, one in enumerate(batch)
         ]
+
+    def _mark(self, one: Asked, scored_BL: np.ndarray | None, row: int) -> dict[str, Any] | None:
+        """What ``sedd detect`` has to know of one answer; None without a watermark."""
+        if self.scheme is None or scored_BL is None:
+            return None
+        known: dict[str, Any] = {"kind": self.scheme.kind}
+        if self.scheme.kind == "gumbel":
+            count = one.sampler.n if isinstance(one.sampler, BestOfN) else 1
+            known |= {"nonce": one.request.seed, "candidates": count}
+        else:
+            known |= {"gamma": self.scheme.gamma}
+        return {**known, "scored": runs_of(scored_BL[row, : one.clamp.length])}
 
 
 def _shortest(values: np.ndarray | None, row: int) -> float | None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import sedd
 from sedd.commands.answers import Asked, Program
 from sedd.commands.sample_flags import (
@@ -25,6 +27,7 @@ from sedd.commands.sample_flags import (
 )
 from sedd.commands.sampler_flags import check_integers, sampler_options
 from sedd.commands.user_code import load_function, load_processor
+from sedd.commands.watermark_flags import notes_on_secret
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import options_type
 from sedd.configuration.config import default_cache_dir, fits
@@ -38,7 +41,8 @@ from sedd.samplers.planned import Profile
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.speculative import Speculative
 from sedd.samplers.verifier import TextVerifier, text_verifier
-from sedd.sampling import NUMBERS, check_profile, reshape_of, stopping
+from sedd.sampling import NUMBERS, check_profile, check_temperature, reshape_of, stopping
+from sedd.watermark.scheme import Scheme
 
 TRACED = 64  # sequences on a trace page, which holds every frame of each of them
 REFUSALS = 20  # printed refusals: a file that holds no requests at all may have thousands of lines
@@ -56,6 +60,7 @@ class Asking:
         processor: the user's logit processor, or None.
         verifier: the user's verifier, or None.
         profile: the price profile for the sampler planned, or None.
+        scheme: the watermarking scheme, or None.
         samplers: the samplers built so far, by the ``sampler`` object of a request's line as JSON.
             Lines with equal objects must get the same sampler, because a compiled program is looked
             up by its sampler.
@@ -66,6 +71,7 @@ class Asking:
     processor: Any
     verifier: TextVerifier | None
     profile: Profile | None
+    scheme: Scheme | None
     samplers: dict[str, Sampler] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -89,6 +95,7 @@ class Asking:
             processor=processor,
             verifier=verifier,
             profile=read_profile(command),
+            scheme=command.mark.scheme(),
         )
         asking.sampler({}, reshape_numbers(command))
         if model.tokenizer is None:
@@ -122,7 +129,11 @@ class Asking:
             self.samplers[spelt] = sampler
         sampler = self.samplers[spelt]
         reshape = reshape_of(1, numbers, self.processor)
-        denoiser = dataclasses.replace(self.model.denoiser, reshape=reshape)
+        watermark = None
+        if self.scheme is not None:
+            check_temperature(reshape)
+            watermark = self.scheme.batch(np.zeros(1), np.zeros((1, 1), bool))
+        denoiser = dataclasses.replace(self.model.denoiser, reshape=reshape, watermark=watermark)
         outer, *wrapped = parts(sampler)
         within = outer.within(denoiser)
         for depth, part in enumerate(wrapped, 1):
@@ -255,6 +266,8 @@ class Survey:
     """Whether any request has one constraint for several gaps together."""
     repeated: str | int | None = None
     """The first id that occurs twice; None if all differ."""
+    reused: str | int | None = None
+    """The first id whose seed and given text occur twice; None if all differ."""
 
     @classmethod
     def of(cls, requests: Iterable[Asked | UserError], processor: Any) -> "Survey":
@@ -264,7 +277,7 @@ class Survey:
             requests: the requests, with an error in the place of each that was refused.
             processor: the user's logit processor, or None.
         """
-        found, seen = cls(reshaped=processor is not None), set()
+        found, seen, noises = cls(reshaped=processor is not None), set(), set()
         for one in requests:
             if isinstance(one, UserError):
                 found.num_refused += 1
@@ -283,6 +296,11 @@ class Survey:
             if found.repeated is None and name in seen:
                 found.repeated = one.request.id
             seen.add(name)
+            given = np.where(one.clamp.fixed_L, one.clamp.tokens_L, -1).tobytes()
+            noise = hash((one.request.seed, given))
+            if found.reused is None and noise in noises:
+                found.reused = one.request.id
+            noises.add(noise)
         return found
 
 
@@ -354,5 +372,13 @@ def notes(
         )
     if survey.repeated is not None:
         yield f"--requests {command.requests}: the id {survey.repeated!r} stands in several lines"
+    if command.mark.watermark_key is not None:
+        yield from notes_on_secret(command.mark.watermark_key)
+        if survey.reused is not None:
+            yield (
+                f"--requests {command.requests}: seed, the nonce of the watermark, and given text "
+                f"of {survey.reused!r} stand in several lines: these texts share their noise, and "
+                "are no separate evidence of the watermark"
+            )
     if command.trace is not None and survey.counts.total() > TRACED:
         yield f"--trace shows the first {TRACED} of {survey.counts.total()} sequences"

@@ -76,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
             reshaped=survey.reshaped,
             processor=asking.processor,
             rule=command.rule,
+            scheme=asking.scheme,
             traced=0 if command.trace is None else TRACED,
         )
         asked = (one for one in requests() if not isinstance(one, UserError))

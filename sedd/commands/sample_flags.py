@@ -28,6 +28,7 @@ from sedd.commands.sampler_flags import (
     sampler_options,
 )
 from sedd.commands.user_code import load_function
+from sedd.commands.watermark_flags import WatermarkFlags
 from sedd.configuration.build import default_sampler_of
 from sedd.configuration.components import Options, makers
 from sedd.errors import UserError
@@ -112,12 +113,14 @@ class SampleCommand:
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
     id, text, tokens, calls, rows, entropy (in nats, of the frequencies of the drawn tokens), seed,
-    and where the sampler computes them score and log_prob (in nats)."""
+    and where the sampler computes them score and log_prob (in nats); of a watermarked text also
+    watermark: what sedd detect has to know beside the secret."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32
     """Sequences that are drawn at the same time, over all devices; the candidates of a search
     count."""
+    mark: Annotated[WatermarkFlags, tyro.conf.arg(name="")] = WatermarkFlags()
     on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
     how: Annotated[LoadFlags, tyro.conf.arg(name="")] = LoadFlags()
     sampler: Annotated[Options, tyro.conf.arg(name="")]
@@ -306,6 +309,7 @@ def check_functions(command: SampleCommand) -> None:
     if command.logit_processor is not None:
         load_function(command.logit_processor, "--logit-processor")
     read_profile(command)
+    command.mark.scheme()
     reshape_numbers(command)
 
 

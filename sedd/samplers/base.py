@@ -18,6 +18,7 @@ from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key, Shaped
+from sedd.watermark.base import Watermark
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +66,15 @@ class Sampler(ABC):
         """Sequences that are held in memory for each returned sequence."""
         return 1
 
+    def refuses(self, watermark: Watermark) -> str:
+        """Why the sampler cannot keep its law under a watermark; empty if it can.
+
+        A watermark that replaces the noise needs each position to be drawn once, by ``tokens_at``
+        with the denoiser's watermark. One that changes the conditionals needs the sampler to draw
+        from ``Denoiser.log_conditional_rows``.
+        """
+        return "it may draw a position more than once" if watermark.replaces_noise else ""
+
     def within(self, denoiser: Denoiser) -> Denoiser:
         """The model for which an inner sampler has to be checked: this one, by default."""
         return denoiser
@@ -98,6 +108,13 @@ class Sampler(ABC):
             raise UserError(
                 "guidance and constraints need predictions at positions after a mask, which this "
                 "model, an autoregressive one, cannot make"
+            )
+        if denoiser.watermark is not None and (reason := self.refuses(denoiser.watermark)):
+            kind = type(denoiser.watermark).__name__.lower()
+            raise UserError(
+                f"sampler {name!r} takes no {kind} watermark: {reason} (event_jump, ordered, "
+                "planned, confidence and entropy_bounded take it, also within best_of_n and "
+                "semi_autoregressive)"
             )
         for what, given in (
             ("temperature, top-k, top-p, guidance and logit processors", denoiser.reshape),

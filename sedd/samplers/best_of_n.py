@@ -51,6 +51,10 @@ class BestOfN(Sampler):
     def width(self):
         return self.n * self.inner.width
 
+    def refuses(self, watermark):
+        """Nothing by itself: the candidates of a request have noise of their own."""
+        return ""
+
     def check(self, denoiser):
         super().check(denoiser)
         self.inner.check(denoiser)

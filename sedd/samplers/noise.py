@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sedd.arrays import NAN, at, categorical, put
 from sedd.networks.rows import Rows
 from sedd.types import Array, Bool, Float, Int, Key
+from sedd.watermark.base import Watermark
 
 
 def fold(keys_B: Key[Array, " B"], number: Int[Array, "..."] | int) -> Key[Array, " B"]:
@@ -19,9 +20,17 @@ def fold(keys_B: Key[Array, " B"], number: Int[Array, "..."] | int) -> Key[Array
 
 
 def tokens_at(
-    keys_B: Key[Array, " B"], rows: Rows, log_probs_RN: Float[Array, "R N"]
+    keys_B: Key[Array, " B"],
+    rows: Rows,
+    log_probs_RN: Float[Array, "R N"],
+    watermark: Watermark | None = None,
 ) -> Int[Array, " R"]:
-    """Draw a token for each row from its log probabilities; ``NAN`` from a row with nan."""
+    """Draw a token for each row from its log probabilities; ``NAN`` from a row with nan.
+
+    The noise is that of the keys, or that of a watermark which replaces it.
+    """
+    if watermark is not None and watermark.replaces_noise:
+        return watermark.tokens(rows, log_probs_RN)
     return jax.vmap(categorical)(_row_keys(keys_B, rows), log_probs_RN)
 
 

@@ -80,6 +80,9 @@ class Particle(Sampler):
     def width(self):
         return self.particles * self.inner.width
 
+    def refuses(self, watermark):
+        return "copies of a particle would stay equal" if watermark.replaces_noise else ""
+
     def check(self, denoiser):
         super().check(denoiser)
         self.inner.check(denoiser)

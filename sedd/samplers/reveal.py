@@ -73,7 +73,7 @@ class Prediction:
 
     def tokens(self, rows: Rows, log_probs_RN: Float[Array, "R N"]) -> Int[Array, " R"]:
         """A token for each row, from the proposal or drawn from the row's log conditionals."""
-        drawn_R = tokens_at(self.keys_B, rows, log_probs_RN)
+        drawn_R = tokens_at(self.keys_B, rows, log_probs_RN, self.denoiser.watermark)
         if self.proposal_BL is None:
             return drawn_R
         proposal_R = rows.pick(self.proposal_BL)
@@ -121,6 +121,11 @@ class Revealing(SteppedSampler):
 
         At least one of every sequence that has masks must be chosen, or the loop would not end.
         """
+
+    def refuses(self, watermark):
+        if watermark.replaces_noise and self.redraws:
+            return "it draws all masked positions anew in every round"
+        return ""
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         """All free positions masked, with the plan made."""

@@ -112,6 +112,10 @@ class SemiAutoregressive(SteppedSampler):
     def width(self):
         return self.inner.width
 
+    def refuses(self, watermark):
+        """Nothing by itself: each position belongs to one block."""
+        return ""
+
     def check(self, denoiser):
         super().check(denoiser)
         num_tokens = denoiser.process.num_tokens

@@ -23,6 +23,7 @@ from sedd.samplers.orders import check_order, order_ranks
 from sedd.samplers.reveal import masked
 from sedd.samplers.two_stream import TwoStream
 from sedd.types import Array, Bool, Float, Int, Key
+from sedd.watermark.base import Watermark
 
 Draft = Literal["stale", "batch", "self", "ngram", "head"]
 
@@ -201,6 +202,13 @@ class Speculative(SteppedSampler):
                 "(ordered takes several)"
             )
 
+    def refuses(self, watermark):
+        if not watermark.replaces_noise:
+            return "it verifies drafts by the conditionals without a watermark"
+        if self.coupled:
+            return ""
+        return "drafts and their replacements have separate noise, unless coupled is set"
+
     def max_rounds(self, denoiser, length):
         """A round reveals at least one position."""
         return length
@@ -230,7 +238,7 @@ class Speculative(SteppedSampler):
         window = self.window(denoiser, state)
         keys_B = fold(state.keys_B, state.round_B)
         draft_keys_B = state.keys_B if self.coupled else fold(keys_B, 0)
-        draw = partial(draw_at, draft_keys_B)
+        draw = partial(draw_at, draft_keys_B, watermark=denoiser.watermark)
         tokens_BK, drafted = drafter.draft(denoiser, state.plan.memo, window, draw)
         verified = drafter.verify(denoiser, drafted, window, tokens_BK)
         targets_BKN = verified.log_probs_BKN
@@ -268,10 +276,11 @@ def draw_at(
     keys_B: Key[Array, " B"],
     positions_BK: Int[Array, "B K"],
     log_probs_BKN: Float[Array, "B K N"],
+    watermark: Watermark | None = None,
 ) -> Int[Array, "B K"]:
     """Draw a token for each of some positions, with the noise of the position."""
-    num_tokens = log_probs_BKN.shape[-1]
-    tokens_R = tokens_at(keys_B, Rows.at(positions_BK), log_probs_BKN.reshape(-1, num_tokens))
+    log_probs_RN = log_probs_BKN.reshape(-1, log_probs_BKN.shape[-1])
+    tokens_R = tokens_at(keys_B, Rows.at(positions_BK), log_probs_RN, watermark)
     return tokens_R.reshape(positions_BK.shape)
 
 

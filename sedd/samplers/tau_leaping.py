@@ -61,6 +61,9 @@ class TauLeaping(SteppedSampler):
         Entries may be negative if the score is inexact or the step too long; they count as 0.
         """
 
+    def refuses(self, watermark):
+        return "a position is drawn anew in every step"
+
     def time(self, step):
         """The diffusion time at which a step begins; ``T_MIN`` from step ``steps`` on."""
         done = jnp.minimum(step / self.steps, 1.0)

@@ -1,0 +1,182 @@
+"""How many tokens it takes to detect a watermark, and what the watermark green costs.
+
+Texts of ``length`` tokens are drawn without a prompt, with and without a watermark, and their first
+n tokens are tested for it. The columns, each a share of the texts or a median over them:
+
+- ``n 8``, …: texts whose first 8 tokens have a p-value below ``threshold``.
+- ``median p``: the p-value of the whole text.
+- ``entropy``: that of the frequencies of a text's own tokens, in nats.
+- ``KL``: nats by which the watermark moves the distribution of a token from the model's,
+  KL(q ‖ p), on average over drawn texts with a uniformly random number of masks. It is 0 for
+  gumbel, whose texts have the model's distribution over secrets.
+
+The rows "no secret" test the same texts with another secret. Their shares are those of false
+alarms, which a threshold of 0.01 makes visible.
+
+    python benchmarks/watermark.py --checkpoint runs/quickstart --plot watermark.png
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from report import report, start
+
+import sedd
+from sedd.evaluation.diversity import measure_diversity
+from sedd.watermark.detection import detect
+from sedd.watermark.scheme import Kind, Scheme
+
+SETTINGS: list[tuple[str, Kind | None, dict[str, Any]]] = [
+    ("no watermark", None, {}),
+    ("gumbel", "gumbel", {}),
+    ("gumbel, temperature 0.5", "gumbel", {"temperature": 0.5}),
+    ("gumbel, top-p 0.5", "gumbel", {"top_p": 0.5}),
+    ("green", "green", {}),
+    ("green, delta 4", "green", {"delta": 4.0}),
+]
+FALSE = 0.01  # the threshold of false alarms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The model, the texts and the test."""
+
+    checkpoint: str = "runs/quickstart"
+    num: int = 200
+    """Texts for each row."""
+    batch_size: int = 50
+    """Texts that are drawn together."""
+    length: int = 128
+    """Tokens in a text."""
+    steps: int = 32
+    """Steps of event_jump."""
+    prefixes: tuple[int, ...] = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+    """Numbers of tokens that are tested, from the beginning of each text."""
+    threshold: float = 1e-6
+    """p-value below which a text counts as detected."""
+    seed: int = 0
+    plot: Path | None = None
+    """Write the shares of detected texts to this image."""
+
+
+def drawn(model: sedd.Model, settings: Settings, scheme: Scheme | None, options: dict[str, Any]):
+    """The token ids of all texts [S, L], and the nonces of their watermarks [S]."""
+    tokens, nonces = [], []
+    for first in range(0, settings.num, settings.batch_size):
+        count = min(settings.batch_size, settings.num - first)
+        result = sedd.sample(
+            model,
+            jax.random.fold_in(jax.random.key(settings.seed), first),
+            num=count,
+            length=settings.length,
+            sampler="event_jump",
+            steps=settings.steps,
+            watermark=scheme,
+            **options,
+        )
+        tokens.append(result.tokens)
+        nonces.append(np.zeros(count, int) if result.nonces is None else result.nonces)
+    return np.concatenate(tokens), np.concatenate(nonces)
+
+
+def p_values(tokens_SL: np.ndarray, nonce_S: np.ndarray, secret: bytes, kind: Kind) -> np.ndarray:
+    """The p-value of each text."""
+    texts = zip(tokens_SL, nonce_S, strict=True)
+    return np.array(
+        [detect(text, secret, kind=kind, nonces=[int(nonce)]).p_value for text, nonce in texts]
+    )
+
+
+def moved(model: sedd.Model, scheme: Scheme, tokens_SL: np.ndarray, seed: int, batch: int = 8):
+    """Mean and standard error over texts of KL(q ‖ p) at masked positions of drawn texts."""
+    rng, found = np.random.default_rng(seed), []
+
+    @jax.jit
+    def divergence(denoiser, watermark, x_BL):
+        marked = dataclasses.replace(denoiser, watermark=watermark).log_conditional(x_BL)
+        return (jnp.exp(marked) * (marked - denoiser.log_conditional(x_BL))).sum(-1)
+
+    for first in range(0, min(len(tokens_SL), 8 * batch) // batch * batch, batch):
+        text_BL = tokens_SL[first : first + batch]
+        rank_BL = rng.random(text_BL.shape).argsort(1)
+        masked_BL = rank_BL < rng.integers(1, text_BL.shape[1] + 1, (batch, 1))
+        x_BL = np.where(masked_BL, model.denoiser.mask_id, text_BL)
+        watermark = scheme.batch(np.zeros(batch), np.ones(text_BL.shape, bool))
+        kl_BL = np.asarray(divergence(model.denoiser, watermark, x_BL))
+        found += list(np.where(masked_BL, kl_BL, 0).sum(1) / masked_BL.sum(1))
+    return float(np.mean(found)), float(np.std(found, ddof=1) / len(found) ** 0.5)
+
+
+def main(settings: Settings) -> None:
+    """Draw with every watermark, test the texts, and print a table."""
+    model = sedd.load(settings.checkpoint)
+    rows, shares = [], {}
+    prefixes = [n for n in settings.prefixes if n <= settings.length]
+    for label, kind, options in SETTINGS:
+        options = dict(options)
+        scheme = None
+        if kind is not None:
+            given = {name: options.pop(name) for name in ("delta",) if name in options}
+            scheme = Scheme(secret=b"a secret of the benchmark", kind=kind, **given)
+        tokens_SL, nonce_S = drawn(model, settings, scheme, options)
+        entropy = measure_diversity(list(tokens_SL), tokenization="").entropy.value
+        kl = (0.0, 0.0) if scheme is None or kind == "gumbel" else None
+        kl = moved(model, scheme, tokens_SL, settings.seed) if kl is None and scheme else kl
+        tests = [(label, b"a secret of the benchmark", settings.threshold)]
+        if kind is not None:
+            tests.append((f"{label}: no secret", b"another secret", FALSE))
+        for name, secret, threshold in tests:
+            of_n = {
+                n: p_values(tokens_SL[:, :n], nonce_S, secret, kind or "gumbel") for n in prefixes
+            }
+            shares[name] = {n: float((p < threshold).mean()) for n, p in of_n.items()}
+            rows.append(
+                {
+                    "texts": name,
+                    "p below": threshold,
+                    **{f"n {n}": shares[name][n] for n in prefixes},
+                    "median p": float(np.median(of_n[prefixes[-1]])),
+                    "entropy": entropy,
+                    "KL": kl[0] if kl else None,
+                    "± KL": kl[1] if kl else None,
+                }
+            )
+    report(
+        "watermark",
+        rows,
+        texts=settings.num,
+        length=settings.length,
+        steps=settings.steps,
+        threshold=settings.threshold,
+    )
+    if settings.plot is not None:
+        plot({label: shares[label] for label, kind, _ in SETTINGS if kind}, settings)
+        print(f"wrote {settings.plot}")
+
+
+def plot(shares: dict[str, dict[int, float]], settings: Settings) -> None:
+    """Plot the share of detected texts against the number of tokens."""
+    assert settings.plot is not None
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for i, (label, points) in enumerate(shares.items()):
+        axis.plot(*zip(*points.items(), strict=True), marker="osD^v"[i % 5], ms=4, label=label)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel("tokens that are tested")
+    axis.set_title(f"share of texts with p < {settings.threshold:g}", loc="left", fontsize=9.5)
+    axis.grid(axis="y", color="0.92", lw=0.8)
+    figure.legend(loc="outside right center", frameon=False)
+    settings.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(settings.plot, dpi=130)
+
+
+if __name__ == "__main__":
+    start(main, Settings, __doc__)

@@ -1,0 +1,5 @@
+"""Watermarks of drawn texts, for any order of decoding, and their detection."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
