@@ -1,4 +1,5 @@
 from . import constraints as constraints
+from . import control as control
 from . import samplers as samplers
 from . import watermark as watermark
 from .errors import UserError as UserError

@@ -92,6 +92,8 @@ def place(tmp_path_factory):
     (top / "secret.key").write_text("0123456789abcdef" * 4)
     (verifier,) = (block for block in blocks("docs/sampling.md", "python") if "# verifier" in block)
     (top / "verifier.py").write_text(verifier)
+    (features,) = (block for block in blocks("docs/control.md", "python") if "# features" in block)
+    (top / "features.py").write_text(features)
     every = Characters.of("characters", string.printable, eos=True)
     with mock.patch.object(tiny_run, "TOKENIZER", every):
         for name, kind in {

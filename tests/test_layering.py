@@ -26,11 +26,13 @@ BESIDE = {  # inside a level: what a family may still import
     "evaluating": {"model"},
     "sampling": {"configuration", "model", "requests"},
     "streaming": {"model", "sampling"},
+    "control": {"model", "sampling"},
     "harness": {"configuration", "model", "sampling"},
 }
 PROTOCOLS = {  # modules of another level than their families, so that others can use them
     "sedd.constraints.base": 2,
     "sedd.watermark.base": 2,
+    "sedd.control.texts": 5,
 }
 MODULES_BESIDE_PACKAGES = 12
 

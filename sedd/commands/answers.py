@@ -81,6 +81,10 @@ class Answer:
     """The diffusion times of the frames, [T]."""
     watermark: dict[str, Any] | None
     """What ``sedd detect`` has to know beside the secret; None without a watermark."""
+    features: Mapping[str, float] | None = None
+    """The user's features of the text, by name; None without a control."""
+    weight: float | None = None
+    """w(x) of ``--method weigh``; None otherwise."""
 
     @property
     def entropy(self) -> float:
@@ -97,6 +101,12 @@ class Answer:
         tokens = int((~self.clamp.fixed_L).sum())
         return f"{calls} of {self.rows} rows · {tokens / self.calls:.2f} tokens a call"
 
+    @property
+    def _given(self) -> dict[str, list[int]]:
+        """The given positions, if there are any."""
+        given = np.flatnonzero(self.clamp.fixed_L).tolist()
+        return {"given": given} if given else {}
+
     def to_json(self) -> dict[str, Any]:
         """The line of the output file."""
         return {
@@ -110,6 +120,8 @@ class Answer:
             **({} if self.score is None else {"score": self.score}),
             **({} if self.log_prob is None else {"log_prob": self.log_prob}),
             **({} if self.watermark is None else {"watermark": self.watermark}),
+            **({} if self.features is None else {"features": self.features}),
+            **({} if self.weight is None else {"weight": self.weight, **self._given}),
         }
 
 

@@ -48,6 +48,15 @@ TRACED = 64  # sequences on a trace page, which holds every frame of each of the
 REFUSALS = 20  # printed refusals: a file that holds no requests at all may have thousands of lines
 
 
+class Steering:
+    """The score of ``--method particle``, which exists only once its weights are known."""
+
+    score: Callable[[list[str]], Any]
+
+    def __call__(self, texts: list[str]) -> Any:
+        return self.score(texts)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asking:
     """Turns requests into tokens, samplers and numbers, with the flags as defaults.
@@ -89,6 +98,8 @@ class Asking:
         if command.verifier is not None:
             function = load_function(command.verifier, "--verifier")
             verifier = text_verifier(function, model.tokenizer, command.verifier)
+        if command.control.method == "particle":
+            verifier = text_verifier(Steering(), model.tokenizer, "--features")
         asking = cls(
             command=command,
             model=model,

@@ -65,6 +65,7 @@ class Terminal(Console):
 
 
 console = Terminal()  # of every command: standard output
+errors = Terminal(stderr=True)  # tables, if standard output has the results
 
 
 def run(

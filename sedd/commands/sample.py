@@ -27,7 +27,8 @@ from rich.text import Text
 import sedd
 from sedd.commands.answers import Answer, Answering
 from sedd.commands.asking import TRACED, Asking, Survey, check_guidance, notes
-from sedd.commands.cli import console, fail, note
+from sedd.commands.cli import console, errors, fail, note
+from sedd.commands.controlled import Controlled, report
 from sedd.commands.devices import is_first
 from sedd.commands.sample_flags import SampleCommand, read_command, reshape_numbers
 from sedd.commands.sampler_flags import flat, sampler_options
@@ -79,6 +80,14 @@ def main(arguments: Sequence[str]) -> int:
             scheme=asking.scheme,
             traced=0 if command.trace is None else TRACED,
         )
+        if command.control.features is not None:
+            controlled = Controlled(asking=asking, answering=answering)
+            batches = shown(controlled.batches(), command.num)
+            stack.enter_context(contextlib.closing(batches))
+            deliver(command, model, batches, asking.processor)
+            streamed = command.output is not None and is_stdout(command.output)
+            report(controlled, errors if streamed else console)
+            return 0
         asked = (one for one in requests() if not isinstance(one, UserError))
         batches = shown(answering.answers(asked), survey.counts.total())
         stack.enter_context(contextlib.closing(batches))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sedd.commands.cli import Command, check_suffix, parse, take, unset
+from sedd.commands.control_flags import ControlFlags, check_control
 from sedd.commands.devices import DeviceFlags
 from sedd.commands.load_flags import LoadFlags
 from sedd.commands.sampler_flags import (
@@ -113,14 +114,15 @@ class SampleCommand:
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
     id, text, tokens, calls, rows, entropy (in nats, of the frequencies of the drawn tokens), seed,
-    and where the sampler computes them score and log_prob (in nats); of a watermarked text also
-    watermark: what sedd detect has to know beside the secret."""
+    where the sampler computes them score and log_prob (in nats), with --features their values; of a
+    watermarked text also watermark: what sedd detect has to know beside the secret."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32
     """Sequences that are drawn at the same time, over all devices; the candidates of a search
     count."""
     mark: Annotated[WatermarkFlags, tyro.conf.arg(name="")] = WatermarkFlags()
+    control: Annotated[ControlFlags, tyro.conf.arg(name="")] = ControlFlags()
     on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
     how: Annotated[LoadFlags, tyro.conf.arg(name="")] = LoadFlags()
     sampler: Annotated[Options, tyro.conf.arg(name="")]
@@ -142,8 +144,11 @@ def read_command(arguments: Sequence[str]) -> SampleCommand:
         UserError: a flag is wrong or does not go with another one, a file cannot be written, or a
             function of the user cannot be loaded.
     """
+    if take(arguments, "--method")[0] == "particle" and take(arguments, "--sampler")[0] is None:
+        arguments = [*arguments, "--sampler", "particle"]
     command = parse_with_sampler(SampleCommand, arguments, TITLE, checkpoint=tyro.MISSING)
     check_files(command)
+    check_control(command)
     check_functions(command)
     return command
 
@@ -301,7 +306,7 @@ def check_functions(command: SampleCommand) -> None:
                 f"{' and '.join(takers)} do"
             )
         load_function(command.verifier, "--verifier")
-    elif name in takers:
+    elif name in takers and command.control.method != "particle":
         raise UserError(
             f"--sampler {name} needs --verifier FILE.py:FUNCTION, a function from a list of texts "
             "to a score each"

@@ -29,6 +29,7 @@ import tyro
 import sedd
 from sedd.commands.cli import console, note, parse_config, take
 from sedd.commands.devices import Processes, join
+from sedd.commands.train_control import control_validator, divergence_line
 from sedd.commands.train_from import started_from
 from sedd.commands.train_start import Prepared, check_is_run, is_complete, prepare
 from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
@@ -243,6 +244,8 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
         tokenizer: to count characters and bytes, for bits per character and per byte.
         held_out: the rows to validate on.
     """
+    if parts.objective.weighted:
+        return control_validator(config, parts, held_out)
     if isinstance(parts.objective, SelfSpeculative):
         return partial(validate_causal_head, config, parts, parts.objective, held_out)
     if isinstance(parts.objective, Marginal):
@@ -431,6 +434,8 @@ def conclude(
         f"    baseline: {frequencies:.4f} for a model that knows only the token frequencies of the "
         "training text"
     )
+    if line := divergence_line(last):
+        console.print(line)
     bits = last.get("validation_bits_per_character")
     if bits is not None:
         console.print(f"  {sign} {bits:.4f} ± {bits * error / nats:.4f} bits per character")

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from sedd.commands.cli import note
+from sedd.commands.train_control import check_weights
 from sedd.commands.train_from import first_params, lora_of, source_of
 from sedd.configuration.build import (
     Data,
@@ -99,6 +100,7 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     parts = build_parts(config, data.tokenizer.num_tokens)
     check_padding(config, parts, segmented=any(packed.segmented for packed, _ in data.train))
     check_whole_rows(config, parts, [packed for packed, _ in data.train])
+    check_weights(config, parts, data)
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
     make_state = partial(init_state, step.network, step.optimizer, config.seed)

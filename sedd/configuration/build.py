@@ -8,6 +8,7 @@ training needs, and ``build_data`` reads the corpus.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from sedd.configuration.config import Config, DataOptions, with_component
 from sedd.data.answer_rows import DEFAULT_PADDING, pack_records
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
+from sedd.data.records import is_weighted
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer
+from sedd.data.weighted_rows import read_weighted
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError, fields_within, mistakes_in
 from sedd.evaluation.price import Price
@@ -397,6 +400,11 @@ def pack_split(
 
 def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> Packed:
     """Pack text, or records; FieldError if an option goes with the other kind only."""
+    if corpus.records and is_weighted(json.loads(next(iter(corpus.documents(split)), "{}"))):
+        if not data.wrap or data.padding is not None:
+            name = "padding" if data.wrap else "wrap"
+            raise FieldError(f"data.{name}", f": {corpus.name!r} has whole rows of tokens")
+        return read_weighted(corpus, tokenizer, split, length=data.length)
     if corpus.records:
         if not data.wrap:
             raise FieldError("data.wrap", ": --data.padding says how records fill rows")
@@ -460,6 +468,14 @@ class ValidationRows:
         for x0_BL, scored_BL, *_ in self:
             counts_N += np.bincount(x0_BL[scored_BL], minlength=counts_N.size)
         return counts_N
+
+    def weights(self) -> np.ndarray:
+        """The weight of each row, [S]; 1 where rows have none."""
+        parts = [
+            np.ones(len(rows)) if packed.weights is None else packed.weights[rows]
+            for packed, rows in self._rows()
+        ]
+        return np.concatenate(parts)
 
     def _rows(self):
         each = None if self.max_sequences is None else -(-self.max_sequences // len(self.parts))

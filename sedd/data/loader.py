@@ -31,10 +31,11 @@ class Batches:
     """An endless iterator over the batches of this process.
 
     A batch is a dictionary of ``step``, ``x0`` (int32 [B, L]), ``scored`` (bool [B, L]), ``index``
-    (int32 [B], places in the global batch), and if a part has segments ``segment`` (int32 [B, L], 0
-    for padding). B is ``batch_size / process_count``, and process p holds the places from p * B to
-    (p + 1) * B. The rows of a part come in a new order in every epoch. A batch may contain the end
-    of one epoch and the beginning of the next.
+    (int32 [B], places in the global batch), if a part has segments ``segment`` (int32 [B, L], 0 for
+    padding), and if a part has weights ``weight`` (float32 [B]). B is
+    ``batch_size / process_count``, and process p holds the places from p * B to (p + 1) * B. The
+    rows of a part come in a new order in every epoch. A batch may contain the end of one epoch and
+    the beginning of the next.
 
     Args:
         parts: rows to draw from, each with a positive weight; all of one length.
@@ -121,6 +122,7 @@ class Batches:
         x0_BL = np.empty((len(part_B), length), np.int32)
         scored_BL = np.empty((len(part_B), length), bool)
         segment_BL = np.ones((len(part_B), length), np.int32)
+        weight_B = np.ones(len(part_B), np.float32)
         for number, packed in enumerate(self._parts):
             chosen = np.flatnonzero(part_B == number)
             if chosen.size:
@@ -128,13 +130,17 @@ class Batches:
                 x0_BL[chosen], scored_BL[chosen], *segment = packed.rows(rows)
                 if segment:
                     segment_BL[chosen] = segment[0]
+                if packed.weights is not None:
+                    weight_B[chosen] = packed.weights[rows]
         segmented = any(packed.segmented for packed in self._parts)
+        weighted = any(packed.weights is not None for packed in self._parts)
         return {
             "step": int(step),
             "x0": x0_BL,
             "scored": scored_BL,
             "index": self._places_B.astype(np.int32),
             **({"segment": segment_BL} if segmented else {}),
+            **({"weight": weight_B} if weighted else {}),
         }
 
     def _rows(self, part: int, rank: np.ndarray) -> np.ndarray:

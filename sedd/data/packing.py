@@ -53,6 +53,7 @@ class Packed:
     file: "MappedFile | None" = None  # the memory map behind ``tokens``; None for tokens in memory
     around: tuple[int, int] | None = None  # ids that open and close every row; both are scored
     digest: str = ""  # hash of the tokens and the documents' ends; "" for tokens in memory
+    weights: np.ndarray | None = None  # [S], of the rows' losses, with mean 1; None if all are 1
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read the rows with numbers ``indices``, [B].

@@ -1,7 +1,8 @@
 """Records: examples for fine-tuning, of which a part is given and the rest is learned.
 
 A record is a JSON object with ``messages``, a conversation of which the answers are learned, or
-with ``prompt`` and ``completion``. A corpus of records gives each as a line of JSON, so that all
+with ``prompt`` and ``completion``, or with the ``tokens`` of a text and its ``weight``
+(``sedd.data.weighted_rows``). A corpus of records gives each as a line of JSON, so that all
 that reads and tokenises documents as text works on records too. ``document_of`` makes a
 ``Document`` of one.
 """
@@ -15,13 +16,21 @@ from sedd.errors import UserError
 
 Answers = Literal["all", "last"]
 PAIR = ("prompt", "completion")
+WEIGHTED = ("tokens", "weight")
 
 
 def is_record(data: Any) -> bool:
     """Whether a JSON value has the keys of a record, and none of a text."""
+    if is_weighted(data):
+        return True
     if not isinstance(data, dict) or "text" in data:
         return False
     return "messages" in data or all(key in data for key in PAIR)
+
+
+def is_weighted(data: Any) -> bool:
+    """Whether a JSON value is a line of tokens with a weight."""
+    return isinstance(data, dict) and all(key in data for key in WEIGHTED)
 
 
 def record_text(data: Any, where: str) -> str:
@@ -41,6 +50,9 @@ def record_text(data: Any, where: str) -> str:
             f"{where}: expected an object with messages, or with prompt and completion, as in the "
             f"first line of its corpus, got {keys or 'no keys'}"
         )
+    if is_weighted(data):
+        kept = {key: data[key] for key in (*WEIGHTED, "given") if key in data}
+        return _line({"where": where, **kept}, where)
     if "messages" not in data:
         for key in PAIR:
             if not isinstance(data[key], str):
@@ -70,6 +82,10 @@ def document_of(tokenizer: Tokenizer, text: str, answers: Answers) -> Document:
         UserError: the tokenizer has no chat template, or it refuses the messages.
     """
     record = json.loads(text)
+    if is_weighted(record):
+        raise UserError(
+            f"{record['where']}: tokens with a weight are data of train.py --objective gdc alone"
+        )
     try:
         if "messages" in record:
             return conversation(tokenizer, record["messages"], last_only=answers == "last")

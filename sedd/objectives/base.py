@@ -70,6 +70,8 @@ class Objective(ABC):
     """Whether the objective trains causal parameterizations, and only these."""
     packs: ClassVar[bool] = True
     """Whether a row may hold several texts as segments (``corrupt_segments``)."""
+    weighted: ClassVar[bool] = False
+    """Whether the objective trains on rows with weights, and only on these."""
     trains_causal_head: ClassVar[bool] = False
     """Whether the objective trains networks with a causal head, and only these."""
     trains_marginal_head: ClassVar[bool] = False

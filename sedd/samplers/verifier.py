@@ -77,7 +77,9 @@ class TextVerifier:
             if self._error is None:
                 rows = zip(np.asarray(tokens_RL), np.asarray(real_RL), strict=True)
                 try:
-                    return self._scores([self.tokenizer.decode(row[real]) for row, real in rows])
+                    texts = [self.tokenizer.decode(row[real]) for row, real in rows]
+                    numbers = text_numbers(self.function, texts, f"verifier {self.name}")
+                    return numbers.astype(np.float32)
                 except UserError as error:
                     self._error = error
         return np.full(len(tokens_RL), np.nan, np.float32)
@@ -87,25 +89,42 @@ class TextVerifier:
         error, self._error = self._error, None
         return error
 
-    def _scores(self, texts: list[str]) -> np.ndarray:
-        """The user's scores as an array [R]; UserError unless they are R finite numbers."""
-        where = f"verifier {self.name}"
-        try:
-            scores = np.asarray(self.function(texts), np.float32)
-        except Exception as error:  # the user's code may raise anything
-            raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
-        if scores.shape != (len(texts),):
-            raise UserError(
-                f"{where} must return one score a text, {len(texts)} in all, got an array of shape "
-                f"{scores.shape}"
-            )
-        bad = np.flatnonzero(~np.isfinite(scores))
-        if len(bad):
-            text = texts[bad[0]]
-            raise UserError(
-                f"{where}: a score must be finite, got {scores[bad[0]]} for {text[:80]!r}"
-            )
-        return scores
+
+def text_numbers(
+    function: TextScorer, texts: list[str], where: str, what: str = "score"
+) -> np.ndarray:
+    """Call a user's function on texts, and check what it returns.
+
+    Args:
+        function: from a list of R texts to R finite numbers.
+        texts: the texts.
+        where: the function, for the beginning of a message.
+        what: what a number is called in messages.
+
+    Returns:
+        The numbers as float64, [R].
+
+    Raises:
+        UserError: the function raised, or did not return R finite numbers.
+    """
+    try:
+        numbers = np.asarray(function(texts), float)
+    except UserError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
+    if numbers.shape != (len(texts),):
+        raise UserError(
+            f"{where} must return one {what} a text, {len(texts)} in all, got an array of shape "
+            f"{numbers.shape}"
+        )
+    bad = np.flatnonzero(~(np.abs(numbers) <= np.finfo(np.float32).max))
+    if len(bad):
+        text = texts[bad[0]]
+        raise UserError(
+            f"{where}: a {what} must be finite, got {numbers[bad[0]]} for {text[:80]!r}"
+        )
+    return numbers
 
 
 def verifier_error(sampler: Any) -> UserError | None:

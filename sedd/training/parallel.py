@@ -24,7 +24,7 @@ from sedd.types import Params
 
 AXIS = "devices"
 # The entries of a batch that go to the devices; rows of single texts have no segments.
-BATCH = ("x0", "scored", "index", "segment")
+BATCH = ("x0", "scored", "index", "segment", "weight")
 
 
 class DataParallel:

@@ -71,7 +71,8 @@ class Step:
             step: the number of steps so far.
             batch: this device's part of the batch, A micro-batches of b sequences: ``x0`` and
                 ``scored`` [A, b, L], and ``index`` [A, b], each sequence's place in the global
-                batch. If sequences hold several texts, also ``segment`` [A, b, L].
+                batch. If sequences hold several texts, also ``segment`` [A, b, L]; if they have
+                weights, ``weight`` [A, b].
             axis_name: the mapped axes over devices; None if one program holds the whole batch.
 
         Returns:
@@ -102,6 +103,9 @@ class Step:
             corrupted = self.objective.corrupt_segments(*given, batch["segment"])
         else:
             corrupted = self.objective.corrupt_at(*given)
+        if "weight" in batch:
+            weight_BL = corrupted.weight_BL * batch["weight"][:, None]
+            corrupted = replace(corrupted, weight_BL=weight_BL)
         keys_B = keys_of(dropout_key, batch["index"])
 
         def summed_nats(trained):

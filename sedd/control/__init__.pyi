@@ -1,0 +1,11 @@
+from .draws import reject as reject
+from .draws import resample as resample
+from .estimates import Curve as Curve
+from .estimates import Estimate as Estimate
+from .estimates import curve as curve
+from .estimates import estimate as estimate
+from .features import Features as Features
+from .law import Control as Control
+from .law import solve as solve
+from .texts import ControlledTexts as ControlledTexts
+from .texts import sample as sample
