@@ -83,8 +83,10 @@ def cross_entropy(xt_BL, x0_BL, segment_BL):
     return -np.take_along_axis(log_probs, np.asarray(x0_BL)[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_the_loss_of_a_padding(rows, padding):
+@pytest.mark.parametrize(
+    ("padding", "by_text"), [*((name, False) for name in PADDINGS), ("none", True), ("eos", True)]
+)
+def test_the_loss_of_a_padding(rows, padding, by_text):
     """λ-DCE in numpy: (1/λ)·Σ -log p over masked tokens, one λ for each text of a row."""
     size = 4
     batch = next(Batches([(rows[padding], 1.0)], batch_size=size, seed=3, prefetch=0))
@@ -94,6 +96,7 @@ def test_the_loss_of_a_padding(rows, padding):
         optimizer=optax.sgd(0.1),
         ema_decay=0.9,
         batch_size=size,
+        by_text=by_text,
     )
     given = {name: jnp.asarray(value)[None] for name, value in batch.items() if name != "step"}
     totals = jax.jit(functools.partial(step.totals, axis_name=None))(
@@ -116,8 +119,21 @@ def test_the_loss_of_a_padding(rows, padding):
     assert (padding == "rainbow") == (batch["x0"] < 7).any()
     assert not (masked_BL & ~batch["scored"]).any()
     nats_BL = cross_entropy(corrupted.xt_BL, batch["x0"], segment_BL) / (1 - u_BL)
-    np.testing.assert_allclose(totals["nats"], nats_BL[masked_BL].sum(), rtol=1e-4)
-    assert totals["tokens"] == batch["scored"].sum()
+    scored_BL = np.asarray(batch["scored"])
+    assert totals["tokens"] == scored_BL.sum()
+    if by_text:
+        texts = [
+            scored_BL & (segment_BL == number) & (np.arange(size)[:, None] == row)
+            for row in range(size)
+            for number in np.unique(segment_BL[row][scored_BL[row]])
+        ]
+        nats = sum(nats_BL[text & masked_BL].sum() / text.sum() for text in texts)
+    else:
+        nats = nats_BL[masked_BL].sum()
+    np.testing.assert_allclose(totals["nats"], nats, rtol=1e-4)
+    np.testing.assert_allclose(
+        totals["terms"], len(texts) if by_text else scored_BL.sum(), rtol=1e-6
+    )
 
 
 def all_masked(denoiser, schedule, keys_B, x0_BL, scored_BL):

@@ -208,6 +208,7 @@ def inspect_run(path: Path, checkpoint: str) -> dict[str, Any]:
         "layout": "a run of sedd train",
         "process": config.process.name,
         "parameterization": config.parameterization.name,
+        "block": getattr(parts.parameterization, "block", None),
         "length": config.data.length,
         "network": {"name": config.network.name},
         "parameters": sum(leaf.size for leaf in params),

@@ -286,6 +286,7 @@ def build_step(config: Config, parts: Parts) -> Step:
         ema_decay=config.optimizer.ema_decay,
         batch_size=config.training.batch_size,
         stratified=config.training.stratified,
+        by_text=config.training.average == "texts",
         skip_nonfinite=config.training.nonfinite == "skip",
     )
 

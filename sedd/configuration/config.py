@@ -119,6 +119,9 @@ class TrainingOptions:
     stratified: bool = True
     """Spread the noise levels of a batch evenly, which makes the loss less noisy; otherwise draw
     each one independently."""
+    average: Literal["tokens", "texts"] = "tokens"
+    """What has equal weight in the loss: each scored token, or each text, whose loss is divided by
+    its scored tokens (a row, or with packed records a record)."""
     log_every: int = 100
     """Steps between records of loss, gradient norm and speed."""
     eval_every: int | None = 10_000

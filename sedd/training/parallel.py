@@ -171,7 +171,7 @@ class FullySharded:
             in_specs=(param_specs, PartitionSpec(), PartitionSpec(), self._rows.spec),
             out_specs={
                 "grads": step.network.trainable(param_specs),
-                **dict.fromkeys(("nats", "tokens", "read"), PartitionSpec()),
+                **dict.fromkeys(("nats", "terms", "tokens", "read"), PartitionSpec()),
             },
             check_vma=False,  # gradients are taken inside, and ``sum_over_devices`` sums them
         )

@@ -17,7 +17,7 @@ from sedd.networks.base import Network
 from sedd.networks.shard import Shard
 from sedd.objectives.base import Objective, draw_uniform
 from sedd.training.state import TrainState, update_ema
-from sedd.types import Array, Params
+from sedd.types import Array, Bool, Int, Params
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -30,8 +30,9 @@ class Step:
     """One training step, as two pure functions: ``totals`` of a batch, then an ``update``.
 
     The optimizer minimises the nats of the global batch divided by its sequences, not by its
-    tokens. It changes the trainable parameters only (``Network.trainable``); frozen ones stay as
-    they are, and have no averages.
+    tokens; with ``by_text`` the nats of a text are divided by its scored tokens first. It changes
+    the trainable parameters only (``Network.trainable``); frozen ones stay as they are, and have no
+    averages.
 
     Args:
         network: the network.
@@ -42,6 +43,8 @@ class Step:
         batch_size: sequences of the global batch.
         stratified: whether the uniform draws that determine the noise levels of a batch are spread
             evenly over [0, 1), or independent.
+        by_text: whether texts have equal weight, or scored tokens. A text is a sequence, or one of
+            the segments of a sequence that holds several.
         skip_nonfinite: whether an update is skipped if the loss or the gradient is not finite.
     """
 
@@ -51,6 +54,7 @@ class Step:
     ema_decay: float
     batch_size: int
     stratified: bool = True
+    by_text: bool = False
     skip_nonfinite: bool = False
 
     def __call__(
@@ -76,8 +80,9 @@ class Step:
             axis_name: the mapped axes over devices; None if one program holds the whole batch.
 
         Returns:
-            ``grads`` of the trainable parameters, and the sums ``nats``, ``tokens`` (scored ones)
-            and ``read`` (positions at which the output layer ran).
+            ``grads`` of the trainable parameters, and the sums ``nats``, ``terms`` (the scored
+            tokens, or with ``by_text`` the texts), ``tokens`` (scored ones) and ``read`` (positions
+            at which the output layer ran).
         """
         key = jax.random.fold_in(key, step)
 
@@ -87,6 +92,7 @@ class Step:
         zero = {
             "grads": jax.tree.map(jnp.zeros_like, self.network.trainable(params)),
             "nats": jnp.zeros(()),
+            "terms": jnp.zeros(()),
             "tokens": jnp.zeros((), jnp.int32),
             "read": jnp.zeros((), jnp.int32),
         }
@@ -107,6 +113,11 @@ class Step:
             weight_BL = corrupted.weight_BL * batch["weight"][:, None]
             corrupted = replace(corrupted, weight_BL=weight_BL)
         keys_B = keys_of(dropout_key, batch["index"])
+        terms = batch["scored"].sum(dtype=jnp.float32)
+        if self.by_text:
+            size_BL = scored_tokens(batch["scored"], batch.get("segment"))
+            terms = (batch["scored"] / size_BL).sum()
+            corrupted = replace(corrupted, weight_BL=corrupted.weight_BL / size_BL)
 
         def summed_nats(trained):
             return self.objective.summed_nats(
@@ -117,6 +128,7 @@ class Step:
         return {
             "grads": grads,
             "nats": nats,
+            "terms": terms,
             "tokens": batch["scored"].sum(dtype=jnp.int32),
             "read": (corrupted.weight_BL > 0).sum(dtype=jnp.int32),
         }
@@ -124,7 +136,8 @@ class Step:
     def update(self, state: TrainState, totals: Totals) -> tuple[TrainState, Metrics]:
         """Apply the optimizer; return the new state, and metrics of the global batch.
 
-        The metrics are ``loss`` (nats per scored token), ``grad_norm`` (before clipping),
+        The metrics are ``loss`` (nats per scored token: its mean over all scored tokens, or with
+        ``by_text`` the mean over texts of each text's mean), ``grad_norm`` (before clipping),
         ``tokens`` and ``read``. With ``skip_nonfinite`` there is also ``skipped``: 1 if loss or
         gradient is not finite. Such an update changes only ``step``.
         """
@@ -141,7 +154,7 @@ class Step:
             key=state.key,
         )
         metrics = {
-            "loss": totals["nats"] / jnp.maximum(totals["tokens"], 1),
+            "loss": totals["nats"] / jnp.maximum(totals["terms"], 1),
             "grad_norm": optax.tree.norm(grads),
             "tokens": totals["tokens"],
             "read": totals["read"],
@@ -151,6 +164,20 @@ class Step:
             new_state = replace(keep_if_finite(new_state, state, finite), step=n)
             metrics["skipped"] = 1 - finite.astype(jnp.int32)
         return new_state, metrics
+
+
+def scored_tokens(
+    scored_BL: Bool[Array, "B L"], segment_BL: Int[Array, "B L"] | None
+) -> Int[Array, "B L"]:
+    """The number of scored tokens in the text of each position, at least 1."""
+    if segment_BL is None:
+        segment_BL = jnp.zeros_like(scored_BL, jnp.int32)
+    length = scored_BL.shape[1]
+
+    def of_row(scored_L, segment_L):
+        return jax.ops.segment_sum(scored_L.astype(jnp.int32), segment_L, length + 1)[segment_L]
+
+    return jnp.maximum(jax.vmap(of_row)(scored_BL, segment_BL), 1)
 
 
 def keep_if_finite(new: Any, old: Any, finite: Array) -> Any:

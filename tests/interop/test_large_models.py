@@ -302,6 +302,13 @@ def test_inspect_knows_runs_and_refuses_the_rest(tmp_path):
     run = tiny_run.make_run(tmp_path / "run", tiny_run.config("radd"), steps=(2,))
     facts = inspected(run)
     assert (facts["layout"], facts["process"]) == ("a run of sedd train", "absorbing")
+    assert facts["block"] is None
+    config = json.loads((run / "config.json").read_text())
+    config["parameterization"] = {"name": "block", "block": 4}
+    config["objective"] = {"name": "block"}
+    config["sampler"] = {"name": "semi_autoregressive"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert inspected(run)["block"] == 4
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LLaDA2MoeModelLM"]}))
     result = tiny_run.call("inspect", tmp_path)
     assert result.code == 2
