@@ -146,8 +146,9 @@ def sdar(draw, *, threshold, block, temperature):
 # ---------------------------------------------------------------- the table of docs/sampling.md
 
 
-@pytest.mark.parametrize(("steps", "block"), [(3, 8), (4, 8)])
+@pytest.mark.parametrize(("steps", "block"), [(3, 8), (4, 8), (3, 4)])
 def test_llada_in_blocks(steps, block):
+    """Blocks of 4 are SDAR's, whose ``low_confidence_static`` is this program."""
     inner = sedd.samplers.options("token_confidence", steps=steps, counts="early")
     drawn, calls = ours("semi_autoregressive", 0, inner=inner, block=block)
     assert drawn == llada(noise(0, each_round=True), steps=steps, block=block)
