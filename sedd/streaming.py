@@ -55,8 +55,8 @@ def stream(
 
     The sequences are those that ``sedd.sample`` draws with the same arguments, and its arguments
     have the same meaning here. The sampler must be ``semi_autoregressive``, which is the default of
-    block models. Sequences in a batch advance together by at least a block; the iterator ends when
-    all are finished. Two programs are compiled, whatever the number of blocks.
+    block models. From piece to piece each unfinished sequence advances by a block or more; the
+    iterator ends when all are finished. Two programs are compiled, whatever the number of blocks.
 
     Args:
         model: from ``sedd.load``.

@@ -59,8 +59,8 @@ class CompileCheckCommand:
     config: Annotated[Config, tyro.conf.arg(name="")]
     what: What = "train"
     """The program: a step of training, the bound of a batch (evaluate), or a batch of samples by
-    the sampler of the configuration (sample). Batch, --training.parallel and --training.fsdp hold
-    for all of them."""
+    the sampler of the configuration (sample). --training.batch-size, --training.parallel and
+    --training.fsdp apply to all three."""
     num_tokens: int | None = None
     """Size of the vocabulary. Needed for a tokenizer whose size depends on the corpus, such as
     characters."""

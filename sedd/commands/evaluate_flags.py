@@ -43,8 +43,8 @@ class EvaluateCommand:
     known data set NAME from FILE; zeroshot is the eight data sets of the published tables."""
     split: Annotated[str | None, unset("STR")] = None
     """Split to evaluate. By default the protocol's split of a known data set, and the validation
-    split of the training corpus. Of other text: all if it has no splits, else the validation or,
-    without one, the test split that it comes with, or else the text held out for validation."""
+    split of the training corpus. Other text: all of it if it has no splits; else its validation
+    split, else its test split, else the text held out for validation."""
     max_sequences: Annotated[int | None, unset("INT")] = None
     """Number of sequences to evaluate, evenly spread over the split; by default all."""
     batch_size: int = 32

@@ -68,8 +68,8 @@ class TrainCommand:
     """The flags of ``sedd train``; every field of the configuration is one of them."""
 
     workdir: Path
-    """Directory of the run. If it holds a run already, that run is resumed; without --config, with
-    the configuration that it has saved."""
+    """Directory of the run. If it holds a run already, that run is resumed, and --config may be
+    left out: the saved configuration is used."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     profile: int | None = None
     """Number of steps to record for a profiler (TensorBoard, XProf, Perfetto), after the first ten

@@ -335,7 +335,7 @@ def build_data(config: Config, *, tokenizer: Tokenizer | None = None, progress=N
     Args:
         config: its ``data`` is used.
         tokenizer: the tokenizer of an earlier run, which is resumed or whose weights are the start.
-            None builds the configured tokenizer; if it is made from text, from the corpus.
+            None builds the configured tokenizer, which is trained on the corpus if it needs text.
         progress: called with the numbers of documents and tokens so far.
 
     Raises:

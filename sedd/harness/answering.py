@@ -202,7 +202,7 @@ class Harness:
     def answer(self, questions: Sequence[Question]) -> list[Drawn]:
         """Draw an answer to each question.
 
-        The n-th of several equal questions has the noise of its own number n.
+        Questions with the same context, in one call, have different noise.
 
         Raises:
             UserError: if a question is too long for the model.
@@ -293,8 +293,8 @@ class Harness:
 
         Args:
             messages: objects with ``role`` and ``content``.
-            answer: whether the beginning of an answer follows. Otherwise the last message is the
-                beginning of an answer, and the text ends with it.
+            answer: whether the text ends with the opening of an answer. Otherwise it ends with the
+                last message, as the first part of an answer.
 
         Raises:
             UserError: if the template is missing or refuses the messages.

@@ -164,7 +164,7 @@ def evaluate_tasks(
         num_fewshot: examples before each question; by default the task's number.
         limit: evaluate only so many documents of each task.
         gen_kwargs: options of generation that replace those of the tasks.
-        system: a system message, or in front of the text without a chat template.
+        system: a system message; without a chat template, it is put in front of the text.
         confirm_run_unsafe_code: allow tasks that run code which the model has written.
 
     Returns:

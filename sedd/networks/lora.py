@@ -28,7 +28,7 @@ class Lora:
     """
 
     rank: int = 0
-    """Rank r of the adapters, of which alone the parameters are trained; 0 for no adapters."""
+    """Rank r of the adapters, the only parameters that are trained; 0 for no adapters."""
     alpha: float | None = None
     """The adapters' output is multiplied by alpha / rank; by default alpha is twice the rank."""
     layers: str = ALL

@@ -57,7 +57,7 @@ class RopeScaling:
     """yarn: round the first and last mixed channel to whole channels, outwards."""
     query_growth: float = 0.0
     """Queries at position p are multiplied by 1 + growth·ln(1 + floor(p / original length)), which
-    is 1 within the original length; of Ministral 3."""
+    is 1 within the original length, as in Ministral 3."""
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):

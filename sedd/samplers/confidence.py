@@ -31,8 +31,8 @@ class Confidence(Ranked):
     steps: int | None = None
     """Network calls over which the positions are spread; by default one position a call."""
     counts: Counts = "late"
-    """Numbers of positions that the steps draw: even, with the larger ones late or early, or as
-    Dream's code has them."""
+    """How many positions each step draws: late and early spread them evenly, with the larger
+    numbers last or first; dream takes the numbers of Dream's code."""
 
     def __post_init__(self):
         check_steps(self.steps, self.counts)

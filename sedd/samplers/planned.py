@@ -45,7 +45,7 @@ class Planned(Revealing):
     conditionals of its positions, given the tokens of earlier groups. At one position a call this
     is the model's own law.
 
-    The expected nats of a text under this law, for a known order, are Σ s·h(N) over the groups,
+    The expected nats of a text, given the order, are Σ s·h(N) over the groups,
     where s is the size of a group, N the number of tokens known before it, and h(N) the profile's
     nats. The sizes minimise this sum. Sequences with given tokens start at N = m: that is optimal
     if the given tokens stand at random positions, and approximately otherwise, since h was measured

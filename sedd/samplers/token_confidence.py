@@ -17,9 +17,8 @@ from sedd.samplers.reveal import Counts, Ranked, check_steps, spread
 class TokenConfidence(Ranked):
     """Draw a token at every masked position and keep the most probable ones; biased.
 
-    The probability of a token is that in the distribution from which it is drawn. At temperature 0,
-    where all of these are 1, and with ``unsharpened`` at any temperature, it is that before
-    temperature, top-k and top-p.
+    A token's probability is taken from the distribution it is drawn from. At temperature 0, where
+    that is always 1, and with ``unsharpened``, it is taken before temperature, top-k and top-p.
 
     Which token is kept depends on the tokens that were drawn, so that probable tokens are kept more
     often than the model's law allows. The samples are less diverse than the model at any number of
@@ -37,8 +36,8 @@ class TokenConfidence(Ranked):
     steps: int | None = None
     """Network calls over which the tokens are spread; by default one token a call."""
     counts: Counts = "late"
-    """Numbers of tokens that the steps keep: even, with the larger ones late or early (LLaDA,
-    SDAR), or as Dream's code has them."""
+    """How many tokens each step keeps: late and early (LLaDA, SDAR) spread them evenly, with the
+    larger numbers last or first; dream takes the numbers of Dream's code."""
     threshold: float | None = None
     """Keep all tokens of at least this probability, in (0, 1]; excludes steps."""
     unsharpened: bool = False
