@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sedd.types import Array, Float, Int, Key, Shaped
+from sedd.types import Array, Float, Int, Key, Keys, Shaped
 
 NO_MASS = -1e6  # log probability of an impossible token: finite, so that 0 · log 0 is 0, not nan
 BLOCK = 256  # entries of a block, of which ``categorical`` draws one before it draws an entry
@@ -71,6 +71,20 @@ def put(values: Float[Array, "*b V"], index: Int[Array, "*b"], new) -> Float[Arr
     """``values`` with one entry of each row, at ``index``, replaced by ``new``."""
     column = jnp.arange(values.shape[-1])
     return jnp.where(column == index[..., None], jnp.asarray(new)[..., None], values)
+
+
+def position_keys(
+    keys_B: Keys, sequence_R: Int[Array, " R"], position_R: Int[Array, " R"]
+) -> Key[Array, " R"]:
+    """The keys with which some positions are drawn: the position is folded into each.
+
+    Args:
+        keys_B: keys of sequences, or of their positions (``sedd.types.Keys``).
+        sequence_R: the sequence of each position.
+        position_R: the positions.
+    """
+    keys_R = keys_B[sequence_R] if keys_B.ndim == 1 else keys_B[sequence_R, 1 + position_R]
+    return jax.vmap(jax.random.fold_in)(keys_R, position_R)
 
 
 def categorical(key: Key[Array, ""], log_probs: Float[Array, "*b V"]) -> Int[Array, "*b"]:

@@ -22,7 +22,7 @@ from sedd.parameterizations.base import Parameterization
 from sedd.parameterizations.block import Block
 from sedd.processes.base import Process
 from sedd.reshape import Reshape
-from sedd.types import Array, Bool, Float, Int, Key, Params, Shaped
+from sedd.types import Array, Bool, Float, Int, Keys, Params, Shaped
 from sedd.watermark.base import Watermark
 
 
@@ -546,7 +546,7 @@ class Denoiser:
 
     def propose(
         self,
-        keys_B: Key[Array, " B"],
+        keys_B: Keys,
         x_BL: Int[Array, "B L"],
         commit_BL: Bool[Array, "B L"],
         read: Read,

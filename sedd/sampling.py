@@ -31,10 +31,14 @@ from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions, Samples
 from sedd.samplers.noise import fold
+from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
-from sedd.samplers.verifier import NO_NUMBERS, TextScorer, text_verifier, verifier_error
+from sedd.samplers.verifier import NO_NUMBERS, TextScorer, as_verifiers, verifier_error
 from sedd.types import Array, Bool, Int, Key
 from sedd.watermark.scheme import Scheme, drawn_positions, scored_positions
+
+Scoring = TextScorer | str | SelfLikelihood
+"""A verifier as users name it."""
 
 # Options of ``Reshape`` that are numbers, with the default of each.
 NUMBERS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 0.0}
@@ -48,8 +52,9 @@ class SampleResult:
     tokens: np.ndarray
     """Token ids [B, L]; a shorter sequence is filled up with 0s to the longest, L."""
     calls: np.ndarray
-    """Network calls for each sequence, [B]. They include the second calls of guidance, and with
-    best_of_n and particle the calls of all candidates for the sequence that is returned."""
+    """Network calls for each sequence, [B]. They include the second calls of guidance, and with a
+    search the calls of all candidates for the sequence that is returned, and of the verifier
+    self."""
     rows: np.ndarray
     """How many entries each sequence had on the batch axis, summed over these calls, [B]: one a
     call, except where a sampler calls the network with several versions of a sequence."""
@@ -62,7 +67,12 @@ class SampleResult:
     """Diffusion time of each frame of the trace, [T]; None without a trace, or if sequences differ
     in their times."""
     score: np.ndarray | None
-    """The verifier's scores, [B]; None without a verifier."""
+    """The verifier's scores, [B]; of several verifiers [B, E]; None without a verifier."""
+    verifier_calls: np.ndarray | None
+    """Texts that were scored for each sequence, once for each verifier, [B]; None without one."""
+    log_partition: np.ndarray | None
+    """With particle: an estimate of the logarithm of the mean of exp(tilt·score) under the inner
+    sampler's law, [B]. Its exponential is unbiased with one sweep."""
     log_prob: np.ndarray | None
     """Log probability in nats of the tokens drawn for each sequence, [B]. Each token is conditioned
     on the given tokens and on those drawn before it. Temperature and the like are applied. None if
@@ -127,7 +137,7 @@ def sample(
     clamp: Clamp | Sequence[Clamp] | None = None,
     constraint: Given | Sequence[Given] = None,
     rule: Rule = "joint",
-    verifier: TextScorer | None = None,
+    verifier: Scoring | Sequence[Scoring] | None = None,
     trace: bool = False,
     watermark: Scheme | None = None,
     nonces: Sequence[int] | None = None,
@@ -170,8 +180,10 @@ def sample(
         rule: how a step draws under a constraint: ``"joint"`` (a sample restricted to matches),
             ``"most_likely"`` (the most likely match) or ``"dingo"`` (arXiv:2505.23061); see
             ``sedd.constraints.spans.Spans``. At temperature 0, ``joint`` becomes ``most_likely``.
-        verifier: for best_of_n and particle: a function from a list of texts to one finite score
-            each, higher is better.
+        verifier: for searches (best_of_n, particle, zero_order, search_paths): a function from a
+            list of texts to one finite score each, higher is better; ``"self"`` for the likelihood
+            of the text under the model itself (``sedd.samplers.SelfLikelihood``); or a list of
+            such, whose mean ranks count.
         trace: also return the tokens after every round.
         watermark: how the texts are watermarked, and by which secret.
         nonces: a number in [0, 2**32) for each sequence. Texts of equal nonces share the noise of
@@ -246,7 +258,7 @@ def ask(
     sampler: str | SamplerOptions | Sampler | None,
     clamp: Clamp | Sequence[Clamp] | None = None,
     constraint: Given | Sequence[Given] = None,
-    verifier: TextScorer | None = None,
+    verifier: Scoring | Sequence[Scoring] | None = None,
 ) -> Asked:
     """Turn the arguments of ``sample`` into those of ``draw``.
 
@@ -315,7 +327,7 @@ def stopping(sampler: Sampler, clamps: Sequence[Clamp]) -> Sampler:
 def _sampler(
     model: Model,
     sampler: str | SamplerOptions | Sampler | None,
-    verifier: TextScorer | None,
+    verifier: Scoring | Sequence[Scoring] | None,
     options: Mapping[str, Any],
 ) -> Sampler:
     """Build the sampler from its name and options; UserError on options for a built one."""
@@ -324,7 +336,7 @@ def _sampler(
     if not isinstance(sampler, str | SamplerOptions | Sampler):
         raise FieldError("sampler", f"must be a name, options or a sampler, got {sampler!r}")
     if not isinstance(sampler, Sampler):
-        scorer = None if verifier is None else text_verifier(verifier, model.tokenizer)
+        scorer = None if verifier is None else as_verifiers(verifier, model.tokenizer)
         return build_sampler(sampler, model.schedule, verifier=scorer, **options)
     if options or verifier is not None:
         given = [*options, *(["verifier"] if verifier else [])]
@@ -642,6 +654,10 @@ def _result(
     if model.tokenizer is not None:
         rows = zip(tokens[:num], clamps, strict=True)
         text = [clamp.text(row[: clamp.length], model.tokenizer) for row, clamp in rows]
+
+    def of_each(values_B):
+        return None if values_B is None else np.asarray(values_B)[:num]
+
     trace = times = None
     if samples.trace_TBL is not None and samples.rounds is not None:
         frames = int(samples.rounds) + 1
@@ -656,7 +672,9 @@ def _result(
         trace=trace,
         times=times,
         score=None if score is None else score[:num],
-        log_prob=None if samples.log_prob_B is None else np.asarray(samples.log_prob_B)[:num],
+        verifier_calls=of_each(samples.verifier_calls_B),
+        log_partition=of_each(samples.log_partition_B),
+        log_prob=of_each(samples.log_prob_B),
     )
 
 

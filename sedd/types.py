@@ -30,4 +30,12 @@ else:
 
 Params = Any  # the nested dictionary of arrays that a network was initialised with
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "Shaped"]
+Keys = Key[Array, "B ..."]
+"""Keys of a batch of sequences, with which samplers draw.
+
+[B]: a key for each sequence. [B, 1 + L]: the key of what a sequence draws as a whole, such as its
+order of positions, and then a key for each position. A sequence whose 1 + L keys are equal is drawn
+as with this one key.
+"""
+
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Keys", "Params", "Shaped"]

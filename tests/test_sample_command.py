@@ -24,7 +24,7 @@ from sedd.configuration.components import makers, options_type
 from sedd.errors import UserError
 
 LENGTH = 12
-SEARCHES = ("best_of_n", "particle")
+SEARCHES = ("best_of_n", "particle", "search_paths", "zero_order")
 FLAGS = {  # of every sampler, so that each does some of its own
     "tweedie": "--steps 3",
     "euler": "--steps 3",
@@ -39,6 +39,8 @@ FLAGS = {  # of every sampler, so that each does some of its own
     "speculative": "--draft batch --lookahead 3 --bonus --order random",
     "best_of_n": "--n 2 --inner tweedie --inner.steps 2 --verifier {code}:vowels",
     "particle": "--particles 2 --tilt 2 --resample-every 2 --verifier {code}:vowels",
+    "search_paths": "--paths 1 --branches 2 --inner.steps 2 --verifier {code}:vowels",
+    "zero_order": "--neighbours 2 --rounds 2 --rho 0.3 --inner.steps 3 --verifier {code}:vowels",
 }
 CODE = '''
 import json
@@ -224,7 +226,9 @@ def test_what_is_written(place, tmp_path, sampler):
     if sampler == "speculative":
         fields["log_prob"] = float
     if sampler in SEARCHES:
-        fields["score"] = float
+        fields |= {"score": float, "verifier_calls": int}
+    if sampler == "particle":
+        fields["log_partition"] = float
     trace = page.read_text()
     assert [(line["id"], line["seed"]) for line in lines] == [(0, 5), (1, 6)]
     for line in lines:
@@ -246,6 +250,8 @@ def test_what_is_written(place, tmp_path, sampler):
             said += f" of {line['rows']} rows · {7 / line['calls']:.2f} tokens a call"
         else:
             assert line["rows"] == line["calls"]
+        if sampler in SEARCHES:
+            said += f" · {line['verifier_calls']} verifier calls"
         said += " · "
         assert said + f"entropy {line['entropy']:.2f} nats" in result.out
         assert line["text"] in result.out
@@ -460,7 +466,13 @@ def loaded(place):
     return sedd.load(place / "radd")
 
 
-@pytest.mark.parametrize("search", ["best_of_n --n 2", "particle --particles 2"])
+@pytest.mark.parametrize(
+    "search",
+    [
+        *("best_of_n --n 2", "particle --particles 2"),
+        *("zero_order --neighbours 2 --rounds 3", "search_paths --paths 1 --branches 2"),
+    ],
+)
 @pytest.mark.parametrize("does", FAILING)
 def test_a_verifier_that_fails(place, loaded, monkeypatch, search, does):
     monkeypatch.setattr(sedd, "load", lambda path, **options: loaded)

@@ -486,7 +486,9 @@ NAN_OPTIONS = {
     "semi_autoregressive": {"inner": "confidence", "block": 4},
     "best_of_n": {"inner": "event_jump", "verifier": vowels, "n": 2},
     "particle": {"inner": "event_jump", "verifier": vowels, "particles": 2},
+    "search_paths": {"inner": "event_jump", "verifier": vowels, "branches": 2},
     "speculative": {"lookahead": 2},
+    "zero_order": {"inner": "event_jump", "verifier": vowels, "neighbours": 2, "rounds": 2},
 }
 
 
@@ -556,7 +558,7 @@ def test_guidance_counts_for_those_that_were_given_something(model):
 def test_a_search_wraps_no_other_search(model):
     verifier = text_verifier(vowels, model.tokenizer)
     inner = build_sampler("best_of_n", model.schedule, n=2, verifier=verifier)
-    with pytest.raises(UserError, match="inner must not be best_of_n or particle"):
+    with pytest.raises(UserError, match="inner must not be a search"):
         sedd.sample(model, KEY, sampler="best_of_n", verifier=vowels, inner=inner)
 
 
@@ -582,8 +584,14 @@ FRAMES = {  # of the trace of twelve positions, of which seven are free
     ),
     "speculative": ({"lookahead": 2, "draft": "batch"}, 5),  # two positions a round
     "particle": ({"particles": 2, "verifier": vowels, "resample_every": 2, "tilt": 3.0}, 8),
+    "search_paths": ({"paths": 1, "branches": 2, "verifier": vowels}, None),
+    "zero_order": (
+        {"rounds": 2, "verifier": vowels, "inner": sedd.samplers.options("tweedie", steps=5)},
+        7,
+    ),
 }
-TIMED = ("euler", "tweedie", "best_of_n")
+TIMED = ("euler", "tweedie", "best_of_n", "zero_order")
+SEARCHES = ("best_of_n", "particle", "search_paths", "zero_order")
 
 
 @pytest.mark.parametrize(
@@ -600,7 +608,8 @@ def test_the_trace_of_every_sampler(model, name):
     result: Any = sedd.sample(model, KEY, num=2, clamp=clamps, sampler=name, trace=True, **options)
     mask_id = model.process.mask_id
     assert result.trace.shape[1:] == (2, 12)
-    assert len(result.trace) == (frames or result.calls.max() + 1)
+    if name != "search_paths":  # in which branches wait for each other
+        assert len(result.trace) == (frames or result.calls.max() + 1)
     np.testing.assert_array_equal(result.trace[-1], result.tokens)
     for row, clamp in enumerate(clamps):
         own_TL = result.trace[:, row, : clamp.length]
@@ -608,7 +617,7 @@ def test_the_trace_of_every_sampler(model, name):
         assert (own_TL[0, ~clamp.fixed_L] == mask_id).all()
         assert (own_TL[-1] != mask_id).all()
         assert result.text[row] == model.tokenizer.decode(own_TL[-1])
-        if name != "remdm":
+        if name not in ("remdm", "search_paths"):
             shown = own_TL != mask_id
             assert (shown[1:] | ~shown[:-1]).all()  # what is revealed stays
     assert (result.times is not None) == (name in TIMED)
@@ -616,7 +625,9 @@ def test_the_trace_of_every_sampler(model, name):
         assert result.times.shape == (frames,)
         assert (np.diff(result.times) < 0).all()
         assert (result.times[0], result.times[-1]) == (1.0, 0.0)
-    assert (result.score is not None) == (name in ("best_of_n", "particle"))
+    assert (result.score is not None) == (name in SEARCHES)
+    assert (result.verifier_calls is not None) == (name in SEARCHES)
+    assert (result.log_partition is not None) == (name == "particle")
     assert (result.log_prob is not None) == (name == "speculative")
 
 

@@ -71,8 +71,12 @@ class Answer:
     """Network calls that the sequence needed."""
     rows: int
     """Rows that it had in the batches of these calls."""
-    score: float | None
-    """The verifier's score if the sampler is a search, else None."""
+    score: float | list[float] | None
+    """The verifier's score if the sampler is a search, or one for each of several; else None."""
+    verifier_calls: int | None
+    """Texts that a search scored, once for each verifier."""
+    log_partition: float | None
+    """Estimate of log E[exp(tilt·score)], if the sampler is particle."""
     log_prob: float | None
     """Log probability of the drawn tokens in nats; None if the sampler does not compute it."""
     frames: np.ndarray | None
@@ -94,12 +98,14 @@ class Answer:
 
     @property
     def work(self) -> str:
-        """The network calls, and where a call took several rows, what they achieved."""
+        """The network calls, what they achieved where one took several rows, and verifier calls."""
         calls = f"{self.calls} network calls"
-        if self.rows == self.calls:
-            return calls
-        tokens = int((~self.clamp.fixed_L).sum())
-        return f"{calls} of {self.rows} rows · {tokens / self.calls:.2f} tokens a call"
+        if self.rows != self.calls:
+            tokens = int((~self.clamp.fixed_L).sum())
+            calls = f"{calls} of {self.rows} rows · {tokens / self.calls:.2f} tokens a call"
+        if self.verifier_calls is not None:
+            calls += f" · {self.verifier_calls} verifier calls"
+        return calls
 
     @property
     def _given(self) -> dict[str, list[int]]:
@@ -117,9 +123,11 @@ class Answer:
             "rows": self.rows,
             "entropy": round(self.entropy, 6),
             "seed": self.request.seed,
-            **({} if self.score is None else {"score": self.score}),
-            **({} if self.log_prob is None else {"log_prob": self.log_prob}),
-            **({} if self.watermark is None else {"watermark": self.watermark}),
+            **{
+                name: value
+                for name in ("score", "verifier_calls", "log_partition", "log_prob", "watermark")
+                if (value := getattr(self, name)) is not None
+            },
             **({} if self.features is None else {"features": self.features}),
             **({} if self.weight is None else {"weight": self.weight, **self._given}),
         }
@@ -229,6 +237,10 @@ class Answering:
                 calls=int(result.calls[row]),
                 rows=int(result.rows[row]),
                 score=_shortest(result.score, row),
+                verifier_calls=None
+                if result.verifier_calls is None
+                else int(result.verifier_calls[row]),
+                log_partition=_shortest(result.log_partition, row),
                 log_prob=_shortest(result.log_prob, row),
                 frames=None if result.trace is None else result.trace[:, row, : one.clamp.length],
                 times=result.times,
@@ -250,6 +262,9 @@ class Answering:
         return {**known, "scored": runs_of(scored_BL[row, : one.clamp.length])}
 
 
-def _shortest(values: np.ndarray | None, row: int) -> float | None:
-    """A float32 as the float with its fewest digits; None without values."""
-    return None if values is None else float(str(values[row]))
+def _shortest(values: np.ndarray | None, row: int) -> Any:
+    """A float32, or a list of them, as the floats with the fewest digits; None without values."""
+    if values is None:
+        return None
+    of_row = [float(str(value)) for value in np.ravel(values[row])]
+    return of_row if values.ndim > 1 else of_row[0]

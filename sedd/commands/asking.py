@@ -20,13 +20,14 @@ import sedd
 from sedd.commands.answers import Asked, Program
 from sedd.commands.sample_flags import (
     SampleCommand,
+    load_verifier,
     one_or_each,
     read_profile,
     read_schema,
     reshape_numbers,
 )
 from sedd.commands.sampler_flags import check_integers, sampler_options
-from sedd.commands.user_code import load_function, load_processor
+from sedd.commands.user_code import load_processor
 from sedd.commands.watermark_flags import notes_on_secret
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import options_type
@@ -38,9 +39,10 @@ from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.orders import listed
 from sedd.samplers.planned import Profile
+from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.speculative import Speculative
-from sedd.samplers.verifier import TextVerifier, text_verifier
+from sedd.samplers.verifier import Verifiers, ensemble, text_verifier
 from sedd.sampling import NUMBERS, check_profile, check_temperature, reshape_of, stopping
 from sedd.watermark.scheme import Scheme
 
@@ -67,7 +69,7 @@ class Asking:
         command: the flags.
         model: the model that will draw.
         processor: the user's logit processor, or None.
-        verifier: the user's verifier, or None.
+        verifier: the user's verifiers, or None.
         profile: the price profile for the sampler planned, or None.
         scheme: the watermarking scheme, or None.
         samplers: the samplers built so far, by the ``sampler`` object of a request's line as JSON.
@@ -78,7 +80,7 @@ class Asking:
     command: SampleCommand
     model: sedd.Model
     processor: Any
-    verifier: TextVerifier | None
+    verifier: Verifiers | None
     profile: Profile | None
     scheme: Scheme | None
     samplers: dict[str, Sampler] = dataclasses.field(default_factory=dict)
@@ -95,9 +97,14 @@ class Asking:
         if command.logit_processor is not None:
             flag = "--logit-processor"
             processor = load_processor(command.logit_processor, flag, model.process.mask_id)
-        if command.verifier is not None:
-            function = load_function(command.verifier, "--verifier")
-            verifier = text_verifier(function, model.tokenizer, command.verifier)
+        if command.verifier:
+            tokenizer = model.tokenizer
+            verifier = ensemble(
+                [
+                    one if isinstance(one, SelfLikelihood) else text_verifier(one, tokenizer, spec)
+                    for spec, one in ((spec, load_verifier(spec)) for spec in command.verifier)
+                ]
+            )
         if command.control.method == "particle":
             verifier = text_verifier(Steering(), model.tokenizer, "--features")
         asking = cls(

@@ -123,9 +123,9 @@ def check_control(command) -> None:
             f"--sampler {command.sampler.name}: the method particle is a sampler itself; write "
             f"--inner {command.sampler.name} for the one that it steers"
         )
-    if command.verifier is not None:
+    if command.verifier:
         raise UserError(
-            f"--verifier {command.verifier}: with --method particle the features are the score"
+            f"--verifier {' '.join(command.verifier)}: with --method particle the features are the score"
         )
     if command.sampler.tilt != 1:
         raise UserError(f"--tilt {command.sampler.tilt}: --method particle determines the weights")

@@ -186,7 +186,8 @@ def show(one: Answer, tokenizer: Any) -> None:
         f"entropy {one.entropy:.2f} nats"
     )
     if one.score is not None:
-        about += f" · score {one.score:.4g}"
+        each = one.score if isinstance(one.score, list) else [one.score]
+        about += f" · score {', '.join(f'{score:.4g}' for score in each)}"
     if len(about) + 4 > console.width:  # a rule would cut it short
         console.print(Text(" ".join(about.split()), style="dim"))
     else:

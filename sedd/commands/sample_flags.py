@@ -9,7 +9,7 @@ these samplers among them.
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,8 +30,8 @@ from sedd.commands.sampler_flags import (
 )
 from sedd.commands.user_code import load_function
 from sedd.commands.watermark_flags import WatermarkFlags
-from sedd.configuration.build import default_sampler_of
-from sedd.configuration.components import Options, makers
+from sedd.configuration.build import default_sampler_of, takers
+from sedd.configuration.components import Options
 from sedd.errors import UserError
 from sedd.evaluation.price import Price
 from sedd.files import check_writable
@@ -39,6 +39,8 @@ from sedd.interop.layouts import find_config, read_layout
 from sedd.model import published_config, read_config
 from sedd.samplers.base import SamplerOptions
 from sedd.samplers.planned import Profile
+from sedd.samplers.self_likelihood import SelfLikelihood
+from sedd.samplers.verifier import SELF, self_likelihood
 from sedd.sampling import NUMBERS, reshape_of
 
 TITLE = "Draw text from a trained model: after a prompt, into gaps, or as an answer."
@@ -105,17 +107,20 @@ class SampleCommand:
     logit_processor: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
     """A JAX function of the log probabilities [B, K, N] at K positions of each sequence, the tokens
     [B, L] and these positions [B, K]; it returns changed log probabilities."""
-    verifier: Annotated[str | None, unset("FILE.py:FUNCTION")] = None
-    """A function from a list of texts to one score each, higher is better; for the samplers
-    best_of_n and particle."""
+    verifier: Annotated[tuple[str, ...], unset("FILE.py:FUNCTION|self")] = ()
+    """What a search (best_of_n, particle, zero_order, search_paths) scores texts by: a function
+    from a list of texts to one score each, higher is better; or self, the likelihood of the text
+    under the model itself, with 8 network calls for each text (self:16 for 16). Of several
+    verifiers the mean rank counts."""
     profile: Annotated[Path | None, unset("FILE.json")] = None
     """Price profile of the model, for the sampler planned: the file of evaluate.py --price 1 4 16
     --json FILE.json."""
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
     id, text, tokens, calls, rows, entropy (in nats, of the frequencies of the drawn tokens), seed,
-    where the sampler computes them score and log_prob (in nats), with --features their values; of a
-    watermarked text also watermark: what sedd detect has to know beside the secret."""
+    where the sampler computes them score, verifier_calls, log_partition and log_prob (in nats), with
+    --features their values; of a watermarked text also watermark: what sedd detect has to know
+    beside the secret."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32
@@ -298,24 +303,31 @@ def check_functions(command: SampleCommand) -> None:
             is out of range.
     """
     name = command.sampler.name
-    takers = [n for n in makers("samplers") if "verifier" in fields_of(n)]
-    if command.verifier is not None:
-        if name not in takers:
-            raise UserError(
-                f"--verifier {command.verifier}: sampler {name!r} takes no verifier; "
-                f"{' and '.join(takers)} do"
-            )
-        load_function(command.verifier, "--verifier")
-    elif name in takers and command.control.method != "particle":
+    searches = "verifier" in fields_of(name)
+    if command.verifier and not searches:
+        raise UserError(
+            f"--verifier {' '.join(command.verifier)}: sampler {name!r} takes no verifier; "
+            f"{takers('verifier')}"
+        )
+    if searches and not command.verifier and command.control.method != "particle":
         raise UserError(
             f"--sampler {name} needs --verifier FILE.py:FUNCTION, a function from a list of texts "
-            "to a score each"
+            "to a score each, or --verifier self"
         )
+    for spec in command.verifier:
+        load_verifier(spec)
     if command.logit_processor is not None:
         load_function(command.logit_processor, "--logit-processor")
     read_profile(command)
     command.mark.scheme()
     reshape_numbers(command)
+
+
+def load_verifier(spec: str) -> Callable[..., Any] | SelfLikelihood:
+    """Load the function, or the verifier of the name ``self``, that one word of the flag names."""
+    if spec.partition(":")[0] == SELF:
+        return self_likelihood(spec)
+    return load_function(spec, "--verifier")
 
 
 def read_profile(command: SampleCommand) -> Profile | None:

@@ -11,7 +11,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -61,10 +61,13 @@ def _wraps(outer: str, inner: str, nested: bool) -> bool:
     """Whether ``outer`` may wrap ``inner``; if ``nested``, ``inner`` may not wrap a further one.
 
     A search (a sampler with a verifier) cannot be an inner sampler, and a sampler with a profile,
-    which plans whole sequences, cannot fill blocks.
+    which plans whole sequences, cannot fill blocks. A sampler may ask for a kind of inner sampler
+    by the type of its field.
     """
     fields = fields_of(inner)
     if "profile" in fields and "stop" in fields_of(outer):
+        return False
+    if not issubclass(maker("samplers", inner), get_type_hints(maker("samplers", outer))["inner"]):
         return False
     return inner != outer and "verifier" not in fields and not (nested and "inner" in fields)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.configuration.components import build, maker, options, values
+from sedd.configuration.components import build, maker, makers, options, values
 from sedd.configuration.config import Config, DataOptions, with_component
 from sedd.data.answer_rows import DEFAULT_PADDING, pack_records
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
@@ -36,7 +36,7 @@ from sedd.parameterizations.block import Block
 from sedd.processes.base import Process
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.planned import Profile
-from sedd.samplers.verifier import Verifier
+from sedd.samplers.verifier import Verifiers
 from sedd.schedules import NoiseSchedule
 from sedd.training.optimizer import make_optimizer
 from sedd.training.parallel import DataParallel, FullySharded
@@ -208,7 +208,7 @@ def build_sampler(
     sampler: str | SamplerOptions,
     schedule: NoiseSchedule,
     *,
-    verifier: Verifier | None = None,
+    verifier: Verifiers | None = None,
     profile: Price | Profile | str | Path | None = None,
     **values: Any,
 ) -> Sampler:
@@ -217,7 +217,7 @@ def build_sampler(
     Args:
         sampler: the name, or the name with its options.
         schedule: the noise schedule of the model.
-        verifier: the scoring function of a search (best_of_n, particle).
+        verifier: what a search scores texts by: one verifier, or an ensemble.
         profile: the price profile of planned, or of a search whose inner sampler is planned: a
             ``Price`` or its file.
         values: more options. ``inner`` of a sampler that wraps another one is a name, options or
@@ -237,14 +237,13 @@ def build_sampler(
         name = sampler
     fields = {field.name for field in dataclasses.fields(maker("samplers", name))}
     context: dict[str, Any] = {"schedule": schedule}
-    for what, given, takers in (
-        ("inner", values.get("inner"), "semi_autoregressive, best_of_n and particle"),
-        ("verifier", verifier, "best_of_n and particle"),
-        ("profile", None if "inner" in fields else profile, "planned"),
+    for what, given in (
+        ("inner", values.get("inner")),
+        ("verifier", verifier),
+        ("profile", None if "inner" in fields else profile),
     ):
         if given is not None and what not in fields:
-            verb = "do" if " and " in takers else "does"
-            raise UserError(f"sampler {name!r} takes no {what}; {takers} {verb}")
+            raise UserError(f"sampler {name!r} takes no {what}; {takers(what)}")
     inner = values.pop("inner", None) or "event_jump"
     if "verifier" in fields:
         if verifier is None:
@@ -264,6 +263,16 @@ def build_sampler(
                 inner = build_sampler(inner, schedule, profile=profile)
         context["inner"] = inner
     return build("samplers", name, **context, **values)
+
+
+def takers(field: str) -> str:
+    """The samplers that have a field, for the end of a message: "a and b do", "c does"."""
+    able = [
+        name
+        for name, make in makers("samplers").items()
+        if field in {each.name for each in dataclasses.fields(make)}
+    ]
+    return f"{', '.join(able[:-1])} and {able[-1]} do" if len(able) > 1 else f"{able[0]} does"
 
 
 def _profile(profile: Price | Profile | str | Path) -> Profile:

@@ -7,7 +7,7 @@ samplers need not know any constraint.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from sedd.types import Array, Bool, Int, Key
+from sedd.types import Array, Bool, Int, Keys
 
 Read = Callable[[Array], Array]  # positions [B, K] -> log conditionals [B, K, N]
 
@@ -32,7 +32,7 @@ class Constraint(ABC):
     @abstractmethod
     def propose(
         self,
-        keys_B: Key[Array, " B"],
+        keys_B: Keys,
         x_BL: Int[Array, "B L"],
         commit_BL: Bool[Array, "B L"],
         read: Read,
@@ -41,7 +41,7 @@ class Constraint(ABC):
         """Propose clean tokens for the positions under the constraint.
 
         Args:
-            keys_B: one key for each sequence; the noise depends on key and position alone.
+            keys_B: keys of the sequences; the noise depends on key and position alone.
             x_BL: the current tokens; those other than ``mask_id`` stay.
             commit_BL: the masked positions that the sampler is going to reveal.
             read: returns log conditionals [B, K, N] at positions [B, K]. It is called for a chunk

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.arrays import NAN, bucket
+from sedd.arrays import NAN, bucket, position_keys
 from sedd.constraints.base import Constraint
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.decode import Automaton
@@ -121,9 +121,10 @@ class Spans(Constraint):
             log_probs_SRN = log_probs_BRN.reshape(*place_SR.shape, -1)
             key_SR = None
             if not best:
-                key_SR = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-                    jnp.repeat(keys_B, count), place_SR
-                )
+                sequence_SR = jnp.arange(batch * count)[:, None] // count
+                sequence_SR = jnp.broadcast_to(sequence_SR, place_SR.shape)
+                keys_R = position_keys(keys_B, sequence_SR.ravel(), place_SR.ravel())
+                key_SR = keys_R.reshape(place_SR.shape)
             return jax.vmap(partial(class_draws, best=best))(table_S, log_probs_SRN, key_SR)
 
         draws = _in_chunks(masked_SW, place_SW, table_S, read_chunk)

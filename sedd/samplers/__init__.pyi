@@ -13,7 +13,10 @@ from .particle import Particle as Particle
 from .planned import Planned as Planned
 from .planned import Profile as Profile
 from .remdm import ReMDM as ReMDM
+from .search_paths import SearchPaths as SearchPaths
+from .self_likelihood import SelfLikelihood as SelfLikelihood
 from .semi_autoregressive import SemiAutoregressive as SemiAutoregressive
 from .speculative import Speculative as Speculative
 from .token_confidence import TokenConfidence as TokenConfidence
 from .tweedie import Tweedie as Tweedie
+from .zero_order import ZeroOrder as ZeroOrder

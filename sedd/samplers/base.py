@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.schedules import NoiseSchedule
-from sedd.types import Array, Bool, Float, Int, Key, Shaped
+from sedd.types import Array, Bool, Float, Int, Keys, Shaped
 from sedd.watermark.base import Watermark
 
 
@@ -32,8 +32,10 @@ class Samples:
     trace_TBL: Int[Array, "T B L"] | None = None  # tokens at the start and after every round
     rounds: Int[Array, ""] | None = None  # rounds run; frames after them repeat the last one
     times_T: Float[Array, " T"] | None = None  # diffusion times of the trace's frames, 1 to 0
-    score_B: Float[Array, " B"] | None = None  # scores of a search's verifier
     log_prob_B: Float[Array, " B"] | None = None  # of the drawn tokens, if the sampler computes it
+    score_B: Float[Array, "B ..."] | None = None  # of a search's verifier; [B, E] of an ensemble
+    verifier_calls_B: Int[Array, " B"] | None = None  # texts that a search's verifiers scored
+    log_partition_B: Float[Array, " B"] | None = None  # estimate of log E[exp(tilt·score)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class Sampler(ABC):
     def __call__(
         self,
         denoiser: Denoiser,
-        keys_B: Key[Array, " B"],
+        keys_B: Keys,
         tokens_BL: Int[Array, "B L"],
         fixed_BL: Bool[Array, "B L"],
         *,
@@ -147,7 +149,7 @@ class Sampler(ABC):
 
         Args:
             denoiser: the model.
-            keys_B: a key for each sequence.
+            keys_B: a key for each sequence, or keys of its positions (``sedd.types.Keys``).
             tokens_BL: the given tokens; ignored at free positions.
             fixed_BL: positions that keep their token of ``tokens_BL``.
             trace: also return the tokens after every round.
@@ -203,7 +205,7 @@ class State:
 
     x_BL: Int[Array, "B L"]  # current tokens
     free_BL: Bool[Array, "B L"]  # positions to draw; the others are given
-    keys_B: Key[Array, " B"]
+    keys_B: Keys
     calls_B: Int[Array, " B"]  # network calls so far; guidance is not counted here
     rows_B: Int[Array, " B"]  # a sequence's entries on the batch axis, summed over these calls
     round_B: Int[Array, " B"]  # rounds in which the sequence was active
@@ -211,7 +213,7 @@ class State:
     log_prob_B: Float[Array, " B"] | None = None  # of the tokens drawn so far, in nats
 
     @classmethod
-    def starting(cls, keys_B: Key[Array, " B"], **fields: Any) -> "State":
+    def starting(cls, keys_B: Keys, **fields: Any) -> "State":
         """A state with these fields, before any round or network call."""
         zero_B = jnp.zeros(len(keys_B), jnp.int32)
         return cls(keys_B=keys_B, calls_B=zero_B, rows_B=zero_B, round_B=zero_B, **fields)
@@ -256,7 +258,7 @@ class SteppedSampler(Sampler):
     def start(
         self,
         denoiser: Denoiser,
-        keys_B: Key[Array, " B"],
+        keys_B: Keys,
         tokens_BL: Int[Array, "B L"],
         fixed_BL: Bool[Array, "B L"],
     ) -> State:

@@ -3,24 +3,36 @@
 The key of a draw is the key of the sequence with the position folded in. The noise of a position
 therefore does not depend on the batch, on the padding, on the order of positions or on which other
 positions are drawn in the same call.
+
+Where the keys of single positions are replaced (``sedd.types.Keys``), these positions are drawn
+with new noise in every round, and all others with the same noise as before. The same holds for the
+first of the keys and what a sequence draws as a whole (``whole``). ``zero_order`` searches in this
+way.
 """
 
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import NAN, at, categorical, put
+from sedd.arrays import NAN, along, at, categorical, position_keys, put
 from sedd.networks.rows import Rows
-from sedd.types import Array, Bool, Float, Int, Key
+from sedd.types import Array, Bool, Float, Int, Key, Keys
 from sedd.watermark.base import Watermark
 
 
-def fold(keys_B: Key[Array, " B"], number: Int[Array, "..."] | int) -> Key[Array, " B"]:
-    """Fold a number into each key: one number for each key, or the same for all."""
-    return jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(number, keys_B.shape))
+def fold(keys_B: Keys, number: Int[Array, "..."] | int) -> Keys:
+    """Fold a number into each key: one number for each sequence, or the same for all."""
+    number_B = jnp.broadcast_to(along(jnp.asarray(number), keys_B), keys_B.shape)
+    folded = jax.vmap(jax.random.fold_in)(keys_B.reshape(-1), number_B.reshape(-1))
+    return folded.reshape(keys_B.shape)
+
+
+def whole(keys_B: Keys) -> Key[Array, " B"]:
+    """The keys for what a sequence draws as a whole, such as its order of positions."""
+    return keys_B if keys_B.ndim == 1 else keys_B[:, 0]
 
 
 def tokens_at(
-    keys_B: Key[Array, " B"],
+    keys_B: Keys,
     rows: Rows,
     log_probs_RN: Float[Array, "R N"],
     watermark: Watermark | None = None,
@@ -52,9 +64,7 @@ def random_rank(keys_B: Key[Array, " B"], select_BL: Bool[Array, "B L"]) -> Int[
     return jnp.argsort(order_BL, axis=1)
 
 
-def coins(
-    keys_B: Key[Array, " B"], rows: Rows, probability_R: Float[Array, " R"]
-) -> Bool[Array, " R"]:
+def coins(keys_B: Keys, rows: Rows, probability_R: Float[Array, " R"]) -> Bool[Array, " R"]:
     """Draw a Bernoulli for each row with its probability, clipped to [0, 1].
 
     The noise resolves probabilities of 1e-14, where JAX's default stops at 1e-7.
@@ -65,7 +75,7 @@ def coins(
 
 
 def leap(
-    keys_B: Key[Array, " B"], rows: Rows, x_R: Int[Array, " R"], probs_RV: Float[Array, "R V"]
+    keys_B: Keys, rows: Rows, x_R: Int[Array, " R"], probs_RV: Float[Array, "R V"]
 ) -> Int[Array, " R"]:
     """Draw the next state of each row from probabilities clipped at 0 and normalised.
 
@@ -91,6 +101,6 @@ def leap(
     return jnp.where(jnp.isnan(away_R) | (x_R == NAN), NAN, x_R)
 
 
-def _row_keys(keys_B: Key[Array, " B"], rows: Rows) -> Key[Array, " R"]:
-    """The key of each row: the key of its sequence with its position folded in."""
-    return jax.vmap(jax.random.fold_in)(keys_B[rows.sequence_R], rows.position_R)
+def _row_keys(keys_B: Keys, rows: Rows) -> Key[Array, " R"]:
+    """The key of each row, with its position folded in."""
+    return position_keys(keys_B, rows.sequence_R, rows.position_R)

@@ -1,9 +1,11 @@
 """Particles steered by a verifier: for samples tilted towards high scores, not only the best.
 
-Sequential Monte Carlo. arXiv:2501.06848, section 3.
+Sequential Monte Carlo. arXiv:2501.06848, section 3. Its sweeps are particle independent
+Metropolis-Hastings (Andrieu, Doucet, Holenstein, 2010).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -13,10 +15,11 @@ import jax.numpy as jnp
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
-from sedd.samplers.base import Sampler, Samples, State, SteppedSampler, fill, record
+from sedd.samplers.base import Samples, State, SteppedSampler, fill, record
 from sedd.samplers.noise import fold
-from sedd.samplers.reveal import Prediction, masked
-from sedd.samplers.verifier import Verifier, verify
+from sedd.samplers.reveal import complete
+from sedd.samplers.search import AGAIN, Search, added, either, nothing_like, summed, take
+from sedd.samplers.verifier import Scores
 from sedd.types import Array, Bool, Float, Int, Key
 
 
@@ -27,11 +30,14 @@ class Crowd(NamedTuple):
     frames: Int[Array, "T R L"] | None  # trace of each particle; None unless asked for
     log_weight_BP: Float[Array, "B P"]  # since the request was last resampled
     value_BP: Float[Array, "B P"]  # tilt·score at the last scoring; 0 before the first
+    log_partition_B: Float[Array, " B"]  # of the weights before the request was last resampled
+    own_calls_B: Int[Array, " B"]  # network calls of the verifier
+    scorings_B: Int[Array, " B"]  # how often the particles of the request were scored
     tick: Int[Array, ""]  # rounds so far
 
 
 @dataclass(frozen=True, kw_only=True)
-class Particle(Sampler):
+class Particle(Search):
     """Draw from p(x)·exp(tilt·score(x)), normalised, in the limit of many ``particles``.
 
     Here p is the law of ``inner``, and score is the verifier's.
@@ -44,72 +50,102 @@ class Particle(Sampler):
     their weights. At the end one particle is drawn by its weight. With 1 particle the law is p; it
     approaches the tilted law as ``particles`` grows.
 
-    The network calls of all particles and of their completions are counted.
+    The product of the mean weights, Z, estimates the mean of exp(tilt·score) under p without bias;
+    its logarithm is returned as ``log_partition``. With ``sweeps`` above 1 all of this is repeated
+    with new noise, and the result of a sweep replaces the current one with probability
+    min(1, Z'/Z). The law then tends to the tilted one as ``sweeps`` grows, with any number of
+    particles.
+
+    The network calls of all particles and of their completions are counted, in all sweeps.
     """
 
     inner: SteppedSampler
-    verifier: Verifier
-    """Scores tokens; ``text_verifier`` makes one from a function on texts."""
     particles: int = 8
     """Sequences drawn side by side for each one that is returned."""
     tilt: float = 1.0
     """Weight of the score in exp(tilt·score): 0 ignores the score, below 0 avoids high scores."""
     resample_every: int = 8
     """Rounds of the inner sampler from one scoring to the next."""
+    sweeps: int = 1
+    """How often all particles are drawn. The law tends to the tilted one as this number grows."""
 
     def __post_init__(self):
-        for name in ("particles", "resample_every"):
+        super().__post_init__()
+        for name in ("particles", "resample_every", "sweeps"):
             if getattr(self, name) < 1:
                 raise FieldError(name, f"must be at least 1, got {getattr(self, name)}")
         if not math.isfinite(self.tilt):
             raise FieldError("tilt", f"must be finite, got {self.tilt}")
-        if not isinstance(self.inner, SteppedSampler):
-            raise FieldError(
-                "inner", "must not be best_of_n or particle: they draw whole sequences"
-            )
+        self.check_one_verifier()
 
     @property
-    def caveat(self):
-        return self.inner.caveat
-
-    @property
-    def by_block(self):
-        return self.inner.by_block
-
-    @property
-    def width(self):
-        return self.particles * self.inner.width
+    def candidates(self):
+        return self.particles
 
     def refuses(self, watermark):
         return "copies of a particle would stay equal" if watermark.replaces_noise else ""
 
-    def check(self, denoiser):
-        super().check(denoiser)
-        self.inner.check(denoiser)
-
     def __call__(self, denoiser, keys_B, tokens_BL, fixed_BL, *, trace=False):
+        """Run all sweeps. The loop ends early if a score is nan."""
+        self.check(denoiser)
+        wide, fixed_RL = denoiser.repeat(self.particles), jnp.repeat(fixed_BL, self.particles, 0)
+        tokens_RL = jnp.repeat(tokens_BL, self.particles, 0)
+        # In every sweep the score is the same function of the text: that of the request's keys.
+        score = partial(self.scores, wide, keys_B, fixed_RL=fixed_RL)
+
+        def sweep(sweep_keys_B):
+            return self._sweep(wide, sweep_keys_B, tokens_RL, fixed_RL, score, trace)
+
+        if self.sweeps == 1:
+            return sweep(keys_B)
+
+        def one_sweep(carry):
+            kept, index = carry
+            sweep_keys_B = jnp.where(index == 0, keys_B, fold(fold(keys_B, AGAIN), index))
+            new = sweep(sweep_keys_B)
+            uniform_B = jax.vmap(jax.random.uniform)(fold(sweep_keys_B, self.particles + 1))
+            rise_B = new.log_partition_B - kept.log_partition_B
+            accepted_B = (jnp.log(uniform_B) < rise_B) | jnp.isnan(rise_B)
+            return added(either(accepted_B, new, kept), new, kept), index + 1
+
+        def goes_on(carry):
+            kept, index = carry
+            return (index < self.sweeps) & ~denoiser.anywhere(jnp.isnan(kept.score_B))
+
+        nothing = nothing_like(lambda: sweep(keys_B))
+        nothing = replace(nothing, log_partition_B=jnp.full(len(keys_B), -jnp.inf))
+        kept, _ = jax.lax.while_loop(goes_on, one_sweep, (nothing, jnp.zeros((), jnp.int32)))
+        return kept
+
+    def _sweep(
+        self,
+        denoiser: Denoiser,
+        keys_B: Key[Array, " B"],
+        tokens_RL: Int[Array, "R L"],
+        fixed_RL: Bool[Array, "R L"],
+        score: Callable[[Array], Scores],
+        trace: bool,
+    ) -> Samples:
         """Run the rounds of the inner sampler, with a scoring and resampling in some of them.
 
-        The loop ends early if a score is nan, which is how a verifier signals a failure.
+        The loop ends early if a score is nan, which is how a verifier signals a failure. ``score``
+        gives the scores of the particles' texts.
         """
-        self.check(denoiser)
-        batch, count, length = len(keys_B), self.particles, tokens_BL.shape[1]
-        denoiser = denoiser.repeat(count)
+        batch, count, length = len(keys_B), self.particles, tokens_RL.shape[1]
         slot_keys = fold(jnp.repeat(keys_B, count), jnp.tile(jnp.arange(count), batch))
-        own_keys_B = fold(keys_B, count)  # of a request's resampling
         state = self.inner.start(
             denoiser,
             fold(slot_keys, 0),
-            jnp.repeat(tokens_BL, count, 0),
-            jnp.repeat(fixed_BL, count, 0),
+            tokens_RL,
+            fixed_RL,
         )
         frames = None
         if trace:
             rounds = self.inner.max_rounds(denoiser, length)
             frames = jnp.zeros((rounds + 1, *state.x_BL.shape), state.x_BL.dtype)
             frames = frames.at[0].set(state.x_BL)
-        nothing = jnp.zeros((batch, count))
-        weigh = partial(self._weigh, denoiser, slot_keys, own_keys_B)
+        nothing, none_B = jnp.zeros((batch, count)), jnp.zeros(batch, jnp.int32)
+        weigh = partial(self._weigh, denoiser, slot_keys, keys_B, score)
 
         def one_round(crowd):
             state = self.inner.advance(denoiser, crowd.state)
@@ -126,88 +162,98 @@ class Particle(Sampler):
                 & ~denoiser.anywhere(~jnp.isfinite(crowd.value_BP))
             ),
             one_round,
-            Crowd(state, frames, nothing, nothing, jnp.zeros((), jnp.int32)),
+            Crowd(
+                *(state, frames, nothing, nothing, jnp.zeros(batch)),
+                *(none_B, none_B, jnp.zeros((), jnp.int32)),
+            ),
         )
-        return self._choose(denoiser, own_keys_B, crowd, trace)
+        return self._choose(denoiser, keys_B, score, crowd, trace)
 
     def _weigh(
         self,
         denoiser: Denoiser,
         slot_keys: Key[Array, " R"],
-        own_keys_B: Key[Array, " B"],
+        keys_B: Key[Array, " B"],
+        score: Callable[[Array], Scores],
         crowd: Crowd,
     ) -> Crowd:
         """Complete and score the particles, update their weights, and resample uneven requests.
 
-        ``slot_keys`` has a key a particle for completions and for the noise of copies;
-        ``own_keys_B`` has a key a request for resampling. Both are folded with the round.
+        ``slot_keys`` has a key a particle for completions and for the noise of copies; ``keys_B``
+        has a key a request for resampling. Both are folded with the round.
         """
-        state, frames, log_weight, value, tick = crowd
+        state, tick = crowd.state, crowd.tick
+        log_weight, value = crowd.log_weight_BP, crowd.value_BP
         batch, count = log_weight.shape
         # A request that is done keeps its particles while others go on.
         due_B = self.inner.active(denoiser, state).reshape(batch, count).any(1)
-        guess, called = self.complete(denoiser, state, fold(fold(slot_keys, 1), tick))
-        new_value = self.tilt * verify(self.verifier, denoiser, guess).reshape(batch, count)
-        new_value = jnp.where(due_B[:, None], new_value, value)
+        guess, called = complete(
+            denoiser, state, fold(fold(slot_keys, 1), tick), self.inner.sigma(state)
+        )
+        scores = score(guess)
+        score_BP = scores.score_RE.reshape(batch, count)
+        new_value = jnp.where(due_B[:, None], self.tilt * score_BP, value)
         log_weight, value = log_weight + new_value - value, new_value
-        ancestor, uneven_B = resample(fold(own_keys_B, tick), log_weight, due_B)
-        take = (ancestor + count * jnp.arange(batch)[:, None]).ravel()
+        ancestor, uneven_B = resample(fold(fold(keys_B, count), tick), log_weight, due_B)
+        take_R = (ancestor + count * jnp.arange(batch)[:, None]).ravel()
         state = state.called(called)
         # A call counts whether or not its particle survives.
         counts = {"calls_B": state.calls_B, "rows_B": state.rows_B}
-        state = jax.tree.map(lambda rows: rows[take], state)
+        state = jax.tree.map(lambda rows: rows[take_R], state)
         # Copies of one particle continue with different keys, or they would stay equal.
         fresh = fold(fold(slot_keys, 2), tick)
         keys = jnp.where(jnp.repeat(uneven_B, count), fresh, state.keys_B)
-        state = replace(state, keys_B=keys, **counts)
-        frames = None if frames is None else frames[:, take]
-        log_weight = jnp.where(uneven_B[:, None], 0.0, log_weight)
-        return Crowd(state, frames, log_weight, jnp.take_along_axis(value, ancestor, 1), tick)
-
-    def _choose(
-        self, denoiser: Denoiser, own_keys_B: Key[Array, " B"], crowd: Crowd, trace: bool
-    ) -> Samples:
-        """Score the finished particles and draw one of each request by its weight."""
-        state, frames, log_weight, value, rounds = crowd
-        batch, count = log_weight.shape
-        score = verify(self.verifier, denoiser, state.x_BL).reshape(batch, count)
-        score = jnp.where(jnp.isfinite(value).all(), score, jnp.nan)
-        log_weight = log_weight + self.tilt * score - value
-        last_keys_B = fold(own_keys_B, 0)
-        chosen_B = jax.vmap(jax.random.categorical)(last_keys_B, log_weight)
-        row_B = chosen_B + count * jnp.arange(batch)
-
-        def of_all(count_R):
-            return (count_R * denoiser.calls_each).reshape(batch, count).sum(1)
-
-        return Samples(
-            tokens_BL=state.x_BL[row_B],
-            calls_B=of_all(state.calls_B),
-            rows_B=of_all(state.rows_B),
-            trace_TBL=None if frames is None else fill(frames[:, row_B], rounds),
-            rounds=rounds,
-            times_T=self.inner.times() if trace else None,
-            score_B=score[jnp.arange(batch), chosen_B],
-            log_prob_B=None if state.log_prob_B is None else state.log_prob_B[row_B],
+        return Crowd(
+            state=replace(state, keys_B=keys, **counts),
+            frames=None if crowd.frames is None else crowd.frames[:, take_R],
+            log_weight_BP=jnp.where(uneven_B[:, None], 0.0, log_weight),
+            value_BP=jnp.take_along_axis(value, ancestor, 1),
+            log_partition_B=crowd.log_partition_B
+            + jnp.where(uneven_B, log_mean_exp(log_weight), 0.0),
+            own_calls_B=crowd.own_calls_B + jnp.where(due_B, summed(scores.calls_R, batch), 0),
+            scorings_B=crowd.scorings_B + due_B,
+            tick=tick,
         )
 
-    def complete(self, denoiser: Denoiser, state: State, keys_B: Key[Array, " B"]):
-        """Draw all masked positions of each sequence at once, as a guess at its final tokens.
+    def _choose(
+        self,
+        denoiser: Denoiser,
+        keys_B: Key[Array, " B"],
+        score: Callable[[Array], Scores],
+        crowd: Crowd,
+        trace: bool,
+    ) -> Samples:
+        """Score the finished particles and draw one of each request by its weight."""
+        state, value = crowd.state, crowd.value_BP
+        batch, count = value.shape
+        scores = score(state.x_BL)
+        score_BP = scores.score_RE.reshape(batch, count)
+        score_BP = jnp.where(jnp.isfinite(value).all(), score_BP, jnp.nan)
+        log_weight = crowd.log_weight_BP + self.tilt * score_BP - value
+        chosen_B = jax.vmap(jax.random.categorical)(fold(fold(keys_B, count), 0), log_weight)
+        own_calls_B = crowd.own_calls_B + summed(scores.calls_R, batch)
+        particles = Samples(
+            tokens_BL=state.x_BL,
+            calls_B=state.calls_B,
+            rows_B=state.rows_B,
+            trace_TBL=None if crowd.frames is None else fill(crowd.frames, crowd.tick),
+            rounds=crowd.tick,
+            times_T=self.inner.times() if trace else None,
+            log_prob_B=state.log_prob_B,
+        )
+        return replace(
+            take(particles, chosen_B + count * jnp.arange(batch)),
+            calls_B=summed(state.calls_B * denoiser.calls_each, batch) + own_calls_B,
+            rows_B=summed(state.rows_B * denoiser.calls_each, batch) + own_calls_B,
+            score_B=score_BP[jnp.arange(batch), chosen_B],
+            verifier_calls_B=count * (crowd.scorings_B + 1),
+            log_partition_B=crowd.log_partition_B + log_mean_exp(log_weight),
+        )
 
-        Returns the completed tokens [B, L] and the network calls [B]: 1 for a sequence with masks.
-        On a process that is not absorbing the guess is the noisy tokens themselves, with 0 calls.
-        """
-        if not denoiser.process.absorbing:
-            return state.x_BL, jnp.zeros(state.calls_B.shape, jnp.int32)
-        masked_BL = masked(denoiser, state)
-        prediction = Prediction(
-            denoiser=denoiser,
-            hidden=denoiser.hidden(state.x_BL, self.inner.sigma(state)),
-            x_BL=state.x_BL,
-            keys_B=keys_B,
-        ).proposing(keys_B, masked_BL)
-        drawn_BL = prediction.draw(masked_BL)
-        return jnp.where(masked_BL, drawn_BL, state.x_BL), masked_BL.any(1).astype(jnp.int32)
+
+def log_mean_exp(log_weight_BP: Float[Array, "B P"]) -> Float[Array, " B"]:
+    """The logarithms of the mean weights."""
+    return jax.nn.logsumexp(log_weight_BP, axis=1) - math.log(log_weight_BP.shape[1])
 
 
 def resample(

@@ -17,9 +17,9 @@ from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.networks.rows import Rows
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import fold, tokens_at
+from sedd.samplers.noise import fold, tokens_at, whole
 from sedd.schedules import NoiseSchedule
-from sedd.types import Array, Bool, Float, Int, Key
+from sedd.types import Array, Bool, Float, Int, Key, Keys
 
 Counts = Literal["late", "early", "dream"]
 DREAM_END = 1e-3  # the last time of Dream's steps
@@ -37,10 +37,10 @@ class Prediction:
     denoiser: Denoiser
     hidden: tuple[Array, ...]  # of ``denoiser.hidden(x_BL)``
     x_BL: Int[Array, "B L"]
-    keys_B: Key[Array, " B"]  # of the draws; the position is folded in
+    keys_B: Keys  # of the draws; the position is folded in
     proposal_BL: Int[Array, "B L"] | None = None  # -1 at positions without a constraint
 
-    def proposing(self, keys_B: Key[Array, " B"], commit_BL: Bool[Array, "B L"]) -> "Prediction":
+    def proposing(self, keys_B: Keys, commit_BL: Bool[Array, "B L"]) -> "Prediction":
         """Return a copy with the constraint's proposal, or itself without a constraint.
 
         ``commit_BL`` are the positions that the sampler is going to reveal.
@@ -134,7 +134,7 @@ class Revealing(SteppedSampler):
             fold(keys_B, 1),
             x_BL=jnp.where(fixed_BL, tokens_BL, denoiser.mask_id),
             free_BL=free_BL,
-            plan=self.make_plan(fold(keys_B, 0), free_BL),
+            plan=self.make_plan(whole(fold(keys_B, 0)), free_BL),
         )
 
     def active(self, denoiser, state):
@@ -203,6 +203,34 @@ class Ranked(Revealing):
         order_BL = jnp.argsort(-score_BL, axis=1, stable=True)
         count_B = self.count(state, jnp.take_along_axis(score_BL, order_BL, 1))
         return jnp.argsort(order_BL, axis=1) < count_B[:, None]
+
+
+def complete(
+    denoiser: Denoiser, state: State, keys_B: Keys, sigma_B: Float[Array, " B"]
+) -> tuple[Int[Array, "B L"], Int[Array, " B"]]:
+    """Draw all masked positions of each sequence at once, as a guess at its final tokens.
+
+    Args:
+        denoiser: the model.
+        state: the state of a sampler between two rounds.
+        keys_B: keys of the draws.
+        sigma_B: the total noise of the state, for a network that is conditioned on it.
+
+    Returns:
+        The completed tokens, and the network calls of each sequence: 1 for a sequence with masks.
+        On a process that is not absorbing the guess is the noisy tokens themselves, with 0 calls.
+    """
+    if not denoiser.process.absorbing:
+        return state.x_BL, jnp.zeros(state.calls_B.shape, jnp.int32)
+    masked_BL = masked(denoiser, state)
+    prediction = Prediction(
+        denoiser=denoiser,
+        hidden=denoiser.hidden(state.x_BL, sigma_B),
+        x_BL=state.x_BL,
+        keys_B=keys_B,
+    ).proposing(keys_B, masked_BL)
+    drawn_BL = prediction.draw(masked_BL)
+    return jnp.where(masked_BL, drawn_BL, state.x_BL), masked_BL.any(1).astype(jnp.int32)
 
 
 def masked(denoiser: Denoiser, state: State) -> Bool[Array, "B L"]:

@@ -84,9 +84,7 @@ class SemiAutoregressive(SteppedSampler):
         if self.stop is not None and not all(re.fullmatch(r" *\d+ *", i) for i in self._stops()):
             raise FieldError("stop", f"must be ids of tokens such as 2 or 2,5, got {self.stop!r}")
         if not isinstance(self.inner, SteppedSampler):
-            raise FieldError(
-                "inner", "must not be best_of_n or particle: they draw whole sequences"
-            )
+            raise FieldError("inner", "must not be a search, which draws whole sequences")
         if hasattr(self.inner, "profile"):
             raise FieldError(
                 "inner", "must not be planned: its groups are those of a whole sequence"

@@ -18,11 +18,11 @@ from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.by_head import ByHead
 from sedd.samplers.drafters import ByRows, Drafter, Window
 from sedd.samplers.ngram import NGramByRows, NGramTwoStream
-from sedd.samplers.noise import coins, fold, tokens_at
+from sedd.samplers.noise import coins, fold, tokens_at, whole
 from sedd.samplers.orders import check_order, order_ranks
 from sedd.samplers.reveal import masked
 from sedd.samplers.two_stream import TwoStream
-from sedd.types import Array, Bool, Float, Int, Key
+from sedd.types import Array, Bool, Float, Int, Keys
 from sedd.watermark.base import Watermark
 
 Draft = Literal["stale", "batch", "self", "ngram", "head"]
@@ -220,7 +220,7 @@ class Speculative(SteppedSampler):
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         """Mask all free positions; the keys are derived from ``keys_B`` as in ``ordered``."""
         x_BL = jnp.where(fixed_BL, tokens_BL, denoiser.mask_id)
-        rank_BL = order_ranks(self.order, fold(keys_B, 0), ~fixed_BL)
+        rank_BL = order_ranks(self.order, whole(fold(keys_B, 0)), ~fixed_BL)
         return State.starting(
             fold(keys_B, 1),
             x_BL=x_BL,
@@ -273,7 +273,7 @@ class Speculative(SteppedSampler):
 
 
 def draw_at(
-    keys_B: Key[Array, " B"],
+    keys_B: Keys,
     positions_BK: Int[Array, "B K"],
     log_probs_BKN: Float[Array, "B K N"],
     watermark: Watermark | None = None,
@@ -290,7 +290,7 @@ def leading(window: Window, agrees_BK: Bool[Array, "B K"]) -> Int[Array, " B"]:
 
 
 def accept(
-    keys_B: Key[Array, " B"],
+    keys_B: Keys,
     window: Window,
     tokens_BK: Int[Array, "B K"],
     drafted_BKN: Float[Array, "B K N"],

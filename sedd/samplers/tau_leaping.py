@@ -16,7 +16,7 @@ from sedd.errors import FieldError
 from sedd.networks.rows import Rows
 from sedd.processes.base import Process
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import fold, leap, tokens_at
+from sedd.samplers.noise import fold, leap, tokens_at, whole
 from sedd.types import Array, Float, Int
 
 T_MIN = 1e-5  # time at which the last step ends; at t = 0 scores can be infinite
@@ -85,7 +85,7 @@ class TauLeaping(SteppedSampler):
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         """Tokens of the prior at free positions."""
-        prior_BL = denoiser.process.sample_prior(fold(keys_B, 0), tokens_BL.shape[1])
+        prior_BL = denoiser.process.sample_prior(whole(fold(keys_B, 0)), tokens_BL.shape[1])
         return State.starting(
             keys_B,
             x_BL=jnp.where(fixed_BL, tokens_BL, prior_BL),

@@ -1,4 +1,7 @@
-"""A user's scoring function, as the samplers that search with it call it.
+"""Verifiers: what the samplers that search score texts by.
+
+A verifier is a user's function on texts, or the model itself (``SelfLikelihood``); several are an
+ensemble.
 
 A search runs inside one compiled program, which calls the user's function on the host. No exception
 can leave such a program. A failure is therefore signalled by scores of nan, which end the search;
@@ -8,7 +11,7 @@ the ``TextVerifier`` keeps the error message, and the caller raises it after the
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,9 @@ import numpy as np
 from sedd.arrays import NAN
 from sedd.data.tokenizers import Tokenizer
 from sedd.denoiser import Denoiser
-from sedd.errors import UserError
-from sedd.types import Array, Float, Int
+from sedd.errors import FieldError, UserError
+from sedd.samplers.self_likelihood import SelfLikelihood
+from sedd.types import Array, Bool, Float, Int, Key
 
 NO_NUMBERS = (
     "the probabilities are nan: check the parameters of the model, and the logit processor if "
@@ -31,14 +35,59 @@ Verifier = Callable[[np.ndarray, np.ndarray], np.ndarray]
 A score that is not finite ends a search, and all scores of that search are then nan.
 """
 
+Verifiers = Verifier | SelfLikelihood | tuple[Verifier | SelfLikelihood, ...]
+"""One verifier, or an ensemble of several."""
+
 TextScorer = Callable[[list[str]], Sequence[float]]
 """A function from R texts to R finite scores, higher is better."""
 
+SELF = "self"  # the name of ``SelfLikelihood`` for users; "self:16" sets its draws
+
+
+class Scores(NamedTuple):
+    """The scores of some texts, and the network calls of the verifiers for each of them."""
+
+    score_RE: Float[Array, "R E"]  # a column for each verifier
+    calls_R: Int[Array, " R"]
+
+
+def verifiers_of(verifiers: Verifiers) -> tuple[Verifier | SelfLikelihood, ...]:
+    """The verifiers of an ensemble, or the single one."""
+    return verifiers if isinstance(verifiers, tuple) else (verifiers,)
+
 
 def verify(
+    verifiers: Verifiers,
+    denoiser: Denoiser,
+    keys_R: Key[Array, " R"],
+    tokens_RL: Int[Array, "R L"],
+    free_RL: Bool[Array, "R L"],
+) -> Scores:
+    """Score texts by every verifier; all scores are nan if one is not finite.
+
+    Args:
+        verifiers: one or several.
+        denoiser: the model, which ``SelfLikelihood`` calls.
+        keys_R: keys for the random numbers of ``SelfLikelihood``.
+        tokens_RL: the texts.
+        free_RL: the positions that were drawn, which ``SelfLikelihood`` scores.
+    """
+    columns, calls_R = [], jnp.zeros(len(tokens_RL), jnp.int32)
+    for verifier in verifiers_of(verifiers):
+        if isinstance(verifier, SelfLikelihood):
+            score_R, own_R = verifier(denoiser, keys_R, tokens_RL, free_RL)
+            calls_R = calls_R + own_R
+        else:
+            score_R = _on_host(verifier, denoiser, tokens_RL)
+        columns.append(score_R)
+    score_RE = jnp.stack(columns, 1)
+    return Scores(jnp.where(jnp.isfinite(score_RE).all(), score_RE, jnp.nan), calls_R)
+
+
+def _on_host(
     verifier: Verifier, denoiser: Denoiser, tokens_BL: Int[Array, "B L"]
 ) -> Float[Array, " B"]:
-    """Call ``verifier`` on the host; nan for every sequence if one score is not finite.
+    """Call ``verifier`` on the host.
 
     Real positions have a segment above 0 in ``denoiser.attend``; without segments all are real.
     """
@@ -50,8 +99,7 @@ def verify(
         return np.asarray(verifier(np.asarray(tokens_RL), np.asarray(real_RL)), np.float32)
 
     shape = jax.ShapeDtypeStruct(tokens_BL.shape[:1], jnp.float32)
-    score_B = jax.pure_callback(scores, shape, tokens_BL, real_BL, vmap_method="sequential")
-    return jnp.where(jnp.isfinite(score_B).all(), score_B, jnp.nan)
+    return jax.pure_callback(scores, shape, tokens_BL, real_BL, vmap_method="sequential")
 
 
 class TextVerifier:
@@ -128,9 +176,54 @@ def text_numbers(
 
 
 def verifier_error(sampler: Any) -> UserError | None:
-    """Take the error of the sampler's ``TextVerifier``; None without an error or a verifier."""
-    verifier = getattr(sampler, "verifier", None)
-    return verifier.take_error() if isinstance(verifier, TextVerifier) else None
+    """Take the errors of the sampler's ``TextVerifier``s, and return the first of them, if any."""
+    each = verifiers_of(getattr(sampler, "verifier", ()))
+    errors = [one.take_error() for one in each if isinstance(one, TextVerifier)]
+    return next((error for error in errors if error is not None), None)
+
+
+def as_verifiers(given: Any, tokenizer: Tokenizer | None) -> Verifiers:
+    """The verifiers that a user names: a function on texts, "self", or a list of these.
+
+    Args:
+        given: a function from texts to scores; ``"self"`` or ``"self:DRAWS"`` for the
+            ``SelfLikelihood``; or a list of such, an ensemble.
+        tokenizer: decodes the sequences for functions.
+
+    Raises:
+        UserError: a function is given, and the model has no tokenizer.
+        FieldError: a value is none of these.
+    """
+    if not isinstance(given, list | tuple):
+        return _as_verifier(given, tokenizer)
+    if not given:
+        raise FieldError("verifier", "must be a verifier, or a list of at least one")
+    return ensemble([_as_verifier(one, tokenizer) for one in given])
+
+
+def ensemble(verifiers: Sequence[Verifier | SelfLikelihood]) -> Verifiers:
+    """Several verifiers as a tuple, or the only one."""
+    return verifiers[0] if len(verifiers) == 1 else tuple(verifiers)
+
+
+def _as_verifier(given: Any, tokenizer: Tokenizer | None) -> Verifier | SelfLikelihood:
+    """One verifier as a user names it."""
+    if isinstance(given, SelfLikelihood):
+        return given
+    if isinstance(given, str):
+        return self_likelihood(given)
+    if not callable(given):
+        raise FieldError("verifier", f'must be a function of texts or "self", got {given!r}')
+    function: Any = given
+    return text_verifier(function, tokenizer)
+
+
+def self_likelihood(spelt: str) -> SelfLikelihood:
+    """The verifier that ``self`` or ``self:DRAWS`` names; FieldError if it is neither."""
+    name, _, draws = spelt.partition(":")
+    if name != SELF or (spelt != SELF and not draws.isdecimal()):
+        raise FieldError("verifier", f'must be a function, "self" or "self:DRAWS", got {spelt!r}')
+    return SelfLikelihood(draws=int(draws)) if draws else SelfLikelihood()
 
 
 def text_verifier(

@@ -60,7 +60,10 @@ SAMPLERS = {
     "semi_autoregressive": ["steps"],
     "best_of_n": ["steps"],
     "particle": ["steps"],
+    "search_paths": ["steps"],
+    "zero_order": ["steps"],
 }
+SEARCHES = ("best_of_n", "particle", "search_paths", "zero_order")
 
 
 def make_model(kind):
@@ -122,7 +125,7 @@ def assert_all_match(result, patterns=REGEXES):
             *[("event_jump", 1), ("tweedie", LENGTH)],
         ],
         [
-            *[("event_jump", 1), ("tweedie", LENGTH), ("particle", 4)],
+            *[("event_jump", 1), ("tweedie", LENGTH), ("particle", 4), ("zero_order", 4)],
         ],
     ),
 )
@@ -130,16 +133,20 @@ def test_every_sampler_always_matches(model, automata, name, steps):
     options = {} if steps is None else {"steps": steps}
     if name == "planned":
         options = {"calls": steps, "profile": tiny_run.profile_of(model, LENGTH)}
-    if name in ("semi_autoregressive", "best_of_n", "particle"):
+    if name in ("semi_autoregressive", *SEARCHES):
         options = {"inner": sedd.samplers.options("event_jump", **options)}
     if name == "semi_autoregressive":
         options["block"] = 4
-    if name in ("best_of_n", "particle"):
+    if name in SEARCHES:
         options["verifier"] = letters
     if name == "particle":
         options |= {"particles": 2, "resample_every": 2}
     if name == "best_of_n":
         options["n"] = 2
+    if name == "search_paths":
+        options |= {"paths": 1, "branches": 2}
+    if name == "zero_order":
+        options |= {"neighbours": 2, "rounds": 2}
     keys = jax.random.key(steps or 0)
     result = sedd.sample(
         model, keys, num=50, length=LENGTH, sampler=name, constraint=automata, **options

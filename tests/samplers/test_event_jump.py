@@ -35,10 +35,13 @@ from sedd.samplers.ordered import Ordered
 from sedd.samplers.particle import Particle
 from sedd.samplers.remdm import ReMDM
 from sedd.samplers.reveal import dense_rank, group_of, group_size
+from sedd.samplers.search_paths import SearchPaths
+from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.speculative import Speculative
 from sedd.samplers.token_confidence import TokenConfidence
 from sedd.samplers.tweedie import Tweedie
+from sedd.samplers.zero_order import ZeroOrder
 from sedd.schedules import Cosine, Geometric, LogLinear
 
 N, D = 6, 8
@@ -217,6 +220,16 @@ def samplers():
         "particle": Particle(
             schedule=LOG_LINEAR, inner=jump, verifier=scores, particles=4, resample_every=2
         ),
+        "sweeps": Particle(schedule=LOG_LINEAR, inner=jump, verifier=scores, particles=2, sweeps=3),
+        "zero_order": ZeroOrder(
+            schedule=LOG_LINEAR, inner=jump, verifier=scores, rounds=3, rho=0.3
+        ),
+        "metropolis": ZeroOrder(
+            schedule=LOG_LINEAR, inner=jump, verifier=scores, rounds=3, rho=0.3, tilt=1.0
+        ),
+        "search_paths": SearchPaths(
+            schedule=LOG_LINEAR, inner=jump, verifier=SelfLikelihood(draws=2), branches=2
+        ),
     }
     for strategy in ("cap", "rescale", "loop", "confidence"):
         kinds[strategy] = ReMDM(schedule=LOG_LINEAR, strategy=strategy, steps=12, eta=0.3)
@@ -225,6 +238,7 @@ def samplers():
 
 SAMPLERS = samplers()
 EACH_DAY = ["euler", "event_jump", "entropy", "blocks", "speculative", "particle", "cap"]
+EACH_DAY += ["metropolis", "search_paths"]
 LENGTHS = [4, 16, 4, 3]
 KEYS = keys(4, 4)
 

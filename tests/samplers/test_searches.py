@@ -71,8 +71,9 @@ def best_of(verifier, n, inner=FORWARD):
     return BestOfN(schedule=NOISE, inner=inner, verifier=verifier, n=n)
 
 
-def particle(verifier, particles, inner=FORWARD, resample_every=1, tilt=TILT):
+def particle(verifier, particles, inner=FORWARD, resample_every=1, tilt=TILT, sweeps=1):
     return Particle(
+        sweeps=sweeps,
         schedule=NOISE,
         inner=inner,
         verifier=verifier,
@@ -223,6 +224,48 @@ def test_the_law_tends_to_the_tilted_one(resample_every):
         distance.append(oracle.total_variation(law, tilted(DISTINCT)))
     print(f"\nresampled every {resample_every}:", *(f"{d:.3f}" for d in distance))
     assert (-np.diff(distance) > 3 * 2**0.5 / (2 * count**0.5)).all()
+
+
+# ---------------------------------------------------------------- sweeps
+
+SWEPT = 20_000
+
+
+@pytest.mark.parametrize(
+    ("particles", "sweeps", "tilt"), [(2, 16, TILT), nightly(3, 32, 6.0), nightly(1, 48, TILT)]
+)
+def test_sweeps_reach_the_tilted_law(particles, sweeps, tilt):
+    """With 3 particles and a tilt of 6 half of the requests are resampled on the way."""
+    law, distance = tilted(DISTINCT, TWO_FREE, tilt), {}
+    for count in (1, sweeps):
+        sampler = particle(distinct, particles, tilt=tilt, sweeps=count)
+        samples = draw(sampler, fixed=TWO_FREE, count=SWEPT, trace=False)
+        counts = counts_of(samples)
+        distance[count] = oracle.total_variation(counts / SWEPT, law)
+        np.testing.assert_array_equal(samples.score_B, distinct(samples.tokens_BL, True))
+        np.testing.assert_array_equal(samples.calls_B, count * particles * (2 + 1))
+        np.testing.assert_array_equal(samples.verifier_calls_B, count * particles * 2)
+    assert distance[1] > 0.1
+    assert distance[sweeps] < 0.02
+    assert oracle.chi_square_p(counts, law) > 1e-4
+
+
+@pytest.mark.nightly
+def test_sweeps_on_all_positions():
+    count = 200_000
+    counts = counts_of(draw(particle(distinct, 2, sweeps=24), count=count, trace=False))
+    assert oracle.total_variation(counts / count, tilted(DISTINCT)) < 0.02
+
+
+@pytest.mark.parametrize(("particles", "tilt"), [(3, 2.0), nightly(1, 1.0)])
+def test_the_partition_is_unbiased(particles, tilt):
+    """The mean of its exponential is that of exp(tilt·score) under p, within 4σ of the draws."""
+    samples = draw(particle(distinct, particles, tilt=tilt), trace=False)
+    partition_B = np.exp(np.asarray(samples.log_partition_B, float))
+    expected = joint() @ np.exp(tilt * DISTINCT.astype(float))
+    error = partition_B.std() / DRAWS**0.5
+    assert error < 0.05 * expected
+    assert abs(partition_B.mean() - expected) < 4 * error
 
 
 # ---------------------------------------------------------------- inner samplers
@@ -403,6 +446,9 @@ def test_a_verifier_that_fails_ends_the_search():
     assert int(stopped.rounds) == 1
     assert int(whole.rounds) == L
     assert np.isnan(draw(best_of(missing, 4)).score_B).all()
+    swept = draw(particle(missing, 3, sweeps=4), trace=False)
+    assert np.isnan(swept.score_B).all()
+    np.testing.assert_array_equal(swept.calls_B, stopped.calls_B)
 
 
 def test_width():
@@ -438,12 +484,13 @@ def test_blocks_need_a_mask_whatever_is_inside():
     [
         (lambda: best_of(zeros, 0), "n must be at least 1, got 0"),
         (lambda: particle(zeros, 0), "particles must be at least 1, got 0"),
+        (lambda: particle(zeros, 2, sweeps=0), "sweeps must be at least 1, got 0"),
         (lambda: particle(zeros, 2, resample_every=0), "resample_every must be .* got 0"),
         (lambda: particle(zeros, 2, tilt=np.inf), "tilt must be finite, got inf"),
-        (lambda: particle(zeros, 2, best_of(zeros, 2)), "they draw whole sequences"),
+        (lambda: particle(zeros, 2, best_of(zeros, 2)), "must not be a search"),
         (
             lambda: SemiAutoregressive(schedule=NOISE, inner=best_of(zeros, 2)),
-            "they draw whole sequences",
+            "which draws whole sequences",
         ),
         (lambda: SemiAutoregressive(schedule=NOISE, inner=FORWARD, block=0), "got 0"),
     ],
