@@ -421,12 +421,35 @@ SAMPLERS = [  # of the options of sampling
         "--profile: it was measured with another model than {place}/sedd",
     ),
     ("--sampler best_of_n --inner particle {score}", "--inner particle: best_of_n wraps"),
+    (
+        "--sampler search_paths --inner tweedie {score}",
+        "--inner tweedie: search_paths wraps confidence, entropy_bounded, event_jump, ordered, pla",
+    ),
+    # Searches.
+    ("--sampler zero_order --rho 1.5 {score}", "--rho must be in [0, 1], got 1.5"),
+    ("--sampler zero_order --rounds 0 {score}", "'zero_order': --rounds must be at least 1, got 0"),
+    ("--sampler zero_order --tilt inf {score}", "--tilt must be finite, got inf"),
+    (
+        "--sampler search_paths --remask 0.3 --reveal 0.2 {score}",
+        "--reveal must be above remask, 0.3, by at",
+    ),
+    ("--sampler particle --sweeps 0 {score}", "'particle': --sweeps must be at least 1, got 0"),
+    ("--sampler particle {score} self", "--verifier must be one where the law is tilted, got an"),
+    (
+        "--sampler best_of_n --verifier self:x",
+        '--verifier must be a function, "self" or "self:DRAW',
+    ),
+    ("--sampler best_of_n --verifier self:0", "--draws must be at least 1, got 0"),
+    (
+        "--checkpoint {place}/sedd --sampler best_of_n --inner tweedie --verifier self",
+        "the verifier self needs a time-independent model of the absorbing process that is no",
+    ),
     # The user's functions.
     ("--sampler best_of_n", f"--sampler best_of_n{NEEDS}"),
     ("--sampler particle --inner tweedie", f"--sampler particle{NEEDS}"),
     (
         "{score}",
-        "--verifier {place}/code.py:score: sampler 'event_jump' takes no verifier; best_of_n a",
+        "--verifier {place}/code.py:score: sampler 'event_jump' takes no verifier; best_of_n, p",
     ),
     ("--sampler best_of_n --verifier {place}/code.py", "code.py: it must be file.py:function"),
     ("--sampler best_of_n --verifier :score", "--verifier :score: it must be file.py:function"),

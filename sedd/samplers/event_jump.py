@@ -3,12 +3,12 @@
 It skips the steps in which nothing is revealed. arXiv:2406.03736, arXiv:2409.02908.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-from sedd.samplers.noise import random_rank
+from sedd.samplers.noise import fold, random_rank, whole
 from sedd.samplers.reveal import Revealing, check_steps, dense_rank, revealed_share
 
 
@@ -40,10 +40,22 @@ class EventJump(Revealing):
             return random_rank(keys_B, free_BL)
         return dense_rank(self.intervals(keys_B, free_BL.shape[1]), free_BL)
 
-    def intervals(self, keys_B, length):
-        """Draw the interval in 0..steps-1 in which each position is revealed, [B, L]."""
+    def resume(self, denoiser, keys_B, x_BL, masked_BL, share_B):
+        """Draw the intervals of masked positions among those after the current time."""
+        state = super().resume(denoiser, keys_B, x_BL, masked_BL, share_B)
+        if self.steps is None:
+            return state
+        k_BL = self.intervals(whole(fold(keys_B, 0)), x_BL.shape[1], share_B[:, None])
+        return replace(state, plan=dense_rank(k_BL, masked_BL))
+
+    def intervals(self, keys_B, length, share=0.0):
+        """Draw the interval in 0..steps-1 in which each position is revealed, [B, L].
+
+        ``share`` of the positions are revealed before.
+        """
         assert self.steps is not None
         uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
+        uniform_BL = share + (1 - share) * uniform_BL
         k_BL = jnp.zeros(uniform_BL.shape, jnp.int32)
         # A position is revealed in interval k if its uniform draw lies between the shares of
         # positions that are revealed at the beginning and at the end of the interval. The largest k

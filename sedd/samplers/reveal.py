@@ -137,6 +137,27 @@ class Revealing(SteppedSampler):
             plan=self.make_plan(whole(fold(keys_B, 0)), free_BL),
         )
 
+    def resume(
+        self,
+        denoiser: Denoiser,
+        keys_B: Keys,
+        x_BL: Int[Array, "B L"],
+        masked_BL: Bool[Array, "B L"],
+        share_B: Float[Array, " B"],
+    ) -> State:
+        """The state of sequences of which a part is revealed: ``start`` on the masked positions.
+
+        Args:
+            denoiser: the model.
+            keys_B: keys of new noise.
+            x_BL: the current tokens.
+            masked_BL: the positions to draw.
+            share_B: the share of the free positions that is revealed. A sampler with steps of time
+                goes on from the time with this share; the others spread the masked positions over
+                all of their steps.
+        """
+        return self.start(denoiser, keys_B, x_BL, ~masked_BL)
+
     def active(self, denoiser, state):
         """Sequences with masks left."""
         return masked(denoiser, state).any(1)

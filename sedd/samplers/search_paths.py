@@ -51,8 +51,9 @@ class SearchPaths(Search):
     position a call), the law is that of ``inner``, because masking positions at random and drawing
     them again leaves it as it is.
 
-    After a remasking the inner sampler starts anew on the masked positions. One with ``steps``
-    spreads these over all of its steps, so that calls reveal fewer positions as the text fills.
+    After a remasking event_jump goes on from the time at which as many positions are revealed.
+    Other inner samplers with ``steps`` start anew on the masked positions and spread them over all
+    of their steps, so that their calls reveal fewer positions as the text fills.
 
     In the paper the first stage draws ``paths`` sequences without scoring them. Here all places of
     the batch are used from the start.
@@ -65,9 +66,9 @@ class SearchPaths(Search):
     """Continuations of each path in a stage."""
     begin: float = 0.25
     """Share of the free positions that the first stage reveals, in (0, 1)."""
-    remask: float = 0.25
+    remask: float = 0.1
     """Share of the free positions that each later stage masks again, in [0, 1)."""
-    reveal: float = 0.5
+    reveal: float = 0.35
     """Share of the free positions that each later stage then reveals, above remask."""
 
     def __post_init__(self):
@@ -182,7 +183,14 @@ class SearchPaths(Search):
         share_R = jnp.full(shown_RL.size, jnp.asarray(again, jnp.float32)[progress.stage])
         coin_R = coins(fold(keys_R, 0), Rows.at(all_positions(progress.x_RL)), share_R)
         masked_RL = free_RL & (~shown_RL | coin_R.reshape(shown_RL.shape))
-        state = self.inner.start(denoiser, fold(keys_R, 1), progress.x_RL, ~masked_RL)
+        kept = jnp.asarray(np.maximum(before - self.remask, 0), jnp.float32)[progress.stage]
+        state = self.inner.resume(
+            denoiser,
+            fold(keys_R, 1),
+            progress.x_RL,
+            masked_RL,
+            jnp.full(len(masked_RL), kept),
+        )
         left = jnp.asarray(1 - shares, jnp.float32)[progress.stage]
         left_R = jnp.floor(left * free_RL.sum(1) + 1e-3)
 

@@ -61,11 +61,11 @@ class ZeroOrder(Search):
     """Sequences drawn in each round."""
     rounds: int = 16
     """Rounds; rounds times neighbours sequences are drawn for each one that is returned."""
-    rho: float = 0.1
-    """Probability that a part of a neighbour's noise is new, in [0, 1]: 1 is random search."""
     tilt: float | None = None
     """Weight of the score in exp(tilt·score), to which the law of the samples tends; by default the
     search is greedy."""
+    rho: float = 0.1
+    """Probability that a part of a neighbour's noise is new, in [0, 1]: 1 is random search."""
 
     def __post_init__(self):
         super().__post_init__()

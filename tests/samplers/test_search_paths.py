@@ -56,6 +56,16 @@ def test_equal_scores_leave_an_exact_law(inner, paths):
     assert oracle.chi_square_p(counts, joint()) > 1e-4
 
 
+def test_event_jump_goes_on_from_the_time_of_the_share():
+    """Resumed at half of the time, the masked positions are revealed in the later intervals."""
+    jump = EventJump(schedule=NOISE, steps=8)
+    share_B = jnp.full(2000, 0.5)
+    k_BL = jump.intervals(oracle.keys(0, 2000), L, share_B[:, None])
+    counts = np.bincount(np.ravel(k_BL), minlength=8)
+    assert (counts[:4] == 0).all()
+    assert oracle.chi_square_p(counts[4:], np.full(4, 0.25)) > 1e-4
+
+
 def test_given_tokens_condition_the_rest():
     counts = counts_of(draw(search_paths(equal, **HALVES), fixed=TWO_FREE, trace=False))
     assert oracle.chi_square_p(counts, joint(TWO_FREE)) > 1e-4
@@ -102,7 +112,9 @@ def test_a_verifier_that_fails_ends_the_search():
 
 def test_one_path_of_a_whole_share_is_one_draw():
     """With nothing masked again a single branch is the inner sampler, completions aside."""
-    sampler = search_paths(equal, Confidence(schedule=NOISE), 1, 1, begin=0.5, remask=0, reveal=0.5)
+    sampler = search_paths(
+        equal, Confidence(schedule=NOISE), 1, 1, begin=0.5, remask=0.0, reveal=0.5
+    )
     found = draw(sampler, trace=False)
     assert oracle.chi_square_p(counts_of(found), joint()) > 1e-4
     np.testing.assert_array_equal(found.calls_B, L + 1)
