@@ -38,6 +38,32 @@ def test_sampling_prints_a_table_and_a_line(capsys):
     assert {"jax", "device", "steps"} <= line.keys()
 
 
+def test_search_compares_at_equal_calls(tmp_path, capsys):
+    """The row of random search has no gain on itself, and every row its calls and scores."""
+    search = importlib.import_module("search")
+    (tmp_path / "text.txt").write_text(tiny_run.text(600))
+    make_run(tmp_path / "run", tiny_run.config(corpus=str(tmp_path / "text.txt")))
+    search.main(
+        search.Settings(
+            checkpoint=tmp_path / "run",
+            plot=tmp_path / "plot.png",
+            budgets=(4,),
+            **{"num": 4, "batch_size": 4, "steps": 4, "draws": 4},
+        )
+    )
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-2])["rows"]
+    assert [row["search"] for row in rows] == list(dict.fromkeys(row["search"] for row in rows))
+    random, greedy, chain, paths, particle = rows
+    assert (random["gain"], random["± gain"]) == (0, 0)
+    assert [row["verifier"] for row in rows[:3]] == [4, 4, 4]
+    assert 4 < particle["verifier"] <= 16
+    assert greedy["calls"] == pytest.approx(random["calls"], rel=0.5)
+    for row in (greedy, chain, paths, particle):
+        assert row["gain"] == pytest.approx(row["score"] - random["score"])
+        assert row["held-out"] < 0
+    assert (tmp_path / "plot.png").exists()
+
+
 def test_block_draws_the_same_texts_with_and_without_the_cache(capsys):
     block = importlib.import_module("block")
     shape = {"hidden_dim": 8, "num_layers": 1, "num_heads": 1, "vocabulary": 5}
