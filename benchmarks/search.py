@@ -56,7 +56,7 @@ class Settings:
     """What is searched for; the other one is held out."""
     rho: float = 0.1
     """Share of new noise of zero_order."""
-    tilt: float = 16.0
+    tilt: float = 32.0
     """Tilt of zero_order as a Markov chain, and of particle."""
     draws: int = 64
     """Network calls for the bound of a returned text."""

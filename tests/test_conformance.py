@@ -23,6 +23,7 @@ from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
 from sedd.processes.uniform import Uniform
 from sedd.samplers.base import Samples
+from sedd.samplers.event_jump import EventJump
 from sedd.samplers.planned import Profile
 from sedd.samplers.tweedie import Tweedie
 from sedd.schedules import LogLinear
@@ -49,7 +50,11 @@ def names(family):
     return pytest.mark.parametrize("name", sorted(makers(family)))
 
 
-def context(reading):
+def context(reading, name=None):
+    only_reveals = name == "search_paths"
+    inner = (
+        EventJump(schedule=LogLinear()) if only_reveals else Tweedie(schedule=LogLinear(), steps=6)
+    )
     return {
         "num_tokens": N,
         "process": reading.process,
@@ -57,7 +62,7 @@ def context(reading):
         "schedule": LogLinear(),
         "num_states": reading.process.num_states,
         "time_conditioned": not reading.time_independent,
-        "inner": Tweedie(schedule=LogLinear(), steps=6),
+        "inner": inner,
         "verifier": first_tokens,
         "profile": Profile(model="m", nats_L=(3.0, 2.5, 2.0, 1.5, 1.2, 1.0)),
     }
@@ -73,7 +78,7 @@ def make(family, name, reading, **fields):
     known = {f.name for f in dataclasses.fields(makers(family)[name])}
     fields |= {k: v for k, v in SMALL.items() if k in known and family in ("networks", "samplers")}
     return build(
-        family, name, **fields, **{k: v for k, v in context(reading).items() if k in known}
+        family, name, **fields, **{k: v for k, v in context(reading, name).items() if k in known}
     )
 
 
@@ -94,8 +99,8 @@ def accepted(family, name):
 @every
 def test_builds_from_defaults(family, name):
     _, reading, _ = accepted(family, name)[0]
-    component = options(family, name).build(**context(reading))
-    assert component == options(family, name).build(**context(reading))
+    component = options(family, name).build(**context(reading, name))
+    assert component == options(family, name).build(**context(reading, name))
 
 
 @every
