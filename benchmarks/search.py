@@ -50,8 +50,10 @@ class Settings:
     """Requests that are drawn together."""
     steps: int = 16
     """Steps of event_jump, the inner sampler."""
-    budgets: tuple[int, ...] = (4, 16, 64)
+    budgets: tuple[int, ...] = (8, 32)
     """Numbers of draws, multiples of 4; the searches over paths have half as many branches."""
+    neighbours: int = 4
+    """Draws in a round of zero_order, which divides the budgets."""
     verifier: Literal["trigram", "self"] = "trigram"
     """What is searched for; the other one is held out."""
     rho: float = 0.1
@@ -67,14 +69,15 @@ class Settings:
 
 def searches(settings: Settings) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Yield the label, the setting, the sampler and its options of each row."""
+    near = {"neighbours": settings.neighbours, "rho": settings.rho}
     for n in settings.budgets:
         yield "random search", f"n {n}", "best_of_n", {"n": n}
     for n in settings.budgets:
-        given = {"neighbours": 4, "rounds": n // 4, "rho": settings.rho}
-        yield "zero_order, greedy", f"rounds {n // 4}", "zero_order", given
+        given = near | {"rounds": n // settings.neighbours}
+        yield "zero_order, greedy", f"rounds {given['rounds']}", "zero_order", given
     for n in settings.budgets:
-        given = {"neighbours": 4, "rounds": n // 4, "rho": settings.rho, "tilt": settings.tilt}
-        yield "zero_order, Metropolis", f"rounds {n // 4}", "zero_order", given
+        given = near | {"rounds": n // settings.neighbours, "tilt": settings.tilt}
+        yield "zero_order, Metropolis", f"rounds {given['rounds']}", "zero_order", given
     for n in settings.budgets:
         paths = max(n // 8, 1)
         given = {"paths": paths, "branches": n // 2 // paths}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sedd.samplers.noise import fold, random_rank, whole
 from sedd.samplers.reveal import Revealing, check_steps, dense_rank, revealed_share
+from sedd.types import Array, Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class EventJump(Revealing):
         k_BL = self.intervals(whole(fold(keys_B, 0)), x_BL.shape[1], share_B[:, None])
         return replace(state, plan=dense_rank(k_BL, masked_BL))
 
-    def intervals(self, keys_B, length, share=0.0):
+    def intervals(self, keys_B, length, share: Float[Array, "..."] | float = 0.0):
         """Draw the interval in 0..steps-1 in which each position is revealed, [B, L].
 
         ``share`` of the positions are revealed before.

@@ -18,9 +18,9 @@ from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.verifier import Scores, Verifiers, verifiers_of, verify
 from sedd.types import Array, Bool, Float, Int, Key
 
-VERIFIER = 2**31 - 3  # folded into a request's key for its verifiers; no other number is as large
-MOVES = 2**31 - 4  # folded into a request's key for what a search draws itself
-AGAIN = 2**31 - 5  # folded into a request's key for draws after the first
+VERIFIER = 2**31 - 4  # folded into a request's key for its verifiers; no other number is as large
+MOVES = 2**31 - 5  # folded into a request's key for what a search draws itself
+AGAIN = 2**31 - 6  # folded into a request's key for draws after the first
 
 
 @dataclass(frozen=True, kw_only=True)

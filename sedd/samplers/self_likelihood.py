@@ -22,8 +22,8 @@ class SelfLikelihood:
     The k-DCE is an upper bound on -log p(free tokens | given tokens). ``draws`` sets of positions
     are masked, each in a network call of its own, which is counted. Set d has k of the F free
     positions at random; the k of all sets are spread evenly over 1..F. The score is
-    mean_d (1/k)·Σ_masked log c(x_i). Temperature, top-k, top-p, guidance, processors and
-    constraints are left out.
+    mean_d (1/k)·Σ_masked log c(x_i). Temperature, top-k, top-p, guidance, processors,
+    constraints and watermarks are left out.
 
     All texts of a request are scored with the same masks. A search can therefore find texts that
     suit these masks: the score of the text that it returns is no unbiased estimate of the text's
@@ -60,7 +60,7 @@ class SelfLikelihood:
             tokens_BL: texts without masks at free positions.
             free_BL: the positions to score; the others are conditioned on.
         """
-        plain = replace(denoiser, reshape=None, given_BL=None, constraint=None)
+        plain = replace(denoiser, reshape=None, given_BL=None, constraint=None, watermark=None)
         free_B = free_BL.sum(1)
         offset_B = jax.vmap(jax.random.uniform)(fold(keys_B, self.draws))
 

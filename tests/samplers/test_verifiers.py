@@ -15,7 +15,7 @@ from test_searches import DISTINCT, NOISE, TWO_FREE, ZEROS, best_of, distinct, d
 from sedd.errors import FieldError, UserError
 from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
-from sedd.samplers.search import preference
+from sedd.samplers.search import VERIFIER, preference
 from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.tweedie import Tweedie
 from sedd.samplers.verifier import as_verifiers, verify
@@ -101,7 +101,7 @@ def test_texts_of_one_request_are_scored_with_the_same_masks():
     scores = self_scores(
         2,
         oracle.table_denoiser(table, N),
-        jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 3))(keys(0, 500)),
+        jax.vmap(lambda key: jax.random.fold_in(key, VERIFIER))(keys(0, 500)),
         found.tokens_BL,
         np.ones((500, L), bool),
     )
