@@ -39,10 +39,9 @@ from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.orders import listed
 from sedd.samplers.planned import Profile
-from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.speculative import Speculative
-from sedd.samplers.verifier import Verifiers, ensemble, text_verifier
+from sedd.samplers.verifier import Verifiers, as_verifiers, text_verifier
 from sedd.sampling import NUMBERS, check_profile, check_temperature, reshape_of, stopping
 from sedd.watermark.scheme import Scheme
 
@@ -98,13 +97,8 @@ class Asking:
             flag = "--logit-processor"
             processor = load_processor(command.logit_processor, flag, model.process.mask_id)
         if command.verifier:
-            tokenizer = model.tokenizer
-            verifier = ensemble(
-                [
-                    one if isinstance(one, SelfLikelihood) else text_verifier(one, tokenizer, spec)
-                    for spec, one in ((spec, load_verifier(spec)) for spec in command.verifier)
-                ]
-            )
+            given = [load_verifier(spec) for spec in command.verifier]
+            verifier = as_verifiers(given, model.tokenizer, command.verifier)
         if command.control.method == "particle":
             verifier = text_verifier(Steering(), model.tokenizer, "--features")
         asking = cls(

@@ -125,7 +125,8 @@ def check_control(command) -> None:
         )
     if command.verifier:
         raise UserError(
-            f"--verifier {' '.join(command.verifier)}: with --method particle the features are the score"
+            f"--verifier {' '.join(command.verifier)}: with --method particle the features are the "
+            "score"
         )
     if command.sampler.tilt != 1:
         raise UserError(f"--tilt {command.sampler.tilt}: --method particle determines the weights")

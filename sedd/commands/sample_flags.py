@@ -118,8 +118,8 @@ class SampleCommand:
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
     id, text, tokens, calls, rows, entropy (in nats, of the frequencies of the drawn tokens), seed,
-    where the sampler computes them score, verifier_calls, log_partition and log_prob (in nats), with
-    --features their values; of a watermarked text also watermark: what sedd detect has to know
+    where the sampler computes them score, verifier_calls, log_partition and log_prob (in nats),
+    with --features their values; of a watermarked text also watermark: what sedd detect has to know
     beside the secret."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""

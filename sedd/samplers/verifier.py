@@ -182,31 +182,29 @@ def verifier_error(sampler: Any) -> UserError | None:
     return next((error for error in errors if error is not None), None)
 
 
-def as_verifiers(given: Any, tokenizer: Tokenizer | None) -> Verifiers:
+def as_verifiers(given: Any, tokenizer: Tokenizer | None, names: Sequence[str] = ()) -> Verifiers:
     """The verifiers that a user names: a function on texts, "self", or a list of these.
 
     Args:
         given: a function from texts to scores; ``"self"`` or ``"self:DRAWS"`` for the
             ``SelfLikelihood``; or a list of such, an ensemble.
         tokenizer: decodes the sequences for functions.
+        names: of the entries of a list, for error messages; by default those of the functions.
 
     Raises:
         UserError: a function is given, and the model has no tokenizer.
         FieldError: a value is none of these.
     """
     if not isinstance(given, list | tuple):
-        return _as_verifier(given, tokenizer)
+        return _as_verifier(given, tokenizer, "")
     if not given:
         raise FieldError("verifier", "must be a verifier, or a list of at least one")
-    return ensemble([_as_verifier(one, tokenizer) for one in given])
+    named = zip(given, names or [""] * len(given), strict=True)
+    each = [_as_verifier(one, tokenizer, name) for one, name in named]
+    return each[0] if len(each) == 1 else tuple(each)
 
 
-def ensemble(verifiers: Sequence[Verifier | SelfLikelihood]) -> Verifiers:
-    """Several verifiers as a tuple, or the only one."""
-    return verifiers[0] if len(verifiers) == 1 else tuple(verifiers)
-
-
-def _as_verifier(given: Any, tokenizer: Tokenizer | None) -> Verifier | SelfLikelihood:
+def _as_verifier(given: Any, tokenizer: Tokenizer | None, name: str) -> Verifier | SelfLikelihood:
     """One verifier as a user names it."""
     if isinstance(given, SelfLikelihood):
         return given
@@ -215,7 +213,7 @@ def _as_verifier(given: Any, tokenizer: Tokenizer | None) -> Verifier | SelfLike
     if not callable(given):
         raise FieldError("verifier", f'must be a function of texts or "self", got {given!r}')
     function: Any = given
-    return text_verifier(function, tokenizer)
+    return text_verifier(function, tokenizer, name)
 
 
 def self_likelihood(spelt: str) -> SelfLikelihood:
