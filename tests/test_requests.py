@@ -331,9 +331,12 @@ def test_the_entropy_is_of_what_was_drawn(tokens, entropy):
         calls=1,
         rows=1,
         score=None,
+        verifier_calls=None,
+        log_partition=None,
         log_prob=None,
         frames=None,
         times=None,
+        watermark=None,
     )
     assert str(one.to_json()["entropy"]) == entropy
 

@@ -125,7 +125,7 @@ def shown(score_BE: Float[Array, "B E"]) -> Float[Array, "B ..."]:
 
 def summed(count_R: Int[Array, " R"], batch: int) -> Int[Array, " B"]:
     """The counts of all candidates of each request."""
-    return count_R.reshape(batch, -1).sum(1)
+    return count_R.reshape(batch, -1).sum(1, dtype=count_R.dtype)
 
 
 def take(samples: Samples, row_B: Int[Array, " B"]) -> Samples:
