@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from sedd.commands.answers import Answer, Answering, Asked
 from sedd.commands.asking import Asking, Steering
 from sedd.commands.cli import note
 from sedd.commands.control_flags import POOL, TOTAL_VARIATION
-from sedd.commands.user_code import LogitProcessor
 from sedd.control.draws import Drawing, Proposals, score_of
 from sedd.control.estimates import Curve
 from sedd.control.features import Features
@@ -20,6 +19,7 @@ from sedd.control.law import Control
 from sedd.errors import UserError
 from sedd.evaluation.measured import Measured
 from sedd.evaluation.report import Cell, Table
+from sedd.progress import Activity
 from sedd.samplers.particle import Particle
 from sedd.samplers.verifier import TextVerifier
 
@@ -51,7 +51,8 @@ class Controlled:
         with self.asking.requests() as requests:
             first = next(iter(requests()))
         assert isinstance(first, Asked)
-        self._first = first
+        self._first, self._drawn = first, 0
+        self._activity: Activity | None = None
         self.drawing: Drawing[Answer] = Drawing(
             proposals=self._proposals(self._proposed(), 0),
             features=self.features,
@@ -99,23 +100,38 @@ class Controlled:
         if asked.sampler is self._first.sampler and width > 1:
             size = min(size, max(command.num, 1))
         answering = dataclasses.replace(self.answering, counts={asked.program: size})
-        answers = checked(answering.answers(requests()), self.asking.processor)
-        return Proposals(answers, lambda one: one.text, self.features)
+        return Proposals(self._checked(answering, requests()), lambda one: one.text, self.features)
 
-    def batches(self) -> Iterator[list[Answer]]:
+    def _checked(self, answering: Answering, asked: Iterator[Asked]) -> Iterator[list[Answer]]:
+        """Yield the texts, and show their number; UserError if the logit processor failed."""
+        for batch in answering.answers(asked):
+            if self.asking.processor is not None:
+                self.asking.processor.raise_error()
+            self._drawn += len(batch)
+            if self._activity is not None:
+                returned = f"{len(self.drawing.drawn):,} returned"
+                self._activity.update(f"drawing: {self._drawn:,} texts of the model, {returned}")
+            yield batch
+
+    def batches(self) -> Generator[list[Answer]]:
         """Yield the answers in lists, with their features, numbered from 0."""
         drawing, number = self.drawing, itertools.count()
-        for batch in drawing.texts():
-            weights = drawing.weights.tolist() if drawing.method == "weigh" else [None] * len(batch)
-            yield [
-                dataclasses.replace(
-                    one,
-                    request=dataclasses.replace(one.request, id=next(number)),
-                    features=dict(zip(self.features.names, features_F.tolist(), strict=True)),
-                    weight=weight,
-                )
-                for (one, features_F), weight in zip(batch, weights, strict=True)
-            ]
+        with Activity("compiling and drawing") as self._activity:
+            for batch in drawing.texts():
+                weights = [None] * len(batch)
+                if drawing.method == "weigh":
+                    weights = drawing.weights.tolist()
+                answers = [
+                    dataclasses.replace(
+                        one,
+                        request=dataclasses.replace(one.request, id=next(number)),
+                        features=dict(zip(self.features.names, features_F.tolist(), strict=True)),
+                        weight=weight,
+                    )
+                    for (one, features_F), weight in zip(batch, weights, strict=True)
+                ]
+                with self._activity.paused():  # the caller prints them
+                    yield answers
 
     def tables(self) -> list[Table]:
         """The figures of the law and of the answers, once all are drawn."""
@@ -145,16 +161,6 @@ class Controlled:
                 "particle is approximate: its law tends to the controlled one as --particles grow, "
                 "and the errors are without this bias"
             )
-
-
-def checked(
-    batches: Iterator[list[Answer]], processor: LogitProcessor | None
-) -> Iterator[list[Answer]]:
-    """Yield the batches; UserError if the user's logit processor failed in one."""
-    for batch in batches:
-        if processor is not None:
-            processor.raise_error()
-        yield batch
 
 
 def feature_table(drawing: Drawing[Answer]) -> Table:

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         if command.control.features is not None:
             controlled = Controlled(asking=asking, answering=answering)
-            batches = shown(controlled.batches(), command.num)
+            batches = controlled.batches()
             stack.enter_context(contextlib.closing(batches))
             deliver(command, model, batches, asking.processor)
             streamed = command.output is not None and is_stdout(command.output)

@@ -29,9 +29,10 @@ def control_validator(
 ) -> Callable[[Params], dict[str, Any]]:
     """Make the loop's ``validate`` for rows with weights.
 
-    Its figures are the weighted bound in nats per token, and ``divergence``, KL(p‖π) in nats per
-    text, as the module describes. Without --init-from there is no starting model, and no
-    divergence.
+    Its figures are the weighted bound in nats per token, and in nats per text ``divergence``,
+    KL(p‖π) as the module describes, ``divergence_at_start``, KL(p‖a), and ``divergence_fall``,
+    their difference, whose error is much smaller than theirs. Without --init-from there is no
+    starting model, and no divergence.
 
     Args:
         config: for the number of draws, the seed and the starting model.
@@ -67,8 +68,12 @@ def control_validator(
             "perplexity": float(np.exp(min(per_token.value, 700))),
         }
         if start_S:
-            start, now = log_weight_S, log_weight_S + nats_S - start_S[0]
-            for name, each_S in (("divergence", now), ("divergence_at_start", start)):
+            fall_S = start_S[0] - nats_S
+            for name, each_S in (
+                ("divergence", log_weight_S - fall_S),
+                ("divergence_at_start", log_weight_S),
+                ("divergence_fall", fall_S),
+            ):
                 found = mean_of(weight_S * each_S)
                 figures |= {name: found.value, f"{name}_error": found.error or 0.0}
         return figures
@@ -115,8 +120,11 @@ def divergence_line(record: dict[str, Any]) -> str:
     """A line on the divergence in a record of ``metrics.jsonl``; empty if it has none."""
     if record.get("validation_divergence") is None:
         return ""
-    now, start = (
+    now, start, fall = (
         f"{record[f'validation_{name}']:.4f} ± {record[f'validation_{name}_error']:.4f}"
-        for name in ("divergence", "divergence_at_start")
+        for name in ("divergence", "divergence_at_start", "divergence_fall")
     )
-    return f"  KL of the control's law from the model, nats per text: {now} (at the start {start})"
+    return (
+        f"  KL(controlled law‖model), nats per text, an estimate: {now}\n"
+        f"    at the start {start}; it fell by {fall}"
+    )

@@ -199,6 +199,19 @@ def test_features_and_moments_that_cannot_be(place, flags, message):
     assert result.out == ""
 
 
+@pytest.mark.nightly
+def test_given_positions_are_written_for_fine_tuning(place, tmp_path):
+    out = tmp_path / "out.jsonl"
+    draw(
+        *(place, "--features {f}:vowels --moments .3 --pool 64 --method weigh", "--prompt", "the "),
+        *("--output", out),
+    )
+    found = lines(out)
+    assert len(found) == 64
+    assert all(line["given"] == [0, 1, 2, 3] for line in found)
+    assert np.mean([line["weight"] for line in found]) == pytest.approx(1)
+
+
 # ---------------------------------------------------------------- Python
 
 
