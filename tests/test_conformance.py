@@ -64,6 +64,7 @@ def context(reading, name=None):
         "time_conditioned": not reading.time_independent,
         "inner": inner,
         "verifier": first_tokens,
+        "log_prob": even_tokens,
         "profile": Profile(model="m", nats_L=(3.0, 2.5, 2.0, 1.5, 1.2, 1.0)),
     }
 
@@ -71,6 +72,11 @@ def context(reading, name=None):
 def first_tokens(tokens_RL, real_RL):
     """A verifier that likes high ids at the start."""
     return np.asarray(tokens_RL)[:, 0].astype(np.float32)
+
+
+def even_tokens(tokens_BL):
+    """An unnormalised log probability that dislikes odd ids."""
+    return -0.5 * (tokens_BL % 2).sum(1).astype(jnp.float32)
 
 
 def make(family, name, reading, **fields):

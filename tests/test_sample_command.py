@@ -19,8 +19,9 @@ from sedd.commands.answers import Answering
 from sedd.commands.asking import Asking
 from sedd.commands.cli import run
 from sedd.commands.sample_flags import read_schema, sampler_for
-from sedd.commands.user_code import load_function, load_processor
+from sedd.commands.user_code import load_processor
 from sedd.configuration.components import makers, options_type
+from sedd.configuration.user_function import load_function
 from sedd.errors import UserError
 
 LENGTH = 12

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from sedd.commands.cli import unset
-from sedd.commands.user_code import load_function
+from sedd.configuration.user_function import load_function
 from sedd.control.draws import Method
 from sedd.control.features import Features
 from sedd.errors import UserError

@@ -28,10 +28,10 @@ from sedd.commands.sampler_flags import (
     refuse_flags_of_others,
     sampler_options,
 )
-from sedd.commands.user_code import load_function
 from sedd.commands.watermark_flags import WatermarkFlags
 from sedd.configuration.build import default_sampler_of, takers
 from sedd.configuration.components import Options
+from sedd.configuration.user_function import load_function
 from sedd.errors import UserError
 from sedd.evaluation.price import Price
 from sedd.files import check_writable

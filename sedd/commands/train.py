@@ -34,6 +34,7 @@ from sedd.commands.train_from import started_from
 from sedd.commands.train_start import Prepared, check_is_run, is_complete, prepare
 from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
 from sedd.configuration.config import Config
+from sedd.configuration.user_function import UserLogProb
 from sedd.data.baselines import CharacterTrigram, joined_text, unigram_nats
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError, fields_within
@@ -41,6 +42,7 @@ from sedd.evaluating import text_counter
 from sedd.evaluation.block_levels import least_variance
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.causal_head import causal_nats
+from sedd.evaluation.energy import free_energy
 from sedd.evaluation.marginals import log_marginals
 from sedd.evaluation.measured import mean_of
 from sedd.evaluation.monte_carlo import REPLICATES, is_exact, resolve
@@ -48,6 +50,7 @@ from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh
 from sedd.objectives.block import Block
+from sedd.objectives.energy import Energy
 from sedd.objectives.marginal import Marginal
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
@@ -103,7 +106,9 @@ def main(arguments: Sequence[str]) -> None:
     config, workdir = command.config, command.workdir
     # The real vocabulary is known only after the corpus was read, which may take hours. Components
     # for two tokens show every other mistake at once.
-    build_parts(config, num_tokens=2)
+    objective = build_parts(config, num_tokens=2).objective
+    if isinstance(objective, Energy):
+        UserLogProb(objective.function).load()
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
     with fields_within("training"):
         device_mesh(fsdp=config.training.fsdp or 1)
@@ -163,7 +168,7 @@ def run_of(
         profile: steps to record for a profiler; None for none.
     """
     config, parts, tokenizer = prepared.config, prepared.parts, prepared.data.tokenizer
-    marginal = parts.objective.trains_marginal_head
+    marginal = isinstance(parts.objective, Marginal)
     return Run(
         workdir=workdir,
         parallel=prepared.parallel,
@@ -174,7 +179,7 @@ def run_of(
         learning_rate=make_schedule(config.optimizer, config.training.steps),
         validate=validator(config, parts, tokenizer, rows),
         sample=text_sampler(config, parts, tokenizer),
-        unigram_nats=None if marginal else frequencies,
+        unigram_nats=None if parts.objective.trains_marginal_head else frequencies,
         unit="loss in nats², validation in nats per token" if marginal else "nats per token",
         flops=partial(
             step_flops,
@@ -250,6 +255,8 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
         return partial(validate_causal_head, config, parts, parts.objective, held_out)
     if isinstance(parts.objective, Marginal):
         return partial(validate_marginal_head, config, parts, held_out)
+    if isinstance(parts.objective, Energy):
+        return partial(validate_energy, config, parts, parts.objective, held_out)
     count_text = text_counter(tokenizer)
 
     def validate(params) -> dict[str, Any]:
@@ -330,6 +337,27 @@ def validate_marginal_head(
     }
 
 
+def validate_energy(
+    config: Config, parts: Parts, objective: Energy, held_out: ValidationRows, params
+) -> dict[str, Any]:
+    """The free energy of texts that the model draws, and log Z by their importance weights.
+
+    Arguments are those of ``validator``, and the averaged parameters.
+    """
+    found = free_energy(parts.denoiser(params), objective, jax.random.key(config.seed), held_out)
+    length = config.data.length
+    return {
+        "nats_per_token": found.free.value / length,
+        "standard_error": (found.free.error or 0.0) / length,
+        "free_energy": found.free.value,
+        "free_energy_error": found.free.error or 0.0,
+        "log_z": found.log_z.value,
+        "log_z_error": found.log_z.error or 0.0,
+        "effective_texts": found.effective,
+        "texts": found.texts,
+    }
+
+
 def text_sampler(config: Config, parts: Parts, tokenizer: Tokenizer):
     """Make the loop's ``sample``: a function from averaged parameters to ``SAMPLES`` texts.
 
@@ -387,12 +415,39 @@ def trigram_bits(data: Data, rows: ValidationRows) -> float | None:
     return nats / characters / math.log(2)
 
 
+def figures_of_head(last: dict[str, Any]) -> str | None:
+    """The last validation of a head, or of a model of an energy; None for a bound."""
+    nats, error = last["validation_nats_per_token"], last["validation_standard_error"]
+    if (gain := last.get("validation_gain")) is not None:
+        return (
+            "nats per masked token, ± standard error\n"
+            f"  {nats:.4f} ± {error:.4f} by the causal head\n"
+            f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently\n"
+            f"  difference: {gain:.4f} ± {last['validation_gain_error']:.4f}"
+        )
+    if (bias := last.get("validation_bias")) is not None:
+        return (
+            "nats per token, ± standard error\n"
+            f"  {nats:.4f} ± {error:.4f} root mean square difference of the head and one order\n"
+            f"  {bias:.4f} ± {last['validation_bias_error']:.4f} mean difference"
+        )
+    if (log_z := last.get("validation_log_z")) is not None:
+        free, error = last["validation_free_energy"], last["validation_free_energy_error"]
+        return (
+            f"{last['validation_texts']} texts of the model, ± standard error\n"
+            f"  log Z = {log_z:.4f} ± {last['validation_log_z_error']:.4f} by importance weights, "
+            f"which are worth {last['validation_effective_texts']:.0f} texts\n"
+            f"  log Z ≥ {-free:.4f} ± {error:.4f} by the free energy"
+        )
+    return None
+
+
 def conclude(
     workdir: Path, data: Data, rows: ValidationRows, frequencies: float, *, exact: bool
 ) -> None:
     """Print the last validation beside two baselines on the same tokens, and list the files.
 
-    The figures of a causal or a marginal head are compared with those of its trunk instead.
+    Heads and models of an energy have other figures, see ``figures_of_head``.
 
     Args:
         workdir: the directory of the run, whose ``metrics.jsonl`` holds the validation.
@@ -411,20 +466,8 @@ def conclude(
         return
     last = validated[-1]
     nats, error = last["validation_nats_per_token"], last["validation_standard_error"]
-    if (gain := last.get("validation_gain")) is not None:
-        console.print(
-            f"\nvalidation at step {last['step']:,}, nats per masked token, ± standard error\n"
-            f"  {nats:.4f} ± {error:.4f} by the causal head\n"
-            f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently\n"
-            f"  difference: {gain:.4f} ± {last['validation_gain_error']:.4f}\n{files}"
-        )
-        return
-    if (bias := last.get("validation_bias")) is not None:
-        console.print(
-            f"\nvalidation at step {last['step']:,}, nats per token, ± standard error\n"
-            f"  {nats:.4f} ± {error:.4f} root mean square difference of the head and one order\n"
-            f"  {bias:.4f} ± {last['validation_bias_error']:.4f} mean difference\n{files}"
-        )
+    if (figures := figures_of_head(last)) is not None:
+        console.print(f"\nvalidation at step {last['step']:,}, {figures}\n{files}")
         return
     sign = "=" if exact else "≤"
     console.print(

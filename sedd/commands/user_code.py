@@ -1,58 +1,15 @@
-"""Load functions from a user's file, for ``--verifier`` and ``--logit-processor``.
-
-Loading runs the file, as importing it would. Whatever the user's code raises, when it is loaded or
-when it is called, becomes one line of a UserError with the number of the line in the user's file.
-"""
+"""A user's logit processor, for ``--logit-processor``."""
 
 import functools
-import os
-import runpy
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sedd.configuration.user_function import load_function, path_and_name, raised
 from sedd.errors import UserError
 from sedd.types import Array, Float, Int
-
-# Raised by numpy functions and Python's ``if`` on values that JAX is only tracing.
-UNTRACEABLE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
-
-
-def load_function(spec: str, flag: str) -> Callable[..., Any]:
-    """Load the function that ``file.py:function`` names.
-
-    The file runs once, so that an equal ``spec`` gives the same object: a function is part of the
-    key of a compiled program.
-
-    Args:
-        spec: the path and the name, such as "verifier.py:short_words".
-        flag: the flag with which the message of an error begins.
-
-    Raises:
-        UserError: the file is missing, fails while it runs, or does not define the function.
-    """
-    path, name = path_and_name(spec)
-    if not path or not name.isidentifier():
-        raise UserError(f"{flag} {spec}: it must be file.py:function")
-    if not Path(path).is_file():
-        raise UserError(f"{flag} {spec}: {path}: no such file")
-    try:
-        found = _run_file(path).get(name)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UserError(f"{flag} {spec}{_line(error, path)}: {_said(error)}") from error
-    if not callable(found):
-        raise UserError(f"{flag} {spec}: {path} defines no function {name!r}")
-    return found
-
-
-def path_and_name(spec: str) -> tuple[str, str]:
-    """Split ``file.py:function``; ``~`` is the home directory."""
-    path, _, name = spec.rpartition(":")
-    return os.path.expanduser(path), name
 
 
 @functools.cache  # the same object for equal arguments, as in ``load_function``
@@ -101,10 +58,7 @@ class LogitProcessor:
         try:
             returned = self.function(log_probs_BKN, tokens_BL, positions_BK)
         except (Exception, SystemExit) as error:  # the user's code may raise anything
-            hint = "; it runs inside jit: write jax.numpy for numpy, and jnp.where for if"
-            hint = hint if isinstance(error, UNTRACEABLE) else ""
-            where = f"{self.where}{_line(error, self.path)}"
-            raise UserError(f"{where}: {_said(error)}{hint}") from error
+            raise raised(error, self.where, self.path) from error
         dtype, shape = getattr(returned, "dtype", None), getattr(returned, "shape", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             kind = f"an array of {dtype}" if dtype is not None else f"{type(returned).__name__}"
@@ -138,21 +92,3 @@ class LogitProcessor:
 
     def _fail(self) -> None:
         self._failed = True
-
-
-@functools.cache
-def _run_file(path: str) -> dict[str, Any]:
-    return runpy.run_path(path)
-
-
-def _line(error: BaseException, path: str) -> str:
-    """``, line N`` for the last line of the user's file in the error's traceback, or nothing."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _said(error: BaseException) -> str:
-    """The type and the message of an error, shortened to the first line if it is JAX's."""
-    message = str(error).partition("\n")[0] if isinstance(error, UNTRACEABLE) else str(error)
-    return f"{type(error).__name__}: {message}".rstrip(" .:")

@@ -18,6 +18,7 @@ import numpy as np
 
 from sedd.configuration.components import build, maker, makers, options, values
 from sedd.configuration.config import Config, DataOptions, with_component
+from sedd.configuration.user_function import UserLogProb
 from sedd.data.answer_rows import DEFAULT_PADDING, pack_records
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
@@ -90,7 +91,11 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
             num_states=process.num_states,
             time_conditioned=not parameterization.time_independent,
         ),
-        objective=config.objective.build(schedule=schedule, parameterization=parameterization),
+        objective=config.objective.build(
+            schedule=schedule,
+            parameterization=parameterization,
+            log_prob=UserLogProb(getattr(config.objective, "function", "")),
+        ),
         sampler=sampler,
     )
     for kind, what in ((AnySubset, "the passes over an order"), (Block, "the blocks")):

@@ -3,6 +3,7 @@ from .autoregressive import Autoregressive as Autoregressive
 from .base import Corrupted as Corrupted
 from .base import Objective as Objective
 from .block import Block as Block
+from .energy import Energy as Energy
 from .k_dce import KDCE as KDCE
 from .lambda_dce import LambdaDCE as LambdaDCE
 from .marginal import Marginal as Marginal

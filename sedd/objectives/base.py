@@ -38,6 +38,7 @@ class Corrupted:
             of 0..L-1, in which the visible positions come first. None for all other objectives.
         attend: the segments of rows with padding or several texts; positions of different segments
             do not see each other. None if all positions see each other.
+        keys_B: keys of what ``energy`` draws from the model; None for all other objectives.
     """
 
     xt_BL: Int[Array, "B L"]
@@ -45,6 +46,7 @@ class Corrupted:
     sigma: Float[Array, "..."] | None = None
     rank_BL: Int[Array, "B L"] | None = None
     attend: Attend | None = None
+    keys_B: Key[Array, " B"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
