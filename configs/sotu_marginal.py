@@ -22,14 +22,18 @@ def get_config() -> Config:
         network=options("networks", "marginal_head", **values(trunk.network)),
         objective=options("objectives", "marginal", window=64),
         optimizer=OptimizerOptions(
-            learning_rate=5e-4,
-            warmup_steps=50,
-            schedule="cosine",
+            learning_rate=1.5e-3,
+            warmup_steps=10,
             beta2=0.99,
-            ema_decay=0.99,
+            ema_decay=0.97,
         ),
         training=dataclasses.replace(
-            trunk.training, steps=600, batch_size=8, eval_every=200, sample_every=None
+            trunk.training,
+            steps=600,
+            batch_size=8,
+            eval_every=200,
+            sample_every=None,
+            checkpoint_every=50,
         ),
         evaluation=dataclasses.replace(trunk.evaluation, max_sequences=32),
     )
