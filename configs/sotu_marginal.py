@@ -29,7 +29,7 @@ def get_config() -> Config:
         ),
         training=dataclasses.replace(
             trunk.training,
-            steps=600,
+            steps=200,
             batch_size=8,
             eval_every=200,
             sample_every=None,
