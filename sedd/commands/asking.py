@@ -32,7 +32,6 @@ from sedd.commands.watermark_flags import notes_on_secret
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import options_type
 from sedd.configuration.config import default_cache_dir, fits
-from sedd.configuration.user_function import load_function
 from sedd.constraints.spans import Shape, shape_of
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
