@@ -11,7 +11,8 @@ the same seeds, by event_jump with ``steps``. The columns:
   ``entropy``: that of the frequencies of a text's own tokens, in nats.
 - ``gain``: the score minus that of random search at as many calls, network and verifier calls
   added, on average over the seeds; random search is interpolated between its rows in the logarithm
-  of the calls. ``± gain`` is its standard error.
+  of the calls, and beyond the last one extended along a straight line. ``± gain`` is its standard
+  error.
 
     python benchmarks/search.py --checkpoint runs/quickstart --plot docs/images/search.png
 """
@@ -142,8 +143,11 @@ def gain(calls: float, score_S: np.ndarray, random: list[tuple[float, np.ndarray
     """The scores minus those of random search at as many calls, seed by seed."""
     log_calls = np.log([each for each, _ in random])
     scores_RS = np.array([scores for _, scores in random])
-    by_seed = [np.interp(np.log(calls), log_calls, column) for column in scores_RS.T]
-    return score_S - np.array(by_seed)
+    by_seed = np.array([np.interp(np.log(calls), log_calls, column) for column in scores_RS.T])
+    beyond = np.log(calls) - log_calls[-1]
+    if beyond > 0 and len(random) > 1:
+        by_seed += beyond * (scores_RS[-1] - scores_RS[-2]) / (log_calls[-1] - log_calls[-2])
+    return score_S - by_seed
 
 
 def main(settings: Settings) -> None:
