@@ -402,7 +402,9 @@ class Denoiser:
             rows = Rows(sequence_R=safe_R // length, position_R=safe_R % length)
             return values_M.at[index_R].set(function(rows).astype(dtype), mode="drop")
 
-        sizes = row_sizes(batch, length, self.network.num_states)
+        # A watermark in the conditionals reads the two neighbours of each row as well.
+        copies = 1 if self.watermark is None or self.watermark.replaces_noise else 2
+        sizes = row_sizes(batch, length, copies * self.network.num_states)
         zeros_M = jnp.zeros(batch * length, dtype)
         return over_chunks(select_BL.reshape(-1), sizes, body, zeros_M).reshape(select_BL.shape)
 

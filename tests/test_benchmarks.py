@@ -84,6 +84,25 @@ def test_loading_measures_the_model_that_it_wrote(tmp_path):
     assert layout.name == "LLaDA"
 
 
+def test_watermark_detects_its_own_texts_alone(tmp_path, capsys):
+    watermark = importlib.import_module("watermark")
+    (tmp_path / "run").mkdir()
+    make_run(tmp_path / "run", tiny_run.config("radd", length=12))
+    settings = watermark.Settings(
+        checkpoint=str(tmp_path / "run"),
+        plot=tmp_path / "plot.png",
+        prefixes=(8, 40),
+        **{"num": 8, "batch_size": 8, "length": 40, "steps": 4},
+    )
+    watermark.main(settings)
+    lines = capsys.readouterr().out.strip().splitlines()
+    rows = {row["texts"]: row for row in json.loads(lines[-2])["rows"]}
+    assert rows["gumbel"]["n 40"] == 1
+    assert rows["gumbel: no secret"]["n 40"] < 0.5
+    assert rows["gumbel"]["KL"] == 0 < rows["green"]["KL"] < 2
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
 @pytest.mark.nightly
 def test_compare_trains_evaluates_and_writes_how(tmp_path, capsys, monkeypatch):
     """Its commands in this process: they are what compiles."""

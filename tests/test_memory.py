@@ -30,6 +30,7 @@ from sedd.samplers.event_jump import EventJump
 from sedd.samplers.speculative import Speculative
 from sedd.samplers.tweedie import Tweedie
 from sedd.schedules import LogLinear
+from sedd.watermark import Scheme
 
 B, L, N, D = 32, 512, 50_257, 64
 LOG_LINEAR = LogLinear()
@@ -76,6 +77,14 @@ PROGRAMS = {
         Conditional(process=Absorbing(num_tokens=N)),
         EventJump(schedule=LOG_LINEAR, steps=8),
     ),
+    "event_jump, gumbel": (
+        Conditional(process=Absorbing(num_tokens=N)),
+        EventJump(schedule=LOG_LINEAR, steps=8),
+    ),
+    "event_jump, green": (
+        Conditional(process=Absorbing(num_tokens=N)),
+        EventJump(schedule=LOG_LINEAR, steps=8),
+    ),
     "confidence": (Conditional(process=Absorbing(num_tokens=N)), Confidence(schedule=LOG_LINEAR)),
     "speculative": (
         Conditional(process=Absorbing(num_tokens=N)),
@@ -97,11 +106,16 @@ def compiled(name):
     )
     params = jax.eval_shape(network.init, jax.random.key(0))
     constraint = jax.eval_shape(email_spans) if "constraint" in name else None
+    watermark = None
+    if (kind := name.rpartition(", ")[2]) in ("gumbel", "green"):
+        scheme = Scheme(secret=b"s", kind=kind)
+        watermark = jax.eval_shape(lambda: scheme.batch(np.zeros(B), np.ones((B, L), bool)))
     denoiser = Denoiser(
         params=params,
         network=network,
         parameterization=parameterization,
         constraint=constraint,
+        watermark=watermark,
     )
     keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     tokens_BL = jax.ShapeDtypeStruct((B, L), jnp.int32)

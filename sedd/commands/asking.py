@@ -107,7 +107,7 @@ class Asking:
             processor=processor,
             verifier=verifier,
             profile=read_profile(command),
-            scheme=command.mark.scheme(),
+            scheme=command.mark.scheme,
         )
         asking.sampler({}, reshape_numbers(command))
         if model.tokenizer is None:
@@ -384,9 +384,15 @@ def notes(
         )
     if survey.repeated is not None:
         yield f"--requests {command.requests}: the id {survey.repeated!r} stands in several lines"
-    if command.mark.watermark_key is not None:
-        yield from notes_on_secret(command.mark.watermark_key)
-        if survey.reused is not None:
+    scheme = command.mark.scheme
+    if scheme is not None and command.mark.watermark_key is not None:
+        yield from notes_on_secret(command.mark.watermark_key, scheme.secret)
+        if scheme.kind == "green":
+            yield (
+                "--watermark green changes the distribution of the samples: by at most "
+                f"{scheme.delta**2 / 2:.3g} nats a token, as a KL divergence"
+            )
+        if survey.reused is not None and scheme.kind == "gumbel":
             yield (
                 f"--requests {command.requests}: seed, the nonce of the watermark, and given text "
                 f"of {survey.reused!r} stand in several lines: these texts share their noise, and "

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     command = parse(DetectCommand, arguments, description=TITLE)
     secret = secret_of(command.watermark_key)
-    for message in notes_on_secret(command.watermark_key):
+    for message in notes_on_secret(command.watermark_key, secret):
         note(message)
     tokenizer = None if command.checkpoint is None else tokenizer_of(command.checkpoint)
     table = Table(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +29,9 @@ class WatermarkFlags:
     watermark_gamma: float = 0.5
     """Share of the vocabulary in a list of the watermark green: a multiple of 1/256 in (0, 1)."""
 
+    @cached_property
     def scheme(self) -> Scheme | None:
-        """Read the secret; None without a watermark.
+        """The scheme; None without a watermark. The file is read once: it may be a pipe.
 
         Raises:
             UserError: --watermark and --watermark-key do not come together, or the file cannot be
@@ -70,14 +72,14 @@ def secret_of(path: Path) -> bytes:
         raise UserError(f"--watermark-key {error}") from error
 
 
-def notes_on_secret(path: Path) -> Iterator[str]:
-    """Yield warnings about the file of a secret that could be read."""
+def notes_on_secret(path: Path, secret: bytes) -> Iterator[str]:
+    """Yield warnings about a secret and its file."""
     if is_readable_by_all(path):
         yield (
             f"--watermark-key {path}: every user of this machine can read the secret (chmod 600 "
             "the file)"
         )
-    if len(read_secret(path)) < SHORT:
+    if len(secret) < SHORT:
         yield (
             f"--watermark-key {path}: a secret of fewer than {SHORT} bytes can be guessed "
             "(openssl rand -hex 32 makes one)"

@@ -25,7 +25,7 @@ import numpy as np
 from sedd.arrays import NO_MASS
 from sedd.types import Array, Bool, Float, Int, Shaped
 from sedd.watermark.base import Watermark
-from sedd.watermark.prf import threefry
+from sedd.watermark.prf import threefry, threefry_on_device
 
 LISTS = 256  # green lists; a byte of the pseudorandom function selects one
 GREEN, LIST = 0, 1  # words of a counter, for what a byte is used
@@ -52,12 +52,13 @@ class Green(Watermark):
 
     def marked(self, log_probs_RN, rows, neighbours):
         num_tokens, key_W = log_probs_RN.shape[-1], jnp.asarray(self.key_BW)[0]
-        list_N = table(key_W, jnp.zeros(1, jnp.uint32), num_tokens, LIST)[0]
+        list_N = table(key_W, jnp.zeros(1, jnp.uint32), num_tokens, LIST)[0].astype(jnp.int32)
         lists_H = jnp.arange(LISTS, dtype=jnp.uint32)
         green_HN = table(key_W, lists_H, num_tokens, GREEN) < jnp.asarray(self.threshold_B)[0]
         green_HN = green_HN.astype(log_probs_RN.dtype)
 
-        before_RH = jax.ops.segment_sum(neighbours(-1).T, list_N, LISTS).T
+        none_RH = jnp.zeros((len(log_probs_RN), LISTS), log_probs_RN.dtype)
+        before_RH = none_RH.at[:, list_N].add(neighbours(-1))
         alpha_RN = before_RH @ green_HN
         next_R = jnp.minimum(rows.position_R + 1, self.scored_BL.shape[1] - 1)
         counts_R = self.scored_BL[rows.sequence_R, next_R]
@@ -81,9 +82,9 @@ def table(key_W, first_A, count: int, use: int) -> Int[Array, "A count"]:
     block_1P = jnp.arange(-(-count // 16), dtype=jnp.uint32)[None]
     numbers = (jnp.full((1, 1), number, jnp.uint32) for number in (use, 0))
     key = [key_W[i].reshape(1, 1) for i in range(4)]
-    words = threefry(key, (first_A[:, None], block_1P, *numbers))
+    words = threefry_on_device(key, (first_A[:, None], block_1P, *numbers))
     bytes_AP44 = jnp.stack(words, -1)[..., None] >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
-    return (bytes_AP44 & jnp.uint32(255)).astype(jnp.int32).reshape(len(first_A), -1)[:, :count]
+    return (bytes_AP44 & jnp.uint32(255)).astype(jnp.uint8).reshape(len(first_A), -1)[:, :count]
 
 
 def byte(key_W: np.ndarray, first: np.ndarray, second: np.ndarray, use: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from sedd.arrays import NAN
 from sedd.types import Array, Float, Shaped
 from sedd.watermark.base import Watermark
-from sedd.watermark.prf import threefry
+from sedd.watermark.prf import threefry, threefry_on_device
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +47,7 @@ class Gumbel(Watermark):
             for values_R in (rows.position_R, rows.pick(self.nonce_B), rows.pick(self.candidate_B))
         )
         # A block of four words serves two tokens; ``words`` is the same for single tokens.
-        block = threefry(key_R1, (position_R1, pair_1P, nonce_R1, candidate_R1))
+        block = threefry_on_device(key_R1, (position_R1, pair_1P, nonce_R1, candidate_R1))
         high_RN, low_RN = (
             jnp.stack(both, -1).reshape(len(log_probs_RN), -1)[:, :num_tokens]
             for both in (block[::2], block[1::2])

@@ -11,19 +11,20 @@ as 1, 2, 3", SC 2011): a key and a counter of four words each give four words. S
         r odd:   x₀ += x₃;  x₃ = (x₃ <<< u) ^ x₀;  x₂ += x₁;  x₁ = (x₁ <<< v) ^ x₂
         after every fourth round, with s = (r + 1)/4:  xᵢ += k₍ₛ₊ᵢ₎ mod 5, then x₃ += s
 
-The functions take numpy arrays, for the detector on the host, or JAX arrays, for samplers on any
-device, and give the same words.
+``threefry`` computes it with numpy, for the detector, and ``threefry_on_device`` with JAX.
 """
 
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
 PARITY = 0x1BD11BDA
-ROUNDS = 20
+GROUPS = 5  # of four rounds each
 
 
 def key_of(secret: bytes, kind: str) -> np.ndarray:
@@ -38,8 +39,8 @@ def key_of(secret: bytes, kind: str) -> np.ndarray:
     return np.frombuffer(digest[:16], ">u4").astype(np.uint32)
 
 
-def threefry(key: Sequence[Any], counter: Sequence[Any]) -> list[Any]:
-    """Threefry-4x32-20.
+def threefry(key: Sequence[np.ndarray], counter: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Threefry-4x32-20 of numpy arrays.
 
     Args:
         key: four arrays of uint32.
@@ -49,20 +50,41 @@ def threefry(key: Sequence[Any], counter: Sequence[Any]) -> list[Any]:
         Four arrays of uint32.
     """
     with np.errstate(over="ignore"):  # numpy warns of overflows of scalars
-        keys = [*key, key[0] ^ key[1] ^ key[2] ^ key[3] ^ np.uint32(PARITY)]
-        x = [c + k for c, k in zip(counter, key, strict=True)]
-        for r in range(ROUNDS):
-            first, second = (1, 3) if r % 2 == 0 else (3, 1)
-            for onto, word, by in zip((0, 2), (first, second), ROTATIONS[r % 8], strict=True):
-                x[onto] = x[onto] + x[word]
-                x[word] = _rotated(x[word], by) ^ x[onto]
-            if r % 4 == 3:
-                s = (r + 1) // 4
-                x = [x[i] + keys[(s + i) % 5] for i in range(4)]
-                x[3] = x[3] + np.uint32(s)
+        keys, x = _schedule(key), [c + k for c, k in zip(counter, key, strict=True)]
+        for s in range(GROUPS):
+            x = _four_rounds(x, np.array(ROTATIONS, np.uint32)[s % 2 * 4 :][:4])
+            x = [word + keys[(s + 1 + i) % 5] for i, word in enumerate(x)]
+            x[3] = x[3] + np.uint32(s + 1)
     return x
 
 
-def _rotated(word, by: int):
-    """Rotate words of 32 bits to the left."""
-    return (word << np.uint32(by)) | (word >> np.uint32(32 - by))
+def threefry_on_device(key: Sequence[Any], counter: Sequence[Any]) -> list[Any]:
+    """``threefry`` of JAX arrays. The loop is not unrolled, which would compile slowly."""
+    shape = jnp.broadcast_shapes(*(word.shape for word in (*key, *counter)))
+    x = [jnp.broadcast_to(c + k, shape) for c, k in zip(counter, key, strict=True)]
+    keys_5 = jnp.stack([jnp.asarray(word) for word in _schedule(key)])
+    rotations = jnp.array(ROTATIONS, jnp.uint32).reshape(2, 4, 2)
+
+    def group(s, x):
+        x = _four_rounds(x, rotations[s % 2])
+        x = [word + keys_5[(s + 1 + i) % 5] for i, word in enumerate(x)]
+        x[3] = x[3] + (s + 1).astype(jnp.uint32)
+        return x
+
+    return jax.lax.fori_loop(0, GROUPS, group, x)
+
+
+def _schedule(key):
+    """The five words that are added to the state in turn."""
+    return [*key, key[0] ^ key[1] ^ key[2] ^ key[3] ^ np.uint32(PARITY)]
+
+
+def _four_rounds(x, rotations_42):
+    """Rounds r to r + 3, for an r that 4 divides."""
+    x = list(x)
+    for r in range(4):
+        first, second = (1, 3) if r % 2 == 0 else (3, 1)
+        for onto, word, by in ((0, first, rotations_42[r][0]), (2, second, rotations_42[r][1])):
+            x[onto] = x[onto] + x[word]
+            x[word] = (x[word] << by | x[word] >> (np.uint32(32) - by)) ^ x[onto]
+    return x

@@ -111,7 +111,8 @@ def test_constrained_tokens_carry_nothing(place, tmp_path):
 
 
 def test_green_texts_are_found(place):
-    _, lines = sample(place, "--num 4 --sampler event_jump --length 96", kind="green")
+    outcome, lines = sample(place, "--num 4 --sampler event_jump --length 96", kind="green")
+    assert "green changes the distribution of the samples: by at most 2 nats" in outcome.err
     assert lines[0]["watermark"] == {"kind": "green", "gamma": 0.5, "scored": [[0, 96]]}
     own = found(place)
     assert max(one["p_value"] for one in own) < 1e-4
