@@ -1,17 +1,13 @@
 """How many tokens it takes to detect a watermark, and what the watermark green costs.
 
 Texts of ``length`` tokens are drawn without a prompt, with a watermark, and their first n tokens
-are tested for it. The columns, each a share of the texts or a median over them:
-
-- ``n 8``, …: texts whose first 8 tokens have a p-value below ``threshold``.
-- ``median p``: the p-value of the whole text.
-- ``entropy``: that of the frequencies of a text's own tokens, in nats.
-- ``KL``: nats by which the watermark moves the distribution of a token from the model's,
-  KL(q ‖ p), on average over drawn texts with a uniformly random number of masks. It is 0 for
-  gumbel, whose texts have the model's distribution over secrets.
-
-The rows "no secret" test the same texts with another secret. Their shares are those of false
-alarms, which a threshold of 0.01 makes visible.
+are tested for it. Each column of the table is a watermark, each row a number of tokens n, and each
+entry the share of the texts whose p-value is below ``threshold``. The columns "other secret" test
+the same texts with another secret: their shares, with a threshold of 0.01, are those of false
+alarms. The caption has the median p-value of the whole texts, the entropy of the frequencies of a
+text's own tokens in nats, and for green the nats by which the watermark moves the distribution of
+a token from the model's, KL(q ‖ p), on average over drawn texts with a uniformly random number of
+masks. For gumbel it is 0 over secrets.
 
     python benchmarks/watermark.py --checkpoint runs/quickstart --plot watermark.png
 """
@@ -46,9 +42,9 @@ class Settings:
     """The model, the texts and the test."""
 
     checkpoint: str = "runs/quickstart"
-    num: int = 60
+    num: int = 200
     """Texts for each row."""
-    batch_size: int = 60
+    batch_size: int = 50
     """Texts that are drawn together."""
     length: int = 128
     """Tokens in a text."""
@@ -117,41 +113,27 @@ def moved(model: sedd.Model, scheme: Scheme, tokens_SL: np.ndarray, seed: int, b
 def main(settings: Settings) -> None:
     """Draw with every watermark, test the texts, and print a table."""
     model = sedd.load(settings.checkpoint)
-    rows: list[dict[str, Any]] = []
-    shares: dict[str, dict[int, float]] = {}
     prefixes = [n for n in settings.prefixes if n <= settings.length]
+    shares: dict[str, dict[int, float]] = {}
+    about: dict[str, Any] = {}
     for label, kind, temperature in SETTINGS:
         scheme = Scheme(secret=SECRET, kind=kind)
         tokens_SL, nonce_S = drawn(model, settings, scheme, temperature)
-        entropy = measure_diversity(list(tokens_SL), tokenization="").entropy.value
-        kl = (0.0, 0.0)
-        if kind == "green":
-            kl = moved(model, scheme, tokens_SL, settings.seed)
         for name, secret, threshold in (
             (label, SECRET, settings.threshold),
-            (f"{label}: no secret", OTHER, FALSE),
+            (f"{label}, other secret", OTHER, FALSE),
         ):
             of_n = {n: p_values(tokens_SL[:, :n], nonce_S, secret, kind) for n in prefixes}
             shares[name] = {n: float((p < threshold).mean()) for n, p in of_n.items()}
-            rows.append(
-                {
-                    "texts": name,
-                    "p below": threshold,
-                    **{f"n {n}": shares[name][n] for n in prefixes},
-                    "median p": float(np.median(of_n[prefixes[-1]])),
-                    "entropy": entropy,
-                    "KL": kl[0],
-                    "± KL": kl[1],
-                }
-            )
-    report(
-        "watermark",
-        rows,
-        texts=settings.num,
-        length=settings.length,
-        steps=settings.steps,
-        threshold=settings.threshold,
-    )
+            about[f"median p of {name}"] = f"{np.median(of_n[prefixes[-1]]):.2g}"
+        entropy = measure_diversity(list(tokens_SL), tokenization="").entropy.value
+        about[f"entropy of {label}"] = f"{entropy:.3f}"
+        if kind == "green":
+            kl, error = moved(model, scheme, tokens_SL, settings.seed)
+            about[f"KL of {label}"] = f"{kl:.3f} ± {error:.3f}"
+    rows = [{"tokens": n, **{name: share[n] for name, share in shares.items()}} for n in prefixes]
+    given = {name: getattr(settings, name) for name in ("num", "length", "steps", "threshold")}
+    report("watermark", rows, **given, **about)
     if settings.plot is not None:
         plot({label: shares[label] for label, *_ in SETTINGS}, settings)
         print(f"wrote {settings.plot}")

@@ -84,6 +84,7 @@ def test_loading_measures_the_model_that_it_wrote(tmp_path):
     assert layout.name == "LLaDA"
 
 
+@pytest.mark.nightly
 def test_watermark_detects_its_own_texts_alone(tmp_path, capsys):
     watermark = importlib.import_module("watermark")
     (tmp_path / "run").mkdir()
@@ -96,10 +97,11 @@ def test_watermark_detects_its_own_texts_alone(tmp_path, capsys):
     )
     watermark.main(settings)
     lines = capsys.readouterr().out.strip().splitlines()
-    rows = {row["texts"]: row for row in json.loads(lines[-2])["rows"]}
-    assert rows["gumbel"]["n 40"] == 1
-    assert rows["gumbel: no secret"]["n 40"] < 0.5
-    assert rows["gumbel"]["KL"] == 0 < rows["green"]["KL"] < 2
+    found = json.loads(lines[-2])
+    assert [row["tokens"] for row in found["rows"]] == [8, 40]
+    assert found["rows"][1]["gumbel"] == 1
+    assert found["rows"][1]["gumbel, other secret"] < 0.5
+    assert 0 < float(found["KL of green"].split()[0]) < 2
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

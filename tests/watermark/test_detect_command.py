@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny_run
+from tiers import nightly
 from tiny_run import TOKENIZER, call
 
 import sedd
@@ -63,14 +64,14 @@ def write(path, *lines):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--sampler event_jump --steps 6",
-        "--sampler semi_autoregressive --block 8",
+        "--sampler event_jump",
+        nightly("--sampler semi_autoregressive --block 8"),
         "--sampler best_of_n --n 3 --verifier {place}/code.py:most_vowels",
     ],
 )
 def test_drawn_texts_are_found_by_their_secret_alone(place, flags):
     outcome, lines = sample(
-        place, f"--num 3 --seed 4 {flags}".format(place=place), "--prompt", "the "
+        place, f"--num 4 --seed 4 {flags}".format(place=place), "--prompt", "the "
     )
     assert SECRET not in outcome.out + outcome.err + (place / "out.jsonl").read_text()
     n = 3 if "best_of_n" in flags else 1
@@ -78,14 +79,14 @@ def test_drawn_texts_are_found_by_their_secret_alone(place, flags):
         mark = {"kind": "gumbel", "nonce": line["seed"], "candidates": n, "scored": [[4, LENGTH]]}
         assert line["watermark"] == mark
     own, others = found(place), found(place, key="other")
-    assert [(one["scored"], one["tests"]) for one in own] == [(20, n)] * 3
+    assert [(one["scored"], one["tests"]) for one in own] == [(20, n)] * 4
     assert max(one["p_value"] for one in own) < 1e-6
     assert min(one["p_value"] for one in others) > 1e-3
-    assert len({line["text"] for line in lines}) == 3
+    assert len({line["text"] for line in lines}) == 4
 
 
 def test_texts_without_marks_are_found_by_a_search(place, tmp_path):
-    _, lines = sample(place, "--num 8 --sampler event_jump")
+    _, lines = sample(place, "--num 4 --seed 2 --sampler event_jump")
     whole = [line for line in lines if len(line["text"]) == LENGTH]  # without ends of text
     lines = [whole[0], whole[-1]]
     texts = write(tmp_path / "texts.jsonl", *({"text": line["text"][2:]} for line in lines))
@@ -121,15 +122,15 @@ def test_green_texts_are_found(place):
 
 
 def test_a_seed_is_a_nonce(place):
-    """One seed, one text, in any batch; other seeds, other texts."""
-    _, three = sample(place, "--num 3 --seed 8 --sampler event_jump")
-    _, one = sample(place, "--seed 9 --sampler event_jump")
-    assert one[0]["tokens"] == three[1]["tokens"]
-    assert len({tuple(line["tokens"]) for line in three}) == 3
+    """One seed, one text; other seeds, other texts."""
+    _, first = sample(place, "--num 4 --seed 8 --sampler event_jump")
+    _, later = sample(place, "--num 4 --seed 9 --sampler event_jump")
+    assert [line["tokens"] for line in later[:3]] == [line["tokens"] for line in first[1:]]
+    assert len({tuple(line["tokens"]) for line in first}) == 4
 
 
 def test_the_table(place):
-    sample(place, "--num 2 --sampler event_jump")
+    sample(place, "--num 4 --sampler event_jump")
     outcome = call("detect", place / "out.jsonl", "--watermark-key", place / "key", "--nonces", 2)
     assert outcome.code == 0
     for word in ("p-value", "statistic", "gumbel", "nonce", "offset"):
@@ -150,22 +151,19 @@ def test_behind_the_end_of_a_text_nothing_is_scored():
 def test_in_python(place):
     model = sedd.load(place / "run")
     scheme = Scheme(secret=SECRET.encode())
-    result = sedd.sample(model, 0, num=3, prompt="the ", sampler="event_jump", watermark=scheme)
-    assert result.scored.tolist() == [[False] * 4 + [True] * (LENGTH - 4)] * 3
-    assert len(set(result.nonces.tolist())) == 3
+    asked = {"num": 4, "prompt": "the ", "sampler": "event_jump", "watermark": scheme}
+    result = sedd.sample(model, 0, **asked)
+    assert result.scored.tolist() == [[False] * 4 + [True] * (LENGTH - 4)] * 4
+    assert len(set(result.nonces.tolist())) == 4
     for tokens, nonce, scored in zip(result.tokens, result.nonces, result.scored, strict=True):
         p_value = detect(tokens, scheme.secret, nonces=[nonce], scored=scored).p_value
         assert p_value < 1e-6
-    other = sedd.sample(model, 1, num=3, prompt="the ", sampler="event_jump", watermark=scheme)
+    other = sedd.sample(model, 1, **asked)
     assert not set(other.nonces.tolist()) & set(result.nonces.tolist())
-    given = sedd.sample(
-        model, 1, num=2, nonces=[5, 5], sampler="event_jump", watermark=scheme, temperature=2.0
-    )
-    assert given.nonces.tolist() == [5, 5]
+    given = sedd.sample(model, 1, nonces=[5, 5, 6, 7], **asked)
+    assert given.nonces.tolist() == [5, 5, 6, 7]
     assert (given.tokens[0] == given.tokens[1]).mean() > 0.5  # equal noise, another order
-    plain = sedd.sample(model, 0, num=1, sampler="event_jump")
-    assert plain.nonces is None
-    assert plain.scored is None
+    assert (given.tokens[0] == given.tokens[2]).mean() < 0.5
 
 
 @pytest.mark.parametrize(
@@ -231,7 +229,7 @@ def test_what_sample_refuses(place, flags, message):
 def test_an_exposed_or_short_secret_is_noted(place):
     (place / "exposed").write_text("abc")
     (place / "exposed").chmod(0o644)
-    flags = ("--sampler", "event_jump", "--watermark", "gumbel")
+    flags = ("--num", 4, "--sampler", "event_jump", "--watermark", "gumbel")
     key = ("--watermark-key", place / "exposed")
     for outcome in (
         call("sample", "--checkpoint", place / "run", *flags, *key),
@@ -245,13 +243,14 @@ def test_an_exposed_or_short_secret_is_noted(place):
 
 def test_a_nonce_that_is_used_again_for_a_prompt_is_noted(place, tmp_path):
     lines = [
-        {"id": name, "prompt": prompt, "seed": 3} for name, prompt in zip("abc", "xyx", strict=True)
+        {"id": name, "prompt": prompt, "seed": 3}
+        for name, prompt in zip("abcd", "xyzx", strict=True)
     ]
     requests = write(tmp_path / "in.jsonl", *lines)
     outcome, _ = sample(place, "--sampler event_jump", "--requests", requests)
     (note,) = [line for line in outcome.err.splitlines() if "nonce" in line]
-    assert "of 'c' stand in several lines" in note
-    requests = write(tmp_path / "in.jsonl", *lines[:2])
+    assert "of 'd' stand in several lines" in note
+    requests = write(tmp_path / "in.jsonl", *lines[:3], {**lines[3], "seed": 4})
     outcome, _ = sample(place, "--sampler event_jump", "--requests", requests)
     assert "nonce" not in outcome.err
 
