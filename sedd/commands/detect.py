@@ -94,9 +94,9 @@ def main(arguments: Sequence[str]) -> int:
     for message in notes_on_secret(command.watermark_key, secret):
         note(message)
     tokenizer = None if command.checkpoint is None else tokenizer_of(command.checkpoint)
-    table = Table(
-        *("id", "p-value", "statistic", "tokens", "watermark", "nonce", "offset", "tests")
-    )
+    table = Table()
+    for name in ("id", "p-value", "statistic", "tokens", "watermark", "nonce", "offset", "tests"):
+        table.add_column(name, overflow="fold")  # on a narrow terminal nothing is cut off
     code = count = 0
     with Activity("testing texts") as activity:
         for one in tested(command, secret, tokenizer):
