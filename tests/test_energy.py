@@ -128,7 +128,7 @@ def test_only_the_head_follows_the_consistency():
 
 # ---------------------------------------------------------------- an Ising grid
 
-SIZE, COUPLING, FIELD = 4, 0.3, 0.1
+SIZE, COUPLING, FIELD = 4, 0.1, 0.1
 
 
 def ising(tokens_BL):
@@ -149,7 +149,7 @@ def exact_ising():
 
 @pytest.mark.nightly
 def test_ising_is_within_one_percent_of_the_exact_answers():
-    length, steps, batch = SIZE**2, 400, 32
+    length, steps, batch = SIZE**2, 600, 64
     network = MarginalHead(
         num_states=3,
         time_conditioned=False,
@@ -161,14 +161,18 @@ def test_ising_is_within_one_percent_of_the_exact_answers():
         dropout=0.0,
         freeze=False,
     )
-    objective = objective_on(2, ising)
+    objective = objective_on(2, ising, consistency=0.3)
     objective.check(network)
     options = OptimizerOptions(
-        learning_rate=3e-3, warmup_steps=20, schedule="cosine", ema_decay=0.95
+        learning_rate=3e-3,
+        warmup_steps=10,
+        schedule="cosine",
+        final_fraction=0.02,
+        clip_norm=10.0,
     )
     optimizer = make_optimizer(options, steps)
     step = Step(
-        network=network, objective=objective, optimizer=optimizer, ema_decay=0.95, batch_size=batch
+        network=network, objective=objective, optimizer=optimizer, ema_decay=0.97, batch_size=batch
     )
     rows = {
         "x0": np.zeros((1, batch, length), np.int32),
@@ -183,7 +187,7 @@ def test_ising_is_within_one_percent_of_the_exact_answers():
         params=state.averaged, network=network, parameterization=objective.parameterization
     )
     log_z, up = exact_ising()
-    held_out = [(rows["x0"][0], rows["scored"][0])] * 32
+    held_out = [(rows["x0"][0], rows["scored"][0])] * 16
     found = free_energy(denoiser, objective, jax.random.key(1), held_out)
     print(log_z, up, found)
     assert found.free.value > -log_z - 4 * found.free.error
