@@ -22,8 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from sedd.data.base import Corpus, say
-from sedd.data.packing import Packed, TooShortError, join_rows, map_tokens, text_size
+from sedd.data.packing import Packed, TooShortError, map_tokens, text_size
 from sedd.data.records import Answers
+from sedd.data.row_ranges import Ranges, join_rows
 from sedd.data.token_files import Progress, token_files
 from sedd.data.token_workers import given_mark
 from sedd.data.tokenizers import Tokenizer
@@ -128,12 +129,22 @@ def pack_records(
         )
     made = (workers, progress, max_documents, answers)
     folder, meta = token_files(corpus, tokenizer, split, cache_dir, *made)
-    name = f"{corpus.name} ({split})"
+    return _open(folder, meta, f"{corpus.name} ({split})", tokenizer, length, padding)
+
+
+def _open(
+    folder: Path,
+    meta: dict[str, Any],
+    name: str,
+    tokenizer: Tokenizer,
+    length: int,
+    padding: Padding,
+) -> AnswerRows:
+    """The rows of token files, with the counts of the tokens that they score."""
     if not meta["num_tokens"]:
         raise UserError(f"{name} holds no records")
     file, tokens = map_tokens(folder, meta["dtype"])
     ends = np.load(folder / "ends.npy", mmap_mode="r")
-    mark = given_mark(tokens.dtype)
     if padding == "unified":
         spans, dropped = join_rows(ends, meta["num_tokens"], length)
         if not len(spans[0]):
@@ -141,14 +152,8 @@ def pack_records(
                 f"length {length} is longer than the data: {name} has {meta['num_tokens']:,} tokens"
             )
     else:
-        spans, dropped = _whole_records(name, tokens, mark, np.asarray(ends), length, padding)
-    counts = np.array(meta["counts"], np.int64)
-    if padding != "unified":
-        counts -= np.array(meta["given_counts"], np.int64)
-    for begin, end in zip(*dropped, strict=True):
-        marked = np.asarray(tokens[begin:end])
-        lost = marked if padding == "unified" else marked[(marked & mark) == 0]
-        counts -= np.bincount(lost & ~tokens.dtype.type(mark), minlength=len(counts))
+        spans, dropped = _whole_records(name, tokens, np.asarray(ends), length, padding)
+    counts = _learned_counts(meta, tokens, dropped, padding)
     characters, size = text_size(meta, counts, tokenizer)
     fill = _fill(tokenizer, padding)
     if padding in ("eos", "rainbow"):
@@ -174,6 +179,21 @@ def pack_records(
     )
 
 
+def _learned_counts(
+    meta: dict[str, Any], tokens: np.ndarray, dropped: Ranges, padding: Padding
+) -> np.ndarray:
+    """How often each token is learned in the text of the rows, without what fills them up, [N]."""
+    mark = given_mark(tokens.dtype)
+    counts = np.array(meta["counts"], np.int64)
+    if padding != "unified":
+        counts -= np.array(meta["given_counts"], np.int64)
+    for begin, end in zip(*dropped, strict=True):
+        marked = np.asarray(tokens[begin:end])
+        lost = marked if padding == "unified" else marked[(marked & mark) == 0]
+        counts -= np.bincount(lost & ~tokens.dtype.type(mark), minlength=len(counts))
+    return counts
+
+
 def _fill(tokenizer: Tokenizer, padding: Padding) -> tuple[int, ...]:
     """The tokens that fill a row up; UserError if the tokenizer has too few for ``rainbow``."""
     if padding == "none":
@@ -191,20 +211,20 @@ def _fill(tokenizer: Tokenizer, padding: Padding) -> tuple[int, ...]:
 
 
 def _whole_records(
-    name: str, tokens: np.ndarray, mark: int, ends: np.ndarray, length: int, padding: Padding
-) -> tuple[Any, Any]:
+    name: str, tokens: np.ndarray, ends: np.ndarray, length: int, padding: Padding
+) -> tuple[Ranges, Ranges]:
     """The first token and the size of each row, and begin and end of each range of lost tokens.
 
     With ``none`` a row takes the records that follow each other as long as they fit; otherwise each
     row has one record.
     """
+    mark = given_mark(tokens.dtype)
     begins = np.concatenate([[0], ends[:-1]])
     sizes = ends - begins
     long = np.flatnonzero(sizes > length)
-    free = [bool(((tokens[b : b + length] & mark) == 0).any()) for b in begins[long]]
-    without = long[~np.array(free, bool)]
-    lost = np.array([begins[long] + length, ends[long]])
-    lost[0, ~np.array(free, bool)] = begins[without]
+    answered = [bool(((tokens[b : b + length] & mark) == 0).any()) for b in begins[long]]
+    without = long[~np.array(answered, bool)]
+    lost = begins[long] + np.where(answered, length, 0), ends[long]
     kept = np.ones(len(ends), bool)
     kept[without] = False
     if len(long):

@@ -2,10 +2,10 @@
 
 ``language_model`` wraps a harness in lm-eval's interface and keeps a record of each request.
 ``evaluate_tasks`` runs tasks and adds the Monte-Carlo errors of their metrics. lm-eval is imported
-by these two functions only.
+when these two functions are called.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,103 @@ DEFAULT_TASKS = (False, True)  # whether to look among lm-eval's own tasks too, 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
+class _HarnessMethods:
+    """The methods of lm-eval's ``TemplateLM`` that a harness implements.
+
+    lm-eval need not be installed, so that its class becomes a base in ``language_model`` only.
+    """
+
+    _encode_pair: Callable[[str, str], tuple[list[int], list[int]]]  # of ``TemplateLM``
+
+    def __init__(self, harness: Harness, records: list[dict[str, Any]]):
+        super().__init__()
+        self.harness = harness
+        self.records = records
+
+    @property
+    def eot_token_id(self):
+        return self.harness.tokenizer.eos_id
+
+    @property
+    def max_length(self) -> int:
+        return self.harness.limit
+
+    @property
+    def tokenizer_name(self) -> str:
+        tokenizer = self.harness.tokenizer
+        return f"{tokenizer.name}-{tokenizer.fingerprint()}".replace("/", "_")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.harness.tokenizer.turns.template or ""
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+        return self.harness.conversation(chat_history, answer=add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
+        return self.harness.encode(string)
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False):
+        texts = [request.args for request in requests]
+        pairs = [
+            self._encode_pair(context, continuation)
+            if context
+            else (self.harness.start, self.harness.encode(continuation))
+            for context, continuation in texts
+        ]
+        scores = self.harness.score(pairs)
+        self._record_scores(requests, scores)
+        return _as_results(scores)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False):
+        return _as_results(self.harness.score([(context, ids) for _, context, ids in requests]))
+
+    def _record_scores(self, requests, scores: ContinuationScores) -> None:
+        rows = (scores.nats_S, scores.error_S, scores.exact_S, scores.greedy_S)
+        for request, nats, error, exact, greedy in zip(requests, *rows, strict=True):
+            self._record(
+                request,
+                nats=float(nats),
+                nats_error=float(error),
+                exact=bool(exact),
+                greedy=bool(greedy),
+            )
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+        windows = [self.harness.windows(request.args[0]) for request in requests]
+        scores = self.harness.score([pair for one in windows for pair in one])
+        ends = np.cumsum([len(one) for one in windows])
+        results = []
+        for request, one, end in zip(requests, windows, ends, strict=True):
+            part = slice(end - len(one), end)
+            nats = float(scores.nats_S[part].sum())
+            error = float(np.sqrt((scores.error_S[part] ** 2).sum()))
+            exact = bool(scores.exact_S[part].all())
+            self._record(request, nats=nats, nats_error=error, exact=exact)
+            results.append(-nats)
+        return results
+
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        questions = []
+        for request in requests:
+            context, given = request.args
+            options = normalize_gen_kwargs(given, MAX_NEW_TOKENS)
+            questions.append(_question(context, options))
+        answers = self.harness.answer(questions)
+        for request, one in zip(requests, answers, strict=True):
+            self._record(request, calls=one.calls, tokens=one.tokens, text=one.text)
+        return [one.text for one in answers]
+
+    def get_model_info(self) -> dict[str, Any]:
+        return self.harness.describe()
+
+    def _record(self, request, **figures) -> None:
+        self.records.append(
+            {"task": request.task_name, "doc_id": request.doc_id, "idx": request.idx, **figures}
+        )
+
+
 def language_model(harness: Harness, records: list[dict[str, Any]]) -> Any:
     """Wrap a harness in lm-eval's interface, a ``TemplateLM``.
 
@@ -32,92 +129,11 @@ def language_model(harness: Harness, records: list[dict[str, Any]]) -> Any:
         UserError: if lm-eval is not installed.
     """
     base = _lm_eval().api.model.TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
 
-    def record(request, **figures) -> None:
-        records.append(
-            {"task": request.task_name, "doc_id": request.doc_id, "idx": request.idx, **figures}
-        )
-
-    class LanguageModel(base):
+    class LanguageModel(_HarnessMethods, base):
         """lm-eval's view of a harness."""
 
-        @property
-        def eot_token_id(self):
-            return harness.tokenizer.eos_id
-
-        @property
-        def max_length(self) -> int:
-            return harness.limit
-
-        @property
-        def tokenizer_name(self) -> str:
-            return f"{harness.tokenizer.name}-{harness.tokenizer.fingerprint()}".replace("/", "_")
-
-        def chat_template(self, chat_template: bool | str = False) -> str | None:
-            return harness.tokenizer.turns.template or ""
-
-        def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-            return harness.conversation(chat_history, answer=add_generation_prompt)
-
-        def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-            return harness.encode(string)
-
-        def loglikelihood(self, requests, disable_tqdm: bool = False):
-            texts = [request.args for request in requests]
-            pairs = [
-                self._encode_pair(context, continuation)
-                if context
-                else (harness.start, harness.encode(continuation))
-                for context, continuation in texts
-            ]
-            scores = harness.score(pairs)
-            self._record(requests, scores)
-            return _as_results(scores)
-
-        def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False):
-            return _as_results(harness.score([(context, ids) for _, context, ids in requests]))
-
-        def _record(self, requests, scores: ContinuationScores) -> None:
-            rows = (scores.nats_S, scores.error_S, scores.exact_S, scores.greedy_S)
-            for request, nats, error, exact, greedy in zip(requests, *rows, strict=True):
-                record(
-                    request,
-                    nats=float(nats),
-                    nats_error=float(error),
-                    exact=bool(exact),
-                    greedy=bool(greedy),
-                )
-
-        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-            windows = [harness.windows(request.args[0]) for request in requests]
-            scores = harness.score([pair for one in windows for pair in one])
-            ends = np.cumsum([len(one) for one in windows])
-            results = []
-            for request, one, end in zip(requests, windows, ends, strict=True):
-                part = slice(end - len(one), end)
-                nats = float(scores.nats_S[part].sum())
-                error = float(np.sqrt((scores.error_S[part] ** 2).sum()))
-                exact = bool(scores.exact_S[part].all())
-                record(request, nats=nats, nats_error=error, exact=exact)
-                results.append(-nats)
-            return results
-
-        def generate_until(self, requests, disable_tqdm: bool = False):
-            questions = []
-            for request in requests:
-                context, given = request.args
-                options = normalize_gen_kwargs(given, MAX_NEW_TOKENS)
-                questions.append(_question(context, options))
-            answers = harness.answer(questions)
-            for request, one in zip(requests, answers, strict=True):
-                record(request, calls=one.calls, tokens=one.tokens, text=one.text)
-            return [one.text for one in answers]
-
-        def get_model_info(self) -> dict[str, Any]:
-            return harness.describe()
-
-    return LanguageModel()
+    return LanguageModel(harness, records)
 
 
 def _as_results(scores: ContinuationScores) -> list[tuple[float, bool]]:
@@ -180,12 +196,8 @@ def evaluate_tasks(
     records: list[dict[str, Any]] = []
     model = language_model(harness, records)
     manager, loaded = _load(tasks, include_path)
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
-            raise UserError(
-                f"task {name} runs code that the model writes: confirm it by "
-                "confirm_run_unsafe_code, in a place where that code can do no harm"
-            )
+    if not confirm_run_unsafe_code:
+        _check_safe(loaded["tasks"])
     manager.load = lambda _: loaded  # lm-eval would load the tasks again
     results = lm_eval.simple_evaluate(
         model=model,
@@ -207,6 +219,16 @@ def evaluate_tasks(
             results["results"][name][metric] = error
     results["sedd"] = {**harness.describe(), "tasks": summary(records)}
     return results, records
+
+
+def _check_safe(tasks: Mapping[str, Any]) -> None:
+    """Raise UserError if one of these tasks of lm-eval runs code that the model writes."""
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"task {name} runs code that the model writes: confirm it by "
+                "confirm_run_unsafe_code, in a place where that code can do no harm"
+            )
 
 
 def _lm_eval() -> Any:

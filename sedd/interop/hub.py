@@ -51,42 +51,45 @@ def fetch(path: str, *, weights: bool = True) -> Path:
     match = REPOSITORY.fullmatch(path)
     if match is None:
         raise UserError(f"checkpoint {path}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    directory = _download(match, SAFE if weights else SMALL)
+    if weights and not (directory / SINGLE).exists():
+        if (directory / INDEX).exists():
+            _, files = read_index(directory / INDEX)
+            return _download(match, [*SMALL, *sorted(set(files.values()))])
+        directory = _download(match, [*SAFE, PICKLED])
+    return directory
+
+
+def _download(match: re.Match[str], files: list[str]) -> Path:
+    """Download those of the files that exist in a repository; return their directory.
+
+    The repository is a match of ``REPOSITORY``. Without a network, the hub's own cache is read.
+    """
+    path, repository, revision = match[0], match[1], match[2]
     try:
         import huggingface_hub as hub
     except ImportError as error:
         raise UserError(f"checkpoint {path} needs the hub: pip install -e '.[hub]'") from error
-
     unreachable = why_hub_unreachable()
-
-    def download(files: list[str]) -> Path:
-        """Download the files that exist in the repository; return their directory."""
-        try:
-            return Path(
-                hub.snapshot_download(
-                    match[1],
-                    revision=match[2],
-                    allow_patterns=files,
-                    local_files_only=unreachable is not None,
-                )
+    try:
+        return Path(
+            hub.snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=files,
+                local_files_only=unreachable is not None,
             )
-        except Exception as error:  # the hub's own errors, and those of the network beneath it
-            if unreachable:
-                raise UserError(
-                    f"checkpoint {path}: the hub cannot be reached ({unreachable}), and its cache "
-                    "does not hold this checkpoint; give the directory of a copy instead"
-                ) from error
-            reason = " ".join(str(error).split())[:200]
+        )
+    except Exception as error:  # the hub's own errors, and those of the network beneath it
+        if unreachable:
             raise UserError(
-                f"checkpoint {path}: cannot download it ({type(error).__name__}: {reason})"
+                f"checkpoint {path}: the hub cannot be reached ({unreachable}), and its cache "
+                "does not hold this checkpoint; give the directory of a copy instead"
             ) from error
-
-    directory = download(SAFE if weights else SMALL)
-    if weights and not (directory / SINGLE).exists():
-        if (directory / INDEX).exists():
-            _, files = read_index(directory / INDEX)
-            return download([*SMALL, *sorted(set(files.values()))])
-        directory = download([*SAFE, PICKLED])
-    return directory
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {path}: cannot download it ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def fetch_headers(path: str) -> TensorFiles | None:
