@@ -25,7 +25,8 @@ from report import report, start
 
 import sedd
 from sedd.configuration.build import ValidationRows, pack_split
-from sedd.evaluation.monte_carlo import level, sequence_nats, tile, toward_few_masks
+from sedd.evaluation.monte_carlo import sequence_nats
+from sedd.evaluation.stratified import level, tile, toward_few_masks
 from sedd.samplers.noise import random_rank
 
 SCHEMES = {  # levels, and whether the masks of neighbouring levels tile the sequence

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -268,23 +268,24 @@ def load(
     leave_libtpu_alone()
     path = _directory(source)
     if (path / peft.CONFIG).is_file():
-        if step is not None:
-            raise UserError(f"--step {step}: {source} holds adapters, without steps")
-        base = load(
-            peft.base_of(path), dtype=dtype, mask_id=mask_id, normalise=normalise, mesh=mesh
-        )
-        return _with_adapters(base, path, source)
+        _refuse({"--step": step}, f"{source} holds adapters, without steps")
+        return _from_adapters(path, source, dtype, mask_id, normalise, mesh)
     if find_config(path) is not None:
-        if step is not None:
-            raise UserError(f"--step {step}: checkpoint {source} is a published one, without steps")
+        _refuse({"--step": step}, f"checkpoint {source} is a published one, without steps")
         published = load_published(path, dtype=dtype, mask_id=mask_id, mesh=mesh)
         return _from_published(published, path, source, normalise, block)
-    for flag, value in (("--mask-id", mask_id), ("--trained-block", block)):
-        if value is not None:
-            raise UserError(
-                f"{flag} {value}: checkpoint {source} is a run; the flag is for published models"
-            )
+    _refuse(
+        {"--mask-id": mask_id, "--trained-block": block},
+        f"checkpoint {source} is a run; the flag is for published models",
+    )
     return _from_run(path, source, step, dtype, normalise, mesh)
+
+
+def _refuse(flags: Mapping[str, Any], why: str) -> None:
+    """Raise UserError if one of the flags, which a kind of checkpoint does not have, is given."""
+    for flag, value in flags.items():
+        if value is not None:
+            raise UserError(f"{flag} {value}: {why}")
 
 
 def _from_run(
@@ -337,8 +338,16 @@ def _normalised(reading: Options, normalise: Normalise | None) -> Options:
     return dataclasses.replace(reading, normalise=normalise)  # pyright: ignore[reportCallIssue]
 
 
-def _with_adapters(base: Model, path: Path, source: str) -> Model:
-    """A published model with the adapters in a directory of PEFT."""
+def _from_adapters(
+    path: Path,
+    source: str,
+    dtype: Literal["float32", "bfloat16"] | None,
+    mask_id: int | None,
+    normalise: Normalise | None,
+    mesh: Mesh | None,
+) -> Model:
+    """The model of a directory of PEFT: its base model, a published one, with the adapters."""
+    base = load(peft.base_of(path), dtype=dtype, mask_id=mask_id, normalise=normalise, mesh=mesh)
     layout, params = base.layout, base.denoiser.params
     if layout is None or layout.constant_sigma is not None:
         what = "a run" if layout is None else f"of {layout.name}, whose gates are folded"

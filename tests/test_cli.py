@@ -27,13 +27,13 @@ import sedd.training.checkpoint
 from sedd.commands.cli import (
     Terminal,
     console,
-    document_fields,
     note,
     parse,
     parse_config,
     run,
     take,
 )
+from sedd.commands.field_help import document_fields
 from sedd.configuration.build import build_parts
 from sedd.configuration.components import (
     COMPONENTS,

@@ -7,7 +7,6 @@ output; notes and errors go to standard error.
 """
 
 import dataclasses
-import inspect
 import io
 import os
 import sys
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import docstring_parser
 import jax
 import tyro
 from rich.console import Console
@@ -24,9 +22,10 @@ from tyro._errors import on_parse_error
 
 import sedd
 from sedd.commands.cpu import prepare_cpu
+from sedd.commands.field_help import document
 from sedd.commands.mistakes import as_flag, flags_of, reject
 from sedd.configuration.build import with_default_sampler
-from sedd.configuration.components import COMPONENTS, Options, maker, makers
+from sedd.configuration.components import COMPONENTS, makers
 from sedd.configuration.config import (
     Config,
     default_cache_dir,
@@ -226,7 +225,7 @@ def parse(
     """
     flags = list(flags_of(kind, default))
     if {"-h", "--help"} & set(arguments):
-        _document(kind, default)
+        document(kind, default)
     try:
         with on_parse_error(lambda event: reject(event, arguments, flags)):
             return tyro.cli(
@@ -240,40 +239,6 @@ def parse(
         if not stop.code:
             raise
         raise UserError("the command line could not be read; see --help") from None
-
-
-def _document(kind: type, default: Any) -> None:
-    """Prepare the help of a dataclass and of the dataclasses that its default holds."""
-    document_fields(kind)
-    for field in dataclasses.fields(kind):
-        value = getattr(default, field.name, None)
-        if dataclasses.is_dataclass(value):
-            _document(type(value), value)
-
-
-def document_fields(kind: type) -> None:
-    """Copy the strings below the fields of a dataclass into its docstring, as "Attributes".
-
-    tyro reads the help of flags from that section, and sets it without the line breaks of the
-    source. For the options of a component, the strings below the component's fields are copied. The
-    source files are read, so call this function only for ``--help``.
-    """
-    make = maker(kind.family, kind.name) if issubclass(kind, Options) else kind
-    said = field_docstrings(make)
-    known = {param.arg_name for param in docstring_parser.parse(kind.__doc__ or "").params}
-    if said.keys() - known:
-        lines = "".join(f"\n    {name}: {text}" for name, text in said.items())
-        kind.__doc__ = f"{inspect.getdoc(kind) or ''}\n\nAttributes:{lines}"
-
-
-def field_docstrings(make: type) -> dict[str, str]:
-    """Read the strings below the fields of a dataclass from its source, inherited ones included."""
-    return {
-        param.arg_name: " ".join(param.description.split())
-        for part in reversed(make.__mro__[:-1])
-        for param in docstring_parser.parse_from_object(part).params
-        if param.description
-    }
 
 
 def take(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
@@ -343,36 +308,43 @@ def parse_config(
     path, rest = take(arguments, "--config")
     begun = complete is not None and take(arguments, "--init-from")[0] is not None
     if path is None and saved is None and not begun and not {"-h", "--help"} & set(arguments):
-        for flag in (argument.partition("=")[0] for argument in arguments):
-            if flag.startswith("--") and did_you_mean(flag, ["--config"]):
-                raise UserError(f"unknown flag {flag}; did you mean --config?")
-        raise UserError(
-            f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})"
-        )
+        raise _missing_config(arguments)
     recipe = (saved or Config()) if path is None else load_config(path)
     config = recipe
     if complete is not None and (path is not None or saved is None):
         config = complete(arguments, recipe, named=path is not None)
     config, rest = _with_named_components(config, rest)
-    choices = "\n".join(
-        f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
-    )
     required: Any = {
         f.name: f.default if f.default is not dataclasses.MISSING else tyro.MISSING
         for f in dataclasses.fields(command)
         if f.name != "config"
     }
-    parsed = parse(
-        command,
-        rest,
-        default=command(**required, config=config),
-        description=f"{description}\n\n--config FILE gives the defaults. --lora RANK is short for "
-        f"--network.lora.rank RANK. Components:\n{choices}",
-    )
+    default = command(**required, config=config)
+    described = f"{description}\n\n{_config_help()}"
+    parsed = parse(command, rest, default=default, description=described)
     if parsed.config.aim == recipe.aim and differences(recipe, parsed.config):
         config = dataclasses.replace(parsed.config, aim="")
         parsed = dataclasses.replace(parsed, config=config)
     return parsed
+
+
+def _missing_config(arguments: Sequence[str]) -> UserError:
+    """The error for a command line without --config, which may be there with a wrong spelling."""
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        if flag.startswith("--") and did_you_mean(flag, ["--config"]):
+            return UserError(f"unknown flag {flag}; did you mean --config?")
+    return UserError(f"missing --config: a FILE.py, or a recipe by name ({', '.join(recipes())})")
+
+
+def _config_help() -> str:
+    """The help of the flags that ``parse_config`` reads before all others."""
+    choices = "\n".join(
+        f"  --{name} {{{','.join(sorted(makers(family)))}}}" for name, family in COMPONENTS.items()
+    )
+    return (
+        "--config FILE gives the defaults. --lora RANK is short for --network.lora.rank RANK. "
+        f"Components:\n{choices}"
+    )
 
 
 def _with_named_components(recipe: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:

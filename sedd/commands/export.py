@@ -25,6 +25,7 @@ from sedd.commands.cli import console, note, parse
 from sedd.configuration.components import Options, values
 from sedd.data.tokenizers import Pretrained, Tokenizer
 from sedd.errors import UserError
+from sedd.interop.folding import with_norm_bias
 from sedd.interop.hub import SCHEME, TOKENIZER, fetch
 from sedd.interop.layouts.base import Description, Layout, find_config, layout_for, layouts
 from sedd.interop.peft import save_adapters
@@ -32,7 +33,6 @@ from sedd.interop.published import (
     check_free,
     describe_published,
     save_published,
-    with_norm_bias,
 )
 from sedd.model import UNKNOWN, read_config
 from sedd.networks.decoder import Decoder

@@ -8,6 +8,7 @@ checkpoints a new run begins, from random weights or from those of ``--init-from
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from sedd.configuration.config import Config, differences
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
-from sedd.model import read_config, read_tokenizer
+from sedd.model import Model, read_config, read_tokenizer
+from sedd.networks.base import Network
 from sedd.progress import Activity
 from sedd.training.checkpoint import Checkpoints, Restored
 from sedd.training.parallel import DataParallel, FullySharded
@@ -77,24 +79,11 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     tokenizer = source = None
     if checkpoints.steps():
         config, tokenizer = check_same_run(workdir, config)
-    elif config.init_from is None and config.convert is not None:
-        raise UserError(f"--convert {config.convert} needs a model to convert: --init-from")
     elif config.init_from is not None:
         source = source_of(config.init_from, config)
         tokenizer = source.tokenizer
-    elif lora_of(config.network).rank:
-        raise FieldError(
-            "network.lora.rank",
-            f"is {lora_of(config.network).rank}: adapters are trained beside a trained network, "
-            "name one by --init-from",
-        )
-    elif getattr(config.network, "freeze", False):
-        causal = maker("networks", config.network.name).has_causal_head
-        together = ", or train both with --network.no-freeze" if causal else ""
-        raise UserError(
-            f"--network {config.network.name} trains a part of the network on a frozen trunk: name "
-            f"a trained one by --init-from RUN{together}"
-        )
+    else:
+        check_needs_no_model(config)
 
     data = read_data(config, tokenizer)
     parts = build_parts(config, data.tokenizer.num_tokens)
@@ -108,16 +97,8 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         restored = checkpoints.restore_latest(jax.eval_shape(make_state), parallel.shardings)
         if restored:
             state = restored.state
-        elif source is not None:
-            params = first_params(
-                f"--init-from {config.init_from}",
-                source,
-                parts.network,
-                convert=config.convert is not None,
-            )
-            state = parallel.place(make_state(params=params))
         else:
-            state = parallel.init(make_state)
+            state = _new_state(config, source, parts.network, parallel, make_state)
     batches = Batches(
         data.train,
         batch_size=config.training.batch_size,
@@ -138,6 +119,44 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         state=state,
         batches=batches,
     )
+
+
+def _new_state(
+    config: Config,
+    source: Model | None,
+    network: Network,
+    parallel: DataParallel | FullySharded,
+    make_state: Callable[..., TrainState],
+) -> TrainState:
+    """The first state of a new run, on the devices: random parameters, or those of ``source``."""
+    if source is None:
+        return parallel.init(make_state)
+    where, convert = f"--init-from {config.init_from}", config.convert is not None
+    params = first_params(where, source, network, convert=convert)
+    return parallel.place(make_state(params=params))
+
+
+def check_needs_no_model(config: Config) -> None:
+    """Check that a run can begin from random weights.
+
+    Raises:
+        UserError: the configuration converts a trained model, or trains a part of one.
+        FieldError: it trains adapters.
+    """
+    if config.convert is not None:
+        raise UserError(f"--convert {config.convert} needs a model to convert: --init-from")
+    if rank := lora_of(config.network).rank:
+        raise FieldError(
+            "network.lora.rank",
+            f"is {rank}: adapters are trained beside a trained network, name one by --init-from",
+        )
+    if getattr(config.network, "freeze", False):
+        causal = maker("networks", config.network.name).has_causal_head
+        together = ", or train both with --network.no-freeze" if causal else ""
+        raise UserError(
+            f"--network {config.network.name} trains a part of the network on a frozen trunk: name "
+            f"a trained one by --init-from RUN{together}"
+        )
 
 
 def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:

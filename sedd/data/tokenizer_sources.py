@@ -86,6 +86,19 @@ def build_tokenizer(
     if end_of_text is not None and not path.is_file():
         needs = f"needs a tokenizer from a JSON file, and {spec!r} is not a file"
         raise FieldError("end_of_text", f"is {end_of_text!r}, which {needs}")
+    if (tokenizer := _named(spec, corpus, cache_dir)) is not None:
+        return tokenizer
+    if path.is_file():
+        return _read_file(path, spec, end_of_text)
+    if path.is_dir() and (tokenizer := read_tokenizer_directory(path)) is not None:
+        return tokenizer
+    near = difflib.get_close_matches(spec.partition(":")[0], NAMED, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else "."
+    raise UserError(f"unknown tokenizer {spec!r}{hint} There are {SPECS}")
+
+
+def _named(spec: str, corpus: Corpus | None, cache_dir: Path) -> Tokenizer | None:
+    """Build or download the tokenizer of this name; None if no tokenizer has it."""
     if spec == "text8":
         return Characters.of("text8", LETTERS, eos=False)
     if spec == "bytes":
@@ -99,13 +112,7 @@ def build_tokenizer(
     if spec.partition(":")[0] == "bpe":
         build = partial(_build_byte_pairs, spec, _byte_pairs_size(spec))
         return _trained(spec, corpus, cache_dir, build)
-    if path.is_file():
-        return _read_file(path, spec, end_of_text)
-    if path.is_dir() and (tokenizer := read_tokenizer_directory(path)) is not None:
-        return tokenizer
-    near = difflib.get_close_matches(spec.partition(":")[0], NAMED, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else "."
-    raise UserError(f"unknown tokenizer {spec!r}{hint} There are {SPECS}")
+    return None
 
 
 def _byte_pairs_size(spec: str) -> int:

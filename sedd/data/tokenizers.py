@@ -369,33 +369,10 @@ class Pretrained(Tokenizer):
             UserError: if ``source`` is not such a file, its vocabulary has no token ``end``, or it
                 lacks some of the 256 bytes and would drop them from texts.
         """
-        import tokenizers
-
-        try:
-            backend: Any = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"tokenizer {name!r} is not a tokenizers JSON file ({error})"
-            ) from error
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = True  # a special token's name in a text is ordinary text
+        backend = _read_backend(name, source)
         ids = backend.get_vocab(with_added_tokens=True)
         data = json.loads(source)
-        byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
-        if byte_level and (data.get("model") or {}).get("unk_token") is None:
-            single = {gpt2_bytes(token) for token in ids if len(token) == 1}
-            if len(single) < 256:
-                raise UserError(
-                    f"tokenizer {name!r} would silently drop text: its vocabulary lacks "
-                    f"{256 - len(single)} of the 256 bytes and has no unk_token"
-                )
-        if end is not None and end not in ids:
-            special = [token["content"] for token in data.get("added_tokens", [])]
-            raise UserError(
-                f"end of text {end!r}: tokenizer {name!r} has no such token; its special tokens "
-                f"are {', '.join(special) or 'none'}"
-            )
+        _check_vocabulary(name, data, ids, end)
         last = max(ids.values())
         if mask is not None and mask > last:
             mask = None
@@ -527,6 +504,50 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
         return readers[kind](data)
     except (KeyError, TypeError) as error:
         raise UserError(f"the description of a {kind} tokenizer is incomplete: {error}") from error
+
+
+def _read_backend(name: str, source: str) -> Any:
+    """The tokenizer of the library ``tokenizers``, which encodes texts as they are.
+
+    It neither pads nor truncates, and a special token's name in a text is ordinary text.
+    """
+    import tokenizers
+
+    try:
+        backend: Any = tokenizers.Tokenizer.from_str(source)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer {name!r} is not a tokenizers JSON file ({error})") from error
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _check_vocabulary(
+    name: str, data: Mapping[str, Any], ids: Mapping[str, int], end: str | None
+) -> None:
+    """Raise UserError if the vocabulary lacks bytes that texts would lose, or the token ``end``.
+
+    Args:
+        name: name of the tokenizer.
+        data: content of its file.
+        ids: the vocabulary.
+        end: the token that ends a document, if the user named it.
+    """
+    byte_level = (data.get("decoder") or {}).get("type") == "ByteLevel"
+    if byte_level and (data.get("model") or {}).get("unk_token") is None:
+        single = {gpt2_bytes(token) for token in ids if len(token) == 1}
+        if len(single) < 256:
+            raise UserError(
+                f"tokenizer {name!r} would silently drop text: its vocabulary lacks "
+                f"{256 - len(single)} of the 256 bytes and has no unk_token"
+            )
+    if end is not None and end not in ids:
+        special = [token["content"] for token in data.get("added_tokens", [])]
+        raise UserError(
+            f"end of text {end!r}: tokenizer {name!r} has no such token; its special tokens "
+            f"are {', '.join(special) or 'none'}"
+        )
 
 
 def _exchanged(ids: np.ndarray, one: int | None, other: int) -> np.ndarray:

@@ -128,6 +128,11 @@ def follow_order(
         rank_BL = jnp.where(scored_BL, 1 + jnp.argsort(order_BL, axis=1), 0)
         hidden_BLD = denoiser.hidden_in_order(x0_BL, rank_BL, all_positions(x0_BL), rank_BL)
         return _in_one_pass(denoiser, (hidden_BLD,), x0_BL, scored_BL)
+    return _token_by_token(denoiser, order_BL, x0_BL, scored_BL, greedily)
+
+
+def _token_by_token(denoiser, order_BL, x0_BL, scored_BL, greedily) -> tuple[Array, Array]:
+    """``follow_order`` with a network call for each token; ``order_BL`` has scored ones first."""
     count_B = scored_BL.sum(1)
 
     def unfinished(carry):

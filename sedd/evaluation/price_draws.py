@@ -16,8 +16,8 @@ import numpy as np
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.bound import estimates
-from sedd.evaluation.monte_carlo import tile
 from sedd.evaluation.price import Price
+from sedd.evaluation.stratified import tile
 from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
 from sedd.samplers.noise import fold, random_rank

@@ -17,12 +17,10 @@ from tiers import daily, nightly
 from sedd.evaluation.bound import Scored, evaluate_bound, score_sequences, summarise
 from sedd.evaluation.monte_carlo import (
     MonteCarlo,
-    level,
     resolve,
     sequence_nats,
-    tile,
-    toward_few_masks,
 )
+from sedd.evaluation.stratified import level, tile, toward_few_masks
 from sedd.networks.mesh import Placement, device_mesh
 from sedd.schedules import Geometric, LogLinear
 

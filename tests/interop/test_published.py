@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from torch_writer import View, write
 
 from sedd.errors import UserError
+from sedd.interop.folding import at_constant_sigma
 from sedd.interop.layouts import Description, read_layout
-from sedd.interop.published import at_constant_sigma, load_published
+from sedd.interop.published import load_published
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 2e-5
