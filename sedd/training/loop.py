@@ -27,7 +27,7 @@ from sedd.training.metrics import Metrics, ProgressReport, plot_curves
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.signals import stop_requests
 from sedd.training.state import TrainState, first_not_finite
-from sedd.training.tally import Clock, Profile, Skips, Window
+from sedd.training.tally import Clock, InFlight, Profile, Skips, Window
 from sedd.types import Params
 
 IN_FLIGHT = 8  # steps that the host dispatches ahead of the devices
@@ -208,7 +208,7 @@ class _Loop:
     profile: Profile | None
 
     def __post_init__(self):
-        self.in_flight: deque[_InFlight] = deque()
+        self.in_flight: deque[InFlight] = deque()
         self.validations: dict[int, dict] = {}
 
     def go(self, state: TrainState, step: int, stop: Callable[[int], bool]):
@@ -249,7 +249,7 @@ class _Loop:
         if self.clock.since is None:
             self.doing("compiling the training step")
         state, metrics = self.run.parallel(state, batch)
-        self.in_flight.append(_InFlight(step, metrics))
+        self.in_flight.append(InFlight(step, metrics))
         for flight in self.in_flight:
             flight.look()
         if len(self.in_flight) >= IN_FLIGHT:
@@ -395,17 +395,3 @@ class _Loop:
         if good is not None:
             place = f"the last good checkpoint is {self.run.checkpoints.path(good)}"
         return TrainingDiverged(f"training diverged at step {step}: {name} is {value}; {place}")
-
-
-@dataclass
-class _InFlight:
-    """A dispatched step, and the time at which the host first saw that it was complete."""
-
-    step: int
-    metrics: dict[str, Any]
-    done: float | None = None
-
-    def look(self) -> None:
-        """Note the time if the step is complete by now; does not wait."""
-        if self.done is None and self.metrics["loss"].is_ready():
-            self.done = time.perf_counter()

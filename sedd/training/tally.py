@@ -62,6 +62,20 @@ class Skips:
     in_a_row: int = 0
 
 
+@dataclass
+class InFlight:
+    """A dispatched step, and the time at which the host first saw that it was complete."""
+
+    step: int
+    metrics: dict[str, Any]
+    done: float | None = None
+
+    def look(self) -> None:
+        """Note the time if the step is complete by now; does not wait."""
+        if self.done is None and self.metrics["loss"].is_ready():
+            self.done = time.perf_counter()
+
+
 class Profile:
     """Records some steps for a profiler's viewer.
 

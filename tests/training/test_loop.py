@@ -355,7 +355,7 @@ def test_a_step_ends_when_it_is_over_and_not_when_it_is_looked_at():
         def is_ready(self):
             return self.ready
 
-    flight = names["_InFlight"](3, {"loss": Loss()})
+    flight = names["InFlight"](3, {"loss": Loss()})
     flight.look()
     assert flight.done is None
     flight.metrics["loss"].ready = True
