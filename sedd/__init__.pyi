@@ -9,9 +9,9 @@ from .evaluating import price as price
 from .model import Model as Model
 from .model import load as load
 from .networks.mesh import device_mesh as device_mesh
+from .sampling import Piece as Piece
 from .sampling import SampleResult as SampleResult
 from .sampling import sample as sample
-from .streaming import Piece as Piece
-from .streaming import stream as stream
+from .sampling import stream as stream
 
 __version__: str

@@ -21,7 +21,7 @@ from sedd.data.tokenizers import Bytes, Pretrained
 from sedd.errors import UserError
 from sedd.requests import FIELD_TYPES, Request, RequestFile
 from sedd.samplers.tweedie import Tweedie
-from sedd.sampling import NUMBERS
+from sedd.sampling.arguments import NUMBERS
 
 LENGTH = 10
 
@@ -268,7 +268,7 @@ def test_batches_of_a_file_share_the_program_of_their_constraints(model, monkeyp
         programs.add((jax.tree.structure(spans), tuple(leaves)))
         raise StopError
 
-    monkeypatch.setattr("sedd.sampling.run_sampler", run)
+    monkeypatch.setattr("sedd.sampling.batch.run_sampler", run)
 
     def compiled(shape):
         programs.clear()

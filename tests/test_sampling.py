@@ -16,6 +16,7 @@ import tiny_run
 from tiers import daily, nightly
 
 import sedd
+from sedd.arrays import bucket
 from sedd.configuration.build import build_sampler
 from sedd.configuration.components import makers
 from sedd.constraints.clamp import Clamp, free, from_infill, from_prompt
@@ -25,7 +26,7 @@ from sedd.samplers.best_of_n import BestOfN
 from sedd.samplers.event_jump import EventJump
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.verifier import _VERIFIERS, text_verifier
-from sedd.sampling import bucket, run_sampler
+from sedd.sampling.batch import run_sampler
 
 KEY = jax.random.key(0)
 FIVE_STEPS = sedd.samplers.options("event_jump", steps=5)
@@ -100,7 +101,7 @@ def test_constraints_are_one_for_all_or_one_each(model):
 )
 def test_the_depth_of_a_schema_is_one_for_all_or_one_each(model, monkeypatch, schema, around):
     """A value nested as deep as asked for matches, and one level more does not."""
-    monkeypatch.setattr(sedd.sampling, "draw", lambda *given, **_: given[4])  # the spans alone
+    monkeypatch.setattr("sedd.sampling.whole.draw", lambda *given, **_: given[4])  # the spans alone
     bytewise = replace(model, tokenizer=Bytes())
 
     def spans(**given) -> Any:

@@ -15,7 +15,7 @@ from sedd.constraints.clamp import free
 from sedd.data.chat import end_ids, render
 from sedd.errors import FieldError, UserError
 from sedd.networks.mesh import device_mesh
-from sedd.streaming import _next_block, _Reader
+from sedd.sampling.by_block import _next_block, _Reader
 
 PROMPTS = ["the cat", "", "a"]  # 7 tokens: the second block begins with given ones
 

@@ -23,7 +23,8 @@ from sedd.requests import Request
 from sedd.reshape import LogitProcessor
 from sedd.samplers.base import Sampler
 from sedd.samplers.best_of_n import BestOfN
-from sedd.sampling import Marking, draw, reshape_of
+from sedd.sampling.arguments import reshape_of
+from sedd.sampling.batch import Marking, draw
 from sedd.watermark.scheme import Scheme, runs_of
 
 WINDOW = 8  # batches' worth of requests that are sorted by program at a time

@@ -42,7 +42,8 @@ from sedd.samplers.planned import Profile
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.speculative import Speculative
 from sedd.samplers.verifier import Verifiers, as_verifiers, text_verifier
-from sedd.sampling import NUMBERS, check_profile, check_temperature, reshape_of, stopping
+from sedd.sampling.arguments import NUMBERS, reshape_of, stopping
+from sedd.sampling.batch import check_profile, check_temperature
 from sedd.watermark.scheme import Scheme
 
 TRACED = 64  # sequences on a trace page, which holds every frame of each of them

@@ -36,7 +36,7 @@ from sedd.files import check_writable, write_whole
 from sedd.networks.attention import refusal
 from sedd.networks.mesh import SEQUENCES, Placement, abstract, device_mesh
 from sedd.progress import Activity
-from sedd.sampling import run_sampler
+from sedd.sampling.batch import run_sampler
 from sedd.training.flops import step_flops
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import init_state

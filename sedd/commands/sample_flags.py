@@ -41,7 +41,7 @@ from sedd.samplers.base import SamplerOptions
 from sedd.samplers.planned import Profile
 from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.verifier import SELF, self_likelihood
-from sedd.sampling import NUMBERS, reshape_of
+from sedd.sampling.arguments import NUMBERS, reshape_of
 
 TITLE = "Draw text from a trained model: after a prompt, into gaps, or as an answer."
 

@@ -16,7 +16,7 @@ from sedd.control.law import Control
 from sedd.errors import UserError
 from sedd.model import Model
 from sedd.samplers.verifier import TextScorer
-from sedd.sampling import sample as sample_model
+from sedd.sampling.whole import sample as sample_model
 
 POOL = 1024  # draws of a pool by default
 STEERING = ("particles", "resample_every")  # options of the sampler ``particle``

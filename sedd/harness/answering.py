@@ -31,7 +31,8 @@ from sedd.evaluation.monte_carlo import check_draws, is_exact
 from sedd.evaluation.scoring import Track
 from sedd.model import Model
 from sedd.samplers.base import Sampler, SamplerOptions
-from sedd.sampling import check_profile, draw, reshape_of, stopping
+from sedd.sampling.arguments import reshape_of, stopping
+from sedd.sampling.batch import check_profile, draw
 
 MAX_NEW_TOKENS = 256  # of an answer whose task sets no limit, as in lm-eval
 

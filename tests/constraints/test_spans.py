@@ -350,7 +350,7 @@ def test_a_request_does_not_depend_on_its_batch(model, automata):
 
 
 def test_another_regex_of_the_size_compiles_nothing(model):
-    from sedd.sampling import run_sampler
+    from sedd.sampling.batch import run_sampler
 
     options = {"num": 2, "length": LENGTH, "sampler": "event_jump"}
     sedd.sample(model, jax.random.key(0), constraint=compiled("a*b"), **options)

@@ -17,7 +17,7 @@ import sedd
 from sedd.errors import FieldError, UserError
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.planned import Planned, Profile, group_sizes
-from sedd.sampling import run_sampler
+from sedd.sampling.batch import run_sampler
 from sedd.schedules import LogLinear
 
 DRAWS = 8_000

@@ -16,7 +16,8 @@ from sedd.model import Model
 from sedd.networks.mesh import Placement, on_host
 from sedd.samplers.base import Sampler, SamplerOptions, State
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
-from sedd.sampling import Asked, Prepared, ask, check_drawn, prepare
+from sedd.sampling.arguments import Asked, ask
+from sedd.sampling.batch import Prepared, check_drawn, prepare
 from sedd.types import Array, Bool, Key, Params
 
 REPLACEMENT = "\ufffd"  # what bytes decode to that are no whole character
@@ -155,7 +156,7 @@ class _Reader:
 def _start(
     params: Params, rows, *, sampler: SemiAutoregressive, placement: Placement | None
 ) -> State:
-    """The state before the first block; ``rows`` as for ``sedd.sampling.run_sampler``."""
+    """The state before the first block; ``rows`` as for ``sedd.sampling.batch.run_sampler``."""
 
     def on_device(params, _, rows):
         denoiser, *given = rows
