@@ -198,23 +198,7 @@ def marginals(
     for field, value, least in (("batch_size", batch_size, 1), ("orders", orders, 0)):
         if value < least:
             raise FieldError(field, f"must be at least {least}, got {value}")
-    if len(texts) and isinstance(texts[0], str):
-        rows = []
-        for number, text in enumerate(texts):
-            try:
-                rows.append(visible_tokens(model, text))
-            except UserError as error:
-                raise UserError(f"texts[{number}]: {error}") from error
-        x_SL, visible_SL = (np.array(each) for each in zip(*rows, strict=True))
-    else:
-        x_SL = np.asarray(texts)
-        if x_SL.ndim != 2 or x_SL.shape[1] != model.length or not len(x_SL):
-            raise UserError(
-                f"texts must be strings or token ids [S, {model.length}], got an array of shape "
-                f"{x_SL.shape}"
-            )
-        model.check_ids(x_SL, mask=True)
-        x_SL, visible_SL = x_SL.astype(np.int32), x_SL != model.process.mask_id
+    x_SL, visible_SL = _texts_with_gaps(model, texts)
     return log_marginals(
         model.denoiser,
         jax.random.key(key) if isinstance(key, int) else key,
@@ -224,6 +208,27 @@ def marginals(
         ),
         orders=orders,
     )
+
+
+def _texts_with_gaps(model: Model, texts: Sequence[str] | Any) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens [S, L] of the ``texts`` of ``marginals``, and which of them are visible."""
+    if len(texts) and isinstance(texts[0], str):
+        rows = []
+        for number, text in enumerate(texts):
+            try:
+                rows.append(visible_tokens(model, text))
+            except UserError as error:
+                raise UserError(f"texts[{number}]: {error}") from error
+        x_SL, visible_SL = (np.array(each) for each in zip(*rows, strict=True))
+        return x_SL, visible_SL
+    x_SL = np.asarray(texts)
+    if x_SL.ndim != 2 or x_SL.shape[1] != model.length or not len(x_SL):
+        raise UserError(
+            f"texts must be strings or token ids [S, {model.length}], got an array of shape "
+            f"{x_SL.shape}"
+        )
+    model.check_ids(x_SL, mask=True)
+    return x_SL.astype(np.int32), x_SL != model.process.mask_id
 
 
 def visible_tokens(model: Model, text: str) -> tuple[np.ndarray, np.ndarray]:

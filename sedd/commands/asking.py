@@ -35,7 +35,7 @@ from sedd.configuration.config import default_cache_dir, fits
 from sedd.constraints.spans import Shape, shape_of
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
-from sedd.samplers.base import Sampler, SamplerOptions
+from sedd.samplers.base import Sampler, SamplerOptions, layers
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.orders import listed
 from sedd.samplers.planned import Profile
@@ -147,7 +147,7 @@ class Asking:
             check_temperature(reshape)
             watermark = self.scheme.batch(np.zeros(1), np.zeros((1, 1), bool))
         denoiser = dataclasses.replace(self.model.denoiser, reshape=reshape, watermark=watermark)
-        outer, *wrapped = parts(sampler)
+        outer, *wrapped = layers(sampler)
         within = outer.within(denoiser)
         for depth, part in enumerate(wrapped, 1):
             try:
@@ -317,21 +317,13 @@ class Survey:
         return found
 
 
-def parts(sampler: Sampler) -> Iterator[Sampler]:
-    """Yield the sampler, the sampler that it wraps, and so on inwards."""
-    part: Sampler | None = sampler
-    while part is not None:
-        yield part
-        part = getattr(part, "inner", None)
-
-
 def check_order(sampler: Sampler, length: int) -> None:
     """Check ``--order 3,0,2`` of a sampler that has an order, also as an inner sampler.
 
     Raises:
         UserError: the order names a position beyond ``length`` tokens.
     """
-    for depth, part in enumerate(parts(sampler)):
+    for depth, part in enumerate(layers(sampler)):
         has_order = isinstance(part, Ordered | Speculative)
         last = max(listed(part.order), default=-1) if has_order else -1
         if last >= length:
@@ -366,7 +358,7 @@ def notes(
             "given text is approximate on a uniform process: the model reads given tokens as noisy "
             "ones, so that the rest does not tend to its true conditional at any number of steps"
         )
-    blocks = any(isinstance(part, SemiAutoregressive) for part in parts(sampler))
+    blocks = any(isinstance(part, SemiAutoregressive) for part in layers(sampler))
     if blocks and not model.time_independent:
         yield (
             "semi_autoregressive is approximate here: this model depends on the noise level, and "

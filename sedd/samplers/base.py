@@ -7,7 +7,7 @@ of the inner sampler themselves.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -318,6 +318,14 @@ class SteppedSampler(Sampler):
             times_T=self.times() if trace else None,
             log_prob_B=state.log_prob_B,
         )
+
+
+def layers(sampler: Sampler) -> Iterator[Sampler]:
+    """Yield the sampler, the sampler that it wraps, and so on inwards."""
+    part: Sampler | None = sampler
+    while part is not None:
+        yield part
+        part = getattr(part, "inner", None)
 
 
 def record(frames, index, x_BL):

@@ -23,7 +23,7 @@ from sedd.model import Model
 from sedd.networks.base import Attend
 from sedd.networks.mesh import BOTH, SEQUENCES, Placement, on_host
 from sedd.reshape import Reshape
-from sedd.samplers.base import Sampler, Samples
+from sedd.samplers.base import Sampler, Samples, layers
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import NO_NUMBERS, verifier_error
 from sedd.types import Array, Bool, Int, Key
@@ -248,7 +248,7 @@ def check_temperature(reshape: Reshape | None) -> None:
         )
 
 
-def check_profile(sampler: Sampler | None, model: Model, length: int | None = None) -> None:
+def check_profile(sampler: Sampler, model: Model, length: int | None = None) -> None:
     """Check the price profile of ``planned``, also as an inner sampler.
 
     Args:
@@ -259,8 +259,8 @@ def check_profile(sampler: Sampler | None, model: Model, length: int | None = No
     Raises:
         FieldError: the profile was measured with another model, or on sequences of another length.
     """
-    while sampler is not None:
-        profile = getattr(sampler, "profile", None)
+    for part in layers(sampler):
+        profile = getattr(part, "profile", None)
         if profile is not None and profile.model != model.digest:
             raise FieldError("profile", f": it was measured with another model than {model.source}")
         if profile is not None and length not in (None, profile.length):
@@ -269,17 +269,12 @@ def check_profile(sampler: Sampler | None, model: Model, length: int | None = No
                 f": it was measured on sequences of {profile.length} tokens, and this one has "
                 f"{length}: draw {profile.length} tokens, or measure with rows of {length}",
             )
-        sampler = getattr(sampler, "inner", None)
 
 
 def _stop_ids(sampler: Sampler) -> tuple[int, ...]:
     """The tokens at which the sampler, or one that it wraps, ends a text."""
-    part: Sampler | None = sampler
-    while part is not None:
-        if isinstance(part, SemiAutoregressive):
-            return part.stop_ids
-        part = getattr(part, "inner", None)
-    return ()
+    blocks = (part for part in layers(sampler) if isinstance(part, SemiAutoregressive))
+    return next((part.stop_ids for part in blocks), ())
 
 
 def _padded(
