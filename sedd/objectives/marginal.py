@@ -24,7 +24,7 @@ class Marginal(DenoisingCrossEntropy):
 
     With one step (W = 1) this is the paper's loss, for which two network calls give one equation.
     All W steps need W + 1 calls, since a call at a state gives both f and the next step. Pairs far
-    apart tie f to 0, its value for no tokens, where single steps would add up their errors.
+    apart compare f with 0, its value for no tokens; single steps compare neighbours only.
 
     If f is free, and c are the conditionals of one distribution, the minimum is its log
     probability of every x_S, for every W. For any c the mean of f over the texts of the data is the
