@@ -165,8 +165,11 @@ def test_sampling_reads_what_was_trained():
 
 @pytest.mark.parametrize("name", [n for n in makers("objectives") if n != "autoregressive"])
 def test_other_objectives_refuse_it(name):
+    context = {"schedule": LogLinear(), "parameterization": READING}
+    if name == "energy":
+        context["log_prob"] = jnp.sum
     with pytest.raises(UserError, match=f"^objectives '{name}'.*the objective autoregressive"):
-        build("objectives", name, schedule=LogLinear(), parameterization=READING)
+        build("objectives", name, **context)
 
 
 @pytest.mark.parametrize("reading", [Conditional, Score])
