@@ -90,8 +90,8 @@ INSTALL = re.compile(r"(?:pip3?|pipx|uv) (?:install|add)[^`\n;]*")
 
 IMPORTS = """
 import logging, os, signal, sys, warnings
-import flax, grain, jax, numpy, optax, orbax.checkpoint, rich, scipy.sparse, tensorboardX
-import tokenizers, yaml
+import flax, grain, jax, numpy, optax, orbax.checkpoint, rich, scipy.sparse, scipy.special
+import tensorboardX, tokenizers, yaml
 
 NAMES = sorted({"absl", "asyncio", "jax", *logging.root.manager.loggerDict})
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
@@ -262,6 +262,8 @@ def marginals_section(
 
 
 def _agreement(a_S: np.ndarray, b_S: np.ndarray) -> Agreement:
+    from scipy import stats  # which changes the filters of warnings
+
     if len(a_S) < 3 or np.ptp(a_S) == 0 or np.ptp(b_S) == 0:
         return Agreement(None, None, len(a_S))
     pearson = np.corrcoef(a_S, b_S)[0, 1]

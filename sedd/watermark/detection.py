@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from sedd.errors import FieldError
 from sedd.watermark.green import is_green, list_of
@@ -151,6 +151,8 @@ def _detect_green(
     tokens_L: np.ndarray, secret: bytes, scored_L: np.ndarray, gamma: float
 ) -> Detection:
     """``detect`` of the kind green; a text's first token has no list."""
+    from scipy import stats  # which changes the filters of warnings
+
     check_gamma(gamma)
     key_W = key_of(secret, "green")
     counted_L = scored_L[1:]
