@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
@@ -86,7 +85,7 @@ class Marginals:
     @property
     def log_mean(self) -> np.ndarray:
         """Log of the mean probability over ``orders`` random orders; only if these were drawn."""
-        return special.logsumexp(self.log_probs_SK[:, :-1], axis=1) - math.log(self.orders)
+        return np.logaddexp.reduce(self.log_probs_SK[:, :-1], axis=1) - math.log(self.orders)
 
     def agreement(self, *, apart: float | None = None, with_one: bool = False) -> Agreement:
         """Correlate f with ``log_mean`` over the texts.
