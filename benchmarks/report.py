@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +43,18 @@ def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def save_plot(figure: Any, axes: Sequence[Any], path: Path) -> None:
+    """Save a figure of axes over calls, on a logarithmic scale, with one legend below."""
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.grid(axis="y", color="0.92", lw=0.8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=len(labels))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:

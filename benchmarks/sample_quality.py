@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import matplotlib as mpl
 import numpy as np
-from report import report, start
+from report import report, save_plot, start
 
 import sedd
 from sedd.configuration.build import pack_split
@@ -198,15 +198,9 @@ def plot(results: list[dict], path: Path) -> None:
             color="0.35",
             fontsize=8,
         )
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set_xlabel("network calls a sample")
         axis.set_title(title, loc="left", fontsize=9.5)
-        axis.grid(axis="y", color="0.92", lw=0.8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=len(labels))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_plot(figure, axes, path)
 
 
 if __name__ == "__main__":

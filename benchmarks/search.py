@@ -26,7 +26,7 @@ from typing import Any, Literal
 import jax
 import matplotlib as mpl
 import numpy as np
-from report import report, start
+from report import report, save_plot, start
 
 import sedd
 from sedd.data.baselines import CharacterTrigram
@@ -211,15 +211,9 @@ def plot(rows: list[dict], path: Path) -> None:
                 axis.fill_between(
                     calls, values - errors, values + errors, color=f"C{i}", alpha=0.12, lw=0
                 )
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set_xlabel("network and verifier calls a text")
         axis.set_title(title, loc="left", fontsize=9.5)
-        axis.grid(axis="y", color="0.92", lw=0.8)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=len(names))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_plot(figure, axes, path)
 
 
 if __name__ == "__main__":

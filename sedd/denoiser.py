@@ -189,18 +189,7 @@ class Denoiser:
         if self.guided and self.given_BL is not None:
             each.append(jnp.where(self.given_BL, self.mask_id, x_BL))
         calls = [self.parameterization.inputs(tokens_BL, self.attend) for tokens_BL in each]
-        return tuple(
-            call.read(
-                self.network.hidden(
-                    self.params,
-                    call.tokens_BM,
-                    positions_BL=call.positions_BM,
-                    attend=call.attend,
-                    sigma_B=sigma,
-                )
-            )
-            for call in calls
-        )
+        return tuple(call.hidden(self.network, self.params, sigma=sigma) for call in calls)
 
     def log_marginal(self, x_BL: Int[Array, "B L"]) -> Float[Array, " B"]:
         """Approximate the log probability of the visible tokens, with all others summed out.
@@ -239,11 +228,7 @@ class Denoiser:
             ValueError: if the model is no any-subset model.
         """
         call = self._any_subset.in_order(x_BL, rank_BL, query_BK, query_rank_BK, attend=self.attend)
-        return call.read(
-            self.network.hidden(
-                self.params, call.tokens_BM, positions_BL=call.positions_BM, attend=call.attend
-            )
-        )
+        return call.hidden(self.network, self.params)
 
     def extend(
         self,

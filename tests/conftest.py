@@ -99,3 +99,22 @@ def _collected():
     yield
     gc.collect()
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of text to train on."""
+    import tiny_run  # imports sedd, after the checks of types are installed
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny_run.text())
+    return path
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory, text):
+    """A RADD run on this text, with random weights, for networks that start from one."""
+    import tiny_run
+
+    config = tiny_run.config("radd", corpus=str(text))
+    return tiny_run.make_run(tmp_path_factory.mktemp("trunk") / "run", config)

@@ -270,19 +270,6 @@ def test_it_learns_what_the_trunk_cannot():
 # ---------------------------------------------------------------- sedd train
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_run.text())
-    return path
-
-
-@pytest.fixture(scope="module")
-def trunk(tmp_path_factory, text):
-    config = tiny_run.config("radd", corpus=str(text))
-    return tiny_run.make_run(tmp_path_factory.mktemp("trunk") / "run", config)
-
-
 def train(workdir, text, *flags):
     network = ("--network", "causal_head", "--objective", "self_speculative")
     few = ("--data.corpus", text, "--training.steps", 2, "--evaluation.max-sequences", 8)

@@ -126,13 +126,6 @@ def test_mistakes_name_the_option(make, message):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_run.text())
-    return path
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory, text):
     config = tiny_run.config("radd", corpus=str(text))
     network = dataclasses.replace(config.network, norm_bias=True)

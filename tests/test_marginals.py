@@ -301,19 +301,6 @@ def test_agreement_is_that_of_scipy_on_the_chosen_texts():
 # ---------------------------------------------------------------- sedd train, sedd evaluate
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_run.text())
-    return path
-
-
-@pytest.fixture(scope="module")
-def trunk(tmp_path_factory, text):
-    config = tiny_run.config("radd", corpus=str(text))
-    return tiny_run.make_run(tmp_path_factory.mktemp("trunk") / "run", config)
-
-
 def train(workdir, text, *flags):
     network = ("--network", "marginal_head", "--objective", "marginal")
     few = ("--data.corpus", text, "--training.steps", 2, "--evaluation.max-sequences", 4)

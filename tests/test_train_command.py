@@ -15,13 +15,6 @@ from sedd.model import read_config
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_run.text())
-    return path
-
-
-@pytest.fixture(scope="module")
 def begun(tmp_path_factory, text):
     """A run of two steps, and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "begun"

@@ -6,12 +6,9 @@ from typing import Annotated
 
 from sedd.commands.cli import unset
 from sedd.configuration.user_function import load_function
-from sedd.control.draws import Method
+from sedd.control.draws import POOL, Method
 from sedd.control.features import Features
 from sedd.errors import UserError
-
-POOL = 1024
-TOTAL_VARIATION = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,7 @@ import numpy as np
 from sedd.commands.answers import Answer, Answering, Asked
 from sedd.commands.asking import Asking, Steering
 from sedd.commands.cli import note
-from sedd.commands.control_flags import POOL, TOTAL_VARIATION
-from sedd.control.draws import Drawing, Proposals, score_of
+from sedd.control.draws import POOL, TOTAL_VARIATION, Drawing, Proposals, score_of
 from sedd.control.estimates import Curve
 from sedd.control.features import Features
 from sedd.control.law import Control

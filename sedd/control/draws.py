@@ -17,6 +17,8 @@ from sedd.errors import FieldError, UserError
 
 Text = TypeVar("Text")
 Method = Literal["reject", "resample", "qrs", "particle", "weigh"]
+POOL = 1024  # draws of a pool by default
+TOTAL_VARIATION = 0.05  # of qrs by default
 PENALTY = 20.0  # nats that a particle pays for a condition that it does not meet
 TINY = 1e-12  # by which a feature may leave [0, 1] through rounding
 
@@ -147,7 +149,7 @@ class Drawing(Generic[Text]):
     pool: int
     uniform: Callable[[Text], float]
     rng: np.random.Generator
-    total_variation: float = 0.05
+    total_variation: float = TOTAL_VARIATION
     steered: Callable[[Control], Proposals[Text]] | None = None
     control: Control | None = None
     """The law, once λ is known."""

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.control.draws import Drawing, Method, Proposals, check_numbers, score_of
+from sedd.control.draws import (
+    POOL,
+    TOTAL_VARIATION,
+    Drawing,
+    Method,
+    Proposals,
+    check_numbers,
+    score_of,
+)
 from sedd.control.estimates import Curve, Estimate
 from sedd.control.features import Features
 from sedd.control.law import Control
@@ -18,7 +26,6 @@ from sedd.model import Model
 from sedd.samplers.verifier import TextScorer
 from sedd.sampling.whole import sample as sample_model
 
-POOL = 1024  # draws of a pool by default
 STEERING = ("particles", "resample_every")  # options of the sampler ``particle``
 
 
@@ -70,7 +77,7 @@ def sample(
     num: int = 1,
     pool: int = POOL,
     batch_size: int = 32,
-    total_variation: float = 0.05,
+    total_variation: float = TOTAL_VARIATION,
     **options: Any,
 ) -> ControlledTexts:
     """Draw texts whose features have wanted moments, and which else follow the model.

@@ -24,7 +24,7 @@ import numpy as np
 from sedd.data.base import Corpus, say
 from sedd.data.packing import Packed, TooShortError, map_tokens, text_size
 from sedd.data.records import Answers
-from sedd.data.row_ranges import Ranges, join_rows
+from sedd.data.row_ranges import Cut, Ranges
 from sedd.data.token_files import Progress, token_files
 from sedd.data.token_workers import given_mark
 from sedd.data.tokenizers import Tokenizer
@@ -146,7 +146,7 @@ def _open(
     file, tokens = map_tokens(folder, meta["dtype"])
     ends = np.load(folder / "ends.npy", mmap_mode="r")
     if padding == "unified":
-        spans, dropped = join_rows(ends, meta["num_tokens"], length)
+        spans, dropped = Cut(length=length, wrap=True).ranges(ends, meta["num_tokens"], 0)
         if not len(spans[0]):
             raise TooShortError(
                 f"length {length} is longer than the data: {name} has {meta['num_tokens']:,} tokens"

@@ -65,11 +65,6 @@ class Cut:
         return _separate(ends, inside, eos, self.truncate)
 
 
-def join_rows(ends: np.ndarray, total: int, length: int) -> tuple[Ranges, Ranges]:
-    """Rows of ``length`` tokens of all documents joined; see ``Cut.ranges``."""
-    return _joined(ends, total, length, None, False)
-
-
 def _joined(
     ends: np.ndarray, total: int, length: int, drop_every: int | None, pad_last: bool
 ) -> tuple[Ranges, Ranges]:

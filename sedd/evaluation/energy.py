@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from sedd.denoiser import Denoiser
 from sedd.evaluation.bound import estimates
@@ -61,8 +60,8 @@ def free_energy(
     free_S = np.concatenate(
         [free_B for *_, free_B in estimates(denoiser, LogLinear(), key, batches, draws)]
     ).astype(np.float64)
-    weight_S = special.softmax(-free_S) * len(free_S)  # of mean 1
-    log_z = special.logsumexp(-free_S) - np.log(len(free_S))
+    log_z = np.logaddexp.reduce(-free_S) - np.log(len(free_S))
+    weight_S = np.exp(-free_S - log_z)  # of mean 1
     return FreeEnergy(
         free=mean_of(free_S),
         log_z=Measured(float(log_z), mean_of(weight_S).error),  # the delta method

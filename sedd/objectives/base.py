@@ -228,17 +228,9 @@ class Objective(ABC):
     ):
         """Run the network, and return the arguments of ``rows.summed_nats`` for all positions."""
         xt_BL, sigma = corrupted.xt_BL, corrupted.sigma
+        noise = sigma if network.time_conditioned else None
         inputs = self._inputs(corrupted, x0_BL)
-        hidden_BLD = inputs.read(
-            network.hidden(
-                params,
-                inputs.tokens_BM,
-                positions_BL=inputs.positions_BM,
-                attend=inputs.attend,
-                sigma_B=sigma if network.time_conditioned else None,
-                keys_B=keys_B,
-            )
-        )
+        hidden_BLD = inputs.hidden(network, params, sigma=noise, keys_B=keys_B)
         leaves = [x0_BL, xt_BL]
         if sigma is not None:
             leaves.append(jnp.broadcast_to(along(sigma, xt_BL), x0_BL.shape))

@@ -138,11 +138,7 @@ class Energy(DenoisingCrossEntropy):
     def _call(self, network, params, corrupted, x_BL, known):
         """The hidden states, log c of the position that comes next, and where this position is."""
         inputs = self.parameterization.inputs(x_BL, corrupted.attend)
-        hidden_BLD = inputs.read(
-            network.hidden(
-                params, inputs.tokens_BM, positions_BL=inputs.positions_BM, attend=inputs.attend
-            )
-        )
+        hidden_BLD = inputs.hidden(network, params)
         here_BL = corrupted.rank_BL == known
         hidden_BD = jnp.where(here_BL[..., None], hidden_BLD, 0).sum(1)
         logits_BN = self.parameterization.masked_logits(read_out(hidden_BD, *network.head(params)))

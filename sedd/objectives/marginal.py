@@ -114,14 +114,7 @@ class Marginal(DenoisingCrossEntropy):
             known_B = first_B + number
             x_BL = jnp.where(rank_BL < known_B[:, None], x0_BL, self.process.mask)
             inputs = self.parameterization.inputs(x_BL, corrupted.attend)
-            hidden_BLD = inputs.read(
-                network.hidden(
-                    params,
-                    inputs.tokens_BM,
-                    positions_BL=inputs.positions_BM,
-                    attend=inputs.attend,
-                )
-            )
+            hidden_BLD = inputs.hidden(network, params)
             next_B = jnp.argmax(rank_BL == known_B[:, None], 1)
             leaves = x0_BL[rows_B, next_B], jnp.full(len(x0_BL), self.process.mask)
             hidden_BD = jax.lax.stop_gradient(hidden_BLD[rows_B, next_B])

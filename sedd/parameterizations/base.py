@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from sedd.arrays import NO_MASS, put
-from sedd.networks.base import Attend
+from sedd.networks.base import Attend, Network
 from sedd.processes.base import Process
-from sedd.types import Array, Float, Int
+from sedd.types import Array, Float, Int, Key, Params
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +31,32 @@ class Inputs:
     positions_BM: Int[Array, "B M"] | None = None  # for the position encoding; None is 0..M-1
     attend: Attend | None = None
     read_BL: Int[Array, "B L"] | None = None  # None reads position i at row i
+
+    def hidden(
+        self,
+        network: Network,
+        params: Params,
+        *,
+        sigma: Float[Array, "..."] | None = None,
+        keys_B: Key[Array, " B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Call the network, and return the hidden states of the predictions.
+
+        Args:
+            network: the network.
+            params: its parameters.
+            sigma: total noise, [B] or [B, L], for a network that is conditioned on it.
+            keys_B: one key a sequence, which turn on dropout.
+        """
+        hidden_BMD = network.hidden(
+            params,
+            self.tokens_BM,
+            positions_BL=self.positions_BM,
+            attend=self.attend,
+            sigma_B=sigma,
+            keys_B=keys_B,
+        )
+        return self.read(hidden_BMD)
 
     def read(self, hidden_BMD: Float[Array, "B M D"]) -> Float[Array, "B L D"]:
         """Select the hidden states of the predictions: those at rows ``read_BL``, in this order."""
