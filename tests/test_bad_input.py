@@ -387,6 +387,7 @@ SAMPLERS = [  # of the options of sampling
     ("--sampler tweedie --order x", "--order: it is a flag of ordered and speculative, not of tw"),
     ("--sampler best_of_n --t_on 1 {score}", "--t_on: it is a flag of remdm, not of best_of_n"),
     ("--sampler entropy_bounded --gama 1", "unrecognized option --gama; did you mean --gamma?"),
+    ("--smapler ordered", "unrecognized option --smapler; did you mean --sampler?"),
     ("--sampler best_of_n --inner.t-on 1 {score}", "--inner.t-on: .* of remdm, not of event_jump"),
     ("--sampler best_of_n --steps 3 {score}", "--steps: .* of event_jump: write --inner.steps"),
     ("--sampler ordered --inner.steps 3", "--inner.steps: ordered wraps no other sampler"),

@@ -240,6 +240,7 @@ def test_components_by_name_and_their_own_flags():
         ("--optimizer.wd=3", r"--optimizer.wd; did you mean --optimizer.weight-decay\?"),
         ("--network.hidden_dims=3", r"did you mean --network.hidden-dim\?"),
         ("--Seed 3", r"--Seed; did you mean --seed\?"),
+        ("--netwrok ddit", r"--netwrok; did you mean --network\?"),
         ("--optimizer.learning-rate -1", "^optimizer.learning_rate must be positive, got -1.0"),
         ("--data.length 0", "^data.length must be at least 1, got 0"),
         ("--training.fsdp 2", "^training.fsdp is 2, which needs --training.parallel fsdp"),

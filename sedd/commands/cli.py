@@ -208,7 +208,12 @@ def _path_rule(info: Any) -> Any:
 
 
 def parse(
-    kind: type[Command], arguments: Sequence[str], *, default=None, description=""
+    kind: type[Command],
+    arguments: Sequence[str],
+    *,
+    default=None,
+    description="",
+    taken: Sequence[str] = (),
 ) -> Command:
     """Fill a dataclass from flags.
 
@@ -217,13 +222,14 @@ def parse(
         arguments: the command line.
         default: an instance whose values are the defaults; by default those of the fields.
         description: the beginning of the help.
+        taken: flags of the command that the caller has read already, to be suggested as well.
 
     Raises:
         UserError: the arguments were rejected.
         FieldError: the dataclass refused the value of a field.
         SystemExit: after ``--help``.
     """
-    flags = list(flags_of(kind, default))
+    flags = [*taken, *flags_of(kind, default)]
     if {"-h", "--help"} & set(arguments):
         document(kind, default)
     try:
@@ -321,7 +327,8 @@ def parse_config(
     }
     default = command(**required, config=config)
     described = f"{description}\n\n{_config_help()}"
-    parsed = parse(command, rest, default=default, description=described)
+    taken = ("--config", *(f"--{name}" for name in COMPONENTS))
+    parsed = parse(command, rest, default=default, description=described, taken=taken)
     if parsed.config.aim == recipe.aim and differences(recipe, parsed.config):
         config = dataclasses.replace(parsed.config, aim="")
         parsed = dataclasses.replace(parsed, config=config)

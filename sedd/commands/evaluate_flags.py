@@ -150,6 +150,7 @@ def read_command(arguments: Sequence[str]) -> EvaluateCommand:
         ),
         description=f"{TITLE}\n\n--protocol {{{','.join(PROTOCOLS)}}} sets the defaults of "
         "--estimator and of the flags after it.",
+        taken=("--protocol",),
     )
     written = (("json", command.json), ("table", command.table), ("report", command.report))
     for flag, path in written:

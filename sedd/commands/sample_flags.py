@@ -183,6 +183,7 @@ def parse_with_sampler(
         rest,
         default=kind(**{**given, "sampler": nested_type(kinds)()}),
         description=f"{title}\n\n{describe(kinds)}",
+        taken=("--sampler", "--inner"),
     )
 
 
