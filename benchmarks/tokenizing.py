@@ -29,6 +29,7 @@ import psutil
 from sedd.data.base import Corpus
 from sedd.data.corpora import open_corpus
 from sedd.data.packing import pack
+from sedd.data.row_ranges import Cut
 from sedd.data.tokenizer_sources import build_tokenizer
 
 LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
@@ -101,7 +102,8 @@ def tokenise(text: Path, cache: Path, number: Path, tokenizer: str, workers: int
     source = open_corpus(str(text), cache_dir=cache)
     made = build_tokenizer(tokenizer, None, cache_dir=cache)
     corpus = Counted(name="text", splits=source.splits, source=source, number=counter(number))
-    pack(corpus, made, "all", length=1024, wrap=True, cache_dir=cache, workers=workers)
+    cut = Cut(length=1024, wrap=True)
+    pack(corpus, made, "all", cut, cache_dir=cache, workers=workers)
 
 
 def memory(process: psutil.Process) -> int:

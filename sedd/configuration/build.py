@@ -23,6 +23,7 @@ from sedd.data.answer_rows import DEFAULT_PADDING, pack_records
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
 from sedd.data.records import is_weighted
+from sedd.data.row_ranges import Cut
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Tokenizer
 from sedd.data.weighted_rows import read_weighted
@@ -440,16 +441,9 @@ def _pack(corpus, split, tokenizer, data: DataOptions, cache_dir, progress) -> P
             f"is {data.padding}, which needs a corpus of messages, or of prompts with completions; "
             f"{corpus.name!r} is text",
         )
-    return pack(
-        corpus,
-        tokenizer,
-        split,
-        length=data.length,
-        wrap=data.wrap,
-        cache_dir=cache_dir,
-        workers=data.workers,
-        progress=progress,
-    )
+    cut = Cut(length=data.length, wrap=data.wrap)
+    made = {"cache_dir": cache_dir, "workers": data.workers, "progress": progress}
+    return pack(corpus, tokenizer, split, cut, **made)
 
 
 @dataclass(frozen=True, kw_only=True)

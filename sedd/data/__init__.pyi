@@ -3,6 +3,7 @@ from .corpora import parse_mixture as parse_mixture
 from .loader import Batches as Batches
 from .packing import Packed as Packed
 from .packing import pack as pack
+from .row_ranges import Cut as Cut
 from .tokenizer_sources import build_tokenizer as build_tokenizer
 from .tokenizers import BytePairs as BytePairs
 from .tokenizers import Bytes as Bytes

@@ -1,9 +1,9 @@
 """Rows of tokens: how tokenised documents are cut into training and evaluation sequences.
 
 The token files (``sedd.data.token_files``) hold the ids of all documents one after the other. A row
-is a range of them: its first token and its size. Everything that ``pack`` lets a caller choose
-(length, joined or separate documents, truncation) only changes these ranges, so that a corpus is
-tokenised once for all of them, and a row is read straight from the memory-mapped file.
+is a range of them: its first token and its size. A ``Cut`` (length, joined or separate documents,
+truncation) only changes these ranges, so that a corpus is tokenised once for all of them, and a row
+is read straight from the memory-mapped file.
 """
 
 import mmap
@@ -150,55 +150,40 @@ def pack(
     corpus: Corpus,
     tokenizer: Tokenizer,
     split: str,
+    cut: Cut,
     *,
-    length: int,
-    wrap: bool,
     cache_dir: Path,
     workers: int | None = None,
     progress: Progress | None = None,
     max_documents: int | None = None,
-    drop_every: int | None = None,
-    around: tuple[int, int] | None = None,
-    truncate: bool = False,
-    pad_last: bool = False,
 ) -> Packed:
-    """Cut a split into rows of ``length`` tokens; the split is tokenised if it was not before.
+    """Cut a split into rows of tokens; the split is tokenised if it was not before.
 
     Args:
         corpus: from ``open_corpus``.
         tokenizer: from ``build_tokenizer``.
         split: split of the corpus.
-        length: tokens in a row, L; at least 1.
-        wrap: whether documents are joined and then cut into rows. Otherwise each begins a new row,
-            and the rest of its last row is padding, which is not scored.
+        cut: the length of a row, and how documents fill rows.
         cache_dir: the directory for the token files.
         workers: how many threads tokenise, and processes if the text is long; None for one per
             core, at most 16. The rows do not depend on it.
         progress: called with the numbers of documents and tokens so far.
         max_documents: read only so many documents.
-        drop_every: with ``wrap``: join only so many documents at a time, and drop the tokens at the
-            end of each such group that do not fill a row. None joins all documents.
-        around: ids that open and close every row, within ``length``; both are scored.
-        truncate: without ``wrap``: keep one row of each document and drop the rest of it.
-        pad_last: with ``wrap``: keep each remainder as a row, filled up with padding.
 
     Returns:
         The rows, read from files in ``cache_dir/packed``.
 
     Raises:
-        UserError: if there is no text, or ``length``, ``workers``, ``max_documents`` or
-            ``drop_every`` is below 1.
+        UserError: if there is no text, or ``workers`` or ``max_documents`` is below 1.
         TooShortError: if joined documents do not fill one row.
 
     Example:
         >>> from pathlib import Path
-        >>> from sedd.data.corpora import open_corpus
-        >>> from sedd.data.packing import pack
-        >>> from sedd.data.tokenizer_sources import build_tokenizer
+        >>> from sedd.data import Cut, build_tokenizer, open_corpus, pack
         >>> cache = Path("cache")
         >>> corpus = open_corpus("my.txt", cache_dir=cache)
         >>> tokenizer = build_tokenizer("bytes", None, cache_dir=cache)
-        >>> packed = pack(corpus, tokenizer, "all", length=16, wrap=True, cache_dir=cache)
+        >>> packed = pack(corpus, tokenizer, "all", Cut(length=16, wrap=True), cache_dir=cache)
         >>> x0_BL, scored_BL = packed.rows([0, 1])
         >>> x0_BL.shape, scored_BL.all()
         ((2, 16), np.True_)
@@ -211,14 +196,6 @@ def pack(
     for name, value in (("max_documents", max_documents), ("workers", workers)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
-    cut = Cut(
-        length=length,
-        wrap=wrap,
-        drop_every=drop_every,
-        around=around,
-        truncate=truncate,
-        pad_last=pad_last,
-    )
     made = (workers, progress, max_documents)
     folder, meta = token_files(corpus, tokenizer, split, cache_dir, *made)
     return _open(folder, meta, f"{corpus.name} ({split})", tokenizer, cut)

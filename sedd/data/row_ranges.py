@@ -22,7 +22,16 @@ class Cut:
     and takes as many rows as it needs; the rest of its last row is padding, which is not scored.
 
     Args:
-        length, wrap, drop_every, around, truncate, pad_last: as in ``pack``.
+        length: tokens in a row, L; at least 1.
+        wrap: whether documents are joined.
+        drop_every: with ``wrap``: join only so many documents at a time, and drop the tokens at the
+            end of each such group that do not fill a row. None joins all documents.
+        around: ids that open and close every row, within ``length``; both are scored.
+        truncate: without ``wrap``: keep one row of each document and drop the rest of it.
+        pad_last: with ``wrap``: keep each remainder as a row, filled up with padding.
+
+    Raises:
+        UserError: if ``length`` or ``drop_every`` is below 1.
     """
 
     length: int

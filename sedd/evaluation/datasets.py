@@ -18,6 +18,7 @@ from sedd.data.corpora import NAMES, MappedCorpus, open_corpus, parse_mixture
 from sedd.data.detokenizers import DETOKENIZERS
 from sedd.data.packing import Packed, TooShortError, pack, unigram_entropy, validation_rows
 from sedd.data.records import Answers
+from sedd.data.row_ranges import Cut
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import UserError, did_you_mean
 from sedd.evaluation.protocols import SPLITS, Protocol
@@ -248,18 +249,15 @@ class TextReader:
         if corpus.records:
             return self._pack_records(corpus, split, chosen)
         try:
-            return pack(
-                corpus,
-                self.tokenizer,
-                split,
+            cut = Cut(
                 length=chosen.length or self.length,
                 wrap=self.wrap if chosen.cut == "as_trained" else chosen.cut != "truncated",
-                cache_dir=self.cache_dir,
                 drop_every=chosen.drop_every,
                 around=self._specials() if chosen.specials else None,
                 truncate=chosen.cut == "truncated",
                 pad_last=chosen.cut == "whole",
             )
+            return pack(corpus, self.tokenizer, split, cut, cache_dir=self.cache_dir)
         except TooShortError as error:
             raise UserError(f"{error}; --cut whole evaluates it in one padded row") from error
 

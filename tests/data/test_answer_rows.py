@@ -14,6 +14,7 @@ from sedd.data.chat import conversation
 from sedd.data.corpora import open_corpus
 from sedd.data.loader import Batches
 from sedd.data.packing import pack
+from sedd.data.row_ranges import Cut
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Bytes
 from sedd.errors import UserError
@@ -162,7 +163,7 @@ def test_a_record_that_is_none_is_named(tmp_path, second, says):
 
 def test_what_reads_text_refuses_records(pairs, tmp_path):
     with pytest.raises(UserError, match="it holds records of messages or prompts, which are not"):
-        pack(pairs, BYTES, "all", length=8, wrap=True, cache_dir=tmp_path)
+        pack(pairs, BYTES, "all", Cut(length=8, wrap=True), cache_dir=tmp_path)
     with pytest.raises(UserError, match=r"is made from text, and .* holds messages or prompts"):
         build_tokenizer("characters", pairs, cache_dir=tmp_path)
     named = open_corpus(f"{tmp_path / 'pairs.jsonl'}:prompt", cache_dir=tmp_path)

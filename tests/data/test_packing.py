@@ -19,6 +19,7 @@ from sedd.data import base, packing, token_files
 from sedd.data.base import Corpus, digest
 from sedd.data.loader import Batches
 from sedd.data.packing import pack, validation_rows
+from sedd.data.row_ranges import Cut
 from sedd.data.tokenizer_sources import LETTERS, build_tokenizer
 from sedd.data.tokenizers import Bytes, Characters, Tokenizer
 from sedd.errors import UserError
@@ -50,9 +51,11 @@ def stream(texts, tokenizer):
 
 
 def packed(cache, texts=TEXTS, tokenizer=None, **options):
-    options = {"length": 5, "wrap": True, **options}
+    how = ("workers", "progress", "max_documents")
+    how = {name: options.pop(name) for name in how if name in options}
+    cut = Cut(**{"length": 5, "wrap": True, **options})
     corpus = Given(texts=tuple(texts))
-    return pack(corpus, tokenizer or Bytes(), "train", cache_dir=cache, **options)
+    return pack(corpus, tokenizer or Bytes(), "train", cut, cache_dir=cache, **how)
 
 
 documents = st.lists(st.text(sorted(LETTERS + "é"), max_size=30), min_size=1, max_size=8)
@@ -372,7 +375,7 @@ def test_numbers_below_one_are_refused(tmp_path, options):
 
 def test_an_undeclared_split_is_refused(tmp_path):
     with pytest.raises(UserError, match="no split 'test'"):
-        pack(Given(texts=TEXTS), Bytes(), "test", length=2, wrap=True, cache_dir=tmp_path)
+        pack(Given(texts=TEXTS), Bytes(), "test", Cut(length=2, wrap=True), cache_dir=tmp_path)
 
 
 def test_meta_says_what_was_made(tmp_path):

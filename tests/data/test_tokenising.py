@@ -21,6 +21,7 @@ from sedd.data import base, token_files, token_log, token_workers
 from sedd.data.base import Corpus, MappedCorpus, WithHeldOut, digest
 from sedd.data.corpora import open_corpus
 from sedd.data.packing import pack
+from sedd.data.row_ranges import Cut
 from sedd.data.tokenizer_sources import build_tokenizer
 from sedd.data.tokenizers import Bytes
 from sedd.errors import UserError
@@ -76,8 +77,9 @@ def pairs(tmp_path_factory):
 
 def made(cache, corpus, tokenizer, **options):
     """The files of the packed tokens by name, with their bytes."""
-    options = {"length": 5, "wrap": True, "workers": 1, **options}
-    pack(corpus, tokenizer, corpus.splits[0], cache_dir=cache, **options)
+    cut = Cut(length=options.pop("length", 5), wrap=options.pop("wrap", True))
+    options = {"workers": 1, **options}
+    pack(corpus, tokenizer, corpus.splits[0], cut, cache_dir=cache, **options)
     [folder] = [path for path in (cache / "packed").iterdir() if path.is_dir()]
     assert not folder.name.startswith(".")
     return {path.name: path.read_bytes() for path in folder.iterdir()}
