@@ -437,8 +437,8 @@ class Denoiser:
     ) -> tuple[Float[Array, "R N"], Float[Array, "R N"]]:
         """``log_conditional_rows``, and the log conditionals by which rows are to be ranked.
 
-        The second are the first, but without temperature, top-k and top-p if ``unsharpened`` is
-        set, and for sequences of temperature 0, whose distributions of one token each would tie.
+        The second are the first, but without temperature, top-k, top-p and watermark where
+        ``unsharpened`` is set or the temperature is 0 (all its distributions would tie).
         """
         guided_RN = self._guided_rows(hidden, x_BL, rows)
         shaped_RN = self._reshaped(guided_RN, x_BL, rows, self.reshape)

@@ -242,9 +242,9 @@ def load(
         dtype: the compute type of the network. Default: that of the run, float32 for published
             SEDD, RADD and MDLM, and the type of the parameters for other published models. The
             parameters keep their type.
-        mask_id: the published id of the mask, for a published model that does not state it.
-        normalise: which entries of the raw output share the mass at a mask: "real" for the tokens,
-            "all" for all rows of the vocabulary, as published samplers compute confidences.
+        mask_id: id of the mask in a published model's own vocabulary, if its files do not state it.
+        normalise: which entries of the raw output the softmax at a mask is over: "real" for the
+            tokens, "all" for all rows of the vocabulary, as published samplers compute confidences.
             Default: that of the run, and "real" for published models.
         block: tokens in a block, for a published masked model that was trained by blocks and whose
             configuration does not say so.

@@ -78,8 +78,7 @@ class Request:
     """JSON Schema of the free text: one, or a list, as for ``regex``; excludes regex."""
     json_schema_depth: int | None = None
     """Greatest nesting of values, 0 to ``MAX_NESTING``, where the JSON Schema sets none: in a
-    schema that allows any value, and in a reference within its own target. None takes ``DEPTH``, 2.
-    """
+    schema that allows any value, and in recursion by ``$ref``. None takes ``DEPTH``, 2."""
     temperature: float | None = None
     """Temperature of the distributions, see ``Reshape``. For this field and the next three, None
     takes the value of the command."""

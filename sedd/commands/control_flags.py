@@ -53,7 +53,7 @@ class ControlFlags:
         return found
 
     def load(self) -> Features:
-        """Load the functions. A feature is called by its function, or by all if two are the same.
+        """Load the functions. Features are named FUNCTION, or FILE.py:FUNCTION if two names clash.
 
         Raises:
             UserError: a function cannot be loaded.
@@ -106,7 +106,7 @@ def check_control(command) -> None:
         raise UserError(f"--seed {command.seed}: the seeds of two pools go beyond 2**32 - 1")
     if command.requests is not None:
         raise UserError(
-            f"--requests {command.requests}: a control is of one form of request; give "
+            f"--requests {command.requests}: a control belongs to one form of request; give "
             "--prompt, --infill and the like, and --num"
         )
     if command.trace is not None:

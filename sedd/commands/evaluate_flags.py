@@ -78,8 +78,8 @@ class EvaluateCommand:
     with gaps such as {mask:12} in a line, or JSON lines with "infill" or "text" if the name ends in
     .jsonl. Needs a marginal head."""
     marginal_check: Annotated[int | None, unset("ORDERS")] = None
-    """Compare the values of the marginal head with the log-mean likelihood over this many random
-    orders, on the first data set and on the texts of --marginals."""
+    """Compare the values of the marginal head with the log of the mean likelihood over this many
+    random orders, on the first data set and on the texts of --marginals."""
     report: Annotated[Path | None, unset("FILE.html")] = None
     """Write all results to one HTML page."""
     resume: Annotated[Path | None, unset("FILE.jsonl")] = None

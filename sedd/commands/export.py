@@ -61,7 +61,7 @@ class ExportCommand:
     """Checkpoint of a run: the one of this step, or the best by validation; by default the newest.
     """
     mask_id: int | None = None
-    """The published id of the mask, for a published model whose files do not state it."""
+    """Id of the mask in a published model's own vocabulary, if its files do not state it."""
     adapters: bool = False
     """Write the adapters alone, as PEFT does: adapter_config.json, adapter_model.safetensors."""
 

@@ -39,7 +39,7 @@ class InspectCommand:
     checkpoint: tyro.conf.Positional[str]
     """Directory of a published checkpoint or of a run, or hf://OWNER/NAME."""
     mask_id: int | None = None
-    """The published id of the mask, if the files do not state it."""
+    """Id of the mask in the model's own vocabulary, if the files do not state it."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -78,7 +78,7 @@ def inspect(checkpoint: str, mask_id: int | None = None) -> dict[str, Any]:
 
     Args:
         checkpoint: a directory, or ``hf://OWNER/NAME[@REVISION]``.
-        mask_id: the published id of the mask, if the files do not state it.
+        mask_id: id of the mask in the model's own vocabulary, if the files do not state it.
 
     Returns:
         What is known, by name; lists for what may be several things.

@@ -23,11 +23,11 @@ class LoadFlags:
     """Type in which the network computes. By default that of the run; float32 for published SEDD,
     RADD and MDLM; and the type of their parameters for other published models."""
     mask_id: Annotated[int | None, unset("INT")] = None
-    """The published id of the mask, for a published model whose files do not state it."""
+    """Id of the mask in a published model's own vocabulary, if its files do not state it."""
     normalise: Annotated[Normalise | None, unset("real|all")] = None
-    """Which entries of the output share the mass at a mask: the tokens (real), or all rows of the
-    vocabulary (all), as published samplers of large models compute confidences. By default that of
-    the run, and real for published models."""
+    """Which entries of the output the softmax at a mask is over: the tokens (real), or all rows of
+    the vocabulary (all), as published samplers of large models compute confidences. By default that
+    of the run, and real for published models."""
     trained_block: Annotated[int | None, unset("INT")] = None
     """Tokens in a block, for a published model that was trained by blocks and whose configuration
     does not say so."""

@@ -117,10 +117,10 @@ class SampleCommand:
     --json FILE.json."""
     output: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Write the samples to this JSON Lines file, or to standard output if it is -. Each line has
-    id, text, tokens, calls, rows, entropy (in nats, of the frequencies of the drawn tokens), seed,
-    where the sampler computes them score, verifier_calls, log_partition and log_prob (in nats),
-    with --features their values; of a watermarked text also watermark: what sedd detect has to know
-    beside the secret."""
+    id, text, tokens, calls, rows, entropy (in nats, of the frequencies of the drawn tokens) and
+    seed. Some samplers add score, verifier_calls, log_partition and log_prob (in nats). --features
+    adds the features' values, --method weigh also weight and which tokens were given, and
+    --watermark adds watermark: what sedd detect has to know beside the secret."""
     trace: Annotated[Path | None, unset("FILE.html")] = None
     """Write an HTML page that plays the denoising of the first 64 sequences."""
     batch_size: int = 32

@@ -6,8 +6,8 @@ For texts x of the starting model a, held out and weighted by w = p/a,
 
 The first term is KL(p‖a), the divergence at the start. In the second one the bounds of both models
 stand for their likelihoods, with the same masks. The result is no bound, and may fall below 0: a
-model that is trained on texts of its own has a tighter bound on all of them. How much is seen
-without the weights, in E_a[log π(x) - log a(x)], which is at most 0 for likelihoods.
+model that is trained on texts of its own has a tighter bound on all of them. E_a[log π(x)
+- log a(x)], which is at most 0 for likelihoods, shows by how much.
 """
 
 from collections.abc import Callable

@@ -40,7 +40,7 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
 
     A published model determines process, tokenizer and network, and the options ``shift`` and
     ``normalise`` of the parameterization; without a recipe also all other components and the
-    length. Without a recipe, so does a run. A recipe has to fit the run that it starts from.
+    length. A run determines all of these if there is no recipe; a recipe has to fit it.
 
     Args:
         arguments: the command line, which may have --init-from, --convert and --lora.

@@ -84,8 +84,8 @@ class DataOptions:
     with --data.no-wrap each document starts a sequence of its own, which is padded."""
     padding: Padding | None = None
     """How rows are filled if the corpus is of messages, or of prompts with completions: eos (the
-    default) and rainbow fill a row behind its text with tokens that are learned, none packs several
-    texts into a row as segments, and unified joins all and learns prompts too."""
+    default) and rainbow fill a row behind its text with tokens that are learned; the value none
+    packs several texts into a row as segments; unified joins all and learns prompts too."""
     answers: Answers = "all"
     """Which answers of a conversation are learned: all, or the last one only."""
     cache_dir: str = field(default_factory=default_cache_dir)
@@ -191,7 +191,7 @@ class Config:
     """Start from the averaged (EMA) weights of a run's newest checkpoint, or of a published one (a
     directory or hf://OWNER/NAME)."""
     mask_id: int | None = None
-    """The published id of the mask of --init-from, if its files do not state it."""
+    """Id of the mask in the own vocabulary of --init-from, if its files do not state it."""
     convert: str | None = None
     """Make a diffusion model of the autoregressive one of --init-from: full (all positions see each
     other), or block:SIZE (blocks from left to right)."""

@@ -214,7 +214,7 @@ def _one_form(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in SINGLE:
         if isinstance(options.get(name), list | tuple):
             raise UserError(
-                f"{name} is a list: a control is of one form of request, give one value"
+                f"{name} is a list: a control belongs to one form of request, give one value"
             )
     if "trace" in options:
         raise UserError("trace: a control draws texts that are not returned")

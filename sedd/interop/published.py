@@ -89,7 +89,7 @@ def describe_published(
 
     Args:
         path: a local directory.
-        mask_id: the published id of the mask, for a model that does not state it.
+        mask_id: id of the mask in the model's own vocabulary, if its files do not state it.
 
     Returns:
         The layout, the files of tensors, None if there are none, and the tokenizer with the ids
@@ -143,7 +143,7 @@ def load_published(
         dtype: the compute type of the network, "float32" or "bfloat16". Published code of SEDD,
             RADD and MDLM computes in bfloat16 on a GPU; the default here is float32. The default of
             other models is the type of their parameters.
-        mask_id: the published id of the mask, for a model that does not state it.
+        mask_id: id of the mask in the model's own vocabulary, if its files do not state it.
         mesh: the devices that hold the parameters; by default the first device.
 
     Raises:

@@ -45,7 +45,7 @@ def settle(
     Args:
         layout: the layout as the configuration states it; its network has ``num_states`` rows.
         tokenizer: the tokenizer with the ids of its files, or None.
-        mask_id: the published id of the mask, given by the user; None if it was not.
+        mask_id: the user's id of the mask in the model's own vocabulary, or None.
         config: the configuration, for messages.
 
     Returns:
@@ -89,7 +89,7 @@ def settle(
 def _find_mask(
     layout: Layout, tokenizer: Tokenizer | None, given: int | None, config: Path
 ) -> tuple[int, str]:
-    """The published id of the mask, and where it is stated; UserError if it is stated nowhere."""
+    """Id of the mask in the model's own vocabulary, and where it is stated; or UserError."""
     if given is not None:
         return given, "--mask-id"
     if layout.description.mask_id is not None:

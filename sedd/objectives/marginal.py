@@ -23,8 +23,8 @@ class Marginal(DenoisingCrossEntropy):
     mean of (f(b) - f(a) - Σ steps)² over all pairs of them, in nats². L is the number of tokens.
 
     With one step (W = 1) this is the paper's loss, for which two network calls give one equation.
-    All W steps need W + 1 calls, since a call at a state gives both f and the next step. Pairs far
-    apart compare f with 0, its value for no tokens; single steps compare neighbours only.
+    All W steps need W + 1 calls, since a call at a state gives both f and the next step. A
+    whole path (W = L) compares f with 0, its value for no tokens; single steps compare neighbours.
 
     If f is free, and c are the conditionals of one distribution, the minimum is its log
     probability of every x_S, for every W. For any c the mean of f over the texts of the data is the
@@ -99,7 +99,7 @@ class Marginal(DenoisingCrossEntropy):
     ) -> Float[Array, "S B"]:
         """Compute f minus the sum of the steps so far at each state of the window.
 
-        The states behind the last one of a text are copies of x0 or states outside of its window.
+        A text with fewer scored tokens than the window has copies of x0 behind its last state.
 
         Args:
             network: has a marginal head.

@@ -69,7 +69,7 @@ class SearchPaths(Search):
     remask: float = 0.1
     """Share of the free positions that each later stage masks again, in [0, 1)."""
     reveal: float = 0.35
-    """Share of the free positions that each later stage then reveals, above remask."""
+    """Share of the free positions that each later stage then reveals; more than remask."""
 
     def __post_init__(self):
         super().__post_init__()

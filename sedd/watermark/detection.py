@@ -63,7 +63,8 @@ def detect(
         tokens: the token ids of the text.
         secret: the secret.
         kind: the kind of watermark.
-        nonces: nonces to try: a list, or a number R for 0..R-1. For ``gumbel``, as the next two.
+        nonces: nonces to try: a list, or a number R for 0..R-1. Like the next two arguments, it
+            serves ``gumbel`` only.
         candidates: candidates of each nonce to try: n for texts of best_of_n, which draws n.
         offsets: how many positions the text may be shifted to either side, 0 for none.
         scored: tokens to count, by default all. Given and constrained ones should be left out.

@@ -165,7 +165,10 @@ def test_figures_go_to_standard_error_beside_json(place):
             "--features {f}:early --moments .5 --method particle --tilt 2",
             "--tilt 2.0: --method particle determines the weights",
         ),
-        ("--features {f}:early --moments .5 --requests {f}", "a control is of one form of request"),
+        (
+            "--features {f}:early --moments .5 --requests {f}",
+            "a control belongs to one form of request",
+        ),
         ("--features {f}:early --moments .5 --trace t.html", "draws texts that are not returned"),
         (
             f"--features {{f}}:early --moments .5 --seed {2**32 - 50} --pool 32",
@@ -246,7 +249,7 @@ def test_in_python(model, method):
     [
         ({"moments": {"late": 0.5}}, "there are the features early, and the moments of late"),
         ({"moments": [0.5, 0.5]}, "moments must be one for each feature"),
-        ({"prompt": ["a", "b"]}, "prompt is a list: a control is of one form of request"),
+        ({"prompt": ["a", "b"]}, "prompt is a list: a control belongs to one form of request"),
         ({"particles": 3}, "particles: options of the method particle, not of reject"),
         ({"method": "particle", "sampler": "ordered"}, "give inner=, the one to steer"),
         ({"features": {}, "moments": []}, "features must be at least one function"),
