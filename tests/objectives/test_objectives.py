@@ -87,6 +87,13 @@ def exact_lambda_dce(scored=ALL):
     return (special.beta(size[some], sum(scored) - size[some] + 1) * nats[some]).sum()
 
 
+def exact_power(power):
+    """E λ^-power Σ_masked -log c; the complement of a mask has the same law."""
+    size, nats = maskings()
+    some = size > 0
+    return (special.beta(size[some] + 1 - power, L - size[some] + 1) * nats[some]).sum()
+
+
 def exact_k_dce(scored=ALL):
     size, nats = maskings(scored)
     return np.mean([sum(scored) / k * nats[size == k].mean() for k in range(1, sum(scored) + 1)])
@@ -139,8 +146,17 @@ def weight_given_u(objective, u):
     return (np.asarray(a, np.float64) for a in (corrupted.weight_BL[:, 0], corrupted.sigma))
 
 
+TWICE = {"complementary": True}
 CASES = {
     "lambda_dce": (LambdaDCE, LogLinear(), {}, lambda s: exact_lambda_dce()),
+    "lambda_dce_power": (LambdaDCE, LogLinear(), {"power": 0.5}, lambda s: exact_power(0.5)),
+    "complementary": (LambdaDCE, LogLinear(), TWICE, lambda s: exact_lambda_dce()),
+    "complementary_power": (
+        LambdaDCE,
+        LogLinear(),
+        {**TWICE, "power": 0.0},
+        lambda s: exact_power(0.0),
+    ),
     "k_dce": (KDCE, LogLinear(), {}, lambda s: exact_k_dce()),
     "t_dce": (TDCE, LogLinear(), {}, lambda s: exact_t_dce(s, 1e-3)),
     "t_dce_geometric": (TDCE, Geometric(), {"t_min": 0.1}, lambda s: exact_t_dce(s, 0.1)),
@@ -154,7 +170,15 @@ CASES = {
 
 
 # One schedule and one setting of each objective; `make test-all` tries all.
-EACH_DAY = ["lambda_dce", "k_dce", "t_dce_geometric", "t_dse_polynomial", "mdlm_4"]
+EACH_DAY = [
+    "lambda_dce",
+    "lambda_dce_power",
+    "complementary",
+    "k_dce",
+    "t_dce_geometric",
+    "t_dse_polynomial",
+    "mdlm_4",
+]
 
 
 @pytest.mark.parametrize("name", daily(CASES, EACH_DAY))
@@ -255,6 +279,7 @@ def test_t_dse_is_t_dce_pointwise(name):
 
 EVERY = {
     "lambda_dce": LambdaDCE(schedule=LogLinear(), parameterization=READING),
+    "complementary": LambdaDCE(schedule=LogLinear(), parameterization=READING, **TWICE),
     "k_dce": KDCE(schedule=LogLinear(), parameterization=READING),
     "t_dce": TDCE(schedule=LogLinear(), parameterization=READING),
     "mdlm": MDLM(schedule=LogLinear(), parameterization=READING),
@@ -311,6 +336,32 @@ def test_finite_at_the_ends(name, schedule):
     value, gradient = jax.value_and_grad(loss)(jax.random.normal(jax.random.key(0), (12, L, size)))
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
+
+
+def test_every_token_is_predicted_once_with_its_complement():
+    """The masks of both calls are complements, and dropout differs between them."""
+    objective = EVERY["complementary"]
+    x0_BL, corrupted = corrupted_batch(objective, keys(6, 64), f32(np.linspace(0, 0.99, 64)), SOME)
+    twice, x0_RL = objective._with_complement(corrupted, x0_BL)
+    first, second = np.split(np.asarray(twice.xt_BL == MASK), 2)
+    np.testing.assert_array_equal(first ^ second, np.broadcast_to(SOME, first.shape))
+    np.testing.assert_array_equal(np.asarray(twice.weight_BL) > 0, np.asarray(twice.xt_BL == MASK))
+    np.testing.assert_array_equal(x0_RL[64:], x0_BL)
+    nats_BL = objective.nats(DENOISER.network, DENOISER.params, corrupted, x0_BL)
+    assert ((np.asarray(nats_BL) > 0) == SOME).all()
+    total = objective.summed_nats(DENOISER.network, DENOISER.params, corrupted, x0_BL)
+    assert total == pytest.approx(float(nats_BL.sum()), rel=1e-5)
+
+
+def test_complements_have_less_variance_than_twice_as_many_draws():
+    """At power 0 every token counts once in each draw: what varies is its context alone."""
+    one, both = (
+        np.asarray(
+            draws(LambdaDCE(schedule=LogLinear(), parameterization=READING, power=0.0, **f), 3)
+        )
+        for f in ({}, TWICE)
+    )
+    assert both.var() < 0.5 * one.var()
 
 
 def test_every_subset_is_equally_likely_under_k():
@@ -396,7 +447,12 @@ def test_losses_without_a_time_refuse_a_model_with_one(make):
 
 @pytest.mark.parametrize(
     ("make", "field", "value"),
-    [(TDCE, "t_min", 0.0), (ScoreEntropy, "t_min", 1.0), (MDLM, "num_steps", 0)],
+    [
+        (TDCE, "t_min", 0.0),
+        (LambdaDCE, "power", 1.5),
+        (ScoreEntropy, "t_min", 1.0),
+        (MDLM, "num_steps", 0),
+    ],
 )
 def test_mistakes_are_named(make, field, value):
     with pytest.raises(ValueError, match=f"{field} .*{value}"):
