@@ -11,6 +11,7 @@ import tiny_run
 from tiny_run import make_run
 
 from sedd.configuration.components import options, values
+from sedd.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -367,3 +368,36 @@ def test_scaling_reads_what_devices_hold_and_send(monkeypatch, capsys):
     assert pmap["all-gather MB"] == 0 < fsdp["all-gather MB"]
     assert fsdp["all-reduce MB"] < pmap["all-reduce MB"]
     assert fsdp["inputs MB"] < pmap["inputs MB"] / 2
+
+
+def test_recipes_are_compared_and_finished_runs_are_kept(tmp_path, capsys):
+    """A second call trains the missing seed only; the first recipe differs from itself by 0."""
+    recipes = importlib.import_module("recipes")
+    (tmp_path / "text.txt").write_text(tiny_run.text(600))
+    for name, groups in recipes.RECIPES.items():
+        assert (
+            recipes.changed(recipes.radd("tiny"), groups) != recipes.radd("tiny") or name == "radd"
+        )
+    settings = recipes.Settings(
+        recipes=("muon", "muon, complementary, power 0"),
+        size="tiny",
+        tokens=3 * 2048,
+        seeds=(0,),
+        runs=tmp_path / "runs.jsonl",
+        corpus=str(tmp_path / "text.txt"),
+        tokenizer="bytes",
+    )
+    recipes.main(settings)
+    capsys.readouterr()
+    recipes.main(dataclasses.replace(settings, recipes=("muon",), seeds=(0, 1)))
+    out = capsys.readouterr().out
+    assert "seed 1" in out
+    assert "seed 0" not in out
+    [row] = json.loads(out.strip().splitlines()[-1])["rows"]
+    assert row["to the first"] == 0
+    assert row["±"] > 0
+    assert row["tokens"] == 3 * 2048
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [3, 6, 3]
+    with pytest.raises(UserError, match="either --tokens or --seconds"):
+        recipes.main(dataclasses.replace(settings, seconds=1.0))
