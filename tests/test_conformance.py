@@ -246,13 +246,24 @@ def test_objective(name):
             kind = oracle.WithCausalHead if causal else oracle.WithMarginalHead
         network = kind(num_states=process.num_states, time_conditioned=not reading.time_independent)
 
-        def loss(raw_BLV, objective=objective, network=network, x0_BL=x0_BL, scored_BL=scored_BL):
+        shape = B, objective.rows(L), process.num_states
+        raw_BLV, teacher_BLV = jax.random.normal(jax.random.key(0), (2, *shape))
+
+        def loss(
+            raw_BLV,
+            objective=objective,
+            network=network,
+            teacher_BLV=teacher_BLV,
+            x0_BL=x0_BL,
+            scored_BL=scored_BL,
+        ):
             corrupted = objective.corrupt(keys(0, B), f32([0.1, 0.5, 0.95]), x0_BL, scored_BL)
+            if objective.teacher_calls:  # another one: where it agrees, the loss is 0
+                corrupted = objective.taught(network, teacher_BLV, corrupted)
             nats_BL = objective.nats(network, jax.lax.stop_gradient(raw_BLV), corrupted, x0_BL)
             total = objective.summed_nats(network, raw_BLV, corrupted, x0_BL)
             return total, (corrupted, nats_BL)
 
-        raw_BLV = jax.random.normal(jax.random.key(0), (B, objective.rows(L), process.num_states))
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (total, (corrupted, nats_BL)), gradient = step(raw_BLV)
         assert isinstance(corrupted, Corrupted)

@@ -72,20 +72,19 @@ def test_one_step_of_a_shrunken_copy(path):
     )
     num_tokens, batch, length = 11, 4, 16
     parts = build_parts(config, num_tokens)
-    optimizer = make_optimizer(config.optimizer, config.training.steps)
-    state = init_state(parts.network, optimizer, config.seed)
-    if frozen := parts.network.frozen_trunk:  # it is a trained one: its output layer is not 0
-        kernel = jax.random.normal(jax.random.key(0), state.params["head"]["kernel"].shape)
-        params = state.params | {"head": {"kernel": kernel, "bias": state.params["head"]["bias"]}}
-        state = init_state(parts.network, optimizer, config.seed, params=params)
     step = Step(
         network=parts.network,
         objective=parts.objective,
-        optimizer=optimizer,
+        optimizer=make_optimizer(config.optimizer, config.training.steps),
         ema_decay=config.optimizer.ema_decay,
         batch_size=batch,
         stratified=config.training.stratified,
     )
+    state, frozen = step.first_state(config.seed), parts.network.frozen_trunk
+    if frozen or parts.objective.teacher_calls:  # a trained one: its output layer is not 0
+        kernel = jax.random.normal(jax.random.key(0), state.params["head"]["kernel"].shape)
+        params = state.params | {"head": {"kernel": kernel, "bias": state.params["head"]["bias"]}}
+        state = step.first_state(config.seed, params=params)
     x0 = np.random.default_rng(0).integers(0, num_tokens, (1, batch, length), np.int32)
     rows = {"x0": x0, "scored": np.ones(x0.shape, bool), "index": np.arange(batch)[None]}
     after, metrics = jax.jit(step, static_argnames="axis_name")(state, rows, axis_name=None)

@@ -303,7 +303,7 @@ def parse_config(
         saved: the configuration to use without --config: that of the run to resume.
         complete: completes the configuration between the first and the second stage, given the
             arguments, the configuration, and whether it is ``named`` by --config. With it,
-            --config may be missing beside --init-from.
+            --config may be missing beside --init-from or --teacher.
 
     Returns:
         An instance of ``command``.
@@ -312,7 +312,8 @@ def parse_config(
         UserError: there is no configuration, or a flag is wrong.
     """
     path, rest = take(arguments, "--config")
-    begun = complete is not None and take(arguments, "--init-from")[0] is not None
+    starts = (take(arguments, flag)[0] for flag in ("--init-from", "--teacher"))
+    begun = complete is not None and any(start is not None for start in starts)
     if path is None and saved is None and not begun and not {"-h", "--help"} & set(arguments):
         raise _missing_config(arguments)
     recipe = (saved or Config()) if path is None else load_config(path)

@@ -39,7 +39,6 @@ from sedd.progress import Activity
 from sedd.sampling.batch import run_sampler
 from sedd.training.flops import step_flops
 from sedd.training.parallel import DataParallel, FullySharded
-from sedd.training.state import init_state
 
 # Memory of a chip, as its maker states it.
 HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}
@@ -184,7 +183,7 @@ def compile_for(what: What, config: Config, num_tokens: int, devices: Sequence[A
     if what == "train":
         step = build_step(config, parts)
         parallel = build_parallel(config, step, devices)
-        state = jax.eval_shape(lambda: init_state(step.network, step.optimizer, 0))
+        state = jax.eval_shape(lambda: step.first_state(0))
         lowered = parallel.run.lower(*abstract_inputs(config, parallel, state, devices))
     else:
         lowered = lower_inference(what, config, parts, devices)

@@ -97,7 +97,7 @@ def write_adapters(output: Path, model: sedd.Model, layout: Layout) -> None:
     network: Any = model.denoiser.network
     if not network.lora.rank:
         raise UserError(f"--adapters: {model.source} has no adapters; they are trained by --lora")
-    base = model.config.init_from or ""
+    base = model.config.start or ""
     tensors = layouts()[layout.name].tensors(layout.network)
     save_adapters(
         output,
@@ -116,7 +116,7 @@ def origin(model: sedd.Model) -> tuple[Layout, Path] | None:
         The layout and the directory; None if there is no such model, it cannot be read, or the run
         has another network, vocabulary or parameterization.
     """
-    start = model.config.init_from
+    start = model.config.start
     while start is not None:
         try:
             path = fetch(start, weights=False)
@@ -128,7 +128,7 @@ def origin(model: sedd.Model) -> tuple[Layout, Path] | None:
             config = read_config(path)
         except UserError:
             return None
-        start = None if config is None else config.init_from
+        start = None if config is None else config.start
     return None
 
 

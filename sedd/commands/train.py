@@ -31,7 +31,13 @@ from sedd.commands.cli import console, note, parse_config, take
 from sedd.commands.devices import Processes, join
 from sedd.commands.train_control import control_validator, divergence_line
 from sedd.commands.train_from import started_from
-from sedd.commands.train_start import Prepared, check_is_run, is_complete, prepare
+from sedd.commands.train_start import (
+    Prepared,
+    check_is_run,
+    check_student,
+    is_complete,
+    prepare,
+)
 from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
 from sedd.configuration.config import Config
 from sedd.configuration.user_function import UserLogProb
@@ -109,6 +115,7 @@ def main(arguments: Sequence[str]) -> None:
     objective = build_parts(config, num_tokens=2).objective
     if isinstance(objective, Energy):
         UserLogProb(objective.function).load()
+    check_student(config, objective)
     check_batch_size(config.training.batch_size, jax.device_count(), config.training.accumulate)
     with fields_within("training"):
         device_mesh(fsdp=config.training.fsdp or 1)
@@ -168,7 +175,11 @@ def run_of(
         profile: steps to record for a profiler; None for none.
     """
     config, parts, tokenizer = prepared.config, prepared.parts, prepared.data.tokenizer
-    marginal = isinstance(parts.objective, Marginal)
+    unit = "nats per token"
+    if isinstance(parts.objective, Marginal):
+        unit = "loss in nats², validation in nats per token"
+    elif parts.objective.teacher_calls:
+        unit = "nats per token; the loss is a divergence from the teacher"
     return Run(
         workdir=workdir,
         parallel=prepared.parallel,
@@ -180,12 +191,13 @@ def run_of(
         validate=validator(config, parts, tokenizer, rows),
         sample=text_sampler(config, parts, tokenizer),
         unigram_nats=None if parts.objective.trains_marginal_head else frequencies,
-        unit="loss in nats², validation in nats per token" if marginal else "nats per token",
+        unit=unit,
         flops=partial(
             step_flops,
             parts.network,
             config.training.batch_size,
             parts.objective.rows(config.data.length),
+            teacher_calls=parts.objective.teacher_calls,
         ),
         profile=profile,
         wandb={"project": config.training.wandb} if config.training.wandb else None,

@@ -1,4 +1,4 @@
-"""What a run takes from the model that it starts from (``--init-from``, ``--convert``).
+"""What a run takes from the model that it starts from (``--init-from``, ``--teacher``).
 
 ``started_from`` completes the configuration before the flags are read, so that a published model
 needs no further flags, and flags that contradict it are mistakes, which ``source_of`` reports.
@@ -43,14 +43,16 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
     length. A run determines all of these if there is no recipe; a recipe has to fit it.
 
     Args:
-        arguments: the command line, which may have --init-from, --convert and --lora.
+        arguments: the command line, which may have --init-from, --teacher, --convert and --lora.
         recipe: the configuration before.
         named: whether it is the recipe of --config.
 
     Raises:
         UserError: the model cannot be read, or cannot be converted.
     """
-    name = take(arguments, "--init-from")[0] or recipe.init_from
+    flags = ("--init-from", recipe.init_from), ("--teacher", recipe.teacher)
+    named_models = ((flag, take(arguments, flag)[0] or saved) for flag, saved in flags)
+    flag, name = next((each for each in named_models if each[1]), ("", None))
     if name is None:
         return recipe
     given = str(take(arguments, "--mask-id")[0] or recipe.mask_id)
@@ -58,7 +60,7 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
         # What is no number is reported when all flags are read.
         source, published = describe(name, mask_id=int(given) if given.isdecimal() else None)
     except UserError as error:
-        raise UserError(f"--init-from {name}: {error}") from None
+        raise UserError(f"{flag} {name}: {error}") from None
     convert = take(arguments, "--convert")[0] or recipe.convert
     if convert is not None:
         source = converted(name, convert, source)
@@ -144,17 +146,18 @@ def converted(name: str, convert: str, source: Config) -> Config:
     return dataclasses.replace(source, parameterization=reading, objective=objective)
 
 
-def source_of(init_from: str, config: Config) -> sedd.Model:
-    """Load the model of ``--init-from``: a run, a published checkpoint, or hf://OWNER/NAME.
+def source_of(config: Config) -> sedd.Model:
+    """Load the model of ``--init-from`` or ``--teacher``: a run or a published checkpoint.
 
     Raises:
         UserError: it cannot be loaded, its tokenizer is another one, its network differs in an
             option that changes the parameters, or its output is read at another row. A frozen trunk
-            must also have the same parameterization.
+            must also have the same parameterization, and a teacher process and length as well.
     """
-    where = f"--init-from {init_from}"
+    where = config.start_flag
+    assert config.start is not None
     try:
-        source = sedd.load(init_from, mask_id=config.mask_id)
+        source = sedd.load(config.start, mask_id=config.mask_id)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     there = source.config.data.tokenizer
@@ -175,6 +178,8 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
         )
     if config.convert is None:
         check_reading(where, reading, needed)
+    if config.teacher is not None:
+        check_teacher(source.config, config)
     here = values(config.network)
     other = [
         f"its network.{name} is {value} and --network.{name.replace('_', '-')} is {here[name]}"
@@ -184,6 +189,28 @@ def source_of(init_from: str, config: Config) -> sedd.Model:
     if other:
         raise UserError(f"{where} is of another configuration: {'; '.join(other)}")
     return source
+
+
+def check_teacher(teacher: Config, config: Config) -> None:
+    """Raise UserError if a teacher has another process, parameterization or length."""
+    for field in ("process", "parameterization"):
+        there, here = getattr(teacher, field), getattr(config, field)
+        if there != here:
+            raise UserError(
+                f"{config.start_flag}: its {field} is {spelt(there)}, and that of the student "
+                f"{spelt(here)}; a teacher has the same"
+            )
+    if teacher.data.length != config.data.length:
+        raise UserError(
+            f"{config.start_flag}: its length is {teacher.data.length}, and --data.length is "
+            f"{config.data.length}; a teacher has the same"
+        )
+
+
+def spelt(component: Options) -> str:
+    """A component with its options, for messages: ``conditional (shift=True)``."""
+    given = ", ".join(f"{name}={value}" for name, value in values(component).items())
+    return f"{component.name} ({given})" if given else component.name
 
 
 def check_reading(where: str, source: Options, config: Options) -> None:

@@ -34,10 +34,12 @@ from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
 from sedd.model import Model, read_config, read_tokenizer
 from sedd.networks.base import Network
+from sedd.objectives.base import Objective
+from sedd.objectives.self_distill import SelfDistill
 from sedd.progress import Activity
 from sedd.training.checkpoint import Checkpoints, Restored
 from sedd.training.parallel import DataParallel, FullySharded
-from sedd.training.state import TrainState, init_state
+from sedd.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ class Prepared:
     """The objects of a run that is about to begin or to go on.
 
     Args:
-        config: the configuration. For a resumed run, ``init_from`` is the one with which the run
-            was started.
+        config: the configuration. For a resumed run, ``init_from`` and ``teacher`` are those with
+            which the run was started.
         data: the tokenizer and the packed corpus.
         parts: the components of the model.
         parallel: the training step on the devices.
@@ -79,8 +81,8 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     tokenizer = source = None
     if checkpoints.steps():
         config, tokenizer = check_same_run(workdir, config)
-    elif config.init_from is not None:
-        source = source_of(config.init_from, config)
+    elif config.start is not None:
+        source = source_of(config)
         tokenizer = source.tokenizer
     else:
         check_needs_no_model(config)
@@ -92,7 +94,7 @@ def prepare(workdir: Path, config: Config) -> Prepared:
     check_weights(config, parts, data)
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
-    make_state = partial(init_state, step.network, step.optimizer, config.seed)
+    make_state = partial(step.first_state, config.seed)
     with Activity("making the first state"):
         restored = checkpoints.restore_latest(jax.eval_shape(make_state), parallel.shardings)
         if restored:
@@ -131,8 +133,7 @@ def _new_state(
     """The first state of a new run, on the devices: random parameters, or those of ``source``."""
     if source is None:
         return parallel.init(make_state)
-    where, convert = f"--init-from {config.init_from}", config.convert is not None
-    params = first_params(where, source, network, convert=convert)
+    params = first_params(config.start_flag, source, network, convert=config.convert is not None)
     return parallel.place(make_state(params=params))
 
 
@@ -140,9 +141,13 @@ def check_needs_no_model(config: Config) -> None:
     """Check that a run can begin from random weights.
 
     Raises:
-        UserError: the configuration converts a trained model, or trains a part of one.
+        UserError: the configuration converts or distils a trained model, or trains a part of one.
         FieldError: it trains adapters.
     """
+    if maker("objectives", config.objective.name) is SelfDistill:
+        raise UserError(
+            f"--objective {config.objective.name} has no teacher: name a trained model by --teacher"
+        )
     if config.convert is not None:
         raise UserError(f"--convert {config.convert} needs a model to convert: --init-from")
     if rank := lora_of(config.network).rank:
@@ -157,6 +162,31 @@ def check_needs_no_model(config: Config) -> None:
             f"--network {config.network.name} trains a part of the network on a frozen trunk: name "
             f"a trained one by --init-from RUN{together}"
         )
+
+
+def check_student(config: Config, objective: Objective) -> None:
+    """Check that a teacher has a student, and that the steps of the run are those of the rounds.
+
+    Raises:
+        FieldError: they are not.
+    """
+    if not isinstance(objective, SelfDistill):
+        if config.teacher is not None:
+            raise FieldError(
+                "teacher",
+                f"is {config.teacher}: a teacher goes with --objective self_distill, got "
+                f"{config.objective.name}",
+            )
+        return
+    steps = objective.rounds * objective.round_steps
+    if config.training.steps != steps:
+        raise FieldError(
+            "training.steps",
+            f"is {config.training.steps}, and must be --objective.rounds × --objective.round-steps "
+            f"= {objective.rounds} × {objective.round_steps} = {steps}",
+        )
+    if config.init_from is not None:
+        raise FieldError("init_from", f"is {config.init_from}: name the model by --teacher instead")
 
 
 def read_data(config: Config, tokenizer: Tokenizer | None) -> Data:
@@ -212,7 +242,7 @@ def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
     that is not finite, and fields that affect at most rounding, memory and output.
 
     Returns:
-        The configuration with the run's own ``init_from``, and the run's tokenizer.
+        The configuration with the run's own ``init_from`` and ``teacher``, and its tokenizer.
 
     Raises:
         UserError: the run was started with another configuration, or has saved none.
@@ -225,9 +255,12 @@ def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
             f"--workdir {workdir}: it holds a run of another configuration: {'; '.join(found)}. "
             "Choose another directory, or the same values"
         )
-    if config.init_from not in (None, saved.init_from):
-        note("--init-from has no effect: the run has begun already, and is resumed")
-    config = dataclasses.replace(config, init_from=saved.init_from, mask_id=saved.mask_id)
+    if config.start not in (None, saved.start):
+        flag = config.start_flag.split()[0]
+        note(f"{flag} has no effect: the run has begun already, and is resumed")
+    config = dataclasses.replace(
+        config, init_from=saved.init_from, teacher=saved.teacher, mask_id=saved.mask_id
+    )
     return config, read_tokenizer(workdir)
 
 

@@ -30,10 +30,12 @@ from sedd.training.optimizer import OptimizerOptions
 
 # Fields that a resumed run may change: the number of steps (and with it the learning rates of a
 # falling schedule), what to do about an update that is not finite, the noise levels of blocks (a
-# validation shows which vary least), and fields that affect at most rounding, memory and output.
+# validation shows which vary least), the rounds of a student (with the steps), and fields that
+# affect at most rounding, memory and output.
 RESUMABLE = (
     "aim",
     "init_from",
+    "teacher",
     "mask_id",
     "data.cache_dir",
     "data.workers",
@@ -52,6 +54,7 @@ RESUMABLE = (
     "sampler",
     "objective.min_level",
     "objective.max_level",
+    "objective.rounds",
     "network.remat",
     "network.attention",
 )
@@ -190,6 +193,9 @@ class Config:
     init_from: str | None = None
     """Start from the averaged (EMA) weights of a run's newest checkpoint, or of a published one (a
     directory or hf://OWNER/NAME)."""
+    teacher: str | None = None
+    """The model that --objective self_distill distils, and from whose averaged weights its student
+    starts: a run or a published checkpoint, as for --init-from."""
     mask_id: int | None = None
     """Id of the mask in the own vocabulary of --init-from, if its files do not state it."""
     convert: str | None = None
@@ -214,6 +220,22 @@ class Config:
             raise FieldError("seed", f"must be in [0, 2**32), got {self.seed}")
         if self.convert is not None:
             converted_block(self.convert)
+        if self.init_from is not None and self.teacher is not None:
+            raise FieldError(
+                "init_from",
+                f"is {self.init_from}, but the student starts from its teacher {self.teacher}: "
+                "leave out one of the two",
+            )
+
+    @property
+    def start(self) -> str | None:
+        """The model whose weights the run starts from: ``init_from``, or the teacher."""
+        return self.init_from or self.teacher
+
+    @property
+    def start_flag(self) -> str:
+        """The flag that names ``start``, for messages."""
+        return f"--init-from {self.init_from}" if self.init_from else f"--teacher {self.teacher}"
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values; a component becomes an object of its options and its ``name``."""

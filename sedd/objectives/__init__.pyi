@@ -1,6 +1,7 @@
 from .any_subset import AnySubset as AnySubset
 from .autoregressive import Autoregressive as Autoregressive
 from .base import Corrupted as Corrupted
+from .base import Lesson as Lesson
 from .base import Objective as Objective
 from .block import Block as Block
 from .energy import Energy as Energy
@@ -9,5 +10,6 @@ from .lambda_dce import LambdaDCE as LambdaDCE
 from .marginal import Marginal as Marginal
 from .mdlm import MDLM as MDLM
 from .score_entropy import ScoreEntropy as ScoreEntropy
+from .self_distill import SelfDistill as SelfDistill
 from .self_speculative import SelfSpeculative as SelfSpeculative
 from .t_dce import TDCE as TDCE

@@ -26,6 +26,27 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a teacher predicts for a corrupted batch.
+
+    Args:
+        x_BL: the tokens of the teacher's first call.
+        sigma_B: the total noise of its last call.
+        keys_B: keys of what it draws.
+        hidden_BLD: the hidden states from which it predicts each position; None before it was
+            called (``Objective.taught``).
+        head: its output layer.
+    """
+
+    x_BL: Int[Array, "B L"]
+    sigma_B: Float[Array, " B"]
+    keys_B: Key[Array, " B"]
+    hidden_BLD: Float[Array, "B L D"] | None = None
+    head: tuple[Float[Array, "D V"], Float[Array, " V"]] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Corrupted:
     """A corrupted batch.
 
@@ -39,6 +60,7 @@ class Corrupted:
         attend: the segments of rows with padding or several texts; positions of different segments
             do not see each other. None if all positions see each other.
         keys_B: keys of what ``energy`` draws from the model; None for all other objectives.
+        lesson: what the teacher of ``self_distill`` predicts; None for all other objectives.
     """
 
     xt_BL: Int[Array, "B L"]
@@ -47,6 +69,7 @@ class Corrupted:
     rank_BL: Int[Array, "B L"] | None = None
     attend: Attend | None = None
     keys_B: Key[Array, " B"] | None = None
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +101,11 @@ class Objective(ABC):
     """Whether the objective trains networks with a causal head, and only these."""
     trains_marginal_head: ClassVar[bool] = False
     """Whether the objective trains networks with a marginal head, and only these."""
+
+    @property
+    def teacher_calls(self) -> int:
+        """Calls of a frozen teacher for each sequence; 0 for an objective without a teacher."""
+        return 0
 
     def __post_init__(self):
         if self.causal and not self.parameterization.causal:
@@ -175,6 +203,22 @@ class Objective(ABC):
         xt_BL, weight_BL = jax.lax.fori_loop(1, segment_BL.max() + 1, add, start)
         return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, attend=Attend(segment_BL=segment_BL))
 
+    def taught(self, network: Network, params: Params, corrupted: Corrupted) -> Corrupted:
+        """Call the teacher, and add what it predicts to a corrupted batch.
+
+        The training step calls this method if there are ``teacher_calls``.
+
+        Args:
+            network: the network, which teacher and student have in common.
+            params: the parameters of the teacher.
+            corrupted: from ``corrupt_at``.
+        """
+        return corrupted
+
+    def ends_round(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        """Whether the student's averages become the teacher after ``step`` steps."""
+        return False
+
     def rows(self, length: int) -> int:
         """The number of rows that the network gets for a sequence of this length."""
         return length
@@ -210,8 +254,8 @@ class Objective(ABC):
 
     def _nats_of(self, raw_RV: Array, leaves: tuple[Array, ...]) -> Array:
         """``row_nats`` with the arguments of ``RowNats``."""
-        x0_R, xt_R, *sigma = leaves
-        return self.row_nats(raw_RV, x0_R, xt_R, sigma[0] if sigma else None)
+        x0_R, xt_R, *more = leaves
+        return self.row_nats(raw_RV, x0_R, xt_R, *(more or [None]))
 
     def _inputs(self, corrupted: Corrupted, x0_BL: Int[Array, "B L"]) -> Inputs:
         """The network call for a corrupted batch."""

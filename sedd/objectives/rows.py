@@ -23,7 +23,8 @@ from sedd.types import Array, Float
 
 LEAST_ROWS = 256  # fewest rows of a long chunk: shorter products leave an accelerator idle
 
-# (raw [R, V], leaves [R, …]) -> nats [R]; the leaves are a row's tokens and its σ.
+# (raw [R, V], leaves) -> nats [R]. The leaves are arrays [R, …], a row's tokens and its σ, and
+# behind them the arrays that all rows share.
 RowNats = Callable[[Array, tuple[Array, ...]], Array]
 
 
@@ -51,6 +52,7 @@ def row_nats(
     head: tuple[Float[Array, "D V"], Float[Array, " V"]],
     weight_M: Float[Array, " M"],
     leaves: tuple[Array, ...],
+    shared: tuple[Array, ...] = (),
 ) -> Float[Array, " M"]:
     """Return the weighted nats of every row, 0 where the weight is 0; not differentiable.
 
@@ -60,11 +62,12 @@ def row_nats(
         head: the kernel and the bias of the output layer.
         weight_M: the weights, not negative; rows with the weight 0 cost nothing.
         leaves: arrays with one entry a row, for ``nats_of``.
+        shared: arrays that are the same for all rows, for ``nats_of``.
     """
     wide = jnp.promote_types(head[0].dtype, jnp.float32)
 
     def chunk(index_R, weight_R, hidden_RD, leaves_R, nats_M):
-        nats_R = nats_of(read_out(hidden_RD, *head), leaves_R)
+        nats_R = nats_of(read_out(hidden_RD, *head), (*leaves_R, *shared))
         return nats_M.at[index_R].set(_weighted(weight_R, nats_R), mode="drop")
 
     zeros_M = jnp.zeros(weight_M.shape, wide)
@@ -79,15 +82,16 @@ def summed_nats(
     head: tuple[Float[Array, "D V"], Float[Array, " V"]],
     weight_M: Float[Array, " M"],
     leaves: tuple[Array, ...],
+    shared: tuple[Array, ...] = (),
 ) -> Float[Array, ""]:
     """Return the sum of ``row_nats``, differentiable in ``hidden_MD`` and ``head``.
 
     Only rows with a weight above 0 are computed. The module's docstring explains the gradient.
     """
-    return row_nats(nats_of, hidden_MD, head, weight_M, leaves).sum()
+    return row_nats(nats_of, hidden_MD, head, weight_M, leaves, shared).sum()
 
 
-def _forward(nats_of, hidden_MD, head, weight_M, leaves):
+def _forward(nats_of, hidden_MD, head, weight_M, leaves, shared):
     """The sum of nats, and as residuals its gradients for a cotangent of 1."""
     wide = jnp.promote_types(head[0].dtype, jnp.float32)
     narrow = hidden_MD.dtype
@@ -98,7 +102,7 @@ def _forward(nats_of, hidden_MD, head, weight_M, leaves):
         total, grad_MD, grad_DV, grad_V = carry
 
         def nats(raw_RV):
-            return _weighted(weight_R, nats_of(raw_RV, leaves_R)).sum()
+            return _weighted(weight_R, nats_of(raw_RV, (*leaves_R, *shared))).sum()
 
         more, raw_grad_RV = jax.value_and_grad(nats)(read_out(hidden_RD, *head))
         # In the network's precision, like all other products of the backward pass.
@@ -119,9 +123,9 @@ def _forward(nats_of, hidden_MD, head, weight_M, leaves):
 
 
 def _backward(nats_of, grads, cotangent):
-    """Scale the gradients by the cotangent; weights and leaves have none."""
+    """Scale the gradients by the cotangent; weights, leaves and shared arrays have none."""
     hidden_MD, *head = (grad * cotangent.astype(grad.dtype) for grad in grads)
-    return hidden_MD, tuple(head), None, None
+    return hidden_MD, tuple(head), None, None, None
 
 
 summed_nats.defvjp(_forward, _backward)

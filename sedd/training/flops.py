@@ -24,16 +24,24 @@ PEAK = {
 }
 
 
-def step_flops(network: Network, batch_size: int, length: int, *, read: float) -> float:
-    """Return the FLOPs of one forward and backward pass over a batch.
+def step_flops(
+    network: Network, batch_size: int, length: int, *, read: float, teacher_calls: int = 0
+) -> float:
+    """Return the FLOPs of one forward and backward pass over a batch, and of a teacher's calls.
 
     Args:
         network: the network.
         batch_size: sequences in the batch.
         length: rows of the network for a sequence, ``Objective.rows``.
         read: positions in the batch at which the output layer runs.
+        teacher_calls: forward passes of a teacher, whose output layer runs once at the same
+            positions; the few tokens that it draws are not counted.
     """
-    return batch_size * network.training_flops(length, read / batch_size)
+    each = read / batch_size
+    total = network.training_flops(length, each)
+    if teacher_calls:
+        total += teacher_calls * network.flops(length, each / teacher_calls)
+    return batch_size * total
 
 
 def peak_flops(device=None) -> float | None:

@@ -58,6 +58,7 @@ def trees_of(state: TrainState) -> dict[str, Any]:
     if not isinstance(key, Sharding) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         state = replace(state, key=jax.eval_shape(jax.random.key_data, key))
     training = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+    training["teacher"] = state.teacher  # no array, and no name, if there is none
     trees = {"params": state.params, "ema_params": state.ema_params, "training": training}
     return nested(named_leaves(trees))
 
@@ -76,6 +77,7 @@ def state_like(abstract_state: TrainState, arrays: dict[str, Any]) -> TrainState
         opt_state=fill(abstract_state.opt_state, "training/opt_state"),
         ema_params=fill(abstract_state.ema_params, "ema_params"),
         key=arrays["training/key"],
+        teacher=fill(abstract_state.teacher, "training/teacher"),
     )
     return from_host(state)
 

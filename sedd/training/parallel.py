@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sedd.errors import UserError
 from sedd.networks.mesh import BOTH, device_mesh, partition, put, sharded, split_axes
 from sedd.networks.shard import Shard
-from sedd.training.state import TrainState, init_state
+from sedd.training.state import TrainState
 from sedd.training.step import Batch, Step
 from sedd.types import Params
 
@@ -143,9 +143,7 @@ class FullySharded:
         check_batch_size(step.batch_size, len(devices), accumulate)
         self.num_devices = len(devices)
         self.accumulate = accumulate
-        abstract = jax.eval_shape(
-            lambda: init_state(step.network, step.optimizer, 0)  # the seed changes no shape
-        )
+        abstract = jax.eval_shape(lambda: step.first_state(0))  # the seed changes no shape
         axes = split_axes(abstract.params, self.mesh, step.network.stacked)
         param_specs = jax.tree.map(partition, abstract.params, axes)
         self.shardings = jax.tree.map(
@@ -155,9 +153,15 @@ class FullySharded:
         )
         self._rows = NamedSharding(self.mesh, PartitionSpec(None, BOTH))
 
+        def trained(tree):
+            return step.network.trainable(tree) if abstract.teacher else {}
+
         # The step sees split parameters as ``Shard``s; specs and optimizer see plain arrays.
-        def totals(params, key, step_number, batch):
-            totals = step.totals(sharded(params, axes), key, step_number, batch, axis_name=BOTH)
+        def totals(params, teacher, key, step_number, batch):
+            teacher = sharded(teacher, trained(axes))
+            totals = step.totals(
+                sharded(params, axes), key, step_number, batch, axis_name=BOTH, teacher=teacher
+            )
             grads = jax.tree.map(
                 lambda leaf: leaf.part if isinstance(leaf, Shard) else leaf,
                 totals["grads"],
@@ -168,7 +172,13 @@ class FullySharded:
         mapped = jax.shard_map(
             totals,
             mesh=self.mesh,
-            in_specs=(param_specs, PartitionSpec(), PartitionSpec(), self._rows.spec),
+            in_specs=(
+                param_specs,
+                trained(param_specs),
+                PartitionSpec(),
+                PartitionSpec(),
+                self._rows.spec,
+            ),
             out_specs={
                 "grads": step.network.trainable(param_specs),
                 **dict.fromkeys(("nats", "terms", "tokens", "read"), PartitionSpec()),
@@ -177,7 +187,8 @@ class FullySharded:
         )
 
         def run(state: TrainState, batch: Batch):
-            return step.update(state, mapped(state.params, state.key, state.step, batch))
+            totals = mapped(state.params, state.teacher, state.key, state.step, batch)
+            return step.update(state, totals)
 
         whole = NamedSharding(self.mesh, PartitionSpec())
         self.run = jax.jit(run, donate_argnums=0, out_shardings=(self.shardings, whole))

@@ -1,7 +1,7 @@
 """The training state: parameters, their average, the optimizer's state, and the random key."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ class TrainState:
         opt_state: the optimizer's state, of the trainable parameters.
         ema_params: the moving averages of the trainable parameters. Frozen ones are their own.
         key: the key of the run. It never changes: a step folds its number into it.
+        teacher: the teacher's values of the trainable parameters, if the objective has a teacher;
+            else empty. The teacher shares the frozen parameters.
     """
 
     step: Int[Array, ""]
@@ -31,6 +33,7 @@ class TrainState:
     opt_state: Any
     ema_params: Params
     key: Key[Array, ""]
+    teacher: Params = field(default_factory=dict)
 
     @property
     def averaged(self) -> Params:
@@ -44,6 +47,7 @@ def init_state(
     seed: int,
     *,
     params: Params | None = None,
+    teacher: bool = False,
 ) -> TrainState:
     """Return the state before the first step.
 
@@ -56,6 +60,7 @@ def init_state(
         seed: determines the parameters and the key of the run.
         params: parameters to start from. Entries that are missing are new, such as those of a
             causal head on a given trunk.
+        teacher: whether the objective has a teacher, which begins with the same parameters.
 
     Raises:
         FieldError: parameters that are trained are bfloat16.
@@ -81,6 +86,7 @@ def init_state(
         # A copy: the step donates its state, and no buffer can be donated twice.
         ema_params=jax.tree.map(jnp.copy, trained),
         key=key,
+        teacher=jax.tree.map(jnp.copy, trained) if teacher else {},
     )
 
 

@@ -16,7 +16,7 @@ import optax
 from sedd.networks.base import Network
 from sedd.networks.shard import Shard
 from sedd.objectives.base import Objective, draw_uniform
-from sedd.training.state import TrainState, update_ema
+from sedd.training.state import TrainState, init_state, update_ema
 from sedd.types import Array, Bool, Int, Params
 
 Batch = dict[str, Array]
@@ -61,11 +61,30 @@ class Step:
         self, state: TrainState, batch: Batch, *, axis_name: AxisNames
     ) -> tuple[TrainState, Metrics]:
         """Run ``totals`` and ``update``; each device holds the whole state."""
-        totals = self.totals(state.params, state.key, state.step, batch, axis_name=axis_name)
+        totals = self.totals(
+            state.params, state.key, state.step, batch, axis_name=axis_name, teacher=state.teacher
+        )
         return self.update(state, totals)
 
+    def first_state(self, seed: int, *, params: Params | None = None) -> TrainState:
+        """Make the state before the first step; see ``init_state``."""
+        return init_state(
+            self.network,
+            self.optimizer,
+            seed,
+            params=params,
+            teacher=self.objective.teacher_calls > 0,
+        )
+
     def totals(
-        self, params: Params, key: Array, step: Array, batch: Batch, *, axis_name: AxisNames
+        self,
+        params: Params,
+        key: Array,
+        step: Array,
+        batch: Batch,
+        *,
+        axis_name: AxisNames,
+        teacher: Params | None = None,
     ) -> Totals:
         """Compute sums over the global batch, one micro-batch after the other.
 
@@ -78,6 +97,7 @@ class Step:
                 batch. If sequences hold several texts, also ``segment`` [A, b, L]; if they have
                 weights, ``weight`` [A, b].
             axis_name: the mapped axes over devices; None if one program holds the whole batch.
+            teacher: ``TrainState.teacher``, for an objective with a teacher.
 
         Returns:
             ``grads`` of the trainable parameters, and the sums ``nats``, ``terms`` (the scored
@@ -87,7 +107,8 @@ class Step:
         key = jax.random.fold_in(key, step)
 
         def accumulate(totals, batch):
-            return jax.tree.map(jnp.add, totals, self._micro_batch(params, key, step, batch)), None
+            more = self._micro_batch(params, teacher or {}, key, step, batch)
+            return jax.tree.map(jnp.add, totals, more), None
 
         zero = {
             "grads": jax.tree.map(jnp.zeros_like, self.network.trainable(params)),
@@ -99,7 +120,7 @@ class Step:
         totals, _ = jax.lax.scan(accumulate, zero, batch)
         return sum_over_devices(totals, axis_name)
 
-    def _micro_batch(self, params, key, step, batch) -> Totals:
+    def _micro_batch(self, params, teacher, key, step, batch) -> Totals:
         """The sums over one micro-batch: corrupt it, then differentiate its summed nats."""
         times_key, corruption_key, dropout_key = jax.random.split(key, 3)
         u_B = draw_uniform(times_key, batch["index"], self.batch_size, stratified=self.stratified)
@@ -118,6 +139,8 @@ class Step:
             size_BL = scored_tokens(batch["scored"], batch.get("segment"))
             terms = (batch["scored"] / size_BL).sum()
             corrupted = replace(corrupted, weight_BL=corrupted.weight_BL / size_BL)
+        if self.objective.teacher_calls:
+            corrupted = self.objective.taught(self.network, params | teacher, corrupted)
 
         def summed_nats(trained):
             return self.objective.summed_nats(
@@ -152,6 +175,7 @@ class Step:
             opt_state=opt_state,
             ema_params=update_ema(state.ema_params, trained, n, self.ema_decay),
             key=state.key,
+            teacher=state.teacher,
         )
         metrics = {
             "loss": totals["nats"] / jnp.maximum(totals["terms"], 1),
@@ -161,8 +185,12 @@ class Step:
         }
         if self.skip_nonfinite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            new_state = replace(keep_if_finite(new_state, state, finite), step=n)
+            new_state = replace(where_tree(finite, new_state, state), step=n)
             metrics["skipped"] = 1 - finite.astype(jnp.int32)
+        if self.objective.teacher_calls:
+            ends = self.objective.ends_round(n)
+            teacher = where_tree(ends, new_state.ema_params, state.teacher)
+            new_state = replace(new_state, teacher=teacher)
         return new_state, metrics
 
 
@@ -180,9 +208,9 @@ def scored_tokens(
     return jnp.maximum(jax.vmap(of_row)(scored_BL, segment_BL), 1)
 
 
-def keep_if_finite(new: Any, old: Any, finite: Array) -> Any:
-    """Return the tree ``new`` if ``finite`` (a traced scalar) is true, else the tree ``old``."""
-    return jax.tree.map(partial(jnp.where, finite), new, old)
+def where_tree(condition: Array | bool, first: Any, second: Any) -> Any:
+    """Return the tree ``first`` if ``condition``, a scalar, is true, else the tree ``second``."""
+    return jax.tree.map(partial(jnp.where, condition), first, second)
 
 
 def keys_of(key, index_B):

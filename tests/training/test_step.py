@@ -32,7 +32,7 @@ from sedd.training.optimizer import (
 )
 from sedd.training.parallel import DataParallel, check_batch_size
 from sedd.training.state import ema_decay_at, from_host, init_state, update_ema
-from sedd.training.step import Step, keep_if_finite, sum_over_devices
+from sedd.training.step import Step, sum_over_devices, where_tree
 
 
 def leaves(tree):
@@ -335,10 +335,10 @@ def test_stratified_draws_can_be_turned_off():
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_keep_if_finite_takes_one_of_two_trees(finite):
+def test_where_tree_takes_one_of_two_trees(finite):
     new = {"a": jnp.array([1.0, jnp.nan]), "key": jax.random.key(1), "n": jnp.int32(3)}
     old = {"a": jnp.array([4.0, 5.0]), "key": jax.random.key(2), "n": jnp.int32(2)}
-    kept = jax.jit(keep_if_finite)(new, old, jnp.array(finite))
+    kept = jax.jit(where_tree)(jnp.array(finite), new, old)
     expected = new if finite else old
     for name in expected:
         np.testing.assert_array_equal(

@@ -28,7 +28,6 @@ from sedd.training.loop import Cadence, Run, train
 from sedd.training.metrics import read_metrics
 from sedd.training.optimizer import OptimizerOptions, make_optimizer, make_schedule
 from sedd.training.parallel import DataParallel, FullySharded
-from sedd.training.state import init_state
 from sedd.training.step import Step
 from sedd.training.storage import quiet_orbax
 
@@ -133,7 +132,7 @@ def setup(
     )
     some = {"accumulate": accumulate, "devices": jax.devices()[:devices]}
     parallel = FullySharded(step, fsdp=fsdp, **some) if fsdp else DataParallel(step, **some)
-    return init_state(network, optimizer, 0), parallel
+    return step.first_state(0), parallel
 
 
 def history(num_steps, options=SGD, **kwargs):
