@@ -41,7 +41,8 @@ class Denoiser:
         network: maps tokens to raw output.
         parameterization: gives the raw output its meaning.
         attend: which positions see which, for a batch with padding.
-        reshape: changes the conditionals of masked positions; only on absorbing processes.
+        reshape: changes the conditionals of masked positions on absorbing processes, and on others
+            the predictions of the parameterization mean at all positions.
         given_BL: which positions hold given tokens. If set, guidance makes a second network call,
             in which these are masked.
         constraint: draws the tokens of some positions jointly, through ``propose``.
@@ -403,19 +404,41 @@ class Denoiser:
         """The log scores of some rows, given ``hidden = self.hidden(x_BL, sigma)``.
 
         With a ``reshape``, the scores of a masked position are its reshaped conditional times the
-        sum of its unchanged scores. The rate at which the position is revealed stays the same.
+        sum of its unchanged scores. The rate at which the position is revealed stays the same. On a
+        process that is not absorbing they are the scores of the reshaped predictions.
         """
         x_R = rows.pick(x_BL)
         sigma_R = rows.pick(jnp.broadcast_to(along(sigma, x_BL), x_BL.shape))
         raw_RV = read_out(rows.pick(hidden[0]), *self.network.head(self.params))
+        if self.reshape is not None and not self.process.absorbing:
+            log_mean_RN = self.log_mean_rows(hidden, x_BL, rows)
+            raw_RV = raw_RV.at[:, : self.process.num_tokens].set(log_mean_RN)
         log_score_RV = self.parameterization.log_score(raw_RV, x_R, sigma_R)
-        if self.reshape is None:
+        if self.reshape is None or not self.process.absorbing:
             return log_score_RV
         num_tokens = self.process.num_tokens
         total_R1 = jax.nn.logsumexp(log_score_RV[:, :num_tokens], -1, keepdims=True)
         shaped_RN = self.log_conditional_rows(hidden, x_BL, rows) + total_R1
         shaped_RV = jnp.concatenate([shaped_RN, log_score_RV[:, num_tokens:]], -1)
         return jnp.where((x_R == self.process.mask_id)[:, None], shaped_RV, log_score_RV)
+
+    def log_mean_rows(
+        self, hidden: tuple[Float[Array, "B L D"], ...], x_BL: Int[Array, "B L"], rows: Rows
+    ) -> Float[Array, "R N"]:
+        """log x_θ of some rows, the prediction of the parameterization mean for the clean tokens.
+
+        It is a leave-one-out prediction: the token at the row's position has no part in the best
+        one. Visible positions have a prediction as well. ``reshape`` is applied, without guidance.
+        """
+        raw_RV = read_out(rows.pick(hidden[0]), *self.network.head(self.params))
+        log_probs_RN = self.parameterization.log_probs(raw_RV)
+        if self.reshape is None:
+            return log_probs_RN
+        # Each row is passed to the reshape as a sequence of its own with K = 1 positions.
+        shaped_R1N = self.reshape.take(rows.sequence_R)(
+            log_probs_RN[:, None], x_BL[rows.sequence_R], rows.position_R[:, None]
+        )
+        return shaped_R1N[:, 0]
 
     def log_conditional_rows(
         self, hidden: tuple[Float[Array, "B L D"], ...], x_BL: Int[Array, "B L"], rows: Rows

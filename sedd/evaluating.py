@@ -96,7 +96,7 @@ def evaluate(
         model.schedule,
         jax.random.key(key) if isinstance(key, int) else key,
         _data_set(model, data, protocol, name, scored_BL, split, max_sequences),
-        choose_estimate(protocol, model.denoiser, order, orders),
+        choose_estimate(protocol, model.denoiser, order, orders, schedule=model.schedule),
         protocol=protocol,
         protocol_name=name,
         batch_size=batch_size,

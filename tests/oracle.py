@@ -6,7 +6,6 @@ wrap exact (or random) tables so that the library can be run on them under jit.
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass
 
 import jax
@@ -18,12 +17,20 @@ from sedd.denoiser import Denoiser
 from sedd.networks.base import Network
 from sedd.parameterizations.autoregressive import Autoregressive
 from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.mean import Mean
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
+from sedd.processes.base import Process
+from sedd.processes.hybrid import Hybrid
 from sedd.processes.uniform import Uniform
 
 N, L = 3, 4
-PROCESSES = {"absorbing": Absorbing, "uniform": Uniform}
+SHARE = 0.4  # of uniform tokens in the hybrid noise
+PROCESSES = {
+    "absorbing": Absorbing,
+    "uniform": Uniform,
+    "hybrid": functools.partial(Hybrid, uniform=SHARE),
+}
 
 
 def keys(seed, count):
@@ -53,14 +60,20 @@ def state_index(x_BL, num_states):
 
 
 def num_states(kind, num_tokens=N):
-    return num_tokens + (kind == "absorbing")
+    return num_tokens + (kind != "uniform")
 
 
 def rate_matrix(kind, num_tokens=N):
-    """Q[a, b] = rate a → b: rate 1 to the mask, or to a uniformly drawn token."""
-    size = num_states(kind, num_tokens)
-    target = np.full(size, 1 / num_tokens) if kind == "uniform" else np.eye(size)[-1]
-    return np.outer(np.ones(size), target) - np.eye(size)
+    """Q[a, b] = rate a → b: rate 1 to the mask, to a uniformly drawn token, or to one of both."""
+    target = target_of(kind, num_tokens)
+    return np.outer(np.ones(len(target)), target) - np.eye(len(target))
+
+
+def target_of(kind, num_tokens=N):
+    """[V]: the distribution of a token that has moved."""
+    share = {"absorbing": 0.0, "uniform": 1.0, "hybrid": SHARE}[kind]
+    target = np.full(num_tokens, share / num_tokens)
+    return target if kind == "uniform" else np.append(target, 1 - share)
 
 
 def transition_matrix(kind, sigma, num_tokens=N):
@@ -108,7 +121,7 @@ class Oracle:
         weights = np.exp(self.spread * rng.standard_normal([N] * L))
         self.joint = weights / weights.sum()  # [N, N, N, N]
         self.V = num_states(self.kind)
-        self.mask_id = N if self.kind == "absorbing" else None
+        self.mask_id = None if self.kind == "uniform" else N
         self.states = all_states(self.V)
         self.process = PROCESSES[self.kind](num_tokens=N)
 
@@ -146,7 +159,7 @@ class Oracle:
 
     def score_denoiser(self):
         """Score parameterization over a network that computes p_t at the sigma it is given."""
-        network = ExactScoreNetwork(num_states=self.V, time_conditioned=True)
+        network = ExactScoreNetwork(num_states=self.V, time_conditioned=True, kind=self.kind)
         return Denoiser(
             params={"joint": f32(self.joint)},
             network=network,
@@ -283,14 +296,15 @@ class MarginalTable(TableNetwork):
 class ExactScoreNetwork(_Direct):
     """The exact log score of params["joint"], shifted so that `Score` gives it back."""
 
+    kind: str
+
     def hidden(
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
     ):
         joint, size = params["joint"], self.num_states
         length, num_tokens = joint.ndim, joint.shape[0]
-        absorbing = size > num_tokens
         clean = jnp.pad(joint, [(0, size - num_tokens)] * length)
-        target = jnp.eye(size)[-1] if absorbing else jnp.full(size, 1 / num_tokens)
+        target = f32(target_of(self.kind, num_tokens))
 
         def log_marginal(sigma):
             p = clean
@@ -313,9 +327,54 @@ class ExactScoreNetwork(_Direct):
         )
         if "shift" in params:  # a distortion [V^L, L, V]
             log_score += params["shift"][own_B]
-        if absorbing and sigma_B is not None:
-            log_score += (jnp.log(jnp.expm1(sigma_B)) + math.log(num_tokens))[:, None, None]
-        return log_score
+        score = Score(process=PROCESSES[self.kind](num_tokens=num_tokens))
+        return log_score - score.log_score(jnp.zeros_like(log_score), tokens_BL, sigma_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveOneOutNetwork(_Direct):
+    """log p(x0_i = y | the noisy tokens at other positions) of params["joint"], under any process.
+
+    params["shift"] [V^L, L, V] is added, if there is one: a network that is wrong.
+    """
+
+    process: Process
+
+    def hidden(
+        self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
+    ):
+        joint = params["joint"]
+        length, num_tokens = joint.ndim, joint.shape[0]
+
+        def one(x_L, sigma):
+            kernel = self.process.transition(jnp.arange(num_tokens), sigma)
+            like_LN = kernel[:, x_L].T  # of each position's noisy token, given the clean one
+            rows = []
+            for i in range(length):
+                p = joint
+                for j in (j for j in range(length) if j != i):
+                    p = p * like_LN[j].reshape([-1 if k == j else 1 for k in range(length)])
+                rows.append(p.sum(tuple(j for j in range(length) if j != i)))
+            return jnp.log(jnp.stack(rows))
+
+        raw_BLN = jax.vmap(one)(tokens_BL, sigma_B)
+        pad = self.num_states - num_tokens
+        raw_BLV = jnp.pad(raw_BLN, ((0, 0), (0, 0), (0, pad)))
+        if "shift" in params:
+            raw_BLV += params["shift"][self._index(tokens_BL)]
+        return raw_BLV
+
+
+def mean_denoiser(process, joint, shift=None):
+    """The mean parameterization over the exact leave-one-out predictions, or wrong ones."""
+    params = {"joint": f32(joint)} | ({} if shift is None else {"shift": f32(shift)})
+    return Denoiser(
+        params=params,
+        network=LeaveOneOutNetwork(
+            num_states=process.num_states, time_conditioned=True, process=process
+        ),
+        parameterization=Mean(process=process),
+    )
 
 
 def table_denoiser(table, num_tokens, *, kind="absorbing", slope=None):

@@ -19,8 +19,10 @@ from sedd.parameterizations.any_subset import AnySubset
 from sedd.parameterizations.autoregressive import Autoregressive
 from sedd.parameterizations.block import Block
 from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.mean import Mean
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
+from sedd.processes.hybrid import Hybrid
 from sedd.processes.uniform import Uniform
 from sedd.samplers.base import Samples
 from sedd.samplers.event_jump import EventJump
@@ -35,6 +37,7 @@ MODELS = {  # the readings that a component may be asked to work on
     "radd": Conditional(process=Absorbing(num_tokens=N)),
     "sedd": Score(process=Absorbing(num_tokens=N)),
     "sedd_uniform": Score(process=Uniform(num_tokens=N)),
+    "gidd": Mean(process=Hybrid(num_tokens=N, gamma=1.0)),
     "mdlm": Conditional(process=Absorbing(num_tokens=N), time_independent=False),
     "ar": Autoregressive(process=Absorbing(num_tokens=N)),
     "any_subset": AnySubset(process=Absorbing(num_tokens=N)),
@@ -171,7 +174,9 @@ def test_process_is_a_markov_semigroup(name):
         kernels[sigma] = np.asarray(process.transition(x, f32(sigma)), np.float64)
         assert (kernels[sigma] >= 0).all()
         np.testing.assert_allclose(kernels[sigma].sum(-1), 1, rtol=1e-6)
-        np.testing.assert_allclose(process.transition_to(x, f32(sigma)), kernels[sigma].T)
+        np.testing.assert_allclose(
+            process.transition_to(x, f32(sigma), f32(sigma)), kernels[sigma].T
+        )
     np.testing.assert_array_equal(kernels[0.0], np.eye(process.num_states))
     np.testing.assert_allclose(kernels[0.2] @ kernels[0.5], kernels[0.7], atol=1e-6)
 
@@ -186,7 +191,7 @@ def test_process_draws_and_scores(name):
         jax.jit(process.sample_prior, static_argnums=1),
     )
     xt_BL = corrupt(keys(0, B), x0_BL, sigma_B)
-    for drawn in (xt_BL, sample_prior(keys(0, B), L)):
+    for drawn in (xt_BL, sample_prior(keys(0, B), L, f32(5.0))):
         assert drawn.shape == (B, L)
         assert drawn.dtype == jnp.int32
         assert ((drawn >= 0) & (drawn < process.num_states)).all()
@@ -196,7 +201,7 @@ def test_process_draws_and_scores(name):
     assert entropy.shape == (B, L)
     assert (entropy >= 0).all()
     assert (entropy > 0).any()
-    rate = jax.jit(process.reverse_rate)(log_score, xt_BL)
+    rate = jax.jit(process.reverse_rate)(log_score, xt_BL, sigma_B)
     np.testing.assert_allclose(rate.sum(-1), 0, atol=1e-4)
     assert (process.prior_kl(f32([0.5, 5.0])) > 0).all()
 

@@ -25,6 +25,7 @@ from sedd.networks.ddit import DDiT
 from sedd.objectives.lambda_dce import LambdaDCE
 from sedd.objectives.t_dce import TDCE
 from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.mean import Mean
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
 from sedd.samplers.event_jump import EventJump
@@ -105,8 +106,8 @@ MASK_AND_UNIFORM = '''
             rows = self._kernel(jnp.broadcast_to(along(sigma, x), x.shape))
             return jnp.take_along_axis(rows, x[..., None, None], -2)[..., 0, :]
 
-        def transition_to(self, x, sigma):
-            rows = self._kernel(jnp.broadcast_to(along(sigma, x), x.shape))
+        def transition_to(self, x, sigma, dsigma):
+            rows = self._kernel(jnp.broadcast_to(along(dsigma, x), x.shape))
             return jnp.take_along_axis(rows, x[..., None, None], -1)[..., 0]
 
         def corrupt(self, keys_B, x0_BL, sigma):
@@ -115,7 +116,7 @@ MASK_AND_UNIFORM = '''
             draw = lambda key, row: jax.random.categorical(key, row, mode="high")
             return jax.vmap(draw)(keys_B, log_row).astype(x0_BL.dtype)
 
-        def sample_prior(self, keys_B, length):
+        def sample_prior(self, keys_B, length, sigma):
             return jnp.full((len(keys_B), length), self.mask_id, jnp.int32)
 
         def prior_kl(self, sigma):
@@ -128,11 +129,11 @@ MASK_AND_UNIFORM = '''
         def can_move(self, x):
             return jnp.ones(x.shape, bool)
 
-        def reverse_rate(self, log_score, x):
+        def reverse_rate(self, log_score, x, sigma):
             away = put(self._rates().T[x] * jnp.exp(log_score), x, jnp.zeros(x.shape))
             return put(away, x, -away.sum(-1))
 
-        def staggered_score(self, log_score, dsigma):
+        def staggered_score(self, log_score, sigma, dsigma):
             inverse = self._kernel(-along(dsigma, log_score[..., 0]))
             return (jnp.exp(log_score)[..., None] * inverse).sum(-2)
 
@@ -198,7 +199,7 @@ def reverse_likelihood(denoiser, t_min, steps=200):
         return denoiser.log_score(x_SL, jnp.full(len(states), LOG_LINEAR.sigma(t)))
 
     def rate(t):
-        return process.reverse_rate(score(t), x_SL) * LOG_LINEAR.rate(t)
+        return process.reverse_rate(score(t), x_SL, LOG_LINEAR.sigma(t)) * LOG_LINEAR.rate(t)
 
     rates = np.asarray(jax.jit(lambda t: jax.lax.map(rate, t))(f32(middle)), np.float64)
     to = oracle.neighbours(states, size)  # the state with y at position i, for each x, i and y
@@ -223,11 +224,15 @@ def test_a_process_with_a_mask_and_wrong_visible_tokens(add):
     for sigma in (0.1, 2.0):
         rows = process.transition(states, f32(sigma))
         np.testing.assert_allclose(rows, expm(sigma * rates), atol=1e-6)
-        np.testing.assert_allclose(process.transition_to(states, f32(sigma)), rows.T, atol=1e-7)
+        np.testing.assert_allclose(
+            process.transition_to(states, f32(sigma), f32(sigma)), rows.T, atol=1e-7
+        )
 
     # What relies on certain visible tokens refuses it, though it has a mask.
     with pytest.raises(ValueError, match="absorbing"):
         Conditional(process=process)
+    with pytest.raises(ValueError, match=r"noise does not depend on the token.*got maskanduniform"):
+        Mean(process=process)
     score = Score(process=process)
     for objective in (LambdaDCE, TDCE):
         with pytest.raises(ValueError, match="absorbing"):
@@ -486,6 +491,7 @@ SHIFTED = '''
 
     from sedd.parameterizations.base import Inputs
     from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.mean import Mean
 
 
     @dataclass(frozen=True, kw_only=True)

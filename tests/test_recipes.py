@@ -47,7 +47,7 @@ def test_real_shape(path):
     config = load_config(path)
     num_tokens = NUM_TOKENS[config.data.tokenizer]
     parts = build_parts(config, num_tokens)
-    masks = config.process.name == "absorbing"
+    masks = config.process.name != "uniform"
     assert parts.process.num_states == num_tokens + masks
     shapes = jax.eval_shape(parts.network.init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -354,8 +354,9 @@ def notes(
     if sampler.caveat:
         yield sampler.caveat
     if not model.process.absorbing and survey.given:
+        kind = type(model.process).__name__.lower()
         yield (
-            "given text is approximate on a uniform process: the model reads given tokens as noisy "
+            f"given text is approximate on a {kind} process: the model reads given tokens as noisy "
             "ones, so that the rest does not tend to its true conditional at any number of steps"
         )
     blocks = any(isinstance(part, SemiAutoregressive) for part in layers(sampler))

@@ -120,7 +120,13 @@ def checked_estimate(command: EvaluateCommand, model: Model) -> Estimate:
         spelled_out=command.spelled_out,
     )
     try:
-        return choose_estimate(command.protocol, model.denoiser, command.order, command.orders)
+        return choose_estimate(
+            command.protocol,
+            model.denoiser,
+            command.order,
+            command.orders,
+            schedule=model.schedule,
+        )
     except FieldError as error:
         raise UserError(error.named(f"--{error.field}")) from error
 

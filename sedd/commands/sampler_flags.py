@@ -27,7 +27,6 @@ from sedd.errors import FieldError, UserError
 from sedd.samplers.base import SamplerOptions
 
 DEFAULT = "tweedie"  # if the model is not known yet: it works on every diffusion model
-INNER = "event_jump"  # default of --inner
 
 
 def pick(name: str | None, inner: str | None, innermost: str | None) -> list[type[Options]]:
@@ -35,7 +34,8 @@ def pick(name: str | None, inner: str | None, innermost: str | None) -> list[typ
 
     Args:
         name: the value of ``--sampler``; None stands for ``DEFAULT``.
-        inner: the value of ``--inner``. None stands for ``INNER`` if the sampler wraps another one.
+        inner: the value of ``--inner``. None stands for the ``default_inner`` of a sampler that
+            wraps another one.
         innermost: the value of ``--inner.inner``; None as for ``inner``.
 
     Raises:
@@ -48,7 +48,8 @@ def pick(name: str | None, inner: str | None, innermost: str | None) -> list[typ
             if wanted is not None:
                 raise UserError(f"{flag} {wanted}: {outer} wraps no other sampler")
             break
-        kind = _options_type(flag, INNER if wanted is None else wanted)
+        own = maker("samplers", outer).default_inner
+        kind = _options_type(flag, own if wanted is None else wanted)
         nested = flag != "--inner"
         if not _wraps(outer, kind.name, nested):
             able = [n for n in makers("samplers") if _wraps(outer, n, nested)]
@@ -207,7 +208,8 @@ def describe(kinds: Sequence[type[Options]]) -> str:
     if len(kinds) > 1:
         lines += [
             "",
-            f"--inner NAME picks the sampler that {kinds[0].name} wraps (default {INNER}):",
+            f"--inner NAME picks the sampler that {kinds[0].name} wraps (default "
+            f"{maker('samplers', kinds[0].name).default_inner}):",
             "  its options are the flags --inner.OPTION",
         ]
     lines += [

@@ -40,6 +40,7 @@ from sedd.commands.train_start import (
 )
 from sedd.configuration.build import Data, Parts, ValidationRows, build_parts
 from sedd.configuration.config import Config
+from sedd.configuration.position_weights import read_weights
 from sedd.configuration.user_function import UserLogProb
 from sedd.data.baselines import CharacterTrigram, joined_text, unigram_nats
 from sedd.data.tokenizers import Tokenizer
@@ -109,6 +110,7 @@ def main(arguments: Sequence[str]) -> None:
         saved = None if workdir is None else read_config(Path(workdir).expanduser())
     command = parse_config(arguments, TrainCommand, TITLE, saved=saved, complete=started_from)
     join(command.processes)
+    command = dataclasses.replace(command, config=read_weights(command.config))
     config, workdir = command.config, command.workdir
     # The real vocabulary is known only after the corpus was read, which may take hours. Components
     # for two tokens show every other mistake at once.

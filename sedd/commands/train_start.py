@@ -29,6 +29,7 @@ from sedd.configuration.build import (
 )
 from sedd.configuration.components import maker
 from sedd.configuration.config import Config, differences
+from sedd.configuration.position_weights import measure_weights, weights_of, with_weights
 from sedd.data.loader import Batches
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
@@ -37,6 +38,7 @@ from sedd.networks.base import Network
 from sedd.objectives.base import Objective
 from sedd.objectives.self_distill import SelfDistill
 from sedd.progress import Activity
+from sedd.schedules.by_position import CORPUS
 from sedd.training.checkpoint import Checkpoints, Restored
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.state import TrainState
@@ -88,6 +90,7 @@ def prepare(workdir: Path, config: Config) -> Prepared:
         check_needs_no_model(config)
 
     data = read_data(config, tokenizer)
+    config = measure_weights(config, [packed for packed, _ in data.train])
     parts = build_parts(config, data.tokenizer.num_tokens)
     check_padding(config, parts, segmented=any(packed.segmented for packed, _ in data.train))
     check_whole_rows(config, parts, [packed for packed, _ in data.train])
@@ -250,6 +253,8 @@ def check_same_run(workdir: Path, config: Config) -> tuple[Config, Tokenizer]:
     saved = read_config(workdir)
     if saved is None:
         raise UserError(f"--workdir {workdir}: it holds checkpoints but no config.json")
+    if weights_of(config) == CORPUS and weights_of(saved):
+        config = with_weights(config, weights_of(saved))
     if found := differences(saved, config):
         raise UserError(
             f"--workdir {workdir}: it holds a run of another configuration: {'; '.join(found)}. "

@@ -39,7 +39,7 @@ from sedd.processes.base import Process
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.samplers.planned import Profile
 from sedd.samplers.verifier import Verifiers
-from sedd.schedules import NoiseSchedule
+from sedd.schedules import ByPosition, NoiseSchedule
 from sedd.training.optimizer import make_optimizer
 from sedd.training.parallel import DataParallel, FullySharded
 from sedd.training.step import Step
@@ -111,12 +111,37 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
         with fields_within("parameterization"):
             parameterization.check_length(config.data.length)
     check_padding(config, parts)
+    check_positions(config, parts)
     try:
         parts.objective.check(parts.network)
     except UserError as error:
         raise FieldError("objective", f"{config.objective.name} {error}") from None
     parts.sampler.check(parts.denoiser(None))
     return parts
+
+
+def check_positions(config: Config, parts: Parts) -> None:
+    """Check that a schedule with weights of positions fits the model, and the length of a row.
+
+    Raises:
+        FieldError: it does not.
+    """
+    if not isinstance(parts.schedule, ByPosition) or not parts.schedule.by_position:
+        return
+    if not (parts.process.absorbing and parts.parameterization.time_independent):
+        raise FieldError(
+            "schedule",
+            "by_position needs a model of the absorbing process that is independent of the noise "
+            f"level, got {config.parameterization.name} on {config.process.name}",
+        )
+    if not parts.objective.by_position:
+        raise FieldError(
+            "objective",
+            f"{config.objective.name} does not train with the weights of the schedule by_position: "
+            "use t_dce or score_entropy",
+        )
+    with fields_within("schedule"):
+        parts.schedule.check_length(config.data.length)
 
 
 def check_padding(config: Config, parts: Parts, *, segmented: bool | None = None) -> None:
@@ -162,9 +187,9 @@ def check_whole_rows(config: Config, parts: Parts, rows: Sequence[Packed]) -> No
 def default_sampler(parameterization: Parameterization) -> str:
     """Return the name of the sampler that a model gets if the user names none.
 
-    - ``event_jump`` for a time-independent model: there it is exact at one network call a position,
-      and never takes more calls than τ-leaping;
-    - ``tweedie`` for a model that depends on the noise level: it works on every process;
+    - ``event_jump`` for a time-independent absorbing model: there it is exact at one network call a
+      position, and never takes more calls than τ-leaping;
+    - ``tweedie`` for a model that depends on the noise level, or of another process;
     - ``ordered``, from left to right, for an autoregressive model, and for an any-subset model,
       which is trained to fill gaps from left to right;
     - ``semi_autoregressive``, block by block with ``event_jump``, for a block model.
@@ -173,7 +198,8 @@ def default_sampler(parameterization: Parameterization) -> str:
         return "semi_autoregressive"
     if parameterization.causal or isinstance(parameterization, AnySubset):
         return "ordered"
-    return "event_jump" if parameterization.time_independent else "tweedie"
+    any_order = parameterization.process.absorbing and parameterization.time_independent
+    return "event_jump" if any_order else "tweedie"
 
 
 def default_sampler_of(config: Config) -> str:
@@ -227,7 +253,7 @@ def build_sampler(
         profile: the price profile of planned, or of a search whose inner sampler is planned: a
             ``Price`` or its file.
         values: more options. ``inner`` of a sampler that wraps another one is a name, options or
-            a sampler; event_jump by default.
+            a sampler; by default ``Sampler.default_inner``.
 
     Raises:
         UserError: the name or an option is unknown, ``inner``, ``verifier`` or ``profile`` is given
@@ -250,7 +276,7 @@ def build_sampler(
     ):
         if given is not None and what not in fields:
             raise UserError(f"sampler {name!r} takes no {what}; {takers(what)}")
-    inner = values.pop("inner", None) or "event_jump"
+    inner = values.pop("inner", None) or maker("samplers", name).default_inner
     if "verifier" in fields:
         if verifier is None:
             raise UserError(f"sampler {name!r} needs a verifier: a function that scores texts")

@@ -379,7 +379,7 @@ def evaluate_bound(
     """
     estimate = MonteCarlo(draws=draws, t_min=t_min, estimator=estimator)
     scored = score_sequences(denoiser, schedule, key, batches, estimate, count_text=count_text)
-    resolved = resolve(estimator, denoiser)
+    resolved = resolve(estimator, denoiser, schedule)
     return summarise(
         list(scored),
         draws=0 if is_exact(resolved) else draws,

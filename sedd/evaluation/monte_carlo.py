@@ -5,6 +5,8 @@ There is one estimator for each kind of model:
 - ``k_dce``, for time-independent absorbing models: the expected NLL over all orders of the tokens
   (arXiv:2406.03736, equation 3.10). It has no other terms. For a block model these are the orders
   within each block, and one network call has a number of masks for every block.
+- ``t_dce``, for the same models if the positions differ in their noise (the schedule
+  ``by_position``): the expected NLL over the orders of this noise. It has no other terms.
 - ``score_entropy``, for every diffusion model: the integral of the score entropy over t in
   [t_min, 1], the KL divergence of the prior, and the reconstruction of x0 from the tokens at t_min
   (arXiv:2310.16834, theorem 3.6). Without the last two terms the sum is not a bound.
@@ -35,13 +37,15 @@ from sedd.objectives.base import Corrupted, Objective
 from sedd.objectives.block import Block
 from sedd.objectives.k_dce import KDCE
 from sedd.objectives.score_entropy import ScoreEntropy
+from sedd.objectives.t_dce import TDCE
 from sedd.parameterizations.block import cut, joined
 from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
-Estimator = Literal["auto", "k_dce", "score_entropy", "exact", "ordered"]
+Estimator = Literal["auto", "k_dce", "t_dce", "score_entropy", "exact", "ordered"]
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 are spread evenly, however many there are
+TINY = 1e-30  # below every noise level that is drawn, so that its weight is finite
 REPLICATES = 4  # independent estimates of each sequence's bound; their spread is the draws' error
 
 
@@ -86,8 +90,8 @@ def sequence_nats(
         draws: noise levels for each sequence; a multiple of 4.
         t_min: the smallest time of a score entropy, in (0, 1).
         estimator: "auto" takes exact for an autoregressive model and for blocks of one position,
-            ordered for an any-subset model, k_dce for other time-independent absorbing ones, and
-            score_entropy for all others.
+            ordered for an any-subset model, k_dce for other time-independent absorbing ones (t_dce
+            if the schedule is by_position with weights), and score_entropy for all others.
         order: the order of the estimator ``ordered``.
         orders: how many random orders it averages over.
 
@@ -96,7 +100,7 @@ def sequence_nats(
         ValueError: if the model does not have the estimator.
     """
     check_draws(draws)
-    estimator = resolve(estimator, denoiser)
+    estimator = resolve(estimator, denoiser, schedule)
     if estimator == "exact":
         return _exact_nats(denoiser, schedule, keys_B, x0_BL, scored_BL)
     if estimator == "ordered":
@@ -116,7 +120,7 @@ def _sampled_nats(
             lambda key: jax.random.split(jax.random.fold_in(key, r), 4), out_axes=1
         )(keys_B)
         mean_B = diffusion.mean(u_key_B, place_key_B, draw_key_B, draws // REPLICATES)
-        if estimator == "k_dce":
+        if estimator != "score_entropy":
             return mean_B, jnp.zeros_like(mean_B)
         return mean_B, _reconstruction(denoiser, schedule, end_key_B, x0_BL, scored_BL, t_min)
 
@@ -157,9 +161,13 @@ class _Diffusion:
         common = {"schedule": schedule, "parameterization": denoiser.parameterization}
         if estimator == "k_dce":
             objective = (KDCE if denoiser.block is None else Block)(**common)
+        elif estimator == "t_dce":
+            objective = TDCE(**common)
         else:
             objective = ScoreEntropy(**common, t_min=t_min)
         lowest, highest = (-jnp.expm1(-schedule.sigma(jnp.float32(t))) for t in (t_min, 1.0))
+        if estimator == "t_dce":
+            lowest, highest = jnp.zeros_like(lowest), jnp.ones_like(highest)
         return cls(
             denoiser=denoiser,
             schedule=schedule,
@@ -236,7 +244,8 @@ class _Diffusion:
         For k-DCE the size of a mask is the number of its positions, uniform in 1..W in a block of W
         scored positions; otherwise it is the probability λ of a mask, uniform between its values at
         t_min and 1. The integral of the score entropy over t has the measure
-        rate(t) dt = dσ = dλ/(1 - λ).
+        rate(t) dt = dσ = dλ/(1 - λ). For t-DCE λ is uniform in [0, 1], position i is masked with
+        probability λ^w_i, and its weight is w_i/λ.
         """
         batch, length = self.x0_BL.shape
         scored_RW = cut(self.scored_BL, self.block, False)
@@ -250,10 +259,17 @@ class _Diffusion:
             size_R = self.lowest + (self.highest - self.lowest) * u_R
             sigma_R = -jnp.log1p(-size_R)
             weight_R = (self.highest - self.lowest) / (1 - size_R)
-        masked_RW = scored_RW & tile(place_RW, period_R, begin_R, size_R)
+        size, powers_1L = size_R, None
+        if isinstance(self.objective, TDCE):
+            powers_1L = self.schedule.powers(length)[None]
+            sigma_R, weight_R = None, 1 / jnp.maximum(size_R, TINY)
+            size = size_R[:, None] ** powers_1L
+        masked_RW = scored_RW & tile(place_RW, period_R, begin_R, size)
         xt_BL = jnp.where(joined(masked_RW, batch, length), self.denoiser.process.mask, self.x0_BL)
         end_R = (begin_R + size_R) % jnp.maximum(period_R, 1)
         weight_RW = jnp.broadcast_to((density_R * weight_R)[:, None], scored_RW.shape)
+        if powers_1L is not None:
+            weight_RW = weight_RW * powers_1L
         return self._weighted(xt_BL, joined(weight_RW, batch, length), sigma_R), end_R
 
     def _corrupt(self, u_B, keys_B) -> Corrupted:
@@ -316,8 +332,13 @@ def _reconstruction(denoiser, schedule, keys_B, x0_BL, scored_BL, t_min) -> Floa
     return denoiser.map_rows(unknown_BL, nats, sigma_B.dtype).sum(-1)
 
 
-def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
+def resolve(
+    estimator: Estimator, denoiser: Denoiser, schedule: NoiseSchedule | None = None
+) -> Estimator:
     """Return the estimator that "auto" stands for, or the named one if the model has it.
+
+    With a schedule whose positions differ in their noise, "auto" stands for t_dce where it would
+    stand for k_dce.
 
     Autoregressive models have only "exact"; any other name is replaced by it.
 
@@ -333,12 +354,16 @@ def resolve(estimator: Estimator, denoiser: Denoiser) -> Estimator:
     if estimator == "exact":
         raise ValueError("estimator exact needs an autoregressive model, or blocks of one position")
     any_order = denoiser.process.absorbing and denoiser.time_independent
-    if estimator in ("k_dce", "ordered") and not any_order:
+    if estimator == "t_dce" and denoiser.block is not None:
+        raise ValueError("estimator t_dce does not know blocks: use k_dce")
+    if estimator in ("k_dce", "t_dce", "ordered") and not any_order:
         raise ValueError(f"estimator {estimator} needs a time-independent absorbing model")
     if estimator == "auto" and denoiser.any_subset:
         return "ordered"
+    if estimator == "auto" and any_order:
+        return "t_dce" if schedule is not None and schedule.by_position else "k_dce"
     if estimator == "auto":
-        return "k_dce" if any_order else "score_entropy"
+        return "score_entropy"
     return estimator
 
 

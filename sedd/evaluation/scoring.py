@@ -81,7 +81,12 @@ class Estimate:
 
 
 def choose_estimate(
-    chosen: Protocol, denoiser: Denoiser, order: Order | None = None, orders: int = 1
+    chosen: Protocol,
+    denoiser: Denoiser,
+    order: Order | None = None,
+    orders: int = 1,
+    *,
+    schedule: NoiseSchedule | None = None,
 ) -> Estimate:
     """Return the estimate that the protocol asks for; with ``order``, the exact NLL of that order.
 
@@ -90,6 +95,7 @@ def choose_estimate(
         denoiser: the model, which decides what "auto" stands for.
         order: replaces the protocol's estimator by ``ordered``, whose order is forward by default.
         orders: average the likelihood over so many random orders; needs the order random.
+        schedule: the model's noise schedule, which "auto" considers as well.
 
     Raises:
         FieldError: if the model does not have the estimator; or, with ``order``, if it is
@@ -106,7 +112,7 @@ def choose_estimate(
         )
     estimator = chosen.estimator if order is None else "ordered"
     try:
-        resolved = resolve(estimator, denoiser)
+        resolved = resolve(estimator, denoiser, schedule)
     except ValueError as error:
         if order is not None:
             problem = f"{order} needs a time-independent absorbing model"

@@ -8,6 +8,7 @@ levels tile the sequence (``tile``). ``benchmarks/bound_variance.py`` measures e
 
 import jax.numpy as jnp
 
+from sedd.arrays import along
 from sedd.types import Array, Bool, Float, Int
 
 
@@ -34,7 +35,7 @@ def tile(
     place_BL: Float[Array, "B L"] | Int[Array, "B L"],
     period_B: Float[Array, " B"] | Int[Array, " B"],
     begin_B: Float[Array, " B"],
-    size_B: Float[Array, " B"],
+    size: Float[Array, "..."],
 ) -> Bool[Array, "B L"]:
     """Choose the positions whose place lies within ``size`` after ``begin``, around a circle.
 
@@ -44,6 +45,8 @@ def tile(
     independently with probability ``size``. Both hold for any ``begin``. Masks that begin where the
     one before ended cover all positions equally often, so positions that are hard to predict are
     counted no more often than the others.
+
+    ``size`` is [B], or [B, L] where positions are chosen with probabilities of their own.
     """
     around_BL = (place_BL - begin_B[:, None]) % jnp.maximum(period_B, 1)[:, None]
-    return around_BL < size_B[:, None]
+    return around_BL < along(size, around_BL)

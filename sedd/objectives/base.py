@@ -97,6 +97,8 @@ class Objective(ABC):
     """Whether a row may hold several texts as segments (``corrupt_segments``)."""
     weighted: ClassVar[bool] = False
     """Whether the objective trains on rows with weights, and only on these."""
+    by_position: ClassVar[bool] = False
+    """Whether the objective takes schedules with a noise of its own for each position."""
     trains_causal_head: ClassVar[bool] = False
     """Whether the objective trains networks with a causal head, and only these."""
     trains_marginal_head: ClassVar[bool] = False

@@ -1,11 +1,16 @@
 """Denoising score entropy: SEDD's loss on any process; RADD's t-DSE with ``conditional``."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from sedd.arrays import along
 from sedd.errors import FieldError
 from sedd.objectives.base import Corrupted, Objective
+from sedd.processes.hybrid import Hybrid
+
+Weighting = Literal["bound", "clipped", "dynamic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,26 +21,51 @@ class ScoreEntropy(Objective):
     Pr(y | x0) / Pr(xt | x0) of the corruption, and is 0 if they agree. With the parameterization
     ``conditional`` this is RADD's t-DSE, which equals t-DCE at every xt (arXiv:2406.03736, section
     3.3). The mean over draws is 1/(1 - t_min) times the integral over t in [t_min, 1], which is the
-    diffusion term of the bound.
+    diffusion term of the bound, unless ``weighting`` is another one than bound.
 
     Args:
         t_min: the smallest time, in (0, 1).
     """
 
     t_min: float = 1e-3
+    weighting: Weighting = "bound"
+    """Weights of positions in training on the process hybrid: those of the bound; clipped to at
+    most 1; or GIDD's dynamic ones, which need gamma (arXiv:2503.04482). Reported bounds are always
+    computed with those of the bound."""
+
+    by_position = True
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.t_min < 1:
             raise FieldError("t_min", f"must be in (0, 1), got {self.t_min}")
+        if self.weighting not in get_args(Weighting):
+            known = ", ".join(get_args(Weighting))
+            raise FieldError("weighting", f"must be one of {known}, got {self.weighting!r}")
+        hybrid, needed = isinstance(self.process, Hybrid), "the process hybrid"
+        if self.weighting == "dynamic":
+            hybrid, needed = hybrid and self.process.gamma is not None, f"{needed} with gamma"
+        if self.weighting != "bound" and not hybrid:
+            raise FieldError("weighting", f"{self.weighting} needs {needed}; use bound")
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         t_B = self.t_min + (1 - self.t_min) * u_B
-        sigma_B = self.schedule.sigma(t_B)
-        xt_BL = jnp.where(scored_BL, self.process.corrupt(keys_B, x0_BL, sigma_B), x0_BL)
+        sigma, rate = self.schedule.at_positions(t_B, x0_BL.shape[1])
+        xt_BL = jnp.where(scored_BL, self.process.corrupt(keys_B, x0_BL, sigma), x0_BL)
         counts_BL = scored_BL & self.process.can_move(xt_BL)
-        weight_BL = jnp.where(counts_BL, self.schedule.rate(t_B)[:, None], 0.0)
-        return Corrupted(xt_BL=xt_BL, weight_BL=weight_BL, sigma=sigma_B)
+        rate = along(rate, x0_BL)
+        weight_BL = rate * self._factor(xt_BL, x0_BL, sigma, rate)
+        return Corrupted(xt_BL=xt_BL, weight_BL=jnp.where(counts_BL, weight_BL, 0.0), sigma=sigma)
+
+    def _factor(self, xt_BL, x0_BL, sigma, rate):
+        """What the weights of the bound are multiplied by to have those of ``weighting``."""
+        if self.weighting == "bound":
+            return 1.0
+        assert isinstance(self.process, Hybrid)
+        bound_BL = rate * self.process.bound_weight(xt_BL, x0_BL, sigma)
+        if self.weighting == "clipped":
+            return jnp.minimum(1.0, 1 / bound_BL)
+        return self.process.dynamic_weight(xt_BL, x0_BL, sigma) / bound_BL
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R):
         assert sigma_R is not None  # ``corrupt`` returns it

@@ -24,6 +24,8 @@ class TDCE(DenoisingCrossEntropy):
 
     t_min: float = 1e-3
 
+    by_position = True
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.t_min < 1:
@@ -31,10 +33,9 @@ class TDCE(DenoisingCrossEntropy):
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         t_B = self.t_min + (1 - self.t_min) * u_B
-        sigma_B = self.schedule.sigma(t_B)
-        masked_BL = scored_BL & (self.process.corrupt(keys_B, x0_BL, sigma_B) != x0_BL)
-        weight_B = self.schedule.rate(t_B) * jnp.exp(-log_expm1(sigma_B))
-        return self._masked(masked_BL, x0_BL, weight_B, sigma_B)
+        sigma, rate = self.schedule.at_positions(t_B, x0_BL.shape[1])
+        masked_BL = scored_BL & (self.process.corrupt(keys_B, x0_BL, sigma) != x0_BL)
+        return self._masked(masked_BL, x0_BL, rate * jnp.exp(-log_expm1(sigma)), sigma)
 
 
 make = TDCE

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import along, at, expm1_minus, log_expm1, put
-from sedd.processes.base import Process
+from sedd.arrays import NO_MASS, along, at, expm1_minus, log_expm1, put
+from sedd.processes.base import Interpolating
 
 
 @dataclass(frozen=True, kw_only=True)
-class Absorbing(Process):
+class Absorbing(Interpolating):
     """Each position of xt is the mask with probability 1 - exp(-σ), else the token of x0.
 
     The mask is the last state, with id N. Q(a, mask) = 1 and Q(a, a) = -1 for every token a; the
@@ -31,11 +31,11 @@ class Absorbing(Process):
         masked = jnp.where(x == self.mask_id, 1.0, -jnp.expm1(-sigma))
         return put(row, jnp.full_like(x, self.mask_id), masked)
 
-    def transition_to(self, x, sigma):
+    def transition_to(self, x, sigma, dsigma):
         """The mask is reached from every token; a visible token only from itself."""
-        sigma = along(sigma, x)
-        from_tokens = jnp.where(x == self.mask_id, -jnp.expm1(-sigma), 0.0)
-        own = jnp.where(x == self.mask_id, 1.0, jnp.exp(-sigma))
+        dsigma = along(dsigma, x)
+        from_tokens = jnp.where(x == self.mask_id, -jnp.expm1(-dsigma), 0.0)
+        own = jnp.where(x == self.mask_id, 1.0, jnp.exp(-dsigma))
         column = jnp.broadcast_to(from_tokens[..., None], (*x.shape, self.num_states))
         return put(column, x, own)
 
@@ -46,7 +46,7 @@ class Absorbing(Process):
         )(keys_B, -jnp.expm1(-along(sigma, x0_BL)))
         return jnp.where(moved_BL, self.mask_id, x0_BL)
 
-    def sample_prior(self, keys_B, length):
+    def sample_prior(self, keys_B, length, sigma):
         """Masks at every position."""
         return jnp.full((keys_B.shape[0], length), self.mask_id, jnp.int32)
 
@@ -62,14 +62,14 @@ class Absorbing(Process):
         """Only a mask can change; a visible token is certain."""
         return x == self.mask_id
 
-    def reverse_rate(self, log_score, x):
+    def reverse_rate(self, log_score, x, sigma):
         """From a mask to token y at the rate e^s_y, since Q(y, mask) = 1; from a token nowhere."""
         mask = jnp.full_like(x, self.mask_id)
         to_tokens = put(jnp.exp(log_score), mask, jnp.zeros(x.shape))
         rate = put(to_tokens, mask, -to_tokens.sum(-1))
         return jnp.where(self.can_move(x)[..., None], rate, 0.0)
 
-    def staggered_score(self, log_score, dsigma):
+    def staggered_score(self, log_score, sigma, dsigma):
         dsigma = along(dsigma, log_score[..., 0])
         score = jnp.exp(log_score)
         grown = score * jnp.exp(dsigma)[..., None]
@@ -89,6 +89,9 @@ class Absorbing(Process):
         others = put(put(log_score, x0, -jnp.inf), jnp.full_like(x0, self.mask_id), -jnp.inf)
         entropy = jnp.exp(others).sum(-1) + jnp.exp(log_r) * expm1_minus(at(log_score, x0) - log_r)
         return jnp.where(x == self.mask_id, entropy, 0.0)
+
+    def log_noise(self, sigma):
+        return jnp.full_like(sigma, NO_MASS), jnp.log(-jnp.expm1(-sigma))
 
 
 make = Absorbing

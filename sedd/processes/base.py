@@ -5,6 +5,10 @@ total noise σ the transition matrix is P_σ = exp(σQ), and its row a is the di
 that started as a. Everything that depends on Q is a method here, so that objectives, samplers and
 bounds work with any process.
 
+Q may change with σ, as for ``hybrid`` with ``gamma``. P_σ is then the product of all changes up to
+σ. Methods for a step of the reverse process therefore take the total noise σ at which the step
+begins, and the noise Δσ that it undoes. A process with a constant Q needs only one of the two.
+
 Methods take tokens of any shape. The axes of ``sigma`` are the leading axes of the tokens: for
 tokens [B, L] it is [B] (one value for each sequence) or [B, L] (one for each position); see
 ``sedd.arrays.along``.
@@ -65,9 +69,9 @@ class Process(ABC):
 
     @abstractmethod
     def transition_to(
-        self, x: Int[Array, "*b"], sigma: Float[Array, "..."]
+        self, x: Int[Array, "*b"], sigma: Float[Array, "..."], dsigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """Likelihoods Pr(x | y) of x under every earlier state y: column x of P_σ.
+        """Likelihoods Pr(x at total noise σ | y at σ - Δσ) of x under every earlier state y.
 
         They are no distribution over y: the entries need not sum to 1. The posterior of y is
         proportional to its entry times its prior probability.
@@ -86,8 +90,13 @@ class Process(ABC):
         """
 
     @abstractmethod
-    def sample_prior(self, keys_B: Key[Array, " B"], length: int) -> Int[Array, "B L"]:
-        """Draw the tokens of time t = 1, from which sampling starts: a sequence for each key."""
+    def sample_prior(
+        self, keys_B: Key[Array, " B"], length: int, sigma: Float[Array, ""]
+    ) -> Int[Array, "B L"]:
+        """Draw the tokens of time t = 1, from which sampling starts: a sequence for each key.
+
+        ``sigma`` is the total noise at t = 1.
+        """
 
     @abstractmethod
     def prior_kl(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -102,9 +111,9 @@ class Process(ABC):
 
     @abstractmethod
     def reverse_rate(
-        self, log_score: Float[Array, "*b V"], x: Int[Array, "*b"]
+        self, log_score: Float[Array, "*b V"], x: Int[Array, "*b"], sigma: Float[Array, "..."]
     ) -> Float[Array, "*b V"]:
-        """Rates of the reverse process from x to every state y, per unit of σ.
+        """Rates of the reverse process at total noise σ from x to every state y, per unit of σ.
 
         The rate to y ≠ x is Q(y, x)·p(y)/p(x), the ratio being exp of the log score; the entry at x
         is minus their sum. arXiv:2310.16834, equation 3.
@@ -112,9 +121,12 @@ class Process(ABC):
 
     @abstractmethod
     def staggered_score(
-        self, log_score: Float[Array, "*b V"], dsigma: Float[Array, "..."]
+        self,
+        log_score: Float[Array, "*b V"],
+        sigma: Float[Array, "..."],
+        dsigma: Float[Array, "..."],
     ) -> Float[Array, "*b V"]:
-        """Undo noise ``dsigma`` in the ratios: (P_Δσ⁻¹)ᵀ e^s for a score s at total noise σ.
+        """Undo noise ``dsigma`` in the ratios: (P⁻¹)ᵀ e^s for a score s at σ, P from σ - Δσ to σ.
 
         If the score is exact, these are the ratios p_(σ-Δσ)(y) / p_σ(x) at the smaller noise.
         arXiv:2310.16834, theorem 4.2.
@@ -145,6 +157,7 @@ class Process(ABC):
         self,
         log_score: Float[Array, "*b V"],
         x: Int[Array, "*b"],
+        sigma: Float[Array, "..."],
         dsigma: Float[Array, "..."],
     ) -> Float[Array, "*b V"]:
         """Unnormalised probabilities of the state at total noise σ - Δσ, SEDD's "analytic" step.
@@ -153,17 +166,22 @@ class Process(ABC):
         probability that noise Δσ turns y into x. An inexact score may make entries slightly
         negative. arXiv:2310.16834, theorem 4.2.
         """
-        return self.staggered_score(log_score, dsigma) * self.transition_to(x, dsigma)
+        earlier = self.staggered_score(log_score, sigma, dsigma)
+        return earlier * self.transition_to(x, sigma, dsigma)
 
     def euler(
-        self, log_score: Float[Array, "*b V"], x: Int[Array, "*b"], dsigma: Float[Array, "..."]
+        self,
+        log_score: Float[Array, "*b V"],
+        x: Int[Array, "*b"],
+        sigma: Float[Array, "..."],
+        dsigma: Float[Array, "..."],
     ) -> Float[Array, "*b V"]:
         """Probabilities of the state after an Euler step of the reverse process; rows sum to 1.
 
         ``dsigma`` is Δt·rate(t), the noise that the step undoes to first order. The entry at x is
         negative if the step is too long. arXiv:2310.16834, equation 13.
         """
-        rate = self.reverse_rate(log_score, x)
+        rate = self.reverse_rate(log_score, x, sigma)
         stay = jax.nn.one_hot(x, self.num_states, dtype=log_score.dtype)
         return stay + along(dsigma, x)[..., None] * rate
 
@@ -175,7 +193,23 @@ class Process(ABC):
         The mask has -inf. Entries that the step makes negative count as 1e-30, so that the log
         likelihood of every real token is finite.
         """
-        probs = jnp.maximum(self.tweedie(log_score, x, sigma), 1e-30)
+        probs = jnp.maximum(self.tweedie(log_score, x, sigma, sigma), 1e-30)
         if self.mask_id is not None:
             probs = probs.at[..., self.mask_id].set(0)
         return jnp.log(probs) - jnp.log(probs.sum(-1, keepdims=True))
+
+
+class Interpolating(Process):
+    """A process that keeps a token, or replaces it by noise that does not depend on the token.
+
+    A token is untouched with probability e^-σ. Otherwise its state is drawn from a distribution
+    over states that may change with σ, but is the same for all tokens. Row a of P_σ is therefore
+    e^-σ·1[y = a] + b_y(σ). arXiv:2503.04482, section 3.
+    """
+
+    @abstractmethod
+    def log_noise(self, sigma: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+        """log b_y(σ) for every real token y, which all have the same, and for the mask.
+
+        It is -1e6 where b_y is 0, and for the mask of a process without one.
+        """

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
-from sedd.arrays import along, expm1_minus, log_expm1, put
-from sedd.processes.base import Process
+from sedd.arrays import NO_MASS, along, expm1_minus, log_expm1, put
+from sedd.processes.base import Interpolating
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Process):
+class Uniform(Interpolating):
     """Each position of xt is uniform on the N tokens with probability 1 - exp(-σ), else it is x0.
 
     There is no mask, and any token may be wrong. Q(a, b) = 1/N for b ≠ a and Q(a, a) = 1/N - 1.
@@ -32,8 +32,8 @@ class Uniform(Process):
         row = jnp.broadcast_to(elsewhere[..., None], (*x.shape, self.num_tokens))
         return put(row, x, jnp.exp(-sigma) + elsewhere)
 
-    def transition_to(self, x, sigma):
-        return self.transition(x, sigma)  # Q is symmetric
+    def transition_to(self, x, sigma, dsigma):
+        return self.transition(x, dsigma)  # Q is symmetric
 
     def corrupt(self, keys_B, x0_BL, sigma):
         """Draw which positions are touched, and for these a uniform token."""
@@ -47,7 +47,7 @@ class Uniform(Process):
 
         return jax.vmap(one)(keys_B, x0_BL, -jnp.expm1(-along(sigma, x0_BL)))
 
-    def sample_prior(self, keys_B, length):
+    def sample_prior(self, keys_B, length, sigma):
         """Uniform tokens at every position."""
         return jax.vmap(lambda key: jax.random.randint(key, (length,), 0, self.num_tokens))(keys_B)
 
@@ -65,12 +65,12 @@ class Uniform(Process):
         """Every token may be wrong."""
         return jnp.ones(x.shape, bool)
 
-    def reverse_rate(self, log_score, x):
+    def reverse_rate(self, log_score, x, sigma):
         # Q(y, x) = 1/N for every y other than x.
         away = put(jnp.exp(log_score) / self.num_tokens, x, jnp.zeros(x.shape))
         return put(away, x, -away.sum(-1))
 
-    def staggered_score(self, log_score, dsigma):
+    def staggered_score(self, log_score, sigma, dsigma):
         # e^Δσ·e^s - (e^Δσ - 1)·mean(e^s), in terms of e^s - 1. At large σ all ratios e^s are close
         # to 1, and e^Δσ would multiply their rounding error beyond the differences of interest.
         excess = jnp.expm1(log_score)
@@ -99,6 +99,10 @@ class Uniform(Process):
         term_x0 = jnp.exp(-log_ratio) * expm1_minus(score_x0 + log_ratio)
         total = jnp.exp(log_r) * others + jnp.where(clean, 0.0, term_x0)
         return total / self.num_tokens
+
+    def log_noise(self, sigma):
+        moved = jnp.log(-jnp.expm1(-sigma))
+        return moved - jnp.log(self.num_tokens * 1.0), jnp.full_like(sigma, NO_MASS)
 
 
 make = Uniform

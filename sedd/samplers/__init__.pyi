@@ -14,6 +14,7 @@ from .planned import Planned as Planned
 from .planned import Profile as Profile
 from .remdm import ReMDM as ReMDM
 from .search_paths import SearchPaths as SearchPaths
+from .self_correct import SelfCorrect as SelfCorrect
 from .self_likelihood import SelfLikelihood as SelfLikelihood
 from .semi_autoregressive import SemiAutoregressive as SemiAutoregressive
 from .speculative import Speculative as Speculative

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
+from sedd.parameterizations.mean import Mean
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Keys, Shaped
 from sedd.watermark.base import Watermark
@@ -52,6 +53,7 @@ class Sampler(ABC):
     needs_absorbing: ClassVar[bool] = False
     needs_time_independent: ClassVar[bool] = False
     caveat: ClassVar[str] = ""  # a warning for users, if the law is biased at any number of steps
+    default_inner: ClassVar[str] = "event_jump"  # of a sampler that wraps another one
 
     @property
     def left_to_right(self) -> bool:
@@ -118,14 +120,20 @@ class Sampler(ABC):
                 "planned, confidence and entropy_bounded take it, also within best_of_n and "
                 "semi_autoregressive)"
             )
+        if denoiser.process.absorbing:
+            return
+        reshape, mean = denoiser.reshape, isinstance(denoiser.parameterization, Mean)
         for what, given in (
-            ("temperature, top-k, top-p, guidance and logit processors", denoiser.reshape),
-            ("constraints", denoiser.constraint),
+            ("temperature, top-k and top-p", reshape is not None and not mean),
+            ("guidance", denoiser.guided),
+            ("logit processors", reshape is not None and reshape.logit_processor is not None),
+            ("constraints", denoiser.constraint is not None),
         ):
-            if given is not None and not denoiser.process.absorbing:
+            if given:
+                also = " (or with the parameterization mean)" if what.startswith("temp") else ""
                 raise UserError(
                     f"{what} act on the conditional of clean tokens, which exists on the absorbing "
-                    "process only; this model is of another process"
+                    f"process only{also}; this model is of another process"
                 )
 
     @abstractmethod

@@ -17,7 +17,8 @@ class Euler(TauLeaping):
     """
 
     def step_probs(self, process, log_score, x, t, s):
-        return process.euler(log_score, x, (t - s) * self.schedule.rate(t))
+        dsigma = (t - s) * self.schedule.rate(t)
+        return process.euler(log_score, x, self.schedule.sigma(t), dsigma)
 
 
 make = Euler

@@ -27,6 +27,9 @@ class EventJump(Revealing):
 
     Without ``steps`` this is first hitting, the limit of infinitely many steps: one position a call
     in random order. Its law is the model's own.
+
+    Under the schedule ``by_position`` every position has its own times, and first hitting reveals
+    positions in the orders of this noise.
     """
 
     steps: int | None = None
@@ -38,7 +41,9 @@ class EventJump(Revealing):
     def make_plan(self, keys_B, free_BL):
         """The rank of each position's interval among those of its sequence: one round each."""
         if self.steps is None:
-            return random_rank(keys_B, free_BL)
+            by_position = self.schedule.by_position
+            powers_L = self.schedule.powers(free_BL.shape[1]) if by_position else None
+            return random_rank(keys_B, free_BL, powers_L)
         return dense_rank(self.intervals(keys_B, free_BL.shape[1]), free_BL)
 
     def resume(self, denoiser, keys_B, x_BL, masked_BL, share_B):
@@ -56,6 +61,10 @@ class EventJump(Revealing):
         """
         assert self.steps is not None
         uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
+        if self.schedule.by_position:
+            # Position i is revealed while λ falls below (1 - u)^(1/w_i), if it is masked with
+            # probability λ^w_i. In terms of λ its draw is the one with this share.
+            uniform_BL = 1 - (1 - uniform_BL) ** (1 / self.schedule.powers(length))[None]
         uniform_BL = share + (1 - share) * uniform_BL
         k_BL = jnp.zeros(uniform_BL.shape, jnp.int32)
         # A position is revealed in interval k if its uniform draw lies between the shares of

@@ -46,8 +46,15 @@ def tokens_at(
     return jax.vmap(categorical)(_row_keys(keys_B, rows), log_probs_RN)
 
 
-def random_rank(keys_B: Key[Array, " B"], select_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """Rank the selected positions of each sequence in a uniformly random order, from 0.
+def random_rank(
+    keys_B: Key[Array, " B"],
+    select_BL: Bool[Array, "B L"],
+    weight_L: Float[Array, " L"] | None = None,
+) -> Int[Array, "B L"]:
+    """Rank the selected positions of each sequence in a random order, from 0.
+
+    The order is uniform. With weights the next position is drawn in proportion to the weights of
+    those that are left, by a race: each has an exponential time over its weight.
 
     Positions that are not selected have the last ranks. Each position is sorted by its own noise,
     so that padding does not change the order of the others. The noise is two words of 32 bits,
@@ -56,11 +63,13 @@ def random_rank(keys_B: Key[Array, " B"], select_BL: Bool[Array, "B L"]) -> Int[
     length = select_BL.shape[1]
     words_BL2 = jax.vmap(lambda key: jax.random.bits(key, (length, 2), jnp.uint32))(keys_B)
     index_BL = jnp.broadcast_to(jnp.arange(length), select_BL.shape)
-    *_, order_BL = jax.lax.sort(
-        ((~select_BL).astype(jnp.int32), words_BL2[..., 0], words_BL2[..., 1], index_BL),
-        dimension=1,
-        num_keys=3,
-    )
+    sorted_by = [(~select_BL).astype(jnp.int32), words_BL2[..., 0], words_BL2[..., 1]]
+    if weight_L is not None:
+        time_BL = jax.vmap(
+            lambda key: jax.random.exponential(jax.random.fold_in(key, 1), (length,))
+        )(keys_B)
+        sorted_by.insert(1, time_BL / weight_L[None])
+    *_, order_BL = jax.lax.sort((*sorted_by, index_BL), dimension=1, num_keys=len(sorted_by))
     return jnp.argsort(order_BL, axis=1)
 
 

@@ -85,7 +85,9 @@ class TauLeaping(SteppedSampler):
 
     def start(self, denoiser, keys_B, tokens_BL, fixed_BL):
         """Tokens of the prior at free positions."""
-        prior_BL = denoiser.process.sample_prior(whole(fold(keys_B, 0)), tokens_BL.shape[1])
+        prior_BL = denoiser.process.sample_prior(
+            whole(fold(keys_B, 0)), tokens_BL.shape[1], self.schedule.sigma(jnp.float32(1.0))
+        )
         return State.starting(
             keys_B,
             x_BL=jnp.where(fixed_BL, tokens_BL, prior_BL),

@@ -18,7 +18,8 @@ class Tweedie(TauLeaping):
     """
 
     def step_probs(self, process, log_score, x, t, s):
-        return process.tweedie(log_score, x, self.schedule.sigma(t) - self.schedule.sigma(s))
+        sigma = self.schedule.sigma(t)
+        return process.tweedie(log_score, x, sigma, sigma - self.schedule.sigma(s))
 
 
 make = Tweedie

@@ -33,6 +33,21 @@ class NoiseSchedule(ABC):
     def t_of_sigma(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
         """The time at which the total noise is ``sigma``, the inverse function of ``sigma(t)``."""
 
+    @property
+    def by_position(self) -> bool:
+        """Whether positions of a text differ in their noise (``powers``)."""
+        return False
+
+    def powers(self, length: int) -> Float[Array, " L"]:
+        """The weight w of each position, which is touched with probability (1 - exp(-σ))^w."""
+        return jnp.ones(length)
+
+    def at_positions(
+        self, t_B: Float[Array, " B"], length: int
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """σ and dσ/dt of the positions of texts at times t: [B] if all are equal, else [B, L]."""
+        return self.sigma(t_B), self.rate(t_B)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clamped(NoiseSchedule):

@@ -9,7 +9,7 @@ import oracle
 import pytest
 from oracle import PROCESSES, f32, i32, transition_matrix
 
-both = pytest.mark.parametrize("kind", PROCESSES)
+both = pytest.mark.parametrize("kind", ["absorbing", "uniform"])
 SIGMAS = [1e-8, 1e-6, 1e-4, 1e-2, 0.3, 1.0, 4.0, 20.0]
 GPT2 = 50257
 
@@ -137,7 +137,7 @@ def test_gradient_descent_ends_at_the_true_ratio(kind, sigma):
         assert (gradient[np.arange(2), x] == 0).all()
 
 
-@both
+@pytest.mark.parametrize("kind", PROCESSES)
 def test_the_expected_entropy_is_least_at_the_marginal_ratios(kind):
     """Denoising score matching: averaged over p(x0 | xt), the minimum is the score of p_t."""
     world, sigma = oracle.Oracle(kind), 0.6

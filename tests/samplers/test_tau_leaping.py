@@ -17,7 +17,13 @@ from sedd.schedules import Geometric, LogLinear
 
 RULES = {"euler": Euler, "tweedie": Tweedie}
 NOISE = {"log_linear": LogLinear(), "geometric": Geometric()}
-CASES = [(kind, noise, rule) for kind in oracle.PROCESSES for noise in NOISE for rule in RULES]
+# Float32 cannot hold the log scores of hybrid noise at the σ of 20 at which geometric noise ends.
+CASES = [
+    (kind, noise, rule)
+    for kind in oracle.PROCESSES
+    for noise in (["log_linear"] if kind == "hybrid" else NOISE)
+    for rule in RULES
+]
 every = pytest.mark.parametrize(("kind", "noise", "rule"), CASES)
 DRAWS = 5_000
 EACH_DAY = [  # each rule on each process, under one noise
@@ -25,6 +31,8 @@ EACH_DAY = [  # each rule on each process, under one noise
     ("absorbing", "geometric", "tweedie"),
     ("uniform", "geometric", "euler"),
     ("uniform", "log_linear", "tweedie"),
+    ("hybrid", "log_linear", "euler"),
+    ("hybrid", "log_linear", "tweedie"),
 ]
 
 
