@@ -38,6 +38,13 @@ SWEEPS = {  # label: (sampler, the varied option, its values, other options)
     "token_confidence": ("token_confidence", "steps", (8, 16, 32, 64, None), {}),
     "remdm": ("remdm", "steps", (16, 32, 64, 128, 256), {}),
 }
+DRAWN = {"inner": sedd.samplers.options("tweedie", steps=64)}
+GIBBS = {**DRAWN, "positions": "random", "correction_temperature": 1.0}
+REVISED = {  # for models whose visible tokens may be wrong
+    "tweedie": ("tweedie", "steps", (16, 32, 64, 128, 256), {}),
+    "self_correct": ("self_correct", "steps", (8, 16, 32, 64, 128), DRAWN),
+    "self_correct, Gibbs": ("self_correct", "steps", (32, 64, 128), GIBBS),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +147,8 @@ def main(settings: Settings) -> None:
             "entropy": entropies(real),
         }
     ]
-    for label, (sampler, what, values, options) in SWEEPS.items():
+    sweeps = SWEEPS if model.process.absorbing else REVISED
+    for label, (sampler, what, values, options) in sweeps.items():
         for value in values:
             key = jax.random.key(settings.seed)
             options = options | {what: value}
@@ -176,7 +184,7 @@ def plot(results: list[dict], path: Path) -> None:
         (axes[0], "nats/char", "judged nats per character (lower is better)"),
         (axes[1], "entropy", "unigram entropy of a sample, nats"),
     ):
-        for i, label in enumerate(SWEEPS):
+        for i, label in enumerate(dict.fromkeys(r["sampler"] for r in results[1:])):
             points = sorted(
                 (r["calls"], r[name], r["± s.e."]) for r in results if r["sampler"] == label
             )

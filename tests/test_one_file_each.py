@@ -491,7 +491,6 @@ SHIFTED = '''
 
     from sedd.parameterizations.base import Inputs
     from sedd.parameterizations.conditional import Conditional
-from sedd.parameterizations.mean import Mean
 
 
     @dataclass(frozen=True, kw_only=True)

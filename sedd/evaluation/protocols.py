@@ -26,8 +26,9 @@ class Protocol:
 
     estimator: Estimator = "auto"
     """auto: exact (the likelihood itself) for blocks of one token, ordered for any-subset models,
-    k_dce (mean over orders) for other time-independent absorbing ones, else score_entropy. ordered:
-    the likelihood in one order, by default forward. Autoregressive models always have exact."""
+    k_dce (mean over orders) for other time-independent absorbing ones (t_dce, over the orders of
+    the noise, with the schedule by_position), else score_entropy. ordered: the likelihood in one
+    order, by default forward. Autoregressive models always have exact."""
     outer_terms: bool = True
     """Add the prior and the reconstruction to a score entropy. Without them the figure is no bound,
     but the mean of the loss over t in [t_min, 1]."""

@@ -122,19 +122,21 @@ class Sampler(ABC):
             )
         if denoiser.process.absorbing:
             return
-        reshape, mean = denoiser.reshape, isinstance(denoiser.parameterization, Mean)
-        for what, given in (
-            ("temperature, top-k and top-p", reshape is not None and not mean),
-            ("guidance", denoiser.guided),
-            ("logit processors", reshape is not None and reshape.logit_processor is not None),
-            ("constraints", denoiser.constraint is not None),
-        ):
-            if given:
-                also = " (or with the parameterization mean)" if what.startswith("temp") else ""
-                raise UserError(
-                    f"{what} act on the conditional of clean tokens, which exists on the absorbing "
-                    f"process only{also}; this model is of another process"
-                )
+        reshape = denoiser.reshape
+        # Temperature, top-k and top-p act on x_θ, the prediction of ``Mean``.
+        mean = isinstance(denoiser.parameterization, Mean) and not denoiser.guided
+        if reshape is not None and not (mean and reshape.logit_processor is None):
+            kinds = "temperature, top-k, top-p, guidance and logit processors"
+            raise UserError(
+                f"{kinds} act on the conditional of clean tokens, which exists on the absorbing "
+                "process only; this model is of another process, on which the first three go with "
+                "the parameterization mean"
+            )
+        if denoiser.constraint is not None:
+            raise UserError(
+                "constraints act on the conditional of clean tokens, which exists on the absorbing "
+                "process only; this model is of another process"
+            )
 
     @abstractmethod
     def __call__(

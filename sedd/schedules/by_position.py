@@ -56,10 +56,14 @@ class ByPosition(LogLinear):
     def at_positions(self, t_B, length):
         if not self.by_position:
             return super().at_positions(t_B, length)
-        # log λ is at most log(1 - eps): 1 - λ^w does not cancel.
         w_1L, log_lambda_B1 = self.powers(length)[None], jnp.log((1 - self.eps) * t_B)[:, None]
         log_moved_BL = w_1L * log_lambda_B1
-        sigma_BL = -jnp.log(-jnp.expm1(log_moved_BL))
+        # -log(1 - λ^w): the first form is accurate for a small λ^w, the second for one near 1.
+        sigma_BL = jnp.where(
+            log_moved_BL < -0.7,
+            -jnp.log1p(-jnp.exp(log_moved_BL)),
+            -jnp.log(-jnp.expm1(log_moved_BL)),
+        )
         rate_BL = w_1L * jnp.exp(log_moved_BL + sigma_BL) / t_B[:, None]
         return sigma_BL, rate_BL
 

@@ -190,6 +190,11 @@ def test_a_tokenizer_of_hugging_face_is_written_as_theirs(tmp_path):
             "the layout of SEDD cannot hold this model: schedule.eps must be 0.001, got 0.0001",
         ),
         (
+            dataclasses.replace(tiny_run.config("sedd"), process=options("processes", "hybrid")),
+            "the layout of SEDD cannot hold this model: process must be absorbing or uniform, got "
+            "hybrid",
+        ),
+        (
             tiny_run.config("ar"),
             "this model is autoregressive, and has no published layout: BD3-LM, MDLM, RADD or SEDD "
             "hold other kinds",

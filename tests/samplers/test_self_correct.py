@@ -88,25 +88,26 @@ def counts_of(samples):
 
 
 def test_gibbs_leaves_the_joint_as_it_is():
-    """As t falls; at the default of .01 up to a total variation of .02, at any number of steps."""
+    """As t falls, at any number of steps: each row of the kernel's powers tends to this law."""
     joint = world().joint.ravel()
     distances = []
-    for t in (0.3, 0.01, 1e-4):
+    for t in (0.3, 0.01, 1e-3, 1e-4):
         stationary = joint @ np.linalg.matrix_power(gibbs(t), 4096)
         distances.append(oracle.total_variation(stationary, joint))
-    print("\ntotal variation of the stationary law at t = .3, .01, 1e-4", *distances)
-    assert distances[1] < 0.02
-    assert distances[2] < 2e-4
+    print("\ntotal variation of the stationary law at t = .3, .01, .001, 1e-4", *distances)
+    assert distances[1] < 0.03
+    assert distances[2] < 0.005
+    assert distances[3] < 5e-4
     assert distances[0] > 0.05  # the control: at a high noise level it is another law
 
 
 def test_gibbs_repairs_few_steps_of_tweedie():
     """The draws have the law of the inner sampler times the kernel to the power of the steps."""
-    inner, steps = Tweedie(schedule=SCHEDULE, steps=3), 12
+    inner, steps = Tweedie(schedule=SCHEDULE, steps=3), 16
     law = oracle.tau_leaping_law(world(), oracle.SCHEDULES["log_linear"], 3, "tweedie")
     start = law.reshape([N + 1] * L)[(slice(0, N),) * L].ravel()
-    after = start @ np.linalg.matrix_power(gibbs(0.01), steps)
-    options = {"positions": "random", "correction_temperature": 1.0, "steps": steps}
+    after = start @ np.linalg.matrix_power(gibbs(1e-3), steps)
+    options = {"positions": "random", "correction_temperature": 1.0, "steps": steps, "t": 1e-3}
     samples = draw(sampler(inner=inner, **options), np.zeros((DRAWS, L)))
     assert oracle.chi_square_p(counts_of(samples), after) > 1e-4
     assert oracle.chi_square_p(counts_of(samples), start) < 1e-4
@@ -114,7 +115,7 @@ def test_gibbs_repairs_few_steps_of_tweedie():
     joint = world().joint.ravel()
     before, now = (oracle.total_variation(p, joint) for p in (start, after))
     print(f"\ntotal variation to the joint: {before:.4f} before, {now:.4f} after {steps} steps")
-    assert now < 0.25 * before
+    assert now < 0.02 < 0.1 < before
 
 
 def test_gibbs_given_some_tokens():
@@ -204,7 +205,6 @@ def test_mistakes_are_named():
     for options, said in (
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"patience": 0}, "patience must be at least 1, got 0"),
-        ({"positions": "first"}, "positions must be likeliest or random, got 'first'"),
         ({"correction_temperature": -1.0}, "correction_temperature must be finite and at least 0"),
         ({"t": 1.0}, r"t must be in \(0, 1\), got 1.0"),
     ):
@@ -213,10 +213,12 @@ def test_mistakes_are_named():
     guided = dataclasses.replace(
         denoiser(), reshape=Reshape.of(guidance=1.0), given_BL=jnp.ones((1, L), bool)
     )
-    with pytest.raises(UserError, match="guidance act"):
+    with pytest.raises(UserError, match="guidance and logit processors act"):
         sampler().check(guided)
     cold = dataclasses.replace(world("uniform").score_denoiser(), reshape=Reshape.of(top_p=0.5))
-    with pytest.raises(UserError, match=r"temperature, top-k and top-p act.*or with the param"):
+    with pytest.raises(
+        UserError, match=r"temperature, top-k, .*the first three go with the parameterization mean"
+    ):
         inner.check(cold)
 
 

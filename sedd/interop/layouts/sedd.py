@@ -56,7 +56,10 @@ def refusals(network, description):
     """Why SEDD's code cannot hold a model; None unless it is a score model."""
     if description.parameterization != "score":
         return None
-    return common_refusals(network, description, list(SCHEDULES.values()), norm_bias=False)
+    problems = common_refusals(network, description, list(SCHEDULES.values()), norm_bias=False)
+    if description.process not in PROCESSES.values():
+        problems.append(f"process must be absorbing or uniform, got {description.process}")
+    return problems
 
 
 def tensors(network):
