@@ -42,10 +42,10 @@ class ScoreEntropy(Objective):
         if self.weighting not in get_args(Weighting):
             known = ", ".join(get_args(Weighting))
             raise FieldError("weighting", f"must be one of {known}, got {self.weighting!r}")
-        hybrid, needed = isinstance(self.process, Hybrid), "the process hybrid"
-        if self.weighting == "dynamic":
-            hybrid, needed = hybrid and self.process.gamma is not None, f"{needed} with gamma"
-        if self.weighting != "bound" and not hybrid:
+        dynamic, process = self.weighting == "dynamic", self.process
+        fits = isinstance(process, Hybrid) and not (dynamic and process.gamma is None)
+        if self.weighting != "bound" and not fits:
+            needed = f"the process hybrid{' with gamma' if dynamic else ''}"
             raise FieldError("weighting", f"{self.weighting} needs {needed}; use bound")
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
