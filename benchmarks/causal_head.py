@@ -1,10 +1,12 @@
-"""What a causal head gains, by the fraction of the tokens that is masked.
+"""What a causal head or an HMM head gains, by the fraction of the tokens that is masked.
 
 Each row has the nats per masked token of the trunk, which predicts the tokens independently, and of
-the causal head, which predicts them one after the other in a random order, on the same masks of the
-validation text. The error is that of the difference, over sequences.
+the head, on the same masks of the validation text: a causal head predicts them one after the other
+in a random order, an HMM head those of a window jointly. The error is that of the difference, over
+sequences.
 
     python benchmarks/causal_head.py --checkpoint runs/causal_head
+    python benchmarks/causal_head.py --checkpoint runs/hmm
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from report import report, start
 
 import sedd
 from sedd.configuration.build import ValidationRows, build_data
-from sedd.evaluation.causal_head import causal_nats
+from sedd.evaluation.joint_heads import joint_nats
+from sedd.objectives.hmm import Hmm
 from sedd.objectives.self_speculative import SelfSpeculative
 
 
@@ -24,7 +27,7 @@ class Settings:
     """What is measured."""
 
     checkpoint: Path
-    """A run with a causal head."""
+    """A run with a causal or an HMM head."""
     masked: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
     """Fractions of the tokens that are masked."""
     sequences: int = 128
@@ -37,8 +40,8 @@ class Settings:
 def main(settings: Settings) -> None:
     """Measure every fraction, and print a table."""
     model = sedd.load(settings.checkpoint)
-    if not isinstance(model.parts.objective, SelfSpeculative):
-        raise sedd.UserError(f"--checkpoint {settings.checkpoint}: the model has no causal head")
+    if not isinstance(model.parts.objective, SelfSpeculative | Hmm):
+        raise sedd.UserError(f"--checkpoint {settings.checkpoint}: it has no such head")
     data = build_data(model.config, tokenizer=model.tokenizer)
     held_out = ValidationRows(
         parts=[packed for packed, _ in data.validation],
@@ -47,7 +50,7 @@ def main(settings: Settings) -> None:
     )
     rows = []
     for masked in settings.masked:
-        causal, trunk, gain = causal_nats(
+        joint, trunk, gain = joint_nats(
             model.denoiser,
             model.parts.objective,
             jax.random.key(settings.seed),
@@ -59,7 +62,7 @@ def main(settings: Settings) -> None:
             {
                 "masked": masked,
                 "trunk": trunk.value,
-                "causal head": causal.value,
+                "head": joint.value,
                 "difference": gain.value,
                 "±": gain.error,
             }

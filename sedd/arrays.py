@@ -1,4 +1,10 @@
-"""Small functions on arrays for every layer: indexing, stable forms, padded sizes, exact draws."""
+"""Small functions on arrays for every layer: indexing, stable forms, padded sizes, exact draws.
+
+Also the two scans along positions that dynamic programs share: those of automata and of HMMs.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +77,54 @@ def put(values: Float[Array, "*b V"], index: Int[Array, "*b"], new) -> Float[Arr
     """``values`` with one entry of each row, at ``index``, replaced by ``new``."""
     column = jnp.arange(values.shape[-1])
     return jnp.where(column == index[..., None], jnp.asarray(new)[..., None], values)
+
+
+def backward(
+    step: Callable[[Array, Any], Array], last: Array, inputs: Any, length: Int[Array, ""] | int
+) -> Array:
+    """Run ``value = step(value, input)`` from the last position to the first.
+
+    Args:
+        step: one position of a recursion.
+        last: the value after the last position.
+        inputs: a pytree whose leaves have a row for each of L positions.
+        length: the number of positions before padding, at which the value does not change.
+
+    Returns:
+        The value before each position, and ``last``: L + 1 rows.
+    """
+
+    def guarded(value, position):
+        own, index = position
+        value = jnp.where(index < length, step(value, own), value)
+        return value, value
+
+    positions = (inputs, jnp.arange(len(jax.tree.leaves(inputs)[0])))
+    _, values = jax.lax.scan(guarded, last, positions, reverse=True)
+    return jnp.concatenate([values, last[None]])
+
+
+def forward(
+    step: Callable[[Array, Any], tuple[Array, Any]],
+    first: Array,
+    inputs: Any,
+    length: Int[Array, ""] | int,
+) -> Any:
+    """Run ``value, output = step(value, input)`` from the first position to the last.
+
+    Arguments are those of ``backward``; ``first`` is the value before the first position.
+
+    Returns:
+        The outputs, with a row for each position. Those of padding have no meaning.
+    """
+
+    def guarded(value, position):
+        own, index = position
+        new, output = step(value, own)
+        return jnp.where(index < length, new, value), output
+
+    positions = (inputs, jnp.arange(len(jax.tree.leaves(inputs)[0])))
+    return jax.lax.scan(guarded, first, positions)[1]
 
 
 def position_keys(

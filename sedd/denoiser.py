@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import along
+from sedd.arrays import along, categorical
 from sedd.constraints.base import Constraint, Read
+from sedd.constraints.windows import Windows, mixed_rows, token_keys
 from sedd.networks.base import Attend, Memory, Network, read_out
 from sedd.networks.mesh import anywhere
 from sedd.networks.rows import Rows, over_chunks, row_sizes
@@ -46,6 +47,8 @@ class Denoiser:
         given_BL: which positions hold given tokens. If set, guidance makes a second network call,
             in which these are masked.
         constraint: draws the tokens of some positions jointly, through ``propose``.
+        windows: draws the tokens that are revealed in one call jointly, through ``propose`` too, by
+            the hidden Markov model of the network.
         watermark: replaces the noise with which tokens are drawn, or changes the conditionals.
         called: the hidden states of the current tokens, if the caller has made the network call
             already, with a memory; ``hidden`` then returns them.
@@ -58,6 +61,7 @@ class Denoiser:
     reshape: Reshape | None = None
     given_BL: Bool[Array, "B L"] | None = None
     constraint: Constraint | None = None
+    windows: Windows | None = None
     watermark: Watermark | None = None
     called: tuple[Float[Array, "B L D"], ...] | None = None
 
@@ -371,8 +375,12 @@ class Denoiser:
         return self.parameterization
 
     def map_rows(
-        self, select_BL: Bool[Array, "B L"], function: Callable[[Rows], Array], dtype
-    ) -> Shaped[Array, "B L"]:
+        self,
+        select_BL: Bool[Array, "B L"],
+        function: Callable[[Rows], Array],
+        dtype,
+        shape: tuple[int, ...] = (),
+    ) -> Shaped[Array, "B L *s"]:
         """Compute one value for each selected position, in chunks of rows; the others are 0.
 
         Args:
@@ -381,6 +389,7 @@ class Denoiser:
                 of ``log_conditional_rows``: R is chosen so that these fit into
                 ``sedd.networks.rows.CHUNK_BYTES``.
             dtype: type of the result.
+            shape: the shape of a row's value, by default one number.
         """
         batch, length = select_BL.shape
 
@@ -391,8 +400,9 @@ class Denoiser:
         # A watermark in the conditionals reads the two neighbours of each row as well.
         copies = 1 if self.watermark is None or self.watermark.replaces_noise else 2
         sizes = row_sizes(batch, length, copies * self.network.num_states)
-        zeros_M = jnp.zeros(batch * length, dtype)
-        return over_chunks(select_BL.reshape(-1), sizes, body, zeros_M).reshape(select_BL.shape)
+        zeros_M = jnp.zeros((batch * length, *shape), dtype)
+        values_M = over_chunks(select_BL.reshape(-1), sizes, body, zeros_M)
+        return values_M.reshape(*select_BL.shape, *shape)
 
     def log_score_rows(
         self,
@@ -561,23 +571,66 @@ class Denoiser:
         commit_BL: Bool[Array, "B L"],
         read: Read,
         otherwise_BL: Int[Array, "B L"],
+        hidden: tuple[Float[Array, "B L D"], ...],
     ) -> Int[Array, "B L"]:
-        """Draw the positions under the constraint jointly.
+        """Draw the positions under the constraint, or the windows of positions, jointly.
 
         Args:
             keys_B: a key for each sequence.
             x_BL: current tokens.
             commit_BL: masked positions that the sampler is going to reveal.
             read: log conditionals at given positions; see ``Constraint.propose``.
-            otherwise_BL: tokens of the positions without a constraint.
+            otherwise_BL: tokens of the other positions.
+            hidden: the result of ``hidden`` for ``x_BL``.
 
         Returns:
-            The constraint's tokens at the positions under it, and ``otherwise_BL`` elsewhere.
+            The tokens that are drawn jointly, and ``otherwise_BL`` elsewhere.
         """
+        if self.windows is not None:
+            return self._draw_windows(keys_B, x_BL, commit_BL, otherwise_BL, hidden)
         if self.constraint is None:
             return otherwise_BL
         tokens_BL = self.constraint.propose(keys_B, x_BL, commit_BL, read, self.mask_id)
         return jnp.where(self.constraint.inside(x_BL.shape[1]), tokens_BL, otherwise_BL)
+
+    def _draw_windows(
+        self,
+        keys_B: Keys,
+        x_BL: Int[Array, "B L"],
+        commit_BL: Bool[Array, "B L"],
+        otherwise_BL: Int[Array, "B L"],
+        hidden: tuple[Float[Array, "B L D"], ...],
+    ) -> Int[Array, "B L"]:
+        """``propose`` by the hidden Markov model of the network.
+
+        The states are drawn given the guided conditionals. ``reshape`` then changes the
+        distribution of each token given its state: a low temperature sharpens these, and leaves the
+        choice between the states as it is.
+        """
+        assert self.windows is not None
+        hmm = self.network.hmm(self.params)
+        real_BL = jnp.ones(x_BL.shape, bool)
+        if self.attend is not None and self.attend.segment_BL is not None:
+            real_BL = real_BL & (self.attend.segment_BL > 0)
+        masked_BL = (x_BL == self.mask_id) & real_BL
+        covered_BL = self.windows.covers(masked_BL, real_BL)
+        drawn_BL = self.windows.several(covered_BL & commit_BL)
+        factor_BLH = self.map_rows(
+            covered_BL,
+            lambda rows: hmm.log_factors(self._guided_rows(hidden, x_BL, rows)),
+            jnp.float32,
+            (len(hmm.emission_HN),),
+        )
+        state_BL = self.windows.states(hmm, keys_B, x_BL, factor_BLH, masked_BL, real_BL)
+
+        def tokens(rows):
+            log_probs_RN = self._guided_rows(hidden, x_BL, rows)
+            log_probs_RN = mixed_rows(hmm, log_probs_RN, rows.pick(state_BL))
+            log_probs_RN = self._reshaped(log_probs_RN, x_BL, rows, self.reshape)
+            return jax.vmap(categorical)(token_keys(keys_B, rows), log_probs_RN)
+
+        tokens_BL = self.map_rows(drawn_BL, tokens, otherwise_BL.dtype)
+        return jnp.where(drawn_BL, tokens_BL, otherwise_BL)
 
     def repeat(self, count: int) -> "Denoiser":
         """The denoiser for a batch with ``count`` consecutive copies of each sequence."""
@@ -586,12 +639,14 @@ class Denoiser:
             lambda rows: jnp.repeat(rows, count, 0), (self.attend, self.given_BL)
         )
         reshape = None if self.reshape is None else self.reshape.repeat(count)
+        windows = None if self.windows is None else self.windows.repeat(count)
         watermark = None if self.watermark is None else self.watermark.repeat(count)
         return replace(
             self,
             attend=attend,
             given_BL=given_BL,
             constraint=constraint,
+            windows=windows,
             reshape=reshape,
             watermark=watermark,
         )

@@ -15,6 +15,7 @@ from scipy import stats
 
 from sedd.denoiser import Denoiser
 from sedd.networks.base import Network
+from sedd.networks.hidden_markov import HiddenMarkov
 from sedd.parameterizations.autoregressive import Autoregressive
 from sedd.parameterizations.conditional import Conditional
 from sedd.parameterizations.mean import Mean
@@ -271,6 +272,28 @@ class WithMarginalHead(ConstantNetwork):
     def log_marginal(self, params, hidden_BLD, tokens_BL):
         own_BL = jnp.take_along_axis(hidden_BLD, tokens_BL[..., None], -1)[..., 0]
         return jnp.where(tokens_BL < self.num_states - 1, own_BL, 0.0).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithHmmHead(ConstantNetwork):
+    """The same, with an HMM whose two states emit by the first two positions' raw outputs."""
+
+    has_hmm_head = True
+
+    def hmm(self, params):
+        emission_HN = jax.nn.softmax(params[0, :2, :-1], -1)
+        return HiddenMarkov(jnp.array([[0.8, 0.2], [0.3, 0.7], [0.5, 0.5]]), emission_HN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HmmTable(TableNetwork):
+    """A table, and an HMM with the logits ``params["hmm"]``."""
+
+    has_hmm_head = True
+    frozen_trunk = True
+
+    def hmm(self, params):
+        return HiddenMarkov(*(jax.nn.softmax(logits, -1) for logits in params["hmm"]))
 
 
 @dataclass(frozen=True, kw_only=True)

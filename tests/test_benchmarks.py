@@ -202,6 +202,24 @@ def test_tokenising_that_is_killed_ends_in_the_same_bytes(capsys, megabytes, kil
         assert undisturbed["memory, MB"] < 1000
 
 
+def test_joint_draws_are_judged_beside_independent_ones(tmp_path, capsys):
+    joint = importlib.import_module("joint")
+    (tmp_path / "text.txt").write_text(tiny_run.text(400))
+    make_run(tmp_path / "run", tiny_run.config("hmm", corpus=str(tmp_path / "text.txt")))
+    joint.main(
+        joint.Settings(
+            checkpoint=tmp_path / "run",
+            plot=tmp_path / "plot.png",
+            **{"calls": (2,), "window": 6, "num": 4, "below": (1.0,), "temperatures": ()},
+        )
+    )
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-2])["rows"]
+    assert [row["draws"] for row in rows[1:]] == ["independent", "window 6, below 1.0"]
+    assert rows[1]["calls"] == rows[2]["calls"] == 2
+    assert rows[1]["nats"] != rows[2]["nats"]
+    assert (tmp_path / "plot.png").is_file()
+
+
 def test_every_proposer_is_judged_beside_event_jump(tmp_path, monkeypatch, capsys):
     speculative = importlib.import_module("speculative")
     monkeypatch.setenv("SEDD_CACHE", str(tmp_path / "cache"))

@@ -16,7 +16,7 @@ from scipy import special
 import sedd
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
-from sedd.evaluation.causal_head import causal_nats
+from sedd.evaluation.joint_heads import joint_nats
 from sedd.networks.causal_head import CausalHead
 from sedd.networks.ddit import DDiT
 from sedd.objectives.k_dce import KDCE
@@ -207,8 +207,8 @@ def test_a_new_head_has_the_nats_of_the_trunk_and_they_are_k_dce():
     params = random_params() | {"causal": fresh_params()["causal"]}
     denoiser = Denoiser(params=params, network=NET, parameterization=OBJECTIVE.parameterization)
     rows = [(np.asarray(TOKENS), SCORED), (np.asarray(TOKENS[:2]), SCORED[:2])]
-    seen = causal_nats(denoiser, OBJECTIVE, jax.random.key(0), rows, draws=400)
-    assert seen.causal == seen.trunk
+    seen = joint_nats(denoiser, OBJECTIVE, jax.random.key(0), rows, draws=400)
+    assert seen.joint == seen.trunk
     assert seen.gain.value == 0
     k_dce = KDCE(**FITS)
 
@@ -226,9 +226,9 @@ def test_a_new_head_has_the_nats_of_the_trunk_and_they_are_k_dce():
     value = expected.sum() / (2 * tokens_B - [0, 0, L]).sum()
     assert abs(seen.trunk.value - value) < 5 * math.sqrt(2) * error
     # A fixed fraction masks that many positions.
-    half = causal_nats(denoiser, OBJECTIVE, jax.random.key(0), rows[:1], draws=4, masked=0.5)
-    assert half.causal == half.trunk
-    assert half.causal.value != pytest.approx(seen.causal.value)
+    half = joint_nats(denoiser, OBJECTIVE, jax.random.key(0), rows[:1], draws=4, masked=0.5)
+    assert half.joint == half.trunk
+    assert half.joint.value != pytest.approx(seen.joint.value)
 
 
 def test_only_the_two_go_together():
@@ -261,10 +261,10 @@ def test_it_learns_what_the_trunk_cannot():
         params=state.averaged, network=net, parameterization=OBJECTIVE.parameterization
     )
     held_out = [rows(np.arange(32) % N)]
-    seen = causal_nats(denoiser, OBJECTIVE, jax.random.key(0), held_out, draws=8, masked=1.0)
+    seen = joint_nats(denoiser, OBJECTIVE, jax.random.key(0), held_out, draws=8, masked=1.0)
     assert seen.trunk.value > math.log(N) - 1e-5  # all are masked: nothing better is possible
-    assert math.log(N) / L - 1e-5 < seen.causal.value < 0.3 * math.log(N)
-    assert seen.gain.value == pytest.approx(seen.trunk.value - seen.causal.value)
+    assert math.log(N) / L - 1e-5 < seen.joint.value < 0.3 * math.log(N)
+    assert seen.gain.value == pytest.approx(seen.trunk.value - seen.joint.value)
 
 
 # ---------------------------------------------------------------- sedd train
@@ -293,7 +293,7 @@ def test_a_run_trains_the_head_only_and_prints_its_gain(trained, trunk):
     assert outcome.out.startswith(f"{total:,} parameters ({count:,} of them trained) · ")
     [start] = [i for i, line in enumerate(outcome.out.splitlines()) if "masked token" in line]
     causal, both, difference, *_ = outcome.out.splitlines()[start + 1 :]
-    assert causal.endswith("by the causal head")
+    assert causal.endswith("by the head")
     assert "by the trunk" in both
     assert float(both.split()[0]) - float(causal.split()[0]) == pytest.approx(
         float(difference.removeprefix("  difference: ").split()[0]), abs=2e-4
@@ -385,7 +385,7 @@ def test_the_benchmark_prints_a_row_for_each_fraction(trained, monkeypatch, caps
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
     assert [row["masked"] for row in rows] == [1.0, 0.5]
     for row in rows:
-        assert row["difference"] == pytest.approx(row["trunk"] - row["causal head"])
+        assert row["difference"] == pytest.approx(row["trunk"] - row["head"])
 
 
 def test_no_published_layout_holds_it(trained, tmp_path):

@@ -246,9 +246,12 @@ def test_objective(name):
         rng = np.random.default_rng(0)
         x0_BL, scored_BL = i32(rng.integers(0, N, (B, L))), jnp.asarray(rng.random((B, L)) < 0.8)
         kind = oracle.ConstantNetwork
-        if objective.trains_causal_head or objective.trains_marginal_head:
-            causal = objective.trains_causal_head
-            kind = oracle.WithCausalHead if causal else oracle.WithMarginalHead
+        for trains, network in (
+            (objective.trains_causal_head, oracle.WithCausalHead),
+            (objective.trains_marginal_head, oracle.WithMarginalHead),
+            (objective.trains_hmm_head, oracle.WithHmmHead),
+        ):
+            kind = network if trains else kind
         network = kind(num_states=process.num_states, time_conditioned=not reading.time_independent)
 
         shape = B, objective.rows(L), process.num_states

@@ -101,6 +101,7 @@ def place(tmp_path_factory):
             "any_subset": "any_subset",
             "block": "block",
             "marginal": "marginal",
+            "hmm": "hmm",
         }.items():
             make_run(top / "runs" / name, tiny_run.config(kind, corpus=str(top / "my.txt")))
     tiny_run.profile_of(sedd.load(top / "runs/quickstart")).save(top / "price.json")

@@ -30,6 +30,7 @@ BESIDE = {  # inside a level: what a family may still import
 }
 PROTOCOLS = {  # modules of another level than their families, so that others can use them
     "sedd.constraints.base": 2,
+    "sedd.constraints.windows": 2,
     "sedd.watermark.base": 2,
     "sedd.control.texts": 5,
 }

@@ -57,8 +57,14 @@ def text(words: int = 2000, seed: int = 0) -> str:
 def config(kind: str = "radd", *, corpus: str = "stdlib", length: int = 12) -> Config:
     """The smallest model: absorbing "radd" or "sedd", "uniform" SEDD, "ar", "any_subset", "block".
 
-    A block model has blocks of 4 positions. "marginal" is "radd" with a marginal head.
+    A block model has blocks of 4 positions. "marginal" and "hmm" are "radd" with such a head.
     """
+    if kind == "hmm":
+        return dataclasses.replace(
+            config("radd", corpus=corpus, length=length),
+            network=options("networks", "hmm_head", states=4, **values(NETWORK)),
+            objective=options("objectives", "hmm", window=6),
+        )
     if kind == "marginal":
         return dataclasses.replace(
             config("radd", corpus=corpus, length=length),

@@ -24,7 +24,7 @@ from sedd.reshape import LogitProcessor
 from sedd.samplers.base import Sampler
 from sedd.samplers.best_of_n import BestOfN
 from sedd.sampling.arguments import reshape_of
-from sedd.sampling.batch import Marking, draw
+from sedd.sampling.batch import Joint, Marking, draw
 from sedd.watermark.scheme import Scheme, runs_of
 
 WINDOW = 8  # batches' worth of requests that are sorted by program at a time
@@ -150,6 +150,7 @@ class Answering:
         processor: the user's function on log probabilities, or None.
         rule: how a step draws under a constraint.
         scheme: the watermarking scheme, whose nonces are the seeds of the requests; or None.
+        joint: the windows in which tokens are drawn jointly; or None.
         shape: the shape that holds the constraints of every request, so that batches share a
             program; None without constraints.
         traced: number of requests, from the first on, that keep their trace.
@@ -162,6 +163,7 @@ class Answering:
     processor: LogitProcessor | None = None
     rule: Rule = "joint"
     scheme: Scheme | None = None
+    joint: Joint | None = None
     shape: Shape | None = None
     traced: int = 0
 
@@ -227,6 +229,7 @@ class Answering:
             shape=self.shape,
             trace=trace,
             marking=None if self.scheme is None else Marking(self.scheme, seeds),
+            joint=self.joint,
         )
         return [
             Answer(

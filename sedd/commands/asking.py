@@ -20,6 +20,7 @@ import sedd
 from sedd.commands.answers import Asked, Program
 from sedd.commands.sample_flags import (
     SampleCommand,
+    joint_of,
     load_verifier,
     one_or_each,
     read_profile,
@@ -33,6 +34,7 @@ from sedd.configuration.build import build_sampler
 from sedd.configuration.components import options_type
 from sedd.configuration.config import default_cache_dir, fits
 from sedd.constraints.spans import Shape, shape_of
+from sedd.constraints.windows import check_window
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.requests import Request, RequestFile
 from sedd.samplers.base import Sampler, SamplerOptions, layers
@@ -146,7 +148,13 @@ class Asking:
         if self.scheme is not None:
             check_temperature(reshape)
             watermark = self.scheme.batch(np.zeros(1), np.zeros((1, 1), bool))
-        denoiser = dataclasses.replace(self.model.denoiser, reshape=reshape, watermark=watermark)
+        windows = None
+        if (joint := joint_of(self.command)) is not None:
+            joint.check(self.model)
+            windows = joint.windows(1)
+        denoiser = dataclasses.replace(
+            self.model.denoiser, reshape=reshape, watermark=watermark, windows=windows
+        )
         outer, *wrapped = layers(sampler)
         within = outer.within(denoiser)
         for depth, part in enumerate(wrapped, 1):
@@ -182,6 +190,13 @@ class Asking:
         reshape_of(1, own)
         numbers = {**reshape_numbers(command), **own}
         sampler = self.sampler(request.sampler or {}, numbers)
+        if command.window is not None:
+            check_window(command.window, clamp.length)
+            if spans:
+                raise UserError(
+                    f"--window {command.window}: windows take no regex or json_schema; leave one "
+                    "of them out"
+                )
         check_order(sampler, clamp.length)
         check_profile(sampler, self.model, clamp.length)
         return Asked(request, clamp, spans, stopping(sampler, [clamp]), numbers)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 import sedd
-from sedd.commands.cli import Terminal, fail
+from sedd.commands.cli import Terminal, fail, note
 from sedd.commands.devices import is_first
 from sedd.commands.evaluate_flags import EvaluateCommand, read_command
 from sedd.commands.evaluate_report import Comparisons, write_report
@@ -64,6 +64,11 @@ def main(arguments: Sequence[str]) -> int:
     with Activity(f"loading {command.checkpoint}"):
         model = command.how.load(command.checkpoint, step=command.step, mesh=mesh)
     estimate = checked_estimate(command, model)
+    if model.denoiser.network.has_hmm_head:
+        note(
+            "the bound is that of the trunk: no likelihood is known of what the HMM head draws "
+            "(--window)"
+        )
     with Activity("reading the samples and the judge"):
         comparisons = Comparisons.of(command, model)
     with Activity("reading the data"):

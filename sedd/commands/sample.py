@@ -30,7 +30,7 @@ from sedd.commands.asking import TRACED, Asking, Survey, check_guidance, notes
 from sedd.commands.cli import console, errors, fail, note
 from sedd.commands.controlled import Controlled, report
 from sedd.commands.devices import is_first
-from sedd.commands.sample_flags import SampleCommand, read_command, reshape_numbers
+from sedd.commands.sample_flags import SampleCommand, joint_of, read_command, reshape_numbers
 from sedd.commands.sampler_flags import flat, sampler_options
 from sedd.commands.trace import TraceRow, write_trace
 from sedd.errors import UserError, printable
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
             processor=asking.processor,
             rule=command.rule,
             scheme=asking.scheme,
+            joint=joint_of(command),
             traced=0 if command.trace is None else TRACED,
         )
         if command.control.features is not None:

@@ -42,6 +42,7 @@ from sedd.samplers.planned import Profile
 from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.verifier import SELF, self_likelihood
 from sedd.sampling.arguments import NUMBERS, reshape_of
+from sedd.sampling.batch import BELOW, Joint
 
 TITLE = "Draw text from a trained model: after a prompt, into gaps, or as an answer."
 
@@ -126,6 +127,12 @@ class SampleCommand:
     batch_size: int = 32
     """Sequences that are drawn at the same time, over all devices; the candidates of a search
     count."""
+    window: Annotated[int | None, unset("INT")] = None
+    """Draw the tokens of one network call jointly, within windows of this many tokens, by the HMM
+    head of the model (--network hmm_head); by default each is drawn independently."""
+    below: float = BELOW
+    """With --window: draw jointly in sequences of which at most this share is masked, and
+    independently before."""
     mark: Annotated[WatermarkFlags, tyro.conf.arg(name="")] = WatermarkFlags()
     control: Annotated[ControlFlags, tyro.conf.arg(name="")] = ControlFlags()
     on: Annotated[DeviceFlags, tyro.conf.arg(name="")] = DeviceFlags()
@@ -136,10 +143,17 @@ class SampleCommand:
         for flag, value in (("--num", self.num), ("--batch-size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.window is None and self.below != BELOW:
+            raise ValueError(f"--below {self.below} goes with --window, which is not given")
         if self.num > 1 and self.seed + self.num > 2**32:
             raise ValueError(
                 f"--seed {self.seed}: with --num {self.num} the last seed is beyond 2**32 - 1"
             )
+
+
+def joint_of(command: SampleCommand) -> Joint | None:
+    """The windows of the flags; None without ``--window``."""
+    return None if command.window is None else Joint(command.window, command.below)
 
 
 def read_command(arguments: Sequence[str]) -> SampleCommand:

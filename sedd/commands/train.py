@@ -48,8 +48,8 @@ from sedd.errors import UserError, fields_within
 from sedd.evaluating import text_counter
 from sedd.evaluation.block_levels import least_variance
 from sedd.evaluation.bound import evaluate_bound
-from sedd.evaluation.causal_head import causal_nats
 from sedd.evaluation.energy import free_energy
+from sedd.evaluation.joint_heads import joint_nats
 from sedd.evaluation.marginals import log_marginals
 from sedd.evaluation.measured import mean_of
 from sedd.evaluation.monte_carlo import REPLICATES, is_exact, resolve
@@ -58,6 +58,7 @@ from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh
 from sedd.objectives.block import Block
 from sedd.objectives.energy import Energy
+from sedd.objectives.hmm import Hmm
 from sedd.objectives.marginal import Marginal
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.progress import Activity
@@ -265,8 +266,8 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
     """
     if parts.objective.weighted:
         return control_validator(config, parts, held_out)
-    if isinstance(parts.objective, SelfSpeculative):
-        return partial(validate_causal_head, config, parts, parts.objective, held_out)
+    if isinstance(parts.objective, SelfSpeculative | Hmm):
+        return partial(validate_joint_head, config, parts, parts.objective, held_out)
     if isinstance(parts.objective, Marginal):
         return partial(validate_marginal_head, config, parts, held_out)
     if isinstance(parts.objective, Energy):
@@ -309,14 +310,14 @@ def levels_of_blocks(
     return {"least_variance_from": low, "least_variance_to": high, "variance_ratio": ratio}
 
 
-def validate_causal_head(
-    config: Config, parts: Parts, objective: SelfSpeculative, held_out: ValidationRows, params
+def validate_joint_head(
+    config: Config, parts: Parts, objective: SelfSpeculative | Hmm, held_out: ValidationRows, params
 ) -> dict[str, Any]:
-    """The figures of a causal head: nats per masked token, and how many fewer than the trunk's.
+    """The figures of a causal or HMM head: nats per masked token, and how many fewer than alone.
 
     Arguments are those of ``validator``, and the averaged parameters.
     """
-    causal, _, gain = causal_nats(
+    joint, _, gain = joint_nats(
         parts.denoiser(params),
         objective,
         jax.random.key(config.seed),
@@ -324,8 +325,8 @@ def validate_causal_head(
         draws=config.evaluation.draws,
     )
     return {
-        "nats_per_token": causal.value,
-        "standard_error": causal.error or 0.0,  # unknown for a single sequence
+        "nats_per_token": joint.value,
+        "standard_error": joint.error or 0.0,  # unknown for a single sequence
         "gain": gain.value,
         "gain_error": gain.error or 0.0,
     }
@@ -435,7 +436,7 @@ def figures_of_head(last: dict[str, Any]) -> str | None:
     if (gain := last.get("validation_gain")) is not None:
         return (
             "nats per masked token, ± standard error\n"
-            f"  {nats:.4f} ± {error:.4f} by the causal head\n"
+            f"  {nats:.4f} ± {error:.4f} by the head\n"
             f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently\n"
             f"  difference: {gain:.4f} ± {last['validation_gain_error']:.4f}"
         )

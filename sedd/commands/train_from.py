@@ -26,6 +26,7 @@ from sedd.configuration.config import Config, converted_block
 from sedd.errors import UserError
 from sedd.model import describe
 from sedd.networks.base import Network
+from sedd.networks.hmm_head import HmmHead
 from sedd.networks.lora import Lora, merged
 from sedd.training.named_arrays import kinds_of, require_same
 from sedd.types import Array, Float, Params
@@ -99,7 +100,7 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
 def _adds_a_head(recipe: Config) -> bool:
     """Whether the network of a recipe is a trunk with a further head."""
     network = maker("networks", recipe.network.name)
-    return network.has_causal_head or network.has_marginal_head
+    return network.has_causal_head or network.has_marginal_head or network.has_hmm_head
 
 
 def first_network(recipe: Options, source: Options, *, named: bool, adapters: bool) -> Options:
@@ -171,7 +172,7 @@ def source_of(config: Config) -> sedd.Model:
             "weights can be used only with the tokenizer that they were trained with"
         )
     reading, needed = source.config.parameterization, config.parameterization
-    if getattr(config.network, "freeze", False) and reading.name != needed.name:
+    if trains_a_part(config.network) and reading.name != needed.name:
         raise UserError(
             f"{where}: its parameterization is {reading.name}; the frozen trunk of a network "
             f"{config.network.name} must have {needed.name}"
@@ -213,6 +214,11 @@ def spelt(component: Options) -> str:
     return f"{component.name} ({given})" if given else component.name
 
 
+def trains_a_part(network: Options) -> bool:
+    """Whether the options are those of a network that trains a head on a frozen trunk."""
+    return getattr(network, "freeze", maker("networks", network.name).has_hmm_head)
+
+
 def check_reading(where: str, source: Options, config: Options) -> None:
     """Raise UserError if a model's output would be read at another row than it was trained at."""
     causal = [reading.name == "autoregressive" for reading in (source, config)]
@@ -234,7 +240,8 @@ def first_params(where: str, source: sedd.Model, network: Network, *, convert: b
 
     Adapters of the source are kept if the network has the same, and are merged otherwise. Entries
     that the source lacks are left out: they are new. The frequencies of a new marginal head are
-    those that the source predicts without any visible token.
+    those that the source predicts without any visible token, and a new HMM begins with the
+    likeliest tokens of these.
 
     Args:
         where: the flag that names the source, for messages.
@@ -251,6 +258,8 @@ def first_params(where: str, source: sedd.Model, network: Network, *, convert: b
     expected = jax.eval_shape(network.init, jax.random.key(0))
     if "unigram" in expected and "unigram" not in params:
         params = params | {"unigram": {"log_prob": log_unigram(source)}}
+    if isinstance(network, HmmHead) and "hmm" not in params:
+        params = params | {"hmm": jax.jit(network.first_hmm)(params, log_unigram(source))}
     heads = ("causal", "adapters", "marginal")
     new = [name for name in heads if name in expected and name not in params]
     expected = {name: tree for name, tree in expected.items() if name not in new}

@@ -16,7 +16,7 @@ import jax
 
 from sedd.commands.cli import note
 from sedd.commands.train_control import check_weights
-from sedd.commands.train_from import first_params, lora_of, source_of
+from sedd.commands.train_from import first_params, lora_of, source_of, trains_a_part
 from sedd.configuration.build import (
     Data,
     Parts,
@@ -158,7 +158,7 @@ def check_needs_no_model(config: Config) -> None:
             "network.lora.rank",
             f"is {rank}: adapters are trained beside a trained network, name one by --init-from",
         )
-    if getattr(config.network, "freeze", False):
+    if trains_a_part(config.network):
         causal = maker("networks", config.network.name).has_causal_head
         together = ", or train both with --network.no-freeze" if causal else ""
         raise UserError(

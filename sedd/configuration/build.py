@@ -19,6 +19,7 @@ import numpy as np
 from sedd.configuration.components import build, maker, makers, options, values
 from sedd.configuration.config import Config, DataOptions, with_component
 from sedd.configuration.user_function import UserLogProb
+from sedd.constraints.windows import check_window
 from sedd.data.answer_rows import DEFAULT_PADDING, pack_records
 from sedd.data.corpora import Mixture, open_corpus, parse_mixture
 from sedd.data.packing import Packed, pack, validation_rows
@@ -32,6 +33,7 @@ from sedd.errors import FieldError, UserError, fields_within, mistakes_in
 from sedd.evaluation.price import Price
 from sedd.networks.base import Attend, Network
 from sedd.objectives.base import Objective
+from sedd.objectives.hmm import Hmm
 from sedd.parameterizations.any_subset import AnySubset
 from sedd.parameterizations.base import Parameterization
 from sedd.parameterizations.block import Block
@@ -110,6 +112,9 @@ def build_parts(config: Config, num_tokens: int) -> Parts:
     if isinstance(parameterization, Block):
         with fields_within("parameterization"):
             parameterization.check_length(config.data.length)
+    if isinstance(parts.objective, Hmm):
+        with fields_within("objective"):
+            check_window(parts.objective.window, config.data.length)
     check_padding(config, parts)
     check_positions(config, parts)
     try:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import backward, forward
 from sedd.constraints.tables import Tables
 from sedd.types import Array, Float, Int, Key
 
@@ -203,16 +204,11 @@ def suffix_values(
         Values [L + 1, S]; at positions from ``length`` on they are ``final_S``.
     """
 
-    def step(value_S, position):
-        mass_C, index = position
+    def step(value_S, mass_C):
         ahead_E = mass_C[table.class_E] + value_S[table.target_E]
-        new_S = collect(ahead_E, table.source_E, len(value_S), best=best)
-        value_S = jnp.where(index < length, new_S, value_S)
-        return value_S, value_S
+        return collect(ahead_E, table.source_E, len(value_S), best=best)
 
-    positions = (mass_LC, jnp.arange(len(mass_LC)))
-    _, value_LS = jax.lax.scan(step, final_S, positions, reverse=True)
-    return jnp.concatenate([value_LS, final_S[None]])
+    return backward(step, final_S, mass_LC, length)
 
 
 def prefix_values(
@@ -225,13 +221,11 @@ def prefix_values(
     states = len(table.accepting_S)
     first_S = jnp.where(jnp.arange(states) == start, 0.0, ZERO)
 
-    def step(value_S, position):
-        mass_C, index = position
+    def step(value_S, mass_C):
         reached_E = mass_C[table.class_E] + value_S[table.source_E]
-        new_S = collect(reached_E, table.target_E, states, best=False, rising=False)
-        return jnp.where(index < length, new_S, value_S), value_S
+        return collect(reached_E, table.target_E, states, best=False, rising=False), value_S
 
-    return jax.lax.scan(step, first_S, (mass_LC, jnp.arange(len(mass_LC))))[1]
+    return forward(step, first_S, mass_LC, length)
 
 
 def walk(
@@ -263,18 +257,17 @@ def walk(
     offset_C = jnp.arange(table.num_classes)  # a state has at most one edge for each class
 
     def step(state, position):
-        index, mass_C, token_C, value_S = position
+        mass_C, token_C, value_S = position
         edge_C = table.first_S1[state] + offset_C
         class_C, target_C = table.class_E[edge_C], table.target_E[edge_C]
         is_own_C = edge_C < table.first_S1[state + 1]
         score_C = jnp.where(is_own_C, mass_C[class_C] + value_S[target_C], -jnp.inf)
         ranked_C = jnp.where(score_C == score_C.max(), token_C[class_C], len(table.class_of_N))
         taken = ranked_C.argmin()
-        return jnp.where(index < length, target_C[taken], state), ranked_C[taken]
+        return target_C[taken], ranked_C[taken]
 
-    index_L = jnp.arange(len(mass_LC))
-    drawn_L = jax.lax.scan(step, start, (index_L, mass_LC, token_LC, value_LS[1:]))[1]
-    return jnp.where(index_L < length, drawn_L, 0)
+    drawn_L = forward(step, start, (mass_LC, token_LC, value_LS[1:]), length)
+    return jnp.where(jnp.arange(len(drawn_L)) < length, drawn_L, 0)
 
 
 def given_log_probs(

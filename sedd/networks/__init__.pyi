@@ -5,6 +5,8 @@ from .base import read_out as read_out
 from .causal_head import CausalHead as CausalHead
 from .ddit import DDiT as DDiT
 from .decoder import Decoder as Decoder
+from .hidden_markov import HiddenMarkov as HiddenMarkov
+from .hmm_head import HmmHead as HmmHead
 from .lora import Lora as Lora
 from .lora import merged as merged
 from .marginal_head import MarginalHead as MarginalHead

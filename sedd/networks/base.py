@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd.errors import UserError
+from sedd.networks.hidden_markov import HiddenMarkov
 from sedd.types import Array, Bool, Float, Int, Key, Params
 
 Kind = Literal["all", "causal", "ranks"]
@@ -131,6 +132,8 @@ class Network(ABC):
     has_causal_head: ClassVar[bool] = False
     # Whether there is a ``log_marginal``, with the parameters ``marginal`` and ``unigram``.
     has_marginal_head: ClassVar[bool] = False
+    # Whether there is an ``hmm``, with the parameters ``hmm``.
+    has_hmm_head: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, key: Key[Array, ""]) -> Params:
@@ -230,6 +233,13 @@ class Network(ABC):
         raise UserError(
             f"the network {type(self).__name__} has no marginal head; marginal_head has"
         )
+
+    def hmm(self, params: Params) -> HiddenMarkov:
+        """The hidden Markov model of these parameters; see ``HmmHead``.
+
+        Only networks with ``has_hmm_head`` have this method; others raise ``UserError``.
+        """
+        raise UserError(f"the network {type(self).__name__} has no HMM head; hmm_head has")
 
     @property
     def frozen_trunk(self) -> bool:

@@ -5,6 +5,7 @@ from .base import Lesson as Lesson
 from .base import Objective as Objective
 from .block import Block as Block
 from .energy import Energy as Energy
+from .hmm import Hmm as Hmm
 from .k_dce import KDCE as KDCE
 from .lambda_dce import LambdaDCE as LambdaDCE
 from .marginal import Marginal as Marginal

@@ -103,6 +103,8 @@ class Objective(ABC):
     """Whether the objective trains networks with a causal head, and only these."""
     trains_marginal_head: ClassVar[bool] = False
     """Whether the objective trains networks with a marginal head, and only these."""
+    trains_hmm_head: ClassVar[bool] = False
+    """Whether the objective trains networks with an HMM head, and only these."""
 
     @property
     def teacher_calls(self) -> int:
@@ -125,9 +127,13 @@ class Objective(ABC):
         for kind, trains, has, objective in (
             ("causal", self.trains_causal_head, network.has_causal_head, "self_speculative"),
             ("marginal", self.trains_marginal_head, network.has_marginal_head, "marginal"),
+            ("hmm", self.trains_hmm_head, network.has_hmm_head, "hmm"),
         ):
             if trains and not has:
-                raise UserError(f"trains a {kind} head, and this network has none: use {kind}_head")
+                article = "an" if kind == "hmm" else "a"
+                raise UserError(
+                    f"trains {article} {kind} head, and this network has none: use {kind}_head"
+                )
             if has and not trains:
                 raise UserError(f"does not train the {kind} head of the network: use {objective}")
 

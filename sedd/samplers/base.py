@@ -120,6 +120,15 @@ class Sampler(ABC):
                 "planned, confidence and entropy_bounded take it, also within best_of_n and "
                 "semi_autoregressive)"
             )
+        if denoiser.windows is not None:
+            for given, what, flag in (
+                (denoiser.constraint, "constraints", "--regex and --json-schema"),
+                (denoiser.watermark, "watermarks", "--watermark"),
+            ):
+                if given is not None:
+                    raise UserError(
+                        f"windows drawn by an HMM head take no {what}: leave out --window or {flag}"
+                    )
         if denoiser.process.absorbing:
             return
         reshape = denoiser.reshape

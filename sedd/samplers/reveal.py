@@ -30,22 +30,22 @@ PROPOSAL = 2**31 - 2  # folded into a round's keys for constraints; larger than 
 class Prediction:
     """The conditionals of clean tokens from one network call, with methods that draw from them.
 
-    Positions under a constraint take the tokens of the constraint's proposal, once ``proposing``
-    has made one. The others are drawn from their own conditionals.
+    Positions under a constraint, or in windows that are drawn jointly, take the tokens of a
+    proposal, once ``proposing`` has made one. The others are drawn from their own conditionals.
     """
 
     denoiser: Denoiser
     hidden: tuple[Array, ...]  # of ``denoiser.hidden(x_BL)``
     x_BL: Int[Array, "B L"]
     keys_B: Keys  # of the draws; the position is folded in
-    proposal_BL: Int[Array, "B L"] | None = None  # -1 at positions without a constraint
+    proposal_BL: Int[Array, "B L"] | None = None  # -1 at positions without one
 
     def proposing(self, keys_B: Keys, commit_BL: Bool[Array, "B L"]) -> "Prediction":
-        """Return a copy with the constraint's proposal, or itself without a constraint.
+        """Return a copy with a joint proposal, or itself if no tokens are drawn jointly.
 
         ``commit_BL`` are the positions that the sampler is going to reveal.
         """
-        if self.denoiser.constraint is None:
+        if self.denoiser.constraint is None and self.denoiser.windows is None:
             return self
         none_BL = jnp.full_like(self.x_BL, -1)
         keys_B = fold(keys_B, PROPOSAL)
@@ -57,8 +57,16 @@ class Prediction:
                 self.hidden, self.x_BL, positions_BK
             ),
             none_BL,
+            self.hidden,
         )
         return replace(self, proposal_BL=proposal_BL)
+
+    def revealing(self, chosen_BL: Bool[Array, "B L"]) -> "Prediction":
+        """Return a copy without proposals for tokens that are revealed alone in their window."""
+        if self.denoiser.windows is None or self.proposal_BL is None:
+            return self
+        several_BL = self.denoiser.windows.several(chosen_BL)
+        return replace(self, proposal_BL=jnp.where(several_BL, self.proposal_BL, -1))
 
     def log_probs(self, rows: Rows) -> Float[Array, "R N"]:
         """The log conditionals of some rows."""
@@ -175,6 +183,8 @@ class Revealing(SteppedSampler):
         chosen_BL = masked_BL & self.choose(state, masked_BL, prediction)
         if denoiser.constraint is not None and denoiser.constraint.wants_commit:
             prediction = prediction.proposing(round_keys_B, chosen_BL)
+        if not self.redraws:  # the others choose by the tokens that they have drawn
+            prediction = prediction.revealing(chosen_BL)
         drawn_BL = prediction.draw(chosen_BL)
         state = state.called(active_B)
         return state.moved(jnp.where(chosen_BL, drawn_BL, state.x_BL), active_B)

@@ -154,6 +154,11 @@ class Speculative(SteppedSampler):
                 "jointly, but a draft is verified by the conditional of its position alone "
                 "(ordered draws in the same order under constraints)"
             )
+        if denoiser.windows is not None:
+            raise UserError(
+                "sampler 'speculative' draws no windows by an HMM head: a draft is verified by the "
+                "conditional of its position alone; leave out --window"
+            )
         if denoiser.any_subset:
             self.check_any_subset(denoiser)
         if self.draft == "self" and not denoiser.any_subset:

@@ -134,9 +134,9 @@ class TauLeaping(SteppedSampler):
             log_probs_RV = clean(rows, denoiser.log_score_rows(hidden, x_BL, sigma_B, rows))
             return log_probs_RV[:, : process.num_tokens].reshape(*positions_BK.shape, -1)
 
-        # A position under a constraint leaves the mask when its own step does, but takes the token
-        # that the constraint proposes.
+        # A position that is drawn jointly with others leaves the mask when its own step does, but
+        # takes the token of the joint proposal.
         leaves_BL = moved_BL != x_BL
-        moved_BL = denoiser.propose(fold(keys_B, 3), x_BL, leaves_BL, read, moved_BL)
+        moved_BL = denoiser.propose(fold(keys_B, 3), x_BL, leaves_BL, read, moved_BL, hidden)
         moved_BL = jnp.where(leaves_BL, moved_BL, x_BL)
         return state.called(active_B).moved(moved_BL, active_B)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from sedd.arrays import NAN, bucket
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.spans import Rule, Shape, Span, batch_spans
+from sedd.constraints.windows import Windows, check_window
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
@@ -82,6 +83,36 @@ class Marking(NamedTuple):
     nonce_B: np.ndarray
 
 
+BELOW = 0.7
+
+
+class Joint(NamedTuple):
+    """Draw the tokens of a call jointly by an HMM head; see ``sedd.constraints.windows``.
+
+    Raises FieldError if ``below`` is out of its range.
+    """
+
+    window: int
+    """Tokens of a window, at least 2."""
+    below: float = BELOW
+    """The largest share of masked tokens of a sequence, in (0, 1]."""
+
+    def check(self, model: Model) -> None:
+        """Raise FieldError if a number is out of its range, or the model has no HMM head."""
+        if not 0 < self.below <= 1:
+            raise FieldError("below", f"must be in (0, 1], got {self.below}")
+        if not model.denoiser.network.has_hmm_head:
+            raise FieldError(
+                "window",
+                f"is {self.window}, and {model.source} has no HMM head to draw windows by: train "
+                "one on it with --network hmm_head --objective hmm --init-from",
+            )
+
+    def windows(self, rows: int) -> Windows:
+        """The windows of a batch."""
+        return Windows(width=self.window, below_B=jnp.full(rows, self.below, jnp.float32))
+
+
 @partial(jax.jit, static_argnames=("sampler", "placement", "trace"))
 def run_sampler(
     sampler: Sampler, params, rows, *, placement: Placement | None, trace: bool
@@ -117,6 +148,7 @@ def draw(
     shape: Shape | None = None,
     trace: bool = False,
     marking: Marking | None = None,
+    joint: Joint | None = None,
 ) -> SampleResult:
     """Draw one sequence for each key as one padded batch.
 
@@ -131,6 +163,7 @@ def draw(
         shape: sizes to which the spans are padded: batches of one shape share a program.
         trace: also return the tokens after every round.
         marking: a watermark.
+        joint: the windows in which tokens are drawn jointly.
 
     Raises:
         UserError: if the model does not support the sampler, an id is out of range, probabilities
@@ -146,6 +179,7 @@ def draw(
         rule=rule,
         shape=shape,
         marking=marking,
+        joint=joint,
     )
     samples = _drawn(denoiser, sampler, given, placement, trace)
     check_drawn(np.asarray(samples.tokens_BL)[: len(clamps)], spans)
@@ -179,6 +213,7 @@ def prepare(
     rule: Rule = "joint",
     shape: Shape | None = None,
     marking: Marking | None = None,
+    joint: Joint | None = None,
 ) -> Prepared:
     """Make one padded batch, and check that the sampler can draw it; see ``draw``.
 
@@ -204,6 +239,11 @@ def prepare(
         for row, sequence in zip(drawn_BL, row_of_B, strict=True):
             row[: lengths[sequence]] = drawn_positions(clamps[sequence], spans[sequence])
         watermark = marking.scheme.batch(marking.nonce_B[row_of_B], drawn_BL)
+    windows = None
+    if joint is not None:
+        joint.check(model)
+        check_window(joint.window, min(lengths))
+        windows = joint.windows(len(row_of_B))
     denoiser = replace(
         model.denoiser,
         attend=None if real_BL.all() else Attend(segment_BL=jnp.asarray(real_BL, jnp.int32)),
@@ -212,6 +252,7 @@ def prepare(
         constraint=batch_spans([spans[row] for row in row_of_B], rule, shape)
         if any(spans)
         else None,
+        windows=windows,
         watermark=watermark,
     )
     sampler.check(denoiser)

@@ -9,7 +9,7 @@ from sedd.errors import FieldError
 from sedd.model import Model
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.sampling.arguments import Scoring, ask, marking_of
-from sedd.sampling.batch import SampleResult, draw
+from sedd.sampling.batch import BELOW, Joint, SampleResult, draw
 from sedd.types import Array, Key
 from sedd.watermark.scheme import Scheme
 
@@ -35,6 +35,8 @@ def sample(
     trace: bool = False,
     watermark: Scheme | None = None,
     nonces: Sequence[int] | None = None,
+    window: int | None = None,
+    below: float = BELOW,
     **options: Any,
 ) -> SampleResult:
     """Draw sequences from a model.
@@ -82,6 +84,9 @@ def sample(
         watermark: how the texts are watermarked, and by which secret.
         nonces: a number in [0, 2**32) for each sequence. Texts of equal nonces share the noise of
             their watermark; by default the nonces are random numbers of the keys.
+        window: draw the tokens of one call jointly, within windows of this many positions, by the
+            HMM head of the model; by default each token is drawn from its own conditional.
+        below: with ``window``, the largest share of masked tokens at which they are drawn jointly.
         options: options of the sampler (``steps=128``; for planned, ``profile`` is the result of
             ``sedd.price`` or a file of it), and of ``sedd.reshape.Reshape``: ``temperature``,
             ``top_k``, ``top_p``, ``guidance`` (one number, or one a sequence) and
@@ -128,4 +133,5 @@ def sample(
         rule=rule,
         trace=trace,
         marking=marking_of(watermark, nonces, keys_B),
+        joint=None if window is None else Joint(window, below),
     )

@@ -1,7 +1,8 @@
-"""What a causal head gains: nats of tokens given each other, and of the same tokens each alone.
+"""What a head gains that predicts the tokens of a call jointly: nats jointly, and of each alone.
 
-A causal head predicts the masked tokens of a network call one after the other, in a random order;
-the trunk predicts each of them independently. Both are measured on the same draws.
+A causal head predicts the masked tokens of a network call one after the other, in a random order; a
+hidden Markov model predicts those of a window together. The trunk predicts each of them
+independently. Both are measured on the same draws.
 """
 
 from collections.abc import Iterable
@@ -15,62 +16,65 @@ import numpy as np
 from sedd.denoiser import Denoiser
 from sedd.evaluation.bound import estimates
 from sedd.evaluation.measured import Measured, ratio_of
+from sedd.objectives.hmm import Hmm
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.schedules import LogLinear
 from sedd.types import Array, Key
 
 
-class CausalNats(NamedTuple):
-    """Nats per masked token with standard errors over sequences; ``gain`` is trunk - causal.
+class JointNats(NamedTuple):
+    """Nats per masked token with standard errors over sequences; ``gain`` is trunk - joint.
 
-    ``trunk`` estimates the k-DCE bound of the trunk if the number of masks is drawn. ``causal`` is
+    ``trunk`` estimates the k-DCE bound of the trunk if the number of masks is drawn. ``joint`` is
     no bound on the likelihood of a sequence: it averages over numbers of revealed tokens.
     """
 
-    causal: Measured
+    joint: Measured
     trunk: Measured
     gain: Measured
 
 
-def causal_nats(
+def joint_nats(
     denoiser: Denoiser,
-    objective: SelfSpeculative,
+    objective: SelfSpeculative | Hmm,
     key: Key[Array, ""],
     batches: Iterable[tuple[np.ndarray, ...]],
     *,
     draws: int = 16,
     masked: float | None = None,
-) -> CausalNats:
-    """Measure a network with a causal head on a corpus; ``draws`` calls of the trunk a sequence.
+) -> JointNats:
+    """Measure a network with a causal or an HMM head on a corpus.
+
+    It takes ``draws`` calls of the trunk for each sequence.
 
     Args:
-        denoiser: the model; its network has a causal head.
-        objective: draws the masks and the orders.
+        denoiser: the model; its network has a head that the objective trains.
+        objective: draws the masks, and the orders of a causal head.
         key: the key of sequence i is ``fold_in(key, i)``.
         batches: pairs of tokens x0_BL and of scored_BL.
         draws: numbers of masks and orders for each sequence.
         masked: the fraction of the scored positions that is masked, in (0, 1]; None for the
             distribution of training, in which every number of masks is equally likely.
     """
-    estimate = CausalDraws(objective=objective, draws=draws, masked=masked)
+    estimate = JointDraws(objective=objective, draws=draws, masked=masked)
     nats_S2, tokens_S = [], []
     # The masks depend on no noise schedule.
     for _, scored_BL, nats_B2 in estimates(denoiser, LogLinear(), key, batches, estimate):
         nats_S2.append(nats_B2.astype(np.float64))
         tokens_S.append(scored_BL.sum(-1).astype(np.float64))
-    causal_S, trunk_S = np.concatenate(nats_S2).T
-    each = (causal_S, trunk_S, trunk_S - causal_S)
-    return CausalNats(*(ratio_of(nats_S, np.concatenate(tokens_S)) for nats_S in each))
+    joint_S, trunk_S = np.concatenate(nats_S2).T
+    each = (joint_S, trunk_S, trunk_S - joint_S)
+    return JointNats(*(ratio_of(nats_S, np.concatenate(tokens_S)) for nats_S in each))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalDraws:
-    """The estimate of ``causal_nats``; its fields are arguments of that function.
+class JointDraws:
+    """The estimate of ``joint_nats``; its fields are arguments of that function.
 
-    A call returns the nats of each sequence as means over draws, [B, 2]: causal, trunk.
+    A call returns the nats of each sequence as means over draws, [B, 2]: joint, trunk.
     """
 
-    objective: SelfSpeculative
+    objective: SelfSpeculative | Hmm
     draws: int
     masked: float | None
 

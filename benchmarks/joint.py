@@ -1,0 +1,139 @@
+"""Samples of few network calls, with tokens drawn independently and jointly, under a judge.
+
+The judge is the n-gram model of ``sample_quality``, of tokens here, counted on the training split.
+It prefers repetitive text, so that the entropy of the samples stands beside it: a setting is better
+only where one of the two is better and the other is no worse. The columns:
+
+- ``draws``: ``independent``, each token from its own conditional; at temperatures below 1 as well,
+  which trade entropy for the judge's nats; ``window W, below γ``, jointly by the HMM head.
+- ``calls``: network calls of a sample.
+- ``nats``: −log p of the samples under the judge, per token, with the standard error over samples.
+- ``entropy``: of the frequencies of a sample's own tokens, in nats, likewise.
+
+    python benchmarks/joint.py --checkpoint runs/hmm --plot docs/images/joint.png
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from report import report, save_plot, start
+from sample_quality import Judge
+
+import sedd
+from sedd.configuration.build import pack_split
+from sedd.data.packing import unigram_entropy
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The model, and what is drawn."""
+
+    checkpoint: Path
+    """A run with an HMM head."""
+    calls: tuple[int, ...] = (4, 8, 16, 32)
+    """Network calls of a sample; the positions of a call are a random subset."""
+    window: int = 32
+    below: tuple[float, ...] = (0.7, 1.0)
+    """Largest shares of masked tokens at which tokens are drawn jointly."""
+    temperatures: tuple[float, ...] = (0.9,)
+    """Temperatures of further independent draws."""
+    num: int = 256
+    """Samples for each row."""
+    order: int = 3
+    """The order n of the judge's n-grams."""
+    seed: int = 0
+    plot: Path | None = None
+    """Draw the figures against the network calls, and write the plot to this file."""
+
+
+def main(settings: Settings) -> None:
+    """Draw every setting with the same keys, score the samples, print and plot the figures."""
+    model = sedd.load(settings.checkpoint)
+    if model.tokenizer is None:
+        raise sedd.UserError(f"{settings.checkpoint}: no tokenizer to read the corpus with")
+    data, tokenizer = model.config.data, model.tokenizer
+    cache_dir = Path(data.cache_dir).expanduser()
+
+    def rows(split, count):
+        packed, _ = pack_split(data.corpus, split, tokenizer, data, cache_dir=cache_dir)
+        count = packed.num_rows if count is None else min(count, packed.num_rows)
+        return packed.rows(np.linspace(0, packed.num_rows - 1, count).astype(int))[0]
+
+    tokens = rows("train", None).ravel().astype(np.int64)
+    judge = Judge(tokens, model.process.num_tokens, settings.order)
+    results = [figures("held-out text", None, rows("validation", 512), judge)]
+    draws = {"independent": {}}
+    draws |= {f"independent, temperature {t}": {"temperature": t} for t in settings.temperatures}
+    draws |= {
+        f"window {settings.window}, below {below}": {"window": settings.window, "below": below}
+        for below in settings.below
+    }
+    for label, options in draws.items():
+        for calls in settings.calls:
+            key = jax.random.key(settings.seed)
+            drawn = sedd.sample(
+                model,
+                key,
+                num=settings.num,
+                sampler="ordered",
+                order="random",
+                steps=calls,
+                **options,
+            )
+            results.append(figures(label, float(drawn.calls.mean()), drawn.tokens, judge))
+    report("joint", results, judge=f"{settings.order}-gram", samples=settings.num)
+    if settings.plot is not None:
+        plot(results, list(draws), settings.plot)
+        print(f"wrote {settings.plot}")
+
+
+def figures(label: str, calls: float | None, tokens_SL: np.ndarray, judge: Judge) -> dict:
+    """A row of the table."""
+    nats, entropy = judge.nats(tokens_SL), [unigram_entropy(np.bincount(row)) for row in tokens_SL]
+    row = {"draws": label, "calls": calls}
+    for name, values in (("nats", nats), ("entropy", np.array(entropy))):
+        error = values.std(ddof=1) / len(values) ** 0.5
+        row |= {name: float(values.mean()), f"± {name}": float(error)}
+    return row
+
+
+def plot(results: list[dict], labels: list[str], path: Path) -> None:
+    """Plot nats and entropy against network calls, with a line for each kind of draws."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
+    for axis, name, title in (
+        (axes[0], "nats", "judged nats per token (lower is better)"),
+        (axes[1], "entropy", "unigram entropy of a sample, nats"),
+    ):
+        for number, label in enumerate(labels):
+            points = [
+                (row["calls"], row[name], row[f"± {name}"])
+                for row in results
+                if row["draws"] == label
+            ]
+            calls, values, errors = map(np.array, zip(*points, strict=True))
+            style = {"marker": "osD^vP"[number % 6], "ms": 4, "lw": 1.4, "color": f"C{number}"}
+            axis.errorbar(calls, values, errors, capsize=2, label=label, **style)
+        axis.axhline(results[0][name], color="0.35", lw=1, ls="--")
+        axis.annotate(
+            "held-out text",
+            (1, results[0][name]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color="0.35",
+            fontsize=8,
+        )
+        axis.set_xlabel("network calls a sample")
+        axis.set_title(title, loc="left", fontsize=9.5)
+    save_plot(figure, axes, path)
+
+
+if __name__ == "__main__":
+    start(main, Settings, __doc__)
