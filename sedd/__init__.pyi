@@ -3,6 +3,7 @@ from . import control as control
 from . import samplers as samplers
 from . import watermark as watermark
 from .errors import UserError as UserError
+from .evaluating import diagnose as diagnose
 from .evaluating import evaluate as evaluate
 from .evaluating import marginals as marginals
 from .evaluating import price as price

@@ -385,8 +385,8 @@ class Denoiser:
 
         Args:
             select_BL: the positions to compute.
-            function: maps R rows to R values. It may hold a few arrays [R, V], such as the result
-                of ``log_conditional_rows``: R is chosen so that these fit into
+            function: maps R rows to values [R, *shape]. It may hold a few arrays [R, V], such as
+                the result of ``log_conditional_rows``: R is chosen so that these fit into
                 ``sedd.networks.rows.CHUNK_BYTES``.
             dtype: type of the result.
             shape: the shape of a row's value, by default one number.

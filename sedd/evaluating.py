@@ -1,4 +1,4 @@
-"""Evaluate a model from Python: ``sedd.evaluate``, ``sedd.price`` and ``sedd.marginals``."""
+"""Evaluate a model from Python: ``sedd.evaluate``, ``price``, ``diagnose`` and ``marginals``."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ import numpy as np
 from sedd.constraints.clamp import from_infill
 from sedd.data.tokenizers import Tokenizer
 from sedd.errors import FieldError, UserError
-from sedd.evaluation.datasets import DataSet, token_data_set
+from sedd.evaluation.datasets import DataSet, TokenRows, token_data_set
+from sedd.evaluation.diagnosis import RATES, Diagnosis, measure_predictions
 from sedd.evaluation.marginals import Marginals, log_marginals
 from sedd.evaluation.price import Price
 from sedd.evaluation.price_draws import measure_price
@@ -160,6 +161,59 @@ def price(
     )
 
 
+def diagnose(
+    model: Model,
+    x0_BL: str | Path | Any,
+    key: Key[Array, ""] | int = 0,
+    *,
+    rates: Sequence[float] = RATES,
+    draws: int = 64,
+    scored_BL: Any = None,
+    max_sequences: int | None = None,
+    batch_size: int = 32,
+) -> Diagnosis:
+    """Measure what a model predicts at masked positions, by distance to the nearest revealed token.
+
+    See ``docs/diagnostics.md``.
+
+    Args:
+        model: an absorbing model, from ``load``.
+        x0_BL: token ids [S, L], or a corpus as ``evaluate`` takes it.
+        key: a key, or an integer seed.
+        rates: probabilities that a position is masked.
+        draws: the most network calls for each sequence, two for each mask.
+        scored_BL: which token ids are masked, [S, L]; the others are given. Default: all.
+        max_sequences: measure at most so many sequences, evenly spread.
+        batch_size: sequences in a batch, over all devices.
+
+    Raises:
+        UserError: the model is autoregressive, a block model or of another process, or the data
+            cannot be read.
+        FieldError: a number is out of its range.
+
+    Example:
+        >>> import sedd
+        >>> model = sedd.load("runs/quickstart")
+        >>> found = sedd.diagnose(model, "my.txt", rates=[0.5, 0.9], draws=8, max_sequences=32)
+        >>> value, error = found.mean("entropy", rate=0.9, distance=2)
+        >>> 0 < error < value
+        True
+    """
+    for field, value in (("batch_size", batch_size), ("max_sequences", max_sequences)):
+        if value is not None and value < 1:
+            raise FieldError(field, f"must be at least 1, got {value}")
+    chosen = protocol_named("default")
+    data = _data_set(model, x0_BL, chosen, "default", scored_BL, None, max_sequences)
+    return diagnosis_of(
+        model,
+        data,
+        jax.random.key(key) if isinstance(key, int) else key,
+        rates=rates,
+        draws=draws,
+        batch_size=batch_size,
+    )
+
+
 def marginals(
     model: Model,
     texts: Sequence[str] | Any,
@@ -264,6 +318,35 @@ def price_of(
         model=model.digest,
         length=data.length,
         draws=draws,
+    )
+
+
+def diagnosis_of(
+    model: Model,
+    data: DataSet,
+    key: Key[Array, ""],
+    *,
+    rates: Sequence[float],
+    draws: int,
+    batch_size: int,
+    track: Track | None = None,
+) -> Diagnosis:
+    """Measure predictions on the rows of a data set; see ``diagnose``.
+
+    ``track`` wraps the batches to show progress.
+    """
+    starts = range(0, len(data.chosen), batch_size)
+    batches = (data.rows(start, batch_size) for start in starts)
+    return measure_predictions(
+        model.denoiser,
+        key,
+        batches if track is None else track(batches, f"diagnosis of {data.label}", len(starts)),
+        length=data.length,
+        counts_N=np.pad(data.counts, (0, model.process.num_tokens - len(data.counts))),
+        train_counts_N=model.train_counts,
+        rates=rates,
+        draws=draws,
+        padded=not isinstance(data.source, TokenRows),
     )
 
 

@@ -16,6 +16,7 @@ from tiers import daily
 from sedd.constraints import compile_regex
 from sedd.constraints.spans import Span, batch_spans
 from sedd.denoiser import Denoiser
+from sedd.evaluation.diagnosis_draws import DiagnosisDraws
 from sedd.evaluation.monte_carlo import sequence_nats
 from sedd.evaluation.price_draws import ProfileDraws
 from sedd.networks.ddit import DDiT
@@ -45,6 +46,11 @@ def price(denoiser, keys_B, x0_BL, scored_BL):
     return draws(denoiser, LOG_LINEAR, keys_B, x0_BL, scored_BL)
 
 
+def diagnose(denoiser, keys_B, x0_BL, scored_BL):
+    draws = DiagnosisDraws(rates=(0.5, 0.95), repeats=1, padded=False)
+    return draws(denoiser, LOG_LINEAR, keys_B, x0_BL, scored_BL, jnp.zeros(N))
+
+
 def every_log_score(denoiser, keys_B, x_BL, scored_BL):
     """The negative control: it returns a number a position from all rows at once."""
     log_score_BLV = denoiser.log_score(x_BL, jnp.ones(len(x_BL)))
@@ -69,6 +75,7 @@ PROGRAMS = {
     "validate, ordered": (AnySubset(process=Absorbing(num_tokens=N)), validate),
     "validate, k-DCE": (Conditional(process=Absorbing(num_tokens=N)), validate),
     "price": (Conditional(process=Absorbing(num_tokens=N)), price),
+    "diagnose": (Conditional(process=Absorbing(num_tokens=N)), diagnose),
     "event_jump": (
         Conditional(process=Absorbing(num_tokens=N)),
         EventJump(schedule=LOG_LINEAR, steps=8),

@@ -233,7 +233,7 @@ def lower_inference(what: What, config: Config, parts: Parts, devices: Sequence[
         return batch_nats.lower(
             denoiser,
             parts.schedule,
-            key,
+            (key,),
             index_B,
             tokens_BL,
             flags_BL,

@@ -73,6 +73,10 @@ class EvaluateCommand:
     """Measure what these numbers of network calls for a text cost in nats, if each call reveals
     several tokens, on the text of the first data set. --json then holds the profile for the
     sampler planned."""
+    diagnose: Annotated[tuple[float, ...] | None, unset("[RATE ...]")] = None
+    """Measure predictions by distance to the nearest revealed token, and how far masked neighbours
+    depend on each other, at these mask rates (by default .25 .5 .75 .95), on the text of the first
+    data set; with the price of parallelism. Needs an absorbing model."""
     marginals: Annotated[Path | None, unset("FILE")] = None
     """Rank the texts of this file by approximate log marginals from one network call each: a text
     with gaps such as {mask:12} in a line, or JSON lines with "infill" or "text" if the name ends in

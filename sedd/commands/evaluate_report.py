@@ -6,6 +6,7 @@
   fewer.
 - ``--judge``: generative perplexity of both under another model, and MAUVE of its features.
 - ``--price``: nats per token if several tokens are revealed in a network call.
+- ``--diagnose``: predictions by distance to the nearest revealed token, and the price.
 - ``--marginals``, ``--marginal-check``: log marginals by a marginal head.
 - ``--consistency``: whether the model's conditionals at pairs of positions belong to one joint
   distribution.
@@ -22,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sedd.commands.cli import note
+from sedd.commands.evaluate_diagnosis import check_diagnosis, diagnosis_of_data, priced_calls
 from sedd.commands.evaluate_flags import EvaluateCommand
 from sedd.commands.evaluate_marginals import RankedTexts
 from sedd.errors import UserError, did_you_mean
@@ -88,11 +91,13 @@ class Comparisons:
 
         Raises:
             UserError: there are fewer than 2 samples or rows of ``data``, or fewer pairs of
-                neighbouring scored positions than ``--consistency`` asks for; or the price does not
-                exist for the model, the rows or a number of calls.
+                neighbouring scored positions than ``--consistency`` asks for; or the price or the
+                diagnosis does not exist for the model, the rows or a number of calls.
         """
         if self.command.price is not None:
             self._check_price(self.command.price, data)
+        if self.command.diagnose is not None:
+            check_diagnosis(self.command, self.model)
         if self.marginals is not None:
             self.marginals.check(data)
         if self.samples is not None and min(len(self.samples), len(data.chosen)) < 2:
@@ -120,8 +125,15 @@ class Comparisons:
             UserError: a test cannot be computed from these samples.
         """
         sections, figures = [], {}
-        if self.command.price is not None:
-            sections.append(self._of_parallelism(data, self.command.price, figures))
+        calls = self.command.price
+        if self.command.diagnose is not None:
+            sections.append(diagnosis_of_data(self.command, self.model, data, figures))
+            if calls is None:
+                calls, why = priced_calls(self.model, data)
+                if why:
+                    note(f"--diagnose: without a price: {why}")
+        if calls:
+            sections.append(self._of_parallelism(data, calls, figures))
         if self.marginals is not None:
             sections.append(self.marginals.section(data, result, figures))
         with Activity("comparing samples and conditionals"):

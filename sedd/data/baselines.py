@@ -23,9 +23,13 @@ def unigram_nats(train_counts_N: np.ndarray, counts_N: np.ndarray) -> float:
             each (Krichevsky and Trofimov, 1981), so that no token has probability 0.
         counts_N: occurrences of each token in the evaluated text.
     """
-    smoothed_N = train_counts_N + 0.5
-    log_probs_N = np.log(smoothed_N) - np.log(smoothed_N.sum())
-    return float(-(counts_N * log_probs_N).sum() / counts_N.sum())
+    return float(-(counts_N * log_unigram(train_counts_N)).sum() / counts_N.sum())
+
+
+def log_unigram(counts_N: np.ndarray) -> np.ndarray:
+    """The log probabilities of tokens by their counts, each with half a count added, [N]."""
+    smoothed_N = counts_N + 0.5
+    return np.log(smoothed_N) - np.log(smoothed_N.sum())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,6 +1,7 @@
 from .bound import BoundResult as BoundResult
 from .bound import evaluate_bound as evaluate_bound
 from .datasets import DataSet as DataSet
+from .diagnosis import Diagnosis as Diagnosis
 from .marginals import Marginals as Marginals
 from .monte_carlo import MonteCarlo as MonteCarlo
 from .price import Price as Price

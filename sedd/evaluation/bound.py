@@ -143,22 +143,26 @@ class Scored:
 
 @partial(jax.jit, static_argnames=("placement", "schedule", "estimate"))
 def batch_nats(
-    denoiser, schedule, key, index_B, x0_BL, scored_BL, segment_BL=None, *, placement, estimate
+    denoiser, schedule, shared, index_B, x0_BL, scored_BL, segment_BL=None, *, placement, estimate
 ):
     """Estimate the rows of a batch, split over the devices of the placement.
 
-    Each row draws with the key of its place ``index_B`` in the corpus. Texts of a row that are in
+    Each row draws with the key of its place ``index_B`` in the corpus; the key is the first entry
+    of ``shared``, and the others are further arguments of the estimate. Texts of a row that are in
     different segments do not see each other.
     """
 
-    def on_device(params, key, rows):
+    def on_device(params, shared, rows):
+        key, *more = shared
         index_B, x0_BL, scored_BL, segment_BL = rows
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
         attend = denoiser.attend if segment_BL is None else Attend(segment_BL=segment_BL)
         model = replace(denoiser, params=params, attend=attend)
-        return estimate(model, schedule, keys_B, x0_BL, scored_BL)
+        return estimate(model, schedule, keys_B, x0_BL, scored_BL, *more)
 
-    return placement.run(on_device, denoiser.params, key, (index_B, x0_BL, scored_BL, segment_BL))
+    return placement.run(
+        on_device, denoiser.params, shared, (index_B, x0_BL, scored_BL, segment_BL)
+    )
 
 
 def score_sequences(
@@ -196,6 +200,7 @@ def estimates(
     estimate: Callable[..., Any],
     *,
     first: int = 0,
+    shared: tuple[Array, ...] = (),
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
     """Run an estimate on each batch, split over devices.
 
@@ -213,6 +218,7 @@ def estimates(
         estimate: a hashable function of (denoiser, schedule, keys_B, x0_BL, scored_BL) that returns
             arrays with a row for each sequence.
         first: the place in the corpus of the first sequence.
+        shared: arrays that every device sees whole, further arguments of the estimate.
 
     Yields:
         x0_BL, scored_BL, and the estimate of the batch as numpy arrays.
@@ -225,7 +231,7 @@ def estimates(
             yield np.arange(number, number + count), *batch
             number += count
 
-    return keyed_estimates(denoiser, schedule, key, numbered(), estimate)
+    return keyed_estimates(denoiser, schedule, key, numbered(), estimate, shared=shared)
 
 
 def keyed_estimates(
@@ -234,6 +240,8 @@ def keyed_estimates(
     key: Key[Array, ""],
     batches: Iterable[tuple[np.ndarray, ...]],
     estimate: Callable[..., Any],
+    *,
+    shared: tuple[Array, ...] = (),
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
     """``estimates`` of sequences that have numbers of their own.
 
@@ -244,13 +252,14 @@ def keyed_estimates(
         batches: the numbers [B] in 0..2**32 - 1, the tokens x0_BL, scored_BL and, if a row holds
             several texts, segment_BL. B is any size, and every size of L is compiled once.
         estimate: see ``estimates``.
+        shared: see ``estimates``.
     """
     stacked = denoiser.network.stacked
     placement = Placement.of(denoiser.params, stacked)
     if placement is None:
         placement = Placement.on(device_mesh(jax.local_devices()), denoiser.params, stacked)
         denoiser = replace(denoiser, params=placement.place(denoiser.params))
-    key = placement.replicate(key)
+    shared = placement.replicate((key, *shared))
     padded = 0
     for number_B, x0_BL, scored_BL, *segment in batches:
         size = len(x0_BL)
@@ -263,7 +272,7 @@ def keyed_estimates(
         given = (number_B, x0_BL, scored_BL, *segment)
         each = placement.spread(tuple(array[rows] for array in given))
         nats = on_host(
-            batch_nats(denoiser, schedule, key, *each, placement=placement, estimate=estimate)
+            batch_nats(denoiser, schedule, shared, *each, placement=placement, estimate=estimate)
         )
         yield x0_BL, scored_BL, jax.tree.map(itemgetter(slice(size)), nats)
 

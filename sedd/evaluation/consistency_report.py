@@ -8,7 +8,7 @@ import numpy as np
 
 from sedd.evaluation.joints import JOINTS
 from sedd.evaluation.measured import Measured, mean_of
-from sedd.evaluation.report import Section, Table
+from sedd.evaluation.report import Section, Table, plain_axes
 
 ORDER_MEASURES = {  # measures between the two chains, as they are named for a reader
     "total_variation": "total variation",
@@ -153,9 +153,7 @@ class Consistency:
         right.set_xlabel("nats of the true pair, a first")
         right.set_ylabel("b first")
         right.set_title("One pair, two orders", loc="left")
-        right.grid(color="#e4e4e4", linewidth=0.8)
-        right.set_axisbelow(True)
-        right.spines[["top", "right"]].set_visible(False)
+        plain_axes(right)
         return figure
 
     def _of_joints(self) -> dict[str, dict[str, float | None]]:

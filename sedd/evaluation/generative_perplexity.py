@@ -15,7 +15,7 @@ from sedd.data.packing import unigram_entropy
 from sedd.evaluation.diversity import Diversity, measure_diversity
 from sedd.evaluation.judges import Judge, Judgement
 from sedd.evaluation.measured import Measured, mean_of, ratio_of
-from sedd.evaluation.report import Cell, Section, Table
+from sedd.evaluation.report import Cell, Section, Table, plain_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +139,7 @@ class GenerativePerplexity:
         axes.tick_params(which="both", labelsize=8)
         axes.set_xlabel("unigram entropy of the text, nats")
         axes.set_title(f"Perplexity under {self.judge}, a point a text", loc="left", fontsize=10)
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
         figure.legend(frameon=False, loc="outside lower center", ncols=2)
         return figure
 

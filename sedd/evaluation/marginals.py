@@ -18,7 +18,7 @@ from sedd.errors import UserError
 from sedd.evaluation.bound import estimates
 from sedd.evaluation.measured import Measured, ratio_of
 from sedd.evaluation.ordered import nats_over_orders
-from sedd.evaluation.report import Section, Table
+from sedd.evaluation.report import Section, Table, plain_axes
 from sedd.samplers.noise import fold
 from sedd.schedules import LogLinear
 from sedd.types import Array, Key
@@ -151,9 +151,7 @@ class Marginals:
         axes.plot(self.log_mean, self.log_marginal_S, "o", color="#2f6fb0", ms=4, alpha=0.6)
         axes.set_xlabel(f"log-mean of {self.orders} random orders, nats")
         axes.set_ylabel("f from one network call, nats")
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
         return figure
 
 

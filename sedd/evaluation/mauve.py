@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sedd.evaluation.report import Section, Table
+from sedd.evaluation.report import Section, Table, plain_axes
 
 SCALE = 5.0  # c, as published
 VARIANCE = 0.9  # the share of the variance that the principal components keep
@@ -79,9 +79,7 @@ class Mauve:
         axes.set_xlabel("exp(−c KL(real ‖ mixture))")
         axes.set_ylabel("exp(−c KL(samples ‖ mixture))")
         axes.set_title(f"Divergence curve, area {self.score:.3f}", loc="left", fontsize=10)
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
         return figure
 
 

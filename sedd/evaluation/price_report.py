@@ -9,7 +9,7 @@ import numpy as np
 
 from sedd.evaluation.measured import Measured
 from sedd.evaluation.price import Price
-from sedd.evaluation.report import Section, Table
+from sedd.evaluation.report import Section, Table, plain_axes
 from sedd.schedules import NoiseSchedule
 
 BITS = 1 / math.log(2)  # in a nat
@@ -124,9 +124,7 @@ def price_figure(price: Price, rows: Sequence[PriceFigures]):
     right.set_ylabel("nats per token")
     right.legend(frameon=False)
     for axes in (left, right):
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
     return figure
 
 

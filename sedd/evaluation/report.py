@@ -147,6 +147,13 @@ def write_html(path: str | Path, title: str, sections: Sequence[Section]) -> Non
     write_text(Path(path), page)
 
 
+def plain_axes(axes) -> None:
+    """Give the axes of a plot the style of reports: a light grid, two of four border lines."""
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def show(cell: Cell) -> str:
     """Return a cell as text, rounded as ``Table`` describes."""
     if cell is None:

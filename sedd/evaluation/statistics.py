@@ -17,7 +17,7 @@ from sedd.evaluation.documents import Documents, measure
 from sedd.evaluation.measured import Measured
 from sedd.evaluation.permutation import distances_of, holm, permutation_test
 from sedd.evaluation.quantities import curves_of, quantities_of
-from sedd.evaluation.report import Section, Table
+from sedd.evaluation.report import Section, Table, plain_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +167,7 @@ class Comparison:
             panel.set_title(title, loc="left", fontsize=10)
             panel.set_xlabel(x, fontsize=9)
             panel.tick_params(labelsize=8)
-            panel.grid(color="#e4e4e4", linewidth=0.8)
-            panel.set_axisbelow(True)
-            panel.spines[["top", "right"]].set_visible(False)
+            plain_axes(panel)
         for panel in panels.flat[:2]:
             if not any(len(line.get_xdata()) for line in panel.lines):  # all texts are too short
                 continue

@@ -40,23 +40,31 @@ def test_everything_on_one_page_and_in_json(place):
     ran = evaluate(
         *(place, "radd", "--samples", place / "samples.jsonl", "--judge", place / "ar"),
         *("--consistency", 2, "--report", place / "r.html", "--json", place / "r.json"),
-        *("--price", 1, 6, 48),
+        *("--price", 1, 6, 48, "--diagnose", 0.5, 0.9),
     )
     assert ran.code == 0, ran.err
     figures = json.loads((place / "r.json").read_text())
     assert figures["nats_per_token"] > 0
+    found = figures["diagnosis"]
+    assert (found["rates"], found["masks_for_each_rate"]) == ([0.5, 0.9], 1)
+    assert found["commonest"]["text"] == " "
+    whole, *cells = found["cells"]
+    each = [cell["positions"] for cell in cells if None not in (cell["rate"], cell["distance"])]
+    assert whole["positions"] == sum(each)
+    assert 0 < whole["entropy_error"] < whole["entropy"] <= np.log(tiny_run.TOKENIZER.num_tokens)
     assert {"samples", "generative_perplexity", "consistency"} <= figures.keys()
     assert 0 < figures["mauve"]["score"] <= 1
     assert str(place / "ar") in figures["mauve"]["features"]
     page = (place / "r.html").read_text()
-    for title in ("Upper bound", "Samples", "consistent", "What parallelism costs"):
+    titles = ("Upper bound", "Samples", "consistent", "What parallelism costs")
+    for title in (*titles, "by distance to the nearest revealed"):
         assert title in page
     assert "<script" not in page
     assert "prefers-color-scheme: dark" in page
     assert "the figures are exact" not in page
     for told in ("step 4", f"sedd {sedd.__version__}", f"jax {jax.__version__}", " UTC"):
         assert told in page
-    for printed in ("stop words", "Arnold–Gokhale", "best plan", "Bits per token"):
+    for printed in ("stop words", "Arnold–Gokhale", "best plan", "Bits per token", "pair TV"):
         assert printed in ran.out
 
 
@@ -84,6 +92,20 @@ def test_the_price_in_json_is_the_profile_of_planned(place, tmp_path):
     )
     assert ran.code == 0, ran.err
     assert json.loads((tmp_path / "out.jsonl").read_text())["calls"] == 5
+
+
+def test_a_diagnosis_has_the_price_too_or_says_why_not(place, tmp_path):
+    """By the programs of the test above."""
+    flags = ("--diagnose", 0.5, 0.9, "--json", tmp_path / "d.json")
+    ran = evaluate(place, "radd", *flags)
+    assert (ran.code, ran.err) == (0, "")
+    figures = json.loads((tmp_path / "d.json").read_text())
+    calls = [row["calls"] for row in figures["price"]["figures"]]
+    assert calls == [1, 2, 4, 8, 16, 32, 48]
+    ran = evaluate(place, "radd", *flags, *PADDED[2:])
+    assert ran.code == 0
+    assert ran.err.startswith("note: --diagnose: without a price: some rows have padding")
+    assert "price" not in json.loads((tmp_path / "d.json").read_text())
 
 
 def test_few_samples_have_no_mauve_and_it_says_so(place):
@@ -163,6 +185,9 @@ PADDED = ("--price", 4, "--cut", "whole", "--max-sequences", 9999)  # the last r
         (("--price", "few"), "--price: "),
         (("--price", 4, 0), "--price 0: calls must be from 1 to 48, the tokens of a row"),
         (("--price", 49), "--price 49: calls must be from 1 to 48, the tokens of a row"),
+        (("--diagnose", 0.5, 1.5), "--diagnose must be between 0 and 1, exclusive, got 1.5"),
+        (("--diagnose", 0.5, 0.5), "--diagnose must be one or more distinct numbers"),
+        (("--diagnose",), "--draws must be at least 8, two network calls for each of 4 mask rates"),
         (PADDED, "--price: some rows have padding or given tokens, and the price is that of texts"),
     ],
 )
@@ -179,6 +204,12 @@ def test_an_autoregressive_model_has_no_price(place):
         "error: --price: an autoregressive model has no price of parallelism: it draws one token a "
         "call"
     ]
+
+
+def test_an_autoregressive_model_has_no_diagnosis(place):
+    ran = evaluate(place, "ar", "--diagnose", 0.5)
+    assert ran.code == 2
+    assert ran.errors == ["error: --diagnose: an autoregressive model predicts no masked tokens"]
 
 
 def test_samples_end_where_json_lines_do(tmp_path):
