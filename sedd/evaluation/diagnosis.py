@@ -27,10 +27,10 @@ RATES = (0.25, 0.5, 0.75, 0.95)
 LEAST_TEXTS = 8  # with fewer texts in a mean no standard error is given: it would be unreliable
 FIGURES = {  # what is averaged, and its name for a reader
     "entropy": "entropy, nats",
-    "nats": "nats of the truth",
+    "nats": "nats of truth",
     "accuracy": "accuracy",
     "kl_unigram": "KL to unigram",
-    "commonest_top1": "commonest is top-1",
+    "commonest_top1": "commonest top-1",
     "neighbour_tv": "TV of neighbours",
     "pair_tv": "pair TV",
 }

@@ -54,7 +54,8 @@ class DiagnosisDraws:
             own_B = fold(keys_B, index)
             whole_B = jnp.ones(len(x0_BL))
             begin = (repeat * rate) % 1
-            chosen_BL = tile(_uniform(own_B, x0_BL), whole_B, begin * whole_B, rate * whole_B)
+            place_BL = _uniform(fold(own_B, 0), x0_BL)
+            chosen_BL = tile(place_BL, whole_B, begin * whole_B, rate * whole_B)
             masked_BL = chosen_BL & scored_BL & (segment_BL > 0)
             return readings(
                 *(denoiser, fold(own_B, 1 + repeat), x0_BL, masked_BL, segment_BL),
@@ -106,18 +107,19 @@ def readings(
     one_BL, dependence_BL = _dependence(call, keys_B, pair_BL, sigma_B)
     # The drawn pair stands for all pairs of its sequence.
     weight_BL = one_BL * pair_BL.sum(1, keepdims=True).astype(jnp.float32)
-    of_pairs = (pair_BL, apart_BL * pair_BL, weight_BL, weight_BL * dependence_BL)
+    of_pairs = (
+        pair_BL.astype(jnp.float32),
+        apart_BL * pair_BL,
+        weight_BL,
+        weight_BL * dependence_BL,
+    )
     distance_BL = nearest_revealed(~masked_BL & (segment_BL > 0), segment_BL)
     nearer_BL = jnp.minimum(distance_BL, jnp.roll(distance_BL, -1, 1))
-    return jnp.concatenate(
-        [
-            _sums(distance_BL, masked_BL, jnp.stack(of_positions, -1)),
-            _sums(
-                nearer_BL, pair_BL, jnp.stack([each.astype(jnp.float32) for each in of_pairs], -1)
-            ),
-        ],
-        -1,
+    sums = (
+        _sums(distance_BL, masked_BL, jnp.stack(of_positions, -1)),
+        _sums(nearer_BL, pair_BL, jnp.stack(of_pairs, -1)),
     )
+    return jnp.concatenate(sums, -1)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _by_distance(diagnosis: Diagnosis) -> Table:
         (_name(bin), diagnosis.count(distance=bin[0]), *_cells(diagnosis, distance=bin[0]))
         for bin in diagnosis.distances
     ]
-    baseline = ("frequencies alone", None, *diagnosis.without_context().values())
+    baseline = ("frequencies", None, *diagnosis.without_context().values())
     return Table(
         title="Masked positions by distance, all mask rates",
         columns=("distance", "positions", *FIGURES.values()),
