@@ -546,12 +546,20 @@ QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": F
 THOROUGHLY = {"xla_backend_optimization_level": 2, "xla_cpu_use_fusion_emitters": True}
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "trace"), compiler_options=QUICKLY)
-def sample(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace):
+# A program that draws for more than some seconds is compiled for twice as long, and runs three
+# times as fast.
+LONGER = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+
+
+def _sample(sampler, denoiser, keys_B, tokens_BL, fixed_BL, trace):
     return sampler(denoiser, keys_B, tokens_BL, fixed_BL, trace=trace)
 
 
-def draw(sampler, denoiser, count, *, seed=0, fixed=NOTHING_FIXED, trace=True):
+sample = jax.jit(_sample, static_argnames=("sampler", "trace"), compiler_options=QUICKLY)
+sample_long = jax.jit(_sample, static_argnames=("sampler", "trace"), compiler_options=LONGER)
+
+
+def draw(sampler, denoiser, count, *, seed=0, fixed=NOTHING_FIXED, trace=True, sample=sample):
     """Samples where `fixed` [L] or [count, L] is -1; one compilation a sampler and count."""
     fixed = np.broadcast_to(np.asarray(fixed), (count, L))
     tokens_BL, fixed_BL = i32(np.maximum(fixed, 0)), jnp.asarray(fixed >= 0)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiers import nightly
 
 import sedd
 from sedd.configuration.components import options, values
@@ -58,7 +59,7 @@ def test_samples_are_drawn_from_left_to_right(place):
     assert [line["calls"] for line in lines] == [12 - 3] * 2
 
 
-@pytest.mark.parametrize("draft", ["self", "stale", "ngram"])
+@pytest.mark.parametrize("draft", ["self", nightly("stale"), nightly("ngram")])
 def test_speculative_samples_from_the_command(place, draft):
     """In one row a call; guidance is refused."""
     output = place / "speculative.jsonl"

@@ -618,6 +618,7 @@ def test_a_place_without_permission(place, tmp_path, command, flag):
     assert list(closed.iterdir()) == []
 
 
+@pytest.mark.nightly
 def test_a_full_disk_during_a_save(place, tmp_path):
     """The commands' own process: a limit on the size of files stands in for the disk's."""
     program = (

@@ -39,6 +39,7 @@ def test_sampling_prints_a_table_and_a_line(capsys):
     assert {"jax", "device", "steps"} <= line.keys()
 
 
+@pytest.mark.nightly
 def test_search_compares_at_equal_calls(tmp_path, capsys):
     """The row of random search has no gain on itself, and every row its calls and scores."""
     search = importlib.import_module("search")
@@ -220,6 +221,7 @@ def test_joint_draws_are_judged_beside_independent_ones(tmp_path, capsys):
     assert (tmp_path / "plot.png").is_file()
 
 
+@pytest.mark.nightly
 def test_every_proposer_is_judged_beside_event_jump(tmp_path, monkeypatch, capsys):
     speculative = importlib.import_module("speculative")
     monkeypatch.setenv("SEDD_CACHE", str(tmp_path / "cache"))
@@ -266,6 +268,7 @@ def test_calls_are_compared_at_the_same_nats():
     assert share(0.5, 0.0) == "<0.12 (0.12-0.12)"
 
 
+@pytest.mark.nightly
 def test_constrained_prints_a_row_a_pattern(capsys):
     constrained = importlib.import_module("constrained")
     shape = {"length": 4, "repeats": 1, "hidden_dim": 8, "num_layers": 1}
@@ -324,6 +327,7 @@ def test_the_training_step_beside_its_plain_form(monkeypatch, capsys):
     assert [row["layers"] for row in line["rows"]] == [1, 2]
 
 
+@pytest.mark.nightly
 def test_the_training_run_beside_its_steps(tmp_path, monkeypatch, capsys):
     training_run = importlib.import_module("training_run")
     monkeypatch.setenv("SEDD_CACHE", str(tmp_path / "cache"))

@@ -239,6 +239,7 @@ def test_only_the_two_go_together():
     OBJECTIVE.check(NET)
 
 
+@pytest.mark.nightly
 def test_it_learns_what_the_trunk_cannot():
     """Rows of one repeated token: without any token the trunk has log N each, and q only once."""
     net = dataclasses.replace(NET, num_layers=1, dropout=0.0, freeze=False)
@@ -303,6 +304,7 @@ def test_a_run_trains_the_head_only_and_prints_its_gain(trained, trunk):
     assert params["causal"]["out"]["kernel"].any()
 
 
+@pytest.mark.nightly
 def test_samples_and_bounds_are_those_of_the_trunk(trained, trunk):
     head, before = sedd.load(trained[0]), sedd.load(trunk)
     key = jax.random.key(0)
@@ -330,6 +332,7 @@ def test_the_head_verifies_drafts_of_its_trunk(trained):
     assert twice < once < model.length
 
 
+@pytest.mark.nightly
 def test_head_and_trunk_can_be_trained_together_from_a_run_with_a_head(trained, text, tmp_path):
     assert "--network.no-freeze" in train(tmp_path / "frozen", text).err
     second = tmp_path / "second"

@@ -41,6 +41,7 @@ def python(code, name="it", seconds=60, **settings):
     return stage(name=name, command=[sys.executable, "-c", code], seconds=seconds, **settings)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_stage_and_its_weights_load(tmp_path):
     command = [sys.executable, str(DEVICE / "campaign.py"), "--rehearse", "--output", str(tmp_path)]

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiers import nightly
 from tiny_run import ROOT, make_run
 
 import sedd
@@ -136,6 +137,8 @@ def test_a_wrong_flag_would_be_found(place, monkeypatch):
 DOWNLOADS = ("hf://", "hugging_face_judge", "load_smollm2")
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
 RUNNING = [(page, block) for page, block in PYTHON if not any(w in block for w in DOWNLOADS)]
+# Blocks of many programs, whose calls other tests make too.
+LONG = ("date.most_likely", "result.text, result.tokens", "found.verifier_calls")
 ELSEWHERE = [entry for entry in PYTHON if entry not in RUNNING]
 
 
@@ -175,7 +178,10 @@ SMALLER = {
 }
 
 
-@pytest.mark.parametrize(("page", "block"), RUNNING)
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [nightly(*one) if any(words in one[1] for words in LONG) else one for one in RUNNING],
+)
 def test_a_block_runs(place, names, monkeypatch, page, block):
     monkeypatch.chdir(place)
     monkeypatch.setenv("SEDD_CACHE", str(place / "cache"))

@@ -74,7 +74,7 @@ def trained(place):
     return functools.cache(lambda kind: train(place, kind, process=kind == "radd"))
 
 
-@pytest.mark.parametrize("kind", daily(KINDS, ["radd", "sedd"]))
+@pytest.mark.parametrize("kind", daily(KINDS, ["radd"]))
 def test_what_a_run_leaves(place, trained, kind):
     run, out = place / kind, trained(kind).out
     assert "parameters" in out
@@ -108,6 +108,7 @@ def test_a_complete_run_says_so_and_more_steps_go_on(place, trained):
     assert (run / "checkpoints" / "9").is_dir()
 
 
+@pytest.mark.nightly
 def test_another_runs_weights_also_where_they_were_published(place, trained):
     trained("sedd")
     flags = ["--checkpoint", place / "sedd", "--output", place / "published"]
@@ -125,7 +126,7 @@ def first_loss(run):
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
 
-@pytest.mark.parametrize("kind", daily(KINDS, ["radd", "sedd"]))
+@pytest.mark.parametrize("kind", daily(KINDS, ["radd"]))
 def test_sample(place, trained, kind):
     trained(kind)
     checkpoint = ["--checkpoint", place / kind, "--steps", "2"]
@@ -145,6 +146,7 @@ def test_sample(place, trained, kind):
         assert line["text"] in prompted.out
 
 
+@pytest.mark.nightly
 def test_sample_in_every_way(place, trained):
     trained("radd")
     checkpoint = ["--checkpoint", place / "radd", "--step", "best", "--steps", "2"]
@@ -179,7 +181,7 @@ def test_sample_in_every_way(place, trained):
     assert lines["long"]["text"].endswith(".")
 
 
-@pytest.mark.parametrize("kind", daily(KINDS, ["radd", "sedd"]))
+@pytest.mark.parametrize("kind", daily(KINDS, ["radd"]))
 def test_evaluate(place, trained, kind):
     trained(kind)
     path = place / f"{kind}.json"

@@ -12,6 +12,7 @@ import optax
 import pytest
 import tiny_run
 from chat_toy import LLADA, answer, tokenizer, user
+from tiers import daily
 from tiny_run import TINY, call
 
 import sedd
@@ -84,7 +85,11 @@ def cross_entropy(xt_BL, x0_BL, segment_BL):
 
 
 @pytest.mark.parametrize(
-    ("padding", "by_text"), [*((name, False) for name in PADDINGS), ("none", True), ("eos", True)]
+    ("padding", "by_text"),
+    daily(
+        [*((name, False) for name in PADDINGS), ("none", True), ("eos", True)],
+        [("none", True), ("eos", False)],
+    ),
 )
 def test_the_loss_of_a_padding(rows, padding, by_text):
     """λ-DCE in numpy: (1/λ)·Σ -log p over masked tokens, one λ for each text of a row."""
@@ -269,6 +274,7 @@ def test_eight_questions_are_learned(chats):
     assert drawn.text == ["".join(task) for task in TASKS]
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_resumed_masks_the_same(chats):
     every = ("--training.log-every", "1", "--training.eval-every", "4", "--data.padding", "none")
     train(chats, "whole", "--training.steps", "4", *every)

@@ -104,6 +104,7 @@ def test_rouge_by_hand(infill):
     np.testing.assert_allclose(uneven, [[100 * 2 / 3, 50, 100 * 2 / 3]], atol=1e-9)
 
 
+@pytest.mark.nightly
 def test_stories_end_to_end(infill, checkpoint, tmp_path, capsys):
     """Draws do not depend on their batch, gaps have the true length, long stories are counted."""
     path = write_stories(tmp_path / "stories.csv")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from tiers import daily, nightly
 
 import sedd
 from sedd.configuration.components import build
@@ -57,7 +58,7 @@ def moved(params, seed=0):
     return jax.tree.map(lambda x: (x + 0.3 * rng.standard_normal(x.shape)).astype(x.dtype), params)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", daily(NETWORKS, ["radd", "decoder"]))
 def test_fresh_adapters_change_nothing_and_merged_equal_unmerged(name):
     net = NETWORKS[name]
     params = net.init(jax.random.key(0))
@@ -161,6 +162,7 @@ def test_a_run_trains_the_adapters_only_and_loads_as_any_other(adapted, base):
     assert sedd.sample(model, jax.random.key(0), num=1, sampler="ordered").tokens.shape == (1, 12)
 
 
+@pytest.mark.nightly
 def test_a_run_with_adapters_is_resumed(adapted, tmp_path, text, base):
     workdir = tmp_path / "resumed"
     flags = ("--init-from", base, "--lora", 4)
@@ -187,7 +189,7 @@ def test_export_merges(adapted, tmp_path):
     np.testing.assert_allclose(exported.log_conditional(x_BL), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("rank", [4, nightly(0)])
 def test_a_run_starts_from_adapters_of_another(adapted, tmp_path, text, rank):
     """Equal ones go on, others are merged: in both cases the first model is that of the source."""
     outcome = train(
@@ -257,6 +259,7 @@ def answers(net, state, x0_BL, scored_BL):
     return jax.jit(sampler)(denoiser, keys_B, asked_BL, ~scored_BL).tokens_BL
 
 
+@pytest.mark.nightly
 def test_eight_answers_are_learned_by_all_parameters_then_eight_others_by_adapters():
     """Prompts of four tokens with answers of eight, which are random and cannot be inferred."""
     first_BL, second_BL = np.random.default_rng(0).integers(0, 16, (2, 8, 12), np.int32)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiers import daily, nightly
 from tiny_run import make_run
 
 import sedd
@@ -54,7 +55,7 @@ CASES = {  # kind of model: devices that share a copy, samplers
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", daily(CASES, ["radd"]))
 def test_parts_and_copies_give_what_one_device_gives(kind, tmp_path):
     path = make_run(tmp_path, tiny_run.config(kind))
     fsdp, samplers = CASES[kind]
@@ -123,10 +124,13 @@ def start(command, *arguments):
     return outputs[0][0]
 
 
-def test_two_processes_with_parts_give_what_one_device_gives(run, tmp_path):
+@pytest.mark.parametrize("command", ["evaluate", nightly("sample")])
+def test_two_processes_with_parts_give_what_one_device_gives(run, tmp_path, command):
     (tmp_path / "text.txt").write_text(tiny_run.text(60))
-    evaluate = ["--checkpoint", run, "--data", tmp_path / "text.txt", "--batch-size", 8]
-    sample = ["--checkpoint", run, "--num", 3]
+    words, output = {
+        "evaluate": (["--data", tmp_path / "text.txt", "--batch-size", 8], "--json"),
+        "sample": (["--num", 3], "--output"),
+    }[command]
     one, two = tmp_path / "one", tmp_path / "two"
     for flags, call in (
         (["--devices", 1], lambda name, *words: tiny_run.call(name, *map(str, words))),
@@ -134,12 +138,14 @@ def test_two_processes_with_parts_give_what_one_device_gives(run, tmp_path):
     ):
         where = one if call is not start else two
         where.mkdir()
-        call("evaluate", *evaluate, "--json", where / "figures.json", *flags)
-        call("sample", *sample, "--output", where / "samples.jsonl", *flags)
-    assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
-    figures = [json.loads((where / "figures.json").read_text()) for where in (one, two)]
-    assert figures[1]["nats_per_token"] == pytest.approx(figures[0]["nats_per_token"], rel=1e-6)
-    assert figures[1]["num_tokens"] == figures[0]["num_tokens"]
+        call(command, "--checkpoint", run, *words, output, where / "out.json", *flags)
+    texts = [(where / "out.json").read_text() for where in (one, two)]
+    if command == "sample":
+        assert texts[0] == texts[1]
+    else:
+        one_device, parts = map(json.loads, texts)
+        assert parts["nats_per_token"] == pytest.approx(one_device["nats_per_token"], rel=1e-6)
+        assert parts["num_tokens"] == one_device["num_tokens"]
     assert not list(two.glob("*.partial"))
 
 

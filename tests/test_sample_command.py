@@ -160,6 +160,7 @@ def test_a_schema_may_be_inline(place, tmp_path, schema):
     assert line["text"] == "true"
 
 
+@pytest.mark.nightly
 def test_a_regex_for_each_gap(place, tmp_path):
     flags = "--sampler ordered --rule dingo --steps 2 --num 3"
     infill = "x {mask:3}: {mask:4}"
@@ -168,6 +169,7 @@ def test_a_regex_for_each_gap(place, tmp_path):
         assert re.fullmatch("x [abc]{3}: (no|yes)+", line["text"])
 
 
+@pytest.mark.nightly
 def test_a_schema_of_the_command_line(place, tmp_path):
     (tmp_path / "schema.json").write_text('{"enum": [null, true, false]}')
     flags = "--sampler confidence --num 4"
@@ -212,7 +214,7 @@ def test_every_sampler_is_tried():
 
 @pytest.mark.parametrize(
     "sampler",
-    daily(FLAGS, ["event_jump", "semi_autoregressive", "particle"]),
+    daily(FLAGS, ["best_of_n"]),
 )
 def test_what_is_written(place, tmp_path, sampler):
     flags = f"--sampler {sampler} {FLAGS[sampler]} --num 2"
@@ -321,23 +323,23 @@ def test_a_tilde_within_a_value_is_the_home_directory(place, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "calls"),
     [
-        (
+        nightly(
             "--sampler best_of_n --n 3 --inner ordered --inner.steps 2 --verifier {code}:vowels",
             3 * 2,
         ),
-        ("--sampler semi_autoregressive --block 4 --inner ordered --inner.steps 2", 3 * 2),
-        ("--sampler semi_autoregressive --block 6 --inner.steps 1", 2),
+        nightly("--sampler semi_autoregressive --block 4 --inner ordered --inner.steps 2", 3 * 2),
+        nightly("--sampler semi_autoregressive --block 6 --inner.steps 1", 2),
         (
             "--sampler best_of_n --n 2 --inner semi_autoregressive --inner.block 6 "
             "--inner.inner.steps 1 --verifier {code}:vowels",
             2 * 2,
         ),
-        (
+        nightly(
             "--sampler particle --particles 3 --resample-every 99 --inner ordered --inner.steps 4 "
             "--verifier {code}:vowels",
             3 * 4,
         ),
-        ("--sampler=ordered --steps=3", 3),
+        nightly("--sampler=ordered --steps=3", 3),
         ("--sampler ordered --guidance 1 --prompt the", 2 * 9),
     ],
 )
@@ -369,6 +371,7 @@ def test_a_logit_processor(place, tmp_path, sampler):
     assert max(line["tokens"][3:]) < 5
 
 
+@pytest.mark.nightly
 def test_what_a_processor_says_of_given_tokens_does_not_count(place, tmp_path):
     flags = "--sampler confidence --prompt the"
     (line,) = answers(place, tmp_path, flags)
@@ -376,6 +379,7 @@ def test_what_a_processor_says_of_given_tokens_does_not_count(place, tmp_path):
     assert line == same
 
 
+@pytest.mark.nightly
 def test_temperature_0_is_the_same_for_any_seed(place, tmp_path):
     def texts(flags):
         lines = answers(place, tmp_path, f"--sampler ordered --num 2 {flags}")
@@ -470,8 +474,9 @@ def loaded(place):
 @pytest.mark.parametrize(
     "search",
     [
-        *("best_of_n --n 2", "particle --particles 2"),
-        *("zero_order --neighbours 2 --rounds 3", "search_paths --paths 1 --branches 2"),
+        *("best_of_n --n 2", nightly("particle --particles 2")),
+        nightly("zero_order --neighbours 2 --rounds 3"),
+        nightly("search_paths --paths 1 --branches 2"),
     ],
 )
 @pytest.mark.parametrize("does", FAILING)
@@ -485,7 +490,8 @@ def test_a_verifier_that_fails(place, loaded, monkeypatch, search, does):
     assert FAILING[does] in error
 
 
-@pytest.mark.parametrize("does", ["-jnp.inf", nightly("jnp.nan")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("does", ["-jnp.inf", "jnp.nan"])
 def test_a_processor_that_leaves_nothing(place, tmp_path, does):
     """Some samplers would go on for ever with nan."""
     (tmp_path / "code.py").write_text(

@@ -77,6 +77,7 @@ def test_texts_are_one_for_all_or_one_each(model):
     assert (gaps.text[0][0], gaps.text[0][3], gaps.text[1][0]) == ("a", "b", "c")
 
 
+@pytest.mark.nightly
 def test_constraints_are_one_for_all_or_one_each(model):
     options = {"sampler": "ordered", "steps": 2, "length": 6}
     one: Any = sedd.sample(model, 0, num=2, regex="(cat|dog)s", **options)
@@ -226,8 +227,8 @@ def compiled(model, texts, length, seed, **options):
     "options",
     [
         {"sampler": "event_jump", "steps": 5},
-        {"sampler": "confidence"},
-        {"sampler": "speculative", "lookahead": 3},
+        nightly({"sampler": "confidence"}),
+        nightly({"sampler": "speculative", "lookahead": 3}),
         {"sampler": "best_of_n", "n": 2, "verifier": vowels, "inner": FIVE_STEPS},
     ],
 )
@@ -449,7 +450,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("sampler", ["best_of_n", "particle"])
+@pytest.mark.parametrize("sampler", ["best_of_n", nightly("particle")])
 def test_a_failing_verifier_is_named_and_may_recover(model, sampler):
     verifier = Moody()
     own: dict[str, Any]
@@ -497,7 +498,7 @@ NAN_OPTIONS = {
     "name",
     daily(
         sorted(makers("samplers")),
-        ["event_jump", "remdm", "speculative", "particle"],
+        ["event_jump", "particle"],
     ),
 )
 def test_nan_ends_as_an_error_that_says_where(model, name):
@@ -527,7 +528,9 @@ def test_a_processor_that_gives_nan_at_times_is_found(model, name):
         sedd.sample(model, KEY, length=6, sampler=name, logit_processor=broken)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [nightly({"temperature": 0.0}), nightly({"top_k": 2}), {"top_p": 0.5}], ids=str
+)
 def test_nan_stays_nan_whatever_the_shape(model, options):
     broken: dict[str, Any] = {
         "logit_processor": lambda log_probs, x_BL, positions_BK: log_probs * jnp.nan
@@ -536,15 +539,16 @@ def test_nan_stays_nan_whatever_the_shape(model, options):
         sedd.sample(model, KEY, length=4, sampler="ordered", **options, **broken)
 
 
-def test_nan_on_the_uniform_process(models):
+@pytest.mark.parametrize("name", [nightly("euler"), "tweedie"])
+def test_nan_on_the_uniform_process(models, name):
     model = models["uniform"]
     params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.denoiser.params)
     broken = replace(model, denoiser=replace(model.denoiser, params=params))
-    for name in ("euler", "tweedie"):
-        with pytest.raises(UserError, match=r"sequence 0, position 0: .* are nan"):
-            sedd.sample(broken, KEY, length=5, sampler=name, steps=2)
+    with pytest.raises(UserError, match=r"sequence 0, position 0: .* are nan"):
+        sedd.sample(broken, KEY, length=5, sampler=name, steps=2)
 
 
+@pytest.mark.nightly
 def test_guidance_counts_for_those_that_were_given_something(model):
     clamps = [from_infill(model.tokenizer, text, 5) for text in ("{mask:5}", "ab{mask:3}")]
     options = {"sampler": "ordered", "guidance": 1.0}
@@ -595,9 +599,7 @@ TIMED = ("euler", "tweedie", "best_of_n", "zero_order")
 SEARCHES = ("best_of_n", "particle", "search_paths", "zero_order")
 
 
-@pytest.mark.parametrize(
-    "name", daily(FRAMES, ["tweedie", "event_jump", "remdm", "semi_autoregressive", "particle"])
-)
+@pytest.mark.parametrize("name", daily(FRAMES, ["tweedie", "particle"]))
 def test_the_trace_of_every_sampler(model, name):
     """From masks to the result, what is given standing still, no mask left at the end."""
     options, frames = FRAMES[name]
@@ -651,6 +653,7 @@ def test_what_is_given_whole_takes_no_call(model, name):
     assert result.text == ["abcdefghijkl", "abcde"]
 
 
+@pytest.mark.nightly
 def test_the_best_is_the_best_of_the_same_draws(model):
     """By hand from the inner sampler's own draws, keys as the search derives them."""
     sampler = BestOfN(

@@ -56,6 +56,7 @@ def test_pieces_join_to_the_sample(model, stop):
     assert _next_block._cache_size() == before + 1
 
 
+@pytest.mark.nightly
 def test_several_devices_draw_the_same(place, model):
     spread = sedd.load(place / "runs" / "block", mesh=device_mesh(jax.devices()[:2]))
     ours, theirs = (

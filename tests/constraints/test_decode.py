@@ -77,7 +77,7 @@ def brute_force(next_SN, accepting, log_probs, *, start=0, fixed=None):
     return sorted(found, key=lambda pair: (-pair[0], pair[1]))
 
 
-@pytest.mark.parametrize("first", daily(range(0, 200, 50), [0, 50]))
+@pytest.mark.parametrize("first", daily(range(0, 200, 50), [0]))
 def test_everything_against_brute_force(first):
     for seed in range(first, first + 50):
         automaton, log_probs, strings = random_case(seed)
@@ -112,7 +112,7 @@ def test_everything_against_brute_force(first):
         assert oracle.chi_square_p(counts, np.exp(values - log_z)) > 1e-4
 
 
-@pytest.mark.parametrize("seed", daily(range(4), [0, 1]))
+@pytest.mark.parametrize("seed", daily(range(4), [0]))
 def test_many_samples_have_their_law_and_no_other(seed):
     automaton, log_probs, strings = random_case(1000 + seed)
     index = {string: i for i, (_, string) in enumerate(strings)}

@@ -67,7 +67,7 @@ def lines(path):
 EARLY = "--features {f}:early,{f}:vowels --moments .8,.2 --pool 256"
 
 
-@pytest.mark.parametrize("method", ["reject", "qrs", "resample", "particle --particles 4"])
+@pytest.mark.parametrize("method", ["reject", "qrs", "resample", nightly("particle --particles 4")])
 def test_texts_reach_their_moments(place, tmp_path, method):
     """Of 40 texts each mean is within 5 standard errors; the model's own is further away."""
     out = tmp_path / "out.jsonl"

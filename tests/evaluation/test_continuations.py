@@ -181,6 +181,7 @@ def test_an_any_subset_model():
     np.testing.assert_allclose(together[:2], one_by_one, rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_block_model():
     """Its bound is that of each block, given the context and the earlier blocks."""
     denoiser, pairs = denoiser_of("block"), [PAIRS[3], PAIRS[1]]

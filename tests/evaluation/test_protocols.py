@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiers import daily
+from tiers import daily, nightly
 from tiny_run import TOKENIZER, call
 
 import sedd
@@ -278,7 +278,7 @@ def test_one_data_set_shows_its_terms(place, tmp_path):
     assert "≤" not in result.out
 
 
-@pytest.mark.parametrize("order", ["forward", "backward", "random"])
+@pytest.mark.parametrize("order", [nightly("forward"), nightly("backward"), "random"])
 def test_the_likelihood_of_one_order(place, order):
     """The constant model costs the same in every order."""
     case = evaluation(

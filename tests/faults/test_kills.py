@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("train_in_parts.py")
 EVERY = 2  # steps between checkpoints: most moments are near one that is being written
-STEPS = 20 * (KILLS + SIGNALS)
+STEPS = 20 * max(2, KILLS + SIGNALS)
 FLAGS = [
     *TINY,
     *("--network.dropout", "0.1", "--optimizer.learning-rate", "1e-2"),
@@ -124,7 +124,7 @@ def test_a_run_survives_kills_signals_and_damage(tmp_path):
     uninterrupted = whole.start()
     whole.wait_for_checkpoint(uninterrupted)  # and the others need not compile
     run.start_seconds = whole.start_seconds
-    kinds = ("start", "save", "save", "step")
+    kinds = ("save", "start", "save", "step")
     events = [(signal.SIGKILL, kinds[n % 4]) for n in range(KILLS)]
     events += [(signal.SIGTERM, kinds[n % 4]) for n in range(SIGNALS)]
     draw.shuffle(events)

@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
 from test_layouts import MASK, ROWS, TOKENS, checkpoint, rewrite, tiny_config, tokenizer_files
+from tiers import nightly
 
 import sedd
 from sedd.commands.train_from import started_from
@@ -180,7 +181,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
         load_adapters(tmp_path / "out", names, {"query": (2, 6, 7)})
 
 
-@pytest.mark.parametrize("convert", ["full", "block:1"])
+@pytest.mark.parametrize("convert", [nightly("full"), "block:1"])
 def test_an_autoregressive_model_is_converted(qwen, tmp_path, text, convert):
     """Without training, causal attention gives its own conditionals, one row earlier.
 
@@ -213,6 +214,7 @@ def test_an_autoregressive_model_is_converted(qwen, tmp_path, text, convert):
     assert np.allclose(seen, expected, atol=1e-4) == (convert == "block:1")
 
 
+@pytest.mark.nightly
 def test_a_recipe_takes_the_network_of_a_published_model(llada, tmp_path, text):
     flags = ("--config", "quickstart", "--init-from", llada, "--lora", 2)
     outcome = train(tmp_path / "run", text, *flags)

@@ -12,6 +12,7 @@ import tiny_run
 from published_configs import CONFIGS
 from safetensors.numpy import load_file
 from test_layouts import MASK, ROWS, TOKENS, checkpoint, tiny_config, tokenizer_files
+from tiers import nightly
 
 import sedd
 from sedd.commands.export import publishable
@@ -214,7 +215,7 @@ def test_an_export_is_the_published_checkpoint_again(tmp_path):
     ("kind", "reading", "network", "name"),
     [
         ("radd", {"shift": True}, {"qkv_bias": True}, "Dream"),
-        ("ar", {}, {"qk_norm": True}, "Qwen3"),
+        nightly("ar", {}, {"qk_norm": True}, "Qwen3"),
     ],
 )
 def test_a_run_with_the_decoder_is_exported(kind, reading, network, name, tmp_path):

@@ -112,7 +112,7 @@ DECODER = Decoder(
     ("block", "shift", "network"),
     [
         (4, True, DECODER),
-        (5, False, NETWORK),
+        nightly(5, False, NETWORK),
         *(nightly(block, shift, NETWORK) for block in (1, 4, 12) for shift in (False, True)),
     ],
 )
@@ -206,6 +206,7 @@ class Float64(Network):
         return x_BLD + weights_BLS @ values_BSD
 
 
+@pytest.mark.nightly
 def test_in_float64_the_cache_changes_no_token():
     """And the conditionals are equal to 1e-12, so that no seed could tell the two apart."""
     tokens_BL, fixed_BL, attend = requests()
@@ -243,7 +244,7 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("name", daily(INNER, {"event_jump", "tweedie"}))
+@pytest.mark.parametrize("name", daily(INNER, ["tweedie"]))
 def test_the_cache_changes_no_token(name):
     tokens_BL, fixed_BL, attend = requests()
     model = denoiser(4, attend=attend)
@@ -354,7 +355,7 @@ def small(block):
 
 
 @pytest.mark.parametrize("fixed", [oracle.NOTHING_FIXED, (1, -1, -1, 2)], ids=["free", "given"])
-@pytest.mark.parametrize("block", daily([1, 2, 3], {1, 2}))
+@pytest.mark.parametrize("block", [nightly(1), 2, nightly(3)])
 def test_draws_follow_the_product_of_the_laws_of_blocks(block, fixed):
     """20,000 draws; χ² at 1e-4. Blocks of one position are autoregression."""
     model = small(block)
@@ -367,6 +368,7 @@ def test_draws_follow_the_product_of_the_laws_of_blocks(block, fixed):
     assert oracle.chi_square_p(counts, wrong) < 1e-4  # a control
 
 
+@pytest.mark.nightly
 def test_one_block_draws_what_its_sampler_draws_from_the_plain_model():
     tokens_BL = i32(np.zeros((64, oracle.L)))
     fixed_BL = jnp.zeros(tokens_BL.shape, bool)

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import NOTHING_FIXED, L, N, f32, i32, keys
+from tiers import nightly
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
@@ -195,7 +196,9 @@ def test_enough_verifications_give_the_chain_of_the_head_from_one_call(fixed):
         assert oracle.total_variation(propagate(fewer, fixed, 0)[0], chain(fixed, 0)) > 0.02
 
 
-@pytest.mark.parametrize("sampler", [PAIRS, WHOLE, TWICE], ids=["pairs", "whole", "twice"])
+@pytest.mark.parametrize(
+    "sampler", [nightly(PAIRS), nightly(WHOLE), TWICE], ids=["pairs", "whole", "twice"]
+)
 def test_draws_follow_the_law(sampler):
     """And take as many calls; without a log probability."""
     for seed, fixed in ((0, NOTHING_FIXED), (0, GIVEN), (1, NOTHING_FIXED)):

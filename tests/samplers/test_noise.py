@@ -10,6 +10,7 @@ import oracle
 import pytest
 from oracle import i32
 from scipy import stats
+from tiers import nightly
 
 from sedd.arrays import categorical
 from sedd.denoiser import Denoiser
@@ -113,7 +114,7 @@ def test_leap_stays_where_there_is_nowhere_to_go():
     np.testing.assert_array_equal(leap_row(jax.random.key(7), i32([1, 2]), probs), [1, 2])
 
 
-@pytest.mark.parametrize(("leave", "repeats"), [(1e-3, 1), (1e-6, 8)])
+@pytest.mark.parametrize(("leave", "repeats"), [(1e-3, 1), nightly(1e-6, 8)])
 def test_leap_at_tiny_probabilities_of_leaving(leave, repeats):
     """The rare destinations keep their proportions and x its share."""
     count = 2**20

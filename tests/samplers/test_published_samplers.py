@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from tiers import nightly
 
 import sedd
 from sedd.configuration.build import build_sampler
@@ -146,7 +147,7 @@ def sdar(draw, *, threshold, block, temperature):
 # ---------------------------------------------------------------- the table of docs/sampling.md
 
 
-@pytest.mark.parametrize(("steps", "block"), [(3, 8), (4, 8), (3, 4)])
+@pytest.mark.parametrize(("steps", "block"), [nightly(3, 8), nightly(4, 8), (3, 4)])
 def test_llada_in_blocks(steps, block):
     """Blocks of 4 are SDAR's, whose ``low_confidence_static`` is this program."""
     inner = sedd.samplers.options("token_confidence", steps=steps, counts="early")
@@ -155,7 +156,7 @@ def test_llada_in_blocks(steps, block):
     assert calls == steps * FREE // block
 
 
-@pytest.mark.parametrize("temperature", [0, 0.6, 1.5])
+@pytest.mark.parametrize("temperature", [nightly(0), nightly(0.6), 1.5])
 def test_llada_at_any_temperature(temperature):
     """The confidence is that of the model without temperature; with it the tokens differ."""
     options = {"steps": 5, "counts": "early"}
@@ -170,8 +171,8 @@ def test_llada_at_any_temperature(temperature):
 @pytest.mark.parametrize(
     ("by", "name", "options"),
     [
-        ("maskgit_plus", "token_confidence", {}),
-        ("topk_margin", "confidence", {"by": "margin"}),
+        nightly("maskgit_plus", "token_confidence", {}),
+        nightly("topk_margin", "confidence", {"by": "margin"}),
         ("entropy", "confidence", {"by": "entropy"}),
     ],
 )
@@ -183,7 +184,7 @@ def test_dream(by, name, options, temperature):
         assert calls == steps
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.9])
+@pytest.mark.parametrize("threshold", [0.5, nightly(0.9)])
 def test_sdar_in_blocks(threshold):
     inner = sedd.samplers.options("token_confidence", threshold=threshold)
     drawn = ours("semi_autoregressive", 0, inner=inner, block=4)

@@ -219,8 +219,8 @@ def two_rounds(drafter, denoiser, first, tokens_SK, kept_S, second):
 @pytest.mark.parametrize(
     "drafter",
     [
-        ByRows(lookahead=3, bonus=False, stale=False),
-        ByRows(lookahead=2, bonus=True, stale=False),
+        nightly(ByRows(lookahead=3, bonus=False, stale=False)),
+        nightly(ByRows(lookahead=2, bonus=True, stale=False)),
         ByRows(lookahead=2, bonus=False, stale=True),
         nightly(ByRows(lookahead=3, bonus=True, stale=True)),
     ],
@@ -368,7 +368,7 @@ def within_three_sigma(values_B, work, entry):
     return abs(np.mean(values_B) - mean) <= 3 * spread + 1e-5
 
 
-@pytest.mark.parametrize("name", daily(DRAWN, ["batch", "bonus", "stale", "ngram"]))
+@pytest.mark.parametrize("name", daily(DRAWN, ["stale", "ngram"]))
 def test_draws_follow_the_law(name):
     """And take the calls and rows of the chain; the log probability is that of the law."""
     sampler = DRAWN[name]
@@ -418,9 +418,9 @@ def test_reshaped_and_guided_conditionals():
 @pytest.mark.parametrize(
     "options",
     [
-        {"lookahead": 3, "order": "random"},
+        nightly({"lookahead": 3, "order": "random"}),
         {"lookahead": 2, "order": "2,0", "draft": "stale", "bonus": True},
-        {"lookahead": 3, "draft": "ngram"},
+        nightly({"lookahead": 3, "draft": "ngram"}),
         nightly({"lookahead": 4, "bonus": True}),
     ],
 )
@@ -454,6 +454,7 @@ def first_tokens(tokens_RL, real_RL):
     return np.asarray(tokens_RL)[:, 0].astype(np.float32)
 
 
+@pytest.mark.nightly
 def test_within_blocks_and_searches():
     """The law of the blocks is the product of conditionals; searches count rows as well."""
     inner = speculative(lookahead=2, draft="stale")

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import NOTHING_FIXED, L, N, f32, i32, keys
+from tiers import nightly
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
@@ -103,11 +104,11 @@ def product_law(cond, fixed, order):
     "options",
     [
         {"draft": "self", "lookahead": 3, "order": "random"},
-        {"draft": "self", "lookahead": 2, "bonus": True},
-        {"draft": "stale", "lookahead": 2, "order": "random"},
+        nightly({"draft": "self", "lookahead": 2, "bonus": True}),
+        nightly({"draft": "stale", "lookahead": 2, "order": "random"}),
         {"draft": "stale", "lookahead": 3, "bonus": True},
         {"draft": "ngram", "lookahead": 3, "order": "random"},
-        {"draft": "ngram", "lookahead": 2},
+        nightly({"draft": "ngram", "lookahead": 2}),
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -144,8 +145,8 @@ def two_rounds(drafter, denoiser, first, tokens_SK, kept_S, second):
 @pytest.mark.parametrize(
     "drafter",
     [
-        TwoStream(lookahead=2, bonus=True, stale=False),
-        TwoStream(lookahead=2, bonus=False, stale=True),
+        nightly(TwoStream(lookahead=2, bonus=True, stale=False)),
+        nightly(TwoStream(lookahead=2, bonus=False, stale=True)),
         TwoStream(lookahead=3, bonus=True, stale=True),
     ],
     ids=str,
@@ -219,7 +220,7 @@ def by_neighbours(log_probs_BKN, tokens_BL, positions_BK):
     return jnp.where(banned_BKN, -jnp.inf, log_probs_BKN + jnp.where(favoured_BKN, 1.5, 0.0))
 
 
-@pytest.mark.parametrize("draft", ["self", "stale", "ngram"])
+@pytest.mark.parametrize("draft", ["self", nightly("stale"), nightly("ngram")])
 def test_a_logit_processor_changes_drafts_and_targets(draft):
     """It sees the drafts before each position: the law is that of the processed conditionals."""
     states, place_SL = oracle.all_states(V), np.tile(np.arange(L), (V**L, 1))
@@ -285,7 +286,7 @@ def order_of(fixed):
     return [*ORDER, *(i for i in range(fixed.shape[-1]) if i not in ORDER)]
 
 
-@pytest.mark.parametrize("draft", ["self", "stale", "ngram"])
+@pytest.mark.parametrize("draft", ["self", nightly("stale"), nightly("ngram")])
 def test_the_memory_gives_the_likelihood_of_one_pass(draft):
     """With prompts, padding and a listed order. Requests of one shape share a program."""
     order = ",".join(map(str, ORDER))
@@ -307,7 +308,7 @@ def test_the_memory_gives_the_likelihood_of_one_pass(draft):
     assert TRACES.count(sampler) == 1
 
 
-@pytest.mark.parametrize("draft", ["self", "ngram"])
+@pytest.mark.parametrize("draft", ["self", nightly("ngram")])
 def test_greedy_tokens_are_the_most_likely_and_a_request_alone_draws_the_same(draft):
     """Each token has the largest conditional of the full pass, which no other token has."""
     fixed_BL = jnp.asarray(FIXED_BL | ~REAL_BL)

@@ -106,7 +106,7 @@ def law_of(name):
 # ---------------------------------------------------------------- neighbours
 
 
-@pytest.mark.parametrize("name", daily(INNER, ["event_jump", "remdm", "tweedie_uniform"]))
+@pytest.mark.parametrize("name", daily(INNER, ["tweedie_uniform"]))
 def test_a_neighbour_follows_the_inner_law_and_is_near(name):
     """The pivot is what the sampler draws without versions; neighbours share most of its tokens."""
     tokens_BJL, plain_BL = drawn_neighbours(name, 0.3)
@@ -149,7 +149,7 @@ def test_only_positions_of_new_versions_are_drawn_anew():
     assert abs(changed_L[2] - expected) < 4 * (expected * (1 - expected) / DRAWS) ** 0.5
 
 
-@pytest.mark.parametrize("rho", [0.0, 1.0])
+@pytest.mark.parametrize("rho", [nightly(0.0), 1.0])
 def test_the_share_of_new_noise(rho):
     """At rho 0 neighbours are the pivot; at 1 all are independent of each other."""
     tokens_BJL, plain_BL = drawn_neighbours("event_jump", rho)
@@ -239,9 +239,8 @@ def leaps_of_two():
 
 
 def draw_chains(sampler):
-    return oracle.draw(
-        sampler, world().conditional_denoiser(), CHAINS, seed=1, fixed=TWO_FREE, trace=False
-    )
+    model, options = world().conditional_denoiser(), {"seed": 1, "fixed": TWO_FREE, "trace": False}
+    return oracle.draw(sampler, model, CHAINS, sample=oracle.sample_long, **options)
 
 
 @pytest.mark.nightly
@@ -257,7 +256,7 @@ def test_the_chain_on_all_positions():
 # ---------------------------------------------------------------- failures and mistakes
 
 
-@pytest.mark.parametrize("tilt", [None, 1.0])
+@pytest.mark.parametrize("tilt", [nightly(None), 1.0])
 def test_a_verifier_that_fails_ends_the_search(tilt):
     found = draw(zero_order(missing, 0.5, tilt=tilt), count=50, trace=False)
     assert np.isnan(found.score_B).all()

@@ -30,6 +30,7 @@ def check(*arguments):
     )
 
 
+@pytest.mark.nightly
 def test_sampling_and_evaluation_gather_parameters_and_move_no_hidden_state(tmp_path):
     for what in ("evaluate", "sample"):
         program = tmp_path / "program.txt"

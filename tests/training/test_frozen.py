@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
+from tiers import nightly
 from training_toy import ADAMW, SGD, N, Toy, ToyBatches, history, run, setup
 from training_toy import objective as t_dce
 
@@ -82,6 +83,7 @@ def test_frozen_parameters_have_no_gradient_no_state_and_never_change(monkeypatc
         assert len(moments) == 2 * 3  # Adam's two averages of mix, kernel and bias
 
 
+@pytest.mark.nightly
 def test_a_causal_head_is_the_same_on_two_devices_and_its_trunk_never_changes(monkeypatch):
     """The head of the trunk is random here, so that the loss depends on the causal block."""
     monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
@@ -126,7 +128,7 @@ def test_adapters_are_the_same_on_two_devices_and_all_else_never_changes(monkeyp
 
 @pytest.mark.parametrize(
     ("network", "objective", "trained"),
-    [(HEAD, self_speculative, "causal"), (ADAPTED, t_dce, "adapters")],
+    [nightly(HEAD, self_speculative, "causal"), (ADAPTED, t_dce, "adapters")],
     ids=["causal head", "adapters"],
 )
 def test_a_resumed_run_is_bit_exact(tmp_path, network, objective, trained):

@@ -81,7 +81,7 @@ def test_the_logged_loss_is_the_mean_of_the_window(uninterrupted):
     [
         (31, signal.SIGTERM),
         nightly(40, signal.SIGINT),
-        (21, signal.SIGTERM),
+        nightly(21, signal.SIGTERM),
         nightly(25, signal.SIGTERM),
     ],
 )
@@ -262,6 +262,7 @@ def test_too_many_skips_in_a_row_end_the_run(tmp_path):
         )
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, uninterrupted):
     whole, _ = uninterrupted
     run(tmp_path, STEPS, batches=StopsAt(30), validate=fake_validation)
@@ -288,7 +289,7 @@ def test_samples_are_written(tmp_path):
     assert "α one" in (tmp_path / "samples" / "00000003.txt").read_text()
 
 
-@pytest.mark.parametrize("every", [1, 1000])
+@pytest.mark.parametrize("every", [nightly(1), 1000])
 def test_divergence_saves_nothing_and_names_step_and_checkpoint(tmp_path, every):
     workdir = tmp_path / "run"
     run(workdir, 10)

@@ -62,18 +62,21 @@ def tiny_parts(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny_parts")
-def test_a_run_moves_between_devices_and_processes(tmp_path):
+@pytest.mark.parametrize(
+    "places",  # devices of this process, or of each of two by the fsdp of the script
+    [
+        ({"devices": 4, "fsdp": 2}, 0, {"devices": 1}),
+        nightly(({"devices": 4}, 2, {"devices": 4, "fsdp": 2}, 0, {"devices": 1})),
+    ],
+    ids=len,
+)
+def test_a_run_moves_between_devices_and_processes(tmp_path, places):
     """One device, four, parts on two by two, two processes of two: the losses are one run's."""
-    reference, _ = history(300, SGD)
-    for steps, where in (
-        (60, {"devices": 4}),
-        (120, 2),
-        (180, {"devices": 4, "fsdp": 2}),
-        (240, 0),
-        (300, {"devices": 1}),
-    ):
+    last = 60 * len(places)
+    reference, _ = history(last, SGD)
+    for steps, where in zip(range(60, last + 1, 60), places, strict=True):
         if isinstance(where, dict):
-            run(tmp_path, steps, SGD, of_steps=300, cadence=EACH, **where)
+            run(tmp_path, steps, SGD, of_steps=last, cadence=EACH, **where)
             continue
         processes = start(tmp_path, steps, where)
         outputs = finish(processes)

@@ -80,6 +80,7 @@ def written(tmp_path_factory, runners, state):
     return place
 
 
+@pytest.mark.nightly
 def test_every_layout_reads_what_every_other_has_written(written, runners, abstract, state):
     for source in LAYOUTS:
         checkpoints = Checkpoints(written / source)

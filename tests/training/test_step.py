@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import nightly
 from training_toy import (
     ADAMW,
     BATCH,
@@ -44,7 +45,7 @@ def on_one_device():
     return history(300, SGD, devices=1)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [nightly(2), 4])
 def test_losses_do_not_depend_on_the_number_of_devices(on_one_device, devices):
     one, one_state = on_one_device
     many, many_state = history(300, SGD, devices=devices)
@@ -93,7 +94,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch(on_one_device, devic
 
 @pytest.mark.usefixtures("tiny_parts")
 @pytest.mark.parametrize(
-    ("kind", "options"), [(DDiT, {"dropout": 0.1}), (Decoder, {"num_kv_heads": 1, "tied": True})]
+    ("kind", "options"),
+    [nightly(DDiT, {"dropout": 0.1}), (Decoder, {"num_kv_heads": 1, "tied": True})],
 )
 def test_the_transformer_is_the_same_on_four_devices(kind, options):
     network = kind(

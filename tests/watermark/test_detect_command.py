@@ -66,7 +66,7 @@ def write(path, *lines):
     [
         "--sampler event_jump",
         nightly("--sampler semi_autoregressive --block 8"),
-        "--sampler best_of_n --n 3 --verifier {place}/code.py:most_vowels",
+        nightly("--sampler best_of_n --n 3 --verifier {place}/code.py:most_vowels"),
     ],
 )
 def test_drawn_texts_are_found_by_their_secret_alone(place, flags):

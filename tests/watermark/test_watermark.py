@@ -195,7 +195,7 @@ def many_secrets():
     return gumbel(SECRETS, nonces=np.full(SECRETS, 7, np.uint32))
 
 
-@pytest.mark.parametrize("name", daily(LAWS, ["first_hitting", "event_jump", "forward", "entropy"]))
+@pytest.mark.parametrize("name", daily(LAWS, ["event_jump"]))
 def test_over_secrets_the_law_is_that_without_a_watermark(name):
     sampler, law = LAWS[name]
     assert oracle.chi_square_p(counts(sampler, many_secrets()), law()) > 1e-4
