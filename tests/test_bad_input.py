@@ -12,6 +12,7 @@ import pyarrow
 import pytest
 import tiny_run
 from pyarrow import parquet
+from tiers import nightly
 from tiny_run import ROOT, TINY, call
 
 import sedd.files
@@ -605,7 +606,9 @@ def test_figures_are_printed_though_they_cannot_be_written(place, tmp_path, monk
 ORDINARY = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
 
 
-@pytest.mark.parametrize(("command", "flag"), [("train", "--workdir"), ("sample", "--output")])
+@pytest.mark.parametrize(
+    ("command", "flag"), [("train", "--workdir"), nightly("sample", "--output")]
+)
 def test_a_place_without_permission(place, tmp_path, command, flag):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)

@@ -66,6 +66,7 @@ def test_search_compares_at_equal_calls(tmp_path, capsys):
     assert (tmp_path / "plot.png").exists()
 
 
+@pytest.mark.nightly
 def test_block_draws_the_same_texts_with_and_without_the_cache(capsys):
     block = importlib.import_module("block")
     shape = {"hidden_dim": 8, "num_layers": 1, "num_heads": 1, "vocabulary": 5}
@@ -299,6 +300,7 @@ def test_json_schemas_counts_what_is_refused_in_each_suite(tmp_path, capsys):
     assert rows[1]["outcome"].startswith("refused: contains: ")
 
 
+@pytest.mark.nightly
 def test_the_variance_of_the_bound(tmp_path, monkeypatch, capsys):
     variance = importlib.import_module("bound_variance")
     monkeypatch.setattr(variance, "SCHEMES", dict([*variance.SCHEMES.items()][-1:]))

@@ -380,6 +380,7 @@ def test_mistakes_are_one_line(text, trunk, tmp_path, flags, message):
     assert message in line
 
 
+@pytest.mark.nightly
 def test_the_benchmark_prints_a_row_for_each_fraction(trained, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tiny_run.ROOT / "benchmarks"))
     benchmark = importlib.import_module("causal_head")

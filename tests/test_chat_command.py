@@ -123,6 +123,7 @@ def test_from_python(model):
         sedd.sample(model, 0, messages=[{"role": "me", "content": ""}], **settings)
 
 
+@pytest.mark.nightly
 def test_an_answer_may_be_constrained(model):
     result = sedd.sample(model, 0, messages=[user("Hi")], regex="(yes|no)+", length=120, steps=4)
     assert result.text[0].replace("yes", "").replace("no", "") == ""

@@ -235,6 +235,7 @@ def train(place, workdir, *flags):
     )
 
 
+@pytest.mark.nightly
 def test_train_prints_log_z(place, tmp_path):
     outcome = train(place, tmp_path, "--objective.function", f"{place}/spins.py:log_prob")
     assert outcome.code == 0, outcome.err

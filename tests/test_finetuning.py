@@ -233,6 +233,7 @@ def losses(place, run):
     return found
 
 
+@pytest.mark.nightly
 def test_eight_questions_are_learned(chats):
     """Answers are reproduced exactly, up to their ends."""
     recipe = tiny_run.config("radd", length=12)

@@ -142,7 +142,7 @@ def largest_array(text):
     "name",
     daily(
         [name for name in PROGRAMS if name != "control"],
-        ["validate, score entropy", "tweedie", "event_jump under a constraint"],
+        ["validate, score entropy", "tweedie"],
     ),
 )
 def test_rows_are_read_in_chunks(name):

@@ -182,6 +182,7 @@ def test_load_keeps_libtpu_quiet_where_there_is_no_tpu(
     assert updates == {"jax_platforms": expected}
 
 
+@pytest.mark.parametrize("model", [nightly("radd"), nightly("sedd"), "uniform"], indirect=True)
 @pytest.mark.parametrize("sampler", ["tweedie", nightly("euler")])
 def test_given_tokens_are_kept(model, sampler):
     clamps = [

@@ -201,6 +201,7 @@ def answering(model, asked, batch_size, **options):
     return Answering(model=model, counts=counts, batch_size=batch_size, **options)
 
 
+@pytest.mark.nightly
 def test_requests_of_other_programs_are_answered_in_their_order(model):
     """Steps and guidance are compiled in; seeds and temperatures are not."""
     kinds = [(2, {}), (3, {}), (2, {"guidance": 1.0}), (2, {"temperature": 0.5}), (3, {})]

@@ -143,6 +143,7 @@ def test_what_an_autoregressive_run_refuses(place, flags, message):
 # ------------------------------------------------------- constraints
 
 
+@pytest.mark.nightly
 def test_a_regex_of_the_command_line(place, tmp_path):
     page = tmp_path / "trace.html"
     lines = answers(
@@ -340,7 +341,7 @@ def test_a_tilde_within_a_value_is_the_home_directory(place, monkeypatch):
             3 * 4,
         ),
         nightly("--sampler=ordered --steps=3", 3),
-        ("--sampler ordered --guidance 1 --prompt the", 2 * 9),
+        nightly("--sampler ordered --guidance 1 --prompt the", 2 * 9),
     ],
 )
 def test_flags_reach_the_sampler_that_they_are_of(place, tmp_path, flags, calls):
@@ -348,7 +349,8 @@ def test_flags_reach_the_sampler_that_they_are_of(place, tmp_path, flags, calls)
     assert line["calls"] == calls
 
 
-@pytest.mark.parametrize("inner", [nightly("--inner tweedie --inner.steps 2"), "--inner ordered"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("inner", ["--inner tweedie --inner.steps 2", "--inner ordered"])
 def test_the_best_is_picked(place, tmp_path, inner):
     seen = place / "seen.jsonl"
     seen.unlink(missing_ok=True)

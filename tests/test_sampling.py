@@ -229,7 +229,7 @@ def compiled(model, texts, length, seed, **options):
         {"sampler": "event_jump", "steps": 5},
         nightly({"sampler": "confidence"}),
         nightly({"sampler": "speculative", "lookahead": 3}),
-        {"sampler": "best_of_n", "n": 2, "verifier": vowels, "inner": FIVE_STEPS},
+        nightly({"sampler": "best_of_n", "n": 2, "verifier": vowels, "inner": FIVE_STEPS}),
     ],
 )
 def test_requests_of_one_bucket_share_a_program(model, options):
@@ -498,7 +498,7 @@ NAN_OPTIONS = {
     "name",
     daily(
         sorted(makers("samplers")),
-        ["event_jump", "particle"],
+        ["event_jump"],
     ),
 )
 def test_nan_ends_as_an_error_that_says_where(model, name):
@@ -515,9 +515,8 @@ def profile_if_planned(name, model, length):
     return {"profile": tiny_run.profile_of(model, length)} if name == "planned" else {}
 
 
-@pytest.mark.parametrize(
-    "name", [nightly("confidence"), "entropy_bounded", nightly("token_confidence")]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["confidence", "entropy_bounded", "token_confidence"])
 def test_a_processor_that_gives_nan_at_times_is_found(model, name):
     """Where some scores are nan the others come first, and the run still ends."""
 

@@ -101,6 +101,7 @@ def test_mistakes_are_named_before_anything_is_drawn(model):
         sedd.price(model, np.zeros((2, 12), np.int32))
 
 
+@pytest.mark.nightly
 def test_an_answer_ends_with_the_block_in_which_its_end_is_drawn(tmp_path):
     """Its pieces join to the answer, without what follows the end."""
     chat = tokenizer(CHATML)

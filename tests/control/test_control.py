@@ -260,6 +260,7 @@ def test_acceptance_is_the_share_over_the_wanted_share():
     assert abs(found.acceptance - expected) < 3 * found.acceptance_error
 
 
+@pytest.mark.nightly
 def test_any_sampler_may_propose():
     """The density of an approximate sampler cancels: here two leaps of Tweedie."""
     steps = oracle.tau_leaping_law(world(), oracle.SCHEDULES["log_linear"], 2, "tweedie")

@@ -108,6 +108,7 @@ def test_a_text_does_not_depend_on_its_batch(place, tmp_path):
     assert lines(one) == lines(other)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("given", [(), nightly(("--regex", "[a-z ]*"))], ids=len)
 def test_given_text_stays(place, tmp_path, given):
     out = tmp_path / "out.jsonl"

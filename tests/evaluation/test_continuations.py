@@ -155,6 +155,7 @@ def test_greedy_decoding_is_from_left_to_right(likelihood):
         assert not got.error_S.any()
 
 
+@pytest.mark.nightly
 def test_an_autoregressive_model_is_scored_exactly():
     denoiser = denoiser_of("autoregressive")
     got = score("autoregressive", draws=4)
@@ -166,6 +167,7 @@ def test_an_autoregressive_model_is_scored_exactly():
     assert not got.error_S.any()
 
 
+@pytest.mark.nightly
 def test_an_any_subset_model():
     """Its order takes one pass, and the bound reads all visible tokens anew in each call."""
     runs = [score("any_subset", PAIRS[:2], draws=16, seed=seed) for seed in range(16)]

@@ -147,7 +147,8 @@ def figures_of(case, data):
     ("kind", "name"),
     daily(
         itertools.product(["radd", "sedd"], PROTOCOLS),
-        [("radd", name) for name in PROTOCOLS if name != "sedd"] + [("sedd", "sedd")],
+        [("radd", name) for name in PROTOCOLS if name not in ("default", "sedd")]
+        + [("sedd", "sedd")],
     ),
 )
 def test_a_protocol_is_what_it_says(place, kind, name):

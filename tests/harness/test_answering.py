@@ -34,6 +34,7 @@ QUESTIONS = [  # rows of 13 and 14 tokens have one padded length
 ]
 
 
+@pytest.mark.nightly
 def test_answers_do_not_depend_on_the_batch_but_on_the_seed(model):
     together = harness(model).answer(QUESTIONS)
     # Of equal questions the first stays the first; only their noise differs.

@@ -80,6 +80,7 @@ def adapted(tmp_path_factory, text, llada):
     return workdir
 
 
+@pytest.mark.nightly
 def test_a_published_model_needs_no_recipe_and_its_weights_stay(adapted, llada):
     config, base, model = read_config(adapted), sedd.load(llada), sedd.load(adapted)
     assert config.network.lora == Lora(rank=4)

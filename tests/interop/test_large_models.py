@@ -120,6 +120,7 @@ def test_a_mesh_gets_the_same_parameters(tmp_path):
     assert len(leaf.sharding.device_set) == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "size"), [("SDAR", 4), ("Fast-dLLM v2", 2)])
 def test_a_block_model_is_drawn_by_blocks(name, size, tmp_path):
     """Blocks of the published size, which see no later block."""
@@ -367,6 +368,7 @@ def test_the_hub_gives_shards_to_load_and_headers_to_inspect(hub):
     assert "modeling_llada.py" not in hub
 
 
+@pytest.mark.nightly
 def test_sample_takes_the_mask_and_the_type(tmp_path):
     path = checkpoint(tmp_path / "in", tiny_config("iLLaDA"))
     flags = ("--checkpoint", path, "--length", 5, "--output", "-")

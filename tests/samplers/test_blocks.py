@@ -257,6 +257,7 @@ def test_the_cache_changes_no_token(name):
         np.testing.assert_array_equal(kept.calls_B, anew.calls_B)
 
 
+@pytest.mark.nightly
 def test_temperature_and_top_k_act_with_the_cache():
     tokens_BL, fixed_BL, attend = requests()
     reshape = Reshape.of(temperature=[0.0, 0.5, 1.0, 1.0, 2.0, 1.0], top_k=[5, 2, 1, 5, 3, 5])

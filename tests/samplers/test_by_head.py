@@ -284,6 +284,7 @@ def test_the_order_of_the_head():
     assert order_of_head(denoiser(0), window)[0].tolist() == [4, 5, 3, 1, 0, 2]
 
 
+@pytest.mark.nightly
 def test_a_new_causal_head_on_a_transformer():
     """All drafts are kept; an input that is padded draws the tokens of the one that is not."""
     network = CausalHead(

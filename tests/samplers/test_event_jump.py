@@ -237,7 +237,7 @@ def samplers():
 
 
 SAMPLERS = samplers()
-EACH_DAY = ["event_jump", "speculative", "particle", "cap"]
+EACH_DAY = ["event_jump", "speculative", "particle"]
 LENGTHS = [4, 16, 4, 3]
 KEYS = keys(4, 4)
 

@@ -194,6 +194,7 @@ def test_sdar_in_blocks(threshold):
         assert drawn[1] < FREE
 
 
+@pytest.mark.nightly
 def test_sdar_with_temperature():
     drawn = ours("token_confidence", 0.7, threshold=0.5)
     draw = noise(0.7, each_round=True)

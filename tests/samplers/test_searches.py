@@ -394,7 +394,8 @@ def test_calls_are_counted_whether_or_not_their_particle_survives():
     assert oracle.chi_square_p(counts, [1 / 8, 3 / 8, 3 / 8, 1 / 8]) > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["absorbing", nightly("uniform")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", oracle.PROCESSES)
 def test_calls_around_tweedie(kind):
     """A completion at every round but the last, of what has masks; there are none without masks."""
     samples = draw(particle(equal, 3, Tweedie(schedule=NOISE, steps=3)), kind=kind)
@@ -419,6 +420,7 @@ def test_a_draw_belongs_to_its_key(make):
     np.testing.assert_array_equal(a[order], b)
 
 
+@pytest.mark.nightly
 def test_a_request_that_is_done_is_left_alone():
     """It comes out the same beside requests with more to draw, round by round or not."""
     short = np.tile([-1, -1, 2, 0], (DRAWS, 1))
@@ -435,7 +437,7 @@ def forbids_zero(tokens_RL, real_RL):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda: particle(forbids_zero, 2), lambda: best_of(forbids_zero, 2)]
+    "wrap", [lambda: particle(forbids_zero, 2), nightly(lambda: best_of(forbids_zero, 2))]
 )
 def test_one_score_that_is_not_finite_fails_them_all(wrap):
     """Even where the sequences that are returned are not the ones that have it."""

@@ -132,6 +132,7 @@ def test_the_error_halves_as_the_steps_double(kind, noise, rule):
     assert ((ratios[1:] > 1.7) & (ratios[1:] < 2.4)).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_many_steps_draw_from_the_joint():
     sampler = Tweedie(schedule=LogLinear(), steps=128)
@@ -221,6 +222,7 @@ def test_the_trace_changes_no_draw():
     np.testing.assert_array_equal(plain.tokens_BL, traced.tokens_BL)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", oracle.PROCESSES)
 def test_a_draw_belongs_to_its_key(kind):
     """Not to its place in the batch, nor to the other requests."""
@@ -236,6 +238,7 @@ def test_a_draw_belongs_to_its_key(kind):
     np.testing.assert_array_equal(a[order], b)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rule", RULES)
 def test_the_clamp_differs_by_request(rule):
     sampler = RULES[rule](schedule=LogLinear(), steps=8)

@@ -322,8 +322,8 @@ def test_greedy_tokens_are_the_most_likely_and_a_request_alone_draws_the_same(dr
     model = dataclasses.replace(cold, reshape=None)
     best_BL = model.log_conditional_in_order(hidden, greedy.tokens_BL, place_BL).argmax(-1)
     np.testing.assert_array_equal(np.asarray(greedy.tokens_BL)[free_BL], best_BL[free_BL])
-    for b, hot in itertools.product((1, 2), (False, True)):
-        size = int(REAL_BL[b].sum())
+    b, size = 2, int(REAL_BL[2].sum())
+    for hot in (False, True):
         together = run(sampler, ddit(), keys(0, B), TOKENS_BL, fixed_BL) if hot else greedy
         alone = run(
             sampler,

@@ -149,7 +149,8 @@ def test_only_positions_of_new_versions_are_drawn_anew():
     assert abs(changed_L[2] - expected) < 4 * (expected * (1 - expected) / DRAWS) ** 0.5
 
 
-@pytest.mark.parametrize("rho", [nightly(0.0), 1.0])
+@pytest.mark.nightly
+@pytest.mark.parametrize("rho", [0.0, 1.0])
 def test_the_share_of_new_noise(rho):
     """At rho 0 neighbours are the pivot; at 1 all are independent of each other."""
     tokens_BJL, plain_BL = drawn_neighbours("event_jump", rho)

@@ -92,6 +92,7 @@ def wait_for(workdir, step, seconds=120):
         time.sleep(0.1)
 
 
+@pytest.mark.nightly
 def test_a_signal_to_one_process_stops_both(tmp_path):
     processes = start(tmp_path, 1_000_000, 0)
     try:

@@ -137,6 +137,7 @@ def test_steps_do_not_change_a_save_in_the_background(
     assert_same(again, before)
 
 
+@pytest.mark.nightly
 def test_a_flipped_byte_in_any_shard_is_named_and_an_older_step_used(
     tmp_path, capfd, runners, abstract, state
 ):
