@@ -1,6 +1,6 @@
 """The quality of samples of a character model against the number of network calls.
 
-A judge scores the samples: an n-gram model of characters (``Judge``), counted on the training
+A judge scores the samples: an n-gram model of characters (``NgramJudge``), counted on the training
 split. The judge prefers repetitive text, so the entropy of the samples is printed as well. The
 first row is held-out text, whose figures good samples should have. The columns:
 
@@ -25,6 +25,7 @@ from report import report, save_plot, start
 import sedd
 from sedd.configuration.build import pack_split
 from sedd.data.packing import unigram_entropy
+from sedd.evaluation.ngram_judge import NgramJudge
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -61,60 +62,6 @@ class Settings:
     """Draw the figures against the network calls, and write the plot to this file."""
 
 
-class Judge:
-    """An n-gram model with Witten-Bell smoothing (Witten and Bell, 1991).
-
-    p_k(c | h) = (n(hc) + t(h)·p_{k-1}(c | h')) / (n(h) + t(h)). Here h is the context of k - 1
-    tokens, h' is h without its first token, n counts occurrences in the training text, t(h) is the
-    number of distinct tokens after h, and p_0 is uniform. After a context that does not occur,
-    p_k = p_{k-1}.
-
-    Args:
-        tokens: the training text.
-        num_tokens: the number of different tokens.
-        order: the largest k.
-    """
-
-    def __init__(self, tokens: np.ndarray, num_tokens: int, order: int):
-        self.base, self.order = num_tokens, order
-        self.tables = [np.unique(c, return_counts=True) for c in self._codes(tokens)]
-
-    def _codes(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """For each k = 1, …, ``order``: all windows of k tokens, each as one number."""
-        codes, code = [], np.zeros(len(tokens), np.int64)
-        for k in range(self.order):
-            code = code[: len(tokens) - k] * self.base + tokens[k:]
-            codes.append(code)
-        return codes
-
-    def nats(self, tokens_SL: np.ndarray) -> np.ndarray:
-        """Mean nats per token of each sequence, [S].
-
-        All tokens count; the first ``order`` - 1 tokens are scored with a shorter context.
-        """
-        return np.array([self._nats(row.astype(np.int64)).mean() for row in tokens_SL])
-
-    def _nats(self, tokens: np.ndarray) -> np.ndarray:
-        probs = np.full(len(tokens), 1 / self.base)
-        for k, code in enumerate(self._codes(tokens)):
-            windows, counts = self.tables[k]
-            seen = _look_up(windows, counts, code)
-            context = code // self.base
-            first, last = (np.searchsorted(windows, (context + i) * self.base) for i in range(2))
-            cumulative = np.concatenate([[0], np.cumsum(counts)])
-            total, distinct = cumulative[last] - cumulative[first], last - first
-            lower = probs[k:]
-            probs[k:] = np.where(
-                total > 0, (seen + distinct * lower) / np.maximum(total + distinct, 1), lower
-            )
-        return -np.log(probs)
-
-
-def _look_up(keys, values, wanted):
-    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[index] == wanted, values[index], 0)
-
-
 def entropies(tokens_SL: np.ndarray) -> float:
     """The entropy of a sequence's own token frequencies in nats, averaged over sequences."""
     return float(np.mean([unigram_entropy(np.bincount(row)) for row in tokens_SL]))
@@ -133,17 +80,24 @@ def main(settings: Settings) -> None:
         count = packed.num_rows if count is None else count
         return packed.rows(np.linspace(0, packed.num_rows - 1, count).astype(int))[0]
 
-    judge = Judge(
-        rows("train", None).ravel().astype(np.int64), model.process.num_tokens, settings.order
+    judge = NgramJudge.of(
+        rows("train", None).ravel(),
+        model.process.num_tokens,
+        settings.order,
+        encode=tokenizer.encode_batch,
     )
+
+    def nats_of(tokens_SL):  # all tokens count, those at the start with a shorter context
+        return np.array([judge.nats(ids_L).mean() for ids_L in tokens_SL])
+
     real = rows("validation", 512)
     results = [
         {
             "sampler": "held-out text",
             "setting": "",
             "calls": None,
-            "nats/char": float(judge.nats(real).mean()),
-            "± s.e.": _error(judge.nats(real)),
+            "nats/char": float(nats_of(real).mean()),
+            "± s.e.": _error(nats_of(real)),
             "entropy": entropies(real),
         }
     ]
@@ -153,7 +107,7 @@ def main(settings: Settings) -> None:
             key = jax.random.key(settings.seed)
             options = options | {what: value}
             drawn = sedd.sample(model, key, num=settings.num, sampler=sampler, **options)
-            nats = judge.nats(drawn.tokens)
+            nats = nats_of(drawn.tokens)
             results.append(
                 {
                     "sampler": label,

@@ -12,6 +12,7 @@ from tiny_run import make_run
 
 from sedd.configuration.components import options, values
 from sedd.errors import UserError
+from sedd.evaluation.ngram_judge import NgramJudge
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -178,12 +179,13 @@ def witten_bell(text, train, order, num_tokens):
 
 
 def test_the_judge_is_witten_and_bells():
-    quality = importlib.import_module("sample_quality")
     rng = np.random.default_rng(0)
     train, text = rng.integers(0, 3, 40).tolist(), rng.integers(0, 4, 12).tolist()
-    judge = quality.Judge(np.array(train), 4, 3)
+    judge = NgramJudge.of(np.array(train), 4, 3, encode=lambda texts: [np.array(text)] * len(texts))
     expected = witten_bell(text, train, 3, 4)
-    np.testing.assert_allclose(judge.nats(np.array([text, text])), expected, rtol=1e-12)
+    np.testing.assert_allclose(judge.nats(np.array(text)).mean(), expected, rtol=1e-12)
+    judged = judge.judge(["a", "b"])
+    np.testing.assert_allclose(judged.nats_S / judged.tokens_S, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

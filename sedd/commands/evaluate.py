@@ -8,8 +8,9 @@ The command works in this order, so that no mistake shows after hours of computi
    be read is reported, and the others are evaluated.
 4. Score every sequence of each data set. Finished sequences are appended to a journal. An
    interrupted evaluation continues from it.
-5. Measure the price of parallelism, rank texts by their log marginals, compare the samples with
-   real text, and test the consistency of the conditionals, if asked for.
+5. Measure the price of parallelism, rank texts by their log marginals, draw and judge the texts of
+   --frontier, compare the samples with real text, and test the consistency of the conditionals, if
+   asked for.
 6. Write the files (report, table, JSON), and then print the tables, which are printed even if a
    file cannot be written. If the JSON goes to standard output, no tables are printed.
 """
@@ -56,8 +57,13 @@ def main(arguments: Sequence[str]) -> int:
     """
     command = read_command(arguments)
     mesh = command.on.join()
-    if jax.process_count() > 1 and (command.samples or command.consistency):
-        flag = "--samples" if command.samples else "--consistency"
+    alone = {
+        "--samples": command.samples,
+        "--consistency": command.consistency,
+        "--frontier": command.frontier.frontier,
+    }
+    if jax.process_count() > 1 and any(alone.values()):
+        flag = next(flag for flag, given in alone.items() if given)
         raise UserError(f"{flag} works in a single process only; leave it out, or run one process")
     if not is_first():
         command = dataclasses.replace(command, json=None, report=None, table=None, resume=None)

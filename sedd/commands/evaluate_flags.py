@@ -15,6 +15,7 @@ import tyro
 
 from sedd.commands.cli import check_suffix, parse, take, unset
 from sedd.commands.devices import DeviceFlags
+from sedd.commands.frontier_flags import FrontierFlags, check_frontier
 from sedd.commands.load_flags import LoadFlags
 from sedd.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from sedd.evaluation.scoring import Order
@@ -65,7 +66,8 @@ class EvaluateCommand:
     samples: Annotated[Path | None, unset("FILE.jsonl")] = None
     """Compare these samples (from sample.py --output) with the text of the first data set."""
     judge: Annotated[str | None, unset("NAME|DIR")] = None
-    """Generative perplexity of the samples under smollm2, hf:NAME, or an autoregressive run."""
+    """Generative perplexity of the samples under smollm2, hf:NAME, or an autoregressive run. For
+    --frontier the default is smollm2; ngram, which counts the training text, is offline."""
     consistency: Annotated[int | None, unset("PAIRS")] = None
     """Test, at this many pairs of adjacent positions, whether the model's conditionals belong to
     one joint distribution."""
@@ -84,6 +86,7 @@ class EvaluateCommand:
     marginal_check: Annotated[int | None, unset("ORDERS")] = None
     """Compare the values of the marginal head with the log of the mean likelihood over this many
     random orders, on the first data set and on the texts of --marginals."""
+    frontier: Annotated[FrontierFlags, tyro.conf.arg(name="")] = FrontierFlags()
     report: Annotated[Path | None, unset("FILE.html")] = None
     """Write all results to one HTML page."""
     resume: Annotated[Path | None, unset("FILE.jsonl")] = None
@@ -109,8 +112,13 @@ class EvaluateCommand:
             raise ValueError("--price needs numbers of network calls, such as 1 4 16 64")
         if self.data == ():
             raise ValueError("--data needs a value")
-        if self.judge is not None and self.samples is None:
-            raise ValueError(f"--judge {self.judge} takes --samples FILE.jsonl, which is missing")
+        check_frontier(self.frontier)
+        if self.judge is not None and self.samples is None and not self.frontier.frontier:
+            raise ValueError(
+                f"--judge {self.judge} takes --samples FILE.jsonl or --frontier, which is missing"
+            )
+        if self.judge == "ngram" and self.samples is not None:
+            raise ValueError("--judge ngram is for --frontier: it has no features for MAUVE")
         for name, suffixes in SUFFIXES.items():
             path = getattr(self, name)
             if path is not None:

@@ -8,6 +8,7 @@
 - ``--price``: nats per token if several tokens are revealed in a network call.
 - ``--diagnose``: predictions by distance to the nearest revealed token, and the price.
 - ``--marginals``, ``--marginal-check``: log marginals by a marginal head.
+- ``--frontier``: judged quality against entropy, of texts that are drawn here.
 - ``--consistency``: whether the model's conditionals at pairs of positions belong to one joint
   distribution.
 """
@@ -26,13 +27,14 @@ import jax.numpy as jnp
 from sedd.commands.cli import note
 from sedd.commands.evaluate_diagnosis import check_diagnosis, diagnosis_of_data, priced_calls
 from sedd.commands.evaluate_flags import EvaluateCommand
+from sedd.commands.evaluate_frontier import FrontierTask, ngram_judge
 from sedd.commands.evaluate_marginals import RankedTexts
 from sedd.errors import UserError, did_you_mean
 from sedd.evaluating import price_of
 from sedd.evaluation.consistency import consistency, draw_pairs
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.generative_perplexity import generative_perplexity
-from sedd.evaluation.judges import Judge, WindowJudge, hugging_face_judge
+from sedd.evaluation.judges import Judge, Scorer, WindowJudge, hugging_face_judge
 from sedd.evaluation.mauve import mauve
 from sedd.evaluation.monte_carlo import REPLICATES, sequence_nats
 from sedd.evaluation.price_draws import check_model, check_scored
@@ -65,6 +67,7 @@ class Comparisons:
         samples: the texts of ``--samples``; None without the flag.
         judge: the model of ``--judge``; None without the flag.
         marginals: the texts of ``--marginals``; None without it and without ``--marginal-check``.
+        frontier: the models of ``--frontier``; None without the flag.
     """
 
     command: EvaluateCommand
@@ -72,19 +75,29 @@ class Comparisons:
     samples: list[str] | None
     judge: Judge | None
     marginals: RankedTexts | None = None
+    frontier: FrontierTask | None = None
 
     @classmethod
     def of(cls, command: EvaluateCommand, model: Model) -> "Comparisons":
-        """Read the files of samples and of texts to rank, and load the judge.
+        """Read the files of samples and of texts to rank, and load the judge and a second model.
 
         Raises:
             UserError: a file cannot be read, there is no such judge, or the model has no marginal
                 head.
         """
         samples = None if command.samples is None else read_samples(command.samples)
-        judge = None if command.judge is None else judge_of(command.judge)
-        marginals = RankedTexts.of(command, model)
-        return cls(command=command, model=model, samples=samples, judge=judge, marginals=marginals)
+        judge = None if command.judge in (None, "ngram") else judge_of(command.judge)
+        frontier = None
+        if command.frontier.frontier:
+            frontier = FrontierTask.of(command, model, judge or offline_judge(command, model))
+        return cls(
+            command=command,
+            model=model,
+            samples=samples,
+            judge=judge,
+            marginals=RankedTexts.of(command, model),
+            frontier=frontier,
+        )
 
     def check(self, data: DataSet) -> None:
         """Check that there are enough texts and pairs of positions for the tests.
@@ -100,6 +113,8 @@ class Comparisons:
             check_diagnosis(self.command, self.model)
         if self.marginals is not None:
             self.marginals.check(data)
+        if self.frontier is not None:
+            self.frontier.check(data)
         if self.samples is not None and min(len(self.samples), len(data.chosen)) < 2:
             raise UserError(
                 f"--samples {self.command.samples}: at least 2 samples and 2 rows of text are "
@@ -136,6 +151,9 @@ class Comparisons:
             sections.append(self._of_parallelism(data, calls, figures))
         if self.marginals is not None:
             sections.append(self.marginals.section(data, result, figures))
+        if self.frontier is not None:
+            real = real_texts(self.model, data, self.command.frontier.texts)
+            sections.append(self.frontier.section(data, real, figures))
         with Activity("comparing samples and conditionals"):
             if self.samples is not None:
                 try:
@@ -271,6 +289,22 @@ def real_texts(model: Model, data: DataSet, number: int) -> list[str]:
     return [
         tokenizer.decode(x0_L[scored_L]) for x0_L, scored_L in zip(x0_BL, scored_BL, strict=True)
     ]
+
+
+def offline_judge(command: EvaluateCommand, model: Model) -> Scorer:
+    """The judge of ``--frontier`` if ``--judge`` names no model: n-grams, or else smollm2.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if command.judge == "ngram":
+        return ngram_judge(model)
+    try:
+        return judge_of("smollm2")
+    except UserError as error:
+        raise UserError(
+            f"--frontier needs a judge: {error}; or name one by --judge, such as ngram"
+        ) from error
 
 
 def judge_of(name: str) -> Judge:

@@ -2,8 +2,11 @@ from .bound import BoundResult as BoundResult
 from .bound import evaluate_bound as evaluate_bound
 from .datasets import DataSet as DataSet
 from .diagnosis import Diagnosis as Diagnosis
+from .frontier import Frontier as Frontier
+from .frontier import JudgedPoint as JudgedPoint
 from .marginals import Marginals as Marginals
 from .monte_carlo import MonteCarlo as MonteCarlo
+from .ngram_judge import NgramJudge as NgramJudge
 from .price import Price as Price
 from .protocols import PROTOCOLS as PROTOCOLS
 from .protocols import Protocol as Protocol

@@ -1,7 +1,7 @@
 """Judges: autoregressive models that compute the likelihood of texts, and features for MAUVE.
 
-``Judge`` is the interface. ``WindowJudge`` makes a judge of two functions on rows of token ids, and
-``hugging_face_judge`` one of a model of the Hugging Face hub.
+``Scorer`` and ``Judge`` are the interfaces. ``WindowJudge`` makes a judge of two functions on rows
+of token ids, and ``hugging_face_judge`` one of a model of the Hugging Face hub.
 """
 
 import pickle
@@ -32,7 +32,7 @@ class Judgement:
 
 
 @runtime_checkable
-class Judge(Protocol):
+class Scorer(Protocol):
     """A model that computes the likelihood of texts."""
 
     @property
@@ -52,6 +52,11 @@ class Judge(Protocol):
     def judge(self, texts: Sequence[str]) -> Judgement:
         """Compute the nats of each text; an empty text has 0 nats and 0 tokens."""
         ...
+
+
+@runtime_checkable
+class Judge(Scorer, Protocol):
+    """A scorer that also gives features of texts, for MAUVE."""
 
     def features(self, texts: Sequence[str]) -> np.ndarray:
         """Return a feature vector for each text, [S, D].
