@@ -166,11 +166,15 @@ class SelfDistill(Objective):
 
     def _log_clean(self, raw_RV, x_R, sigma_R):
         """log p(x0 = v | x) of the real tokens at positions that may be wrong."""
-        if self.process.absorbing:
-            return jax.nn.log_softmax(self.parameterization.masked_logits(raw_RV), -1)
-        log_score_RV = self.parameterization.log_score(raw_RV, x_R, sigma_R)
-        log_probs_RV = self.process.denoise(log_score_RV, x_R, sigma_R)
-        return log_probs_RV[..., : self.process.num_tokens]
+        num_tokens = self.process.num_tokens
+        if not self.parameterization.normalised:
+            log_score_RV = self.parameterization.log_score(raw_RV, x_R, sigma_R)
+            return self.process.denoise(log_score_RV, x_R, sigma_R)[..., :num_tokens]
+        logits_RN = self.parameterization.masked_logits(raw_RV)
+        if not self.process.absorbing:  # a prediction without the token at the position itself
+            likelihood_RV = self.process.transition_to(x_R, sigma_R, sigma_R)
+            logits_RN = logits_RN + jnp.log(likelihood_RV[..., :num_tokens])
+        return jax.nn.log_softmax(logits_RN, -1)
 
     def _rows(self, network, params, corrupted, x0_BL, *, keys_B=None):
         """The student's rows, the teacher's hidden states beside them, and the teacher's head."""

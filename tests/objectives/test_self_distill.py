@@ -17,6 +17,7 @@ from sedd.objectives.base import Corrupted, Lesson
 from sedd.objectives.divergences import f_divergence
 from sedd.objectives.self_distill import SelfDistill, revealed_share
 from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.mean import Mean
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
 from sedd.processes.uniform import Uniform
@@ -265,6 +266,36 @@ def test_corruptions_of_one_text_are_nested():
     assert moved.mean() > 0.05
 
 
+def leave_one_out(sigma):
+    """[N^L, L, N]: p(x0_i | x at all other positions) of the exact model at total noise σ."""
+    kernel = oracle.transition_matrix("uniform", sigma)
+    states = oracle.all_states(N)
+    each_XSL = kernel[states[:, None, :], states[None, :, :]]  # x0, x
+    found = []
+    for i in range(L):
+        like_XS = np.prod(np.delete(each_XSL, i, -1), -1) * UNIFORM.joint.ravel()[:, None]
+        found.append(np.einsum("xs,xn->sn", like_XS / like_XS.sum(0), np.eye(N)[states[:, i]]))
+    return np.stack(found, 1)
+
+
+def test_a_mean_is_compared_through_its_posterior():
+    """The divergence of the exact model at two noise levels, on all states."""
+    reading = Mean(process=Uniform(num_tokens=N))
+    objective = SelfDistill(schedule=LogLinear(), parameterization=reading, rounds=1)
+    early, late = 0.4, 1.1
+    x_R = i32(oracle.all_states(N).ravel())
+    raw = {s: f32(np.log(leave_one_out(s)).reshape(-1, N)) for s in (early, late)}
+    sigma_R = jnp.ones(len(x_R))
+    head = jnp.eye(N), jnp.zeros(N)
+    found_R = objective.row_nats(
+        *(raw[late], x_R, x_R, late * sigma_R, raw[early], x_R, early * sigma_R, *head)
+    )
+    p, q = posterior(early), posterior(late)
+    expected = (special.xlogy(p, p) - special.xlogy(p, q)).sum(-1)
+    np.testing.assert_allclose(found_R.reshape(expected.shape), expected, atol=1e-5)
+    assert expected.max() > 0.1
+
+
 @functools.cache
 def posterior(sigma):
     """[N^L, L, N]: p(x0_i | x) of the exact model at total noise σ."""
@@ -304,7 +335,7 @@ def test_the_loss_of_an_exact_model_is_its_enumeration():
     """On the uniform process, from the score through the posterior of both levels."""
     count = 4000
     objective = consistent(teacher_steps=4)
-    network = oracle.ExactScoreNetwork(num_states=N, time_conditioned=True)
+    network = oracle.ExactScoreNetwork(num_states=N, time_conditioned=True, kind="uniform")
     params = {"joint": f32(UNIFORM.joint)}
     x0_L = np.array([0, 2, 1, 1])
     x0_BL = i32(np.tile(x0_L, (count, 1)))
