@@ -56,6 +56,7 @@ def test_validation_is_the_bound_and_not_the_loss(student):
     assert f"≤ {last['validation_nats_per_token']:.4f}" in outcome.out
 
 
+@pytest.mark.nightly
 def test_a_uniform_student(tmp_path, text):
     """By consistency, on the score; without a recipe the components are those of the teacher."""
     config = tiny_run.config("uniform", corpus=str(text))

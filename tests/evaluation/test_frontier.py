@@ -155,6 +155,7 @@ def test_the_command_draws_two_models(place):
     assert found["real"]["nats_per_token"][0] < min(p["nats_per_token"][0] for p in found["points"])
 
 
+@pytest.mark.nightly
 def test_a_process_without_temperature_has_one_point(place):
     ran = evaluate(
         *(place, *FRONTIER, "--judge", "ngram", "--json", place / "u.json"), model="uniform"
