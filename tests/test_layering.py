@@ -33,6 +33,7 @@ PROTOCOLS = {  # modules of another level than their families, so that others ca
     "sedd.constraints.windows": 2,
     "sedd.watermark.base": 2,
     "sedd.control.texts": 5,
+    "sedd.control.ratio": 5,
 }
 MODULES_BESIDE_PACKAGES = 12
 

@@ -32,6 +32,9 @@ class ControlFlags:
     total_variation: Annotated[float | None, unset("FLOAT")] = None
     """The largest total variation between the law of qrs and the controlled one, as the first pool
     estimates it; by default 0.05."""
+    base: Annotated[str | None, unset("DIR|hf://OWNER/NAME")] = None
+    """The model whose law is controlled, if --checkpoint only proposes texts, for resample and
+    weigh. Needs --sampler ordered in a fixed order, whose law is known, and no given text."""
 
     @property
     def wanted(self) -> list[float]:
@@ -77,7 +80,7 @@ def check_control(command) -> None:
         UserError: a flag is missing, out of range, or does not go with another one.
     """
     flags: ControlFlags = command.control
-    names = ("moments", "method", "pool", "total_variation")
+    names = ("moments", "method", "pool", "total_variation", "base")
     given = {f"--{name.replace('_', '-')}": getattr(flags, name) for name in names}
     if flags.features is None:
         for flag, value in given.items():
@@ -113,8 +116,55 @@ def check_control(command) -> None:
         raise UserError(f"--trace {command.trace}: --features draws texts that are not returned")
     if flags.method == "weigh" and command.num != 1:
         raise UserError(f"--num {command.num}: --method weigh writes all texts of a --pool")
-    if flags.method != "particle":
-        return
+    if flags.base is not None:
+        _check_proposing(command)
+    if flags.method == "particle":
+        _check_particle(command)
+
+
+def _check_proposing(command) -> None:
+    """Check the flags beside --base: with it, the law of the proposals must be the sampler's own.
+
+    Args:
+        command: the ``SampleCommand``.
+
+    Raises:
+        UserError: another method or sampler, or a flag that changes the law.
+    """
+    flags: ControlFlags = command.control
+    where = f"--base {flags.base}"
+    if flags.method not in ("resample", "weigh"):
+        raise UserError(
+            f"{where}: it goes with --method resample or weigh, since the ratio of two models has "
+            "no known bound"
+        )
+    sampler = command.sampler
+    if sampler.name != "ordered" or sampler.steps is not None or sampler.order == "random":
+        raise UserError(
+            f"{where}: the law of the proposals must be known: give --sampler ordered in a fixed "
+            "--order, without --steps"
+        )
+    names = ("prompt", "suffix", "infill", "chat", "regex", "json_schema", "top_k", "top_p")
+    given = {name: getattr(command, name) for name in (*names, "guidance", "logit_processor")}
+    given["temperature"] = command.temperature != 1
+    given["watermark"] = command.mark.watermark
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name.replace('_', '-')}: with {where} the law of the proposals must be the "
+                "model's own, from nothing"
+            )
+
+
+def _check_particle(command) -> None:
+    """Check the flags beside --method particle, which is a sampler itself.
+
+    Args:
+        command: the ``SampleCommand``.
+
+    Raises:
+        UserError: a flag of the sampler contradicts the method.
+    """
     if command.sampler.name != "particle":
         raise UserError(
             f"--sampler {command.sampler.name}: the method particle is a sampler itself; write "

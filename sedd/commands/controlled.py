@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from sedd.control.draws import POOL, TOTAL_VARIATION, Drawing, Proposals, score_
 from sedd.control.estimates import Curve
 from sedd.control.features import Features
 from sedd.control.law import Control
+from sedd.control.ratio import LogRatio
 from sedd.errors import UserError
 from sedd.evaluation.measured import Measured
 from sedd.evaluation.report import Cell, Table
@@ -65,7 +66,16 @@ class Controlled:
                 TOTAL_VARIATION if flags.total_variation is None else flags.total_variation
             ),
             steered=self._steered,
+            log_ratio=self._log_ratio() if flags.base is not None else None,
         )
+
+    def _log_ratio(self) -> Callable[[list[Answer]], np.ndarray]:
+        """The log ratio of texts under the law of --base and of the model that proposes."""
+        command = self.asking.command
+        assert command.control.base is not None
+        base = command.how.load(command.control.base)
+        ratio = LogRatio(base, self.asking.model, self._first.sampler, command.batch_size)
+        return lambda texts: ratio([one.tokens for one in texts])
 
     def _proposed(self) -> Asked:
         """The request with the sampler whose law is controlled."""
@@ -196,6 +206,11 @@ def figure_table(drawing: Drawing[Answer]) -> Table:
     rows: list[tuple[Cell, ...]] = [
         ("log Z", Measured(found.log_partition, found.log_partition_error)),
         ("KL to the model, nats", Measured(found.kl, found.kl_error)),
+        *(
+            []
+            if drawing.log_ratio is None
+            else [("KL to the proposals", Measured(found.proposal_kl, found.proposal_kl_error))]
+        ),
         (f"effective texts of {found.num}", round(found.ess, 1)),
     ]
     if drawing.method in ("reject", "qrs") and found.acceptance is not None:

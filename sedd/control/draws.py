@@ -66,7 +66,9 @@ def reject(control: Control, features_KF, uniform_K, log_beta: float | None = No
     return np.flatnonzero(np.asarray(uniform_K) < np.exp(np.minimum(log_ratio_K, 0)))
 
 
-def resample(control: Control, features_KF, num: int, rng: np.random.Generator) -> np.ndarray:
+def resample(
+    control: Control, features_KF, num: int, rng: np.random.Generator, log_ratio_K=None
+) -> np.ndarray:
     """Pick ``num`` of K draws with the probabilities exp(λ·φ) / Σ exp(λ·φ), with replacement.
 
     Sampling importance resampling: the law of a pick tends to p as K grows. Draws are repeated, the
@@ -77,6 +79,7 @@ def resample(control: Control, features_KF, num: int, rng: np.random.Generator) 
         features_KF: the features of K draws of the sampler.
         num: number of picks.
         rng: the source of randomness.
+        log_ratio_K: log a(x)/q(x) of each draw, as in ``solve``; it is added to λ·φ.
 
     Returns:
         The indices of the picks, in random order.
@@ -87,6 +90,7 @@ def resample(control: Control, features_KF, num: int, rng: np.random.Generator) 
     exponent_K = control.log_weights(np.asarray(features_KF, float))
     if not np.isfinite(exponent_K).any():
         raise UserError(f"none of {len(exponent_K):,} texts meets the conditions")
+    exponent_K = exponent_K + (0.0 if log_ratio_K is None else np.asarray(log_ratio_K, float))
     weight_K = np.exp(exponent_K - exponent_K.max())
     return rng.choice(len(weight_K), size=num, p=weight_K / weight_K.sum())
 
@@ -139,6 +143,8 @@ class Drawing(Generic[Text]):
         rng: the source of randomness of ``resample``.
         total_variation: the largest total variation of ``qrs``, as estimated from the first pool.
         steered: for ``particle``: given the control, yields batches of texts of its sampler.
+        log_ratio: if the proposals are draws of another law q: log a(x)/q(x) of some of them. Only
+            ``resample`` and ``weigh`` can do with it, since the ratio has no known bound.
     """
 
     proposals: Proposals[Text]
@@ -151,6 +157,7 @@ class Drawing(Generic[Text]):
     rng: np.random.Generator
     total_variation: float = TOTAL_VARIATION
     steered: Callable[[Control], Proposals[Text]] | None = None
+    log_ratio: Callable[[list[Text]], np.ndarray] | None = None
     control: Control | None = None
     """The law, once λ is known."""
     estimate: Estimate | None = None
@@ -174,7 +181,14 @@ class Drawing(Generic[Text]):
             raise FieldError("num", f"must be at least 1, got {self.num}")
         if not 0 <= self.total_variation < 1:
             raise FieldError("total_variation", f"must be in [0, 1), got {self.total_variation}")
+        if self.log_ratio is not None and self.method not in ("resample", "weigh"):
+            raise FieldError(
+                "method",
+                f"must be resample or weigh where another model proposes, got {self.method!r}: the "
+                "ratio of two models has no known bound",
+            )
         check_numbers(self.features, self.moments)
+        self._ratio_K: np.ndarray | None = None  # of the second pool
 
     def texts(self) -> Iterator[list[tuple[Text, np.ndarray]]]:
         """Yield the texts with their features in lists, as they are drawn.
@@ -182,14 +196,16 @@ class Drawing(Generic[Text]):
         Raises:
             UserError: a feature fails, the moments cannot be met, or ``reject`` has no bound.
         """
-        _, features_KF = self.proposals.take(self.pool)
-        control = self.control = solve(features_KF, self.moments, self.features.names)
+        pool, features_KF = self.proposals.take(self.pool)
+        ratio_K = self.log_ratio and self.log_ratio(pool)
+        control = self.control = solve(features_KF, self.moments, self.features.names, ratio_K)
         if self.method == "reject":
             reject(control, features_KF, np.ones(len(features_KF)))  # checks the bound
         if self.method == "qrs":
             self.log_beta = curve(control, features_KF).at_most(self.total_variation)
         pool, features_KF = self.proposals.take(self.pool)
-        self.estimate = estimate(control, features_KF, self.log_beta)
+        self._ratio_K = self.log_ratio and self.log_ratio(pool)
+        self.estimate = estimate(control, features_KF, self.log_beta, self._ratio_K)
         if self.method == "qrs":
             self.curve = curve(control, features_KF)
         if self.method == "resample":
@@ -208,7 +224,7 @@ class Drawing(Generic[Text]):
 
     def _resampled(self, control: Control, pool: list[Text], features_KF: np.ndarray):
         """The picks of sampling importance resampling."""
-        picked = resample(control, features_KF, self.num, self.rng)
+        picked = resample(control, features_KF, self.num, self.rng, self._ratio_K)
         self.distinct = len(np.unique(picked))
         return [(pool[index], features_KF[index]) for index in picked]
 
@@ -235,10 +251,15 @@ class Drawing(Generic[Text]):
 
     @property
     def weights(self) -> np.ndarray:
-        """w(x) = p(x)/a(x) of the texts that were yielded by ``weigh``, [K]; their mean is 1."""
+        """w(x) of the texts that ``weigh`` yielded, [K]: p(x) over the law of the proposals.
+
+        Their mean is 1.
+        """
         assert self.control is not None
         assert self.estimate is not None
         log_weights_K = self.control.log_weights(np.stack(self.drawn))
+        if self._ratio_K is not None:
+            log_weights_K = log_weights_K + self._ratio_K
         return np.exp(log_weights_K - self.estimate.log_partition)
 
     @property

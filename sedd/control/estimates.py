@@ -39,6 +39,9 @@ class Estimate:
     kl: float
     """KL divergence from the law to the sampler's own, in nats."""
     kl_error: float
+    proposal_kl: float
+    """KL divergence from the law to that of the draws, in nats; ``kl`` if the sampler drew them."""
+    proposal_kl_error: float
     acceptance: float | None
     """Share of proposals that rejection accepts; None if it needs a bound that does not exist."""
     acceptance_error: float | None
@@ -46,7 +49,9 @@ class Estimate:
     """Number of draws, K."""
 
 
-def estimate(control: Control, features_KF, log_beta: float | None = None) -> Estimate:
+def estimate(
+    control: Control, features_KF, log_beta: float | None = None, log_ratio_K=None
+) -> Estimate:
     """Estimate the figures of a control's law from fresh draws, by weighting them.
 
     Errors are those of the delta method, λ taken as uncertain.
@@ -55,12 +60,14 @@ def estimate(control: Control, features_KF, log_beta: float | None = None) -> Es
         control: from ``solve``, on other draws.
         features_KF: the features of K draws.
         log_beta: log β of quasi-rejection, whose law is proportional to a·min(exp(λ·φ), β).
+        log_ratio_K: log a(x)/q(x) of each draw, as in ``solve``; not with ``log_beta``.
 
     Raises:
         UserError: no draw has a weight above 0.
     """
     features_KF = np.asarray(features_KF, float)
-    exponent_K = _exponents(control, features_KF)
+    ratio_K = np.zeros(len(features_KF)) if log_ratio_K is None else np.asarray(log_ratio_K, float)
+    exponent_K = _exponents(control, features_KF) + ratio_K
     clipped_K = exponent_K if log_beta is None else np.minimum(exponent_K, log_beta)
     num = len(features_KF)
     log_z = float(np.logaddexp.reduce(clipped_K) - np.log(num))
@@ -75,14 +82,18 @@ def estimate(control: Control, features_KF, log_beta: float | None = None) -> Es
     variance_F += np.einsum("fg,gh,fh->f", change_FF, control.covariance, change_FF)
     variance_F[control.conditions] = 0.0  # but for rounding
     log_w_K = np.where(w_K > 0, clipped_K - log_z, 0.0)
-    kl = float((w_K * log_w_K).mean())
+    kl, kl_error = _divergence(w_K, log_w_K - np.where(w_K > 0, ratio_K, 0.0))
+    proposal_kl, proposal_kl_error = _divergence(w_K, log_w_K)
+    ratio_K = np.exp(ratio_K - ratio_K.max())
+    ratio_K /= ratio_K.mean()
+    base_F = ratio_K @ features_KF / num
     bound = control.log_bound if log_beta is None else log_beta
     unit = ((features_KF >= 0) & (features_KF <= 1)).all()
     acceptance = float(np.exp(log_z - bound)) if unit or log_beta is not None else None
     relative = float(w_K.std() / np.sqrt(num))  # error of log Z
     return Estimate(
-        base=features_KF.mean(0),
-        base_errors=features_KF.std(0) / np.sqrt(num),
+        base=base_F,
+        base_errors=(ratio_K[:, None] * (features_KF - base_F)).std(0) / np.sqrt(num),
         moments=moments_F,
         errors=np.sqrt(variance_F),
         variances=(w_K @ apart_KF**2) / num,
@@ -90,11 +101,19 @@ def estimate(control: Control, features_KF, log_beta: float | None = None) -> Es
         log_partition=log_z,
         log_partition_error=relative,
         kl=kl,
-        kl_error=float((w_K * (log_w_K - kl) - (w_K - 1)).std() / np.sqrt(num)),
+        kl_error=kl_error,
+        proposal_kl=proposal_kl,
+        proposal_kl_error=proposal_kl_error,
         acceptance=acceptance,
         acceptance_error=None if acceptance is None else acceptance * relative,
         num=num,
     )
+
+
+def _divergence(w_K, log_K) -> tuple[float, float]:
+    """E[w·log_K] of normalised weights and its standard error; log_K contains -log Z."""
+    value = float((w_K * log_K).mean())
+    return value, float((w_K * (log_K - value) - (w_K - 1)).std() / np.sqrt(len(w_K)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ of the features are the wanted moments μ, the one with the smallest KL divergen
 
 (arXiv:2012.11635, section 2). λ minimises the convex function log E_a exp(λ·(φ - μ)). ``solve``
 puts K draws of a in the place of E_a. Draws are weighted by w alone: the probabilities a(x) cancel,
-so that everything here is right for the law of any sampler.
+so that everything here is right for the law of any sampler. Draws of another law q are weighted by
+a(x)/q(x) as well, which has to be known then (``log_ratio_K``).
 
 A feature with the values 0 and 1 and a moment of 1 or 0 is a condition: its λ is infinite, and p is
 a, conditioned on the feature, times the exponential of the other features.
@@ -47,7 +48,7 @@ class Control:
     log_partition: float
     """log Z."""
     ess: float
-    """Effective number of draws, (Σw)² / Σw²."""
+    """Effective number of draws, (Σw)² / Σw², with the weights of the draws."""
     kl: float
     """KL(p‖a) in nats."""
     num: int
@@ -85,7 +86,7 @@ class Control:
         return np.where(met_K, features_KF[:, ~hard_F] @ self.weights[~hard_F], -np.inf)
 
 
-def solve(features_KF, moments_F, names: Sequence[str] | None = None) -> Control:
+def solve(features_KF, moments_F, names: Sequence[str] | None = None, log_ratio_K=None) -> Control:
     """Find the law with the wanted moments from the features of K draws of a sampler.
 
     Args:
@@ -93,6 +94,7 @@ def solve(features_KF, moments_F, names: Sequence[str] | None = None) -> Control
         moments_F: the wanted mean of each feature. 1 or 0 for a feature with the values 0 and 1 is
             a condition that every text must meet.
         names: names of the features, for messages; by default 0, 1, ….
+        log_ratio_K: log a(x)/q(x) of each draw if they are draws of another law q; finite.
 
     Raises:
         UserError: the numbers of features and moments differ, one is not finite, or no weights of
@@ -112,14 +114,16 @@ def solve(features_KF, moments_F, names: Sequence[str] | None = None) -> Control
     met_K = (features_KF[:, hard_F] == moments_F[hard_F]).all(1)
     soft = [name for name, hard in zip(known, hard_F, strict=True) if not hard]
     _check_conditions(features_KF, moments_F, known, hard_F, met_K)
-    rows_UF, count_U = np.unique(features_KF[met_K][:, ~hard_F], axis=0, return_counts=True)
+    ratio_K = np.zeros(len(met_K)) if log_ratio_K is None else np.asarray(log_ratio_K, float)
+    rows_UF, row_K = np.unique(features_KF[met_K][:, ~hard_F], axis=0, return_inverse=True)
+    mass_U = np.bincount(row_K, np.exp(ratio_K[met_K] - ratio_K[met_K].max()))
     _check_hull(rows_UF, moments_F[~hard_F], soft, int(met_K.sum()), conditioned=bool(hard_F.any()))
     weights_F = np.where(moments_F == 1, np.inf, -np.inf)
-    weights_F[~hard_F] = _newton(rows_UF - moments_F[~hard_F], count_U, soft)
-    return _control(features_KF, moments_F, known, weights_F, met_K)
+    weights_F[~hard_F] = _newton(rows_UF - moments_F[~hard_F], mass_U, soft)
+    return _control(features_KF, moments_F, known, weights_F, met_K, ratio_K)
 
 
-def _control(features_KF, moments_F, names, weights_F, met_K) -> Control:
+def _control(features_KF, moments_F, names, weights_F, met_K, ratio_K) -> Control:
     """The ``Control`` of weights λ: its figures, and the error of λ by the delta method.
 
     λ solves Σ_k w_k·(φ_k - μ) = 0, an estimating equation, so that the covariance of its error is
@@ -127,7 +131,7 @@ def _control(features_KF, moments_F, names, weights_F, met_K) -> Control:
     the moments, so that the covariance of their errors is G / K.
     """
     hard_F = np.isinf(weights_F)
-    exponent_K = np.where(met_K, features_KF[:, ~hard_F] @ weights_F[~hard_F], -np.inf)
+    exponent_K = np.where(met_K, features_KF[:, ~hard_F] @ weights_F[~hard_F] + ratio_K, -np.inf)
     num = len(features_KF)
     log_partition = float(np.logaddexp.reduce(exponent_K) - np.log(num))
     w_K = np.exp(exponent_K - log_partition)
@@ -141,7 +145,7 @@ def _control(features_KF, moments_F, names, weights_F, met_K) -> Control:
     return Control(
         names=names,
         moments=moments_F,
-        base=features_KF.mean(0),
+        base=np.average(features_KF, axis=0, weights=np.exp(ratio_K - ratio_K.max())),
         weights=weights_F,
         covariance=covariance_FF,
         moment_covariance=moments_FF,
@@ -152,15 +156,15 @@ def _control(features_KF, moments_F, names, weights_F, met_K) -> Control:
     )
 
 
-def _newton(apart_US, count_U, names: Sequence[str]) -> np.ndarray:
-    """λ [S] that minimises log Σ_u count_u·exp(λ·apart_u), by Newton steps in a trust region.
+def _newton(apart_US, mass_U, names: Sequence[str]) -> np.ndarray:
+    """λ [S] that minimises log Σ_u mass_u·exp(λ·apart_u), by Newton steps in a trust region.
 
     The rows are whitened, which also leaves out directions in which all features are constant or
     depend on each other: there λ has no effect, and is 0.
 
     Args:
         apart_US: the distinct rows φ - μ.
-        count_U: how many draws have each row.
+        mass_U: how many draws have each row, or the sum of their ratios.
         names: names of the features.
     """
     from scipy.optimize import minimize, root  # which changes the filters of warnings
@@ -168,7 +172,7 @@ def _newton(apart_US, count_U, names: Sequence[str]) -> np.ndarray:
     if not apart_US.shape[1]:
         return np.zeros(0)
     reach_S = np.maximum(np.abs(apart_US).max(0), np.finfo(float).tiny)
-    share_U = count_U / count_U.sum()
+    share_U = mass_U / mass_U.sum()
     scaled_US = apart_US / reach_S
     _, size_R, basis_RS = np.linalg.svd(np.sqrt(share_U)[:, None] * scaled_US, full_matrices=False)
     kept_R = size_R > CLOSE

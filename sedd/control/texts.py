@@ -21,6 +21,7 @@ from sedd.control.draws import (
 from sedd.control.estimates import Curve, Estimate
 from sedd.control.features import Features
 from sedd.control.law import Control
+from sedd.control.ratio import proposal_ratio
 from sedd.errors import UserError
 from sedd.model import Model
 from sedd.samplers.verifier import TextScorer
@@ -62,7 +63,8 @@ class ControlledTexts:
     distinct: int
     """How many different draws the texts are; fewer than texts with ``resample``."""
     weights: np.ndarray | None
-    """w(x) = p(x)/a(x) of each text of ``weigh``, [B], with mean 1; None for other methods."""
+    """w(x) of each text of ``weigh``, [B], p(x)/a(x) with mean 1; None for other methods. With a
+    ``base`` it is p over the law of the model that proposes."""
     proposals: int
     """Draws of the sampler in all, both pools included."""
 
@@ -78,6 +80,7 @@ def sample(
     pool: int = POOL,
     batch_size: int = 32,
     total_variation: float = TOTAL_VARIATION,
+    base: Model | None = None,
     **options: Any,
 ) -> ControlledTexts:
     """Draw texts whose features have wanted moments, and which else follow the model.
@@ -101,6 +104,9 @@ def sample(
         batch_size: draws at the same time.
         total_variation: the largest total variation between ``qrs`` and p, as the first pool
             estimates it.
+        base: the model whose law a is controlled, if ``model`` is only to propose texts, for
+            ``resample`` and ``weigh``. Needs ``sampler="ordered"`` with one position a call, the
+            law of which is known, and no given text.
         options: arguments of ``sedd.sample`` that are the same for all texts: sampler and its
             options, length, prompt, infill, regex, temperature and so on. With ``particle``:
             ``inner``, ``particles`` and ``resample_every``.
@@ -142,6 +148,7 @@ def sample(
         draws = _draws(model, seed, 2 * pool, size, search)
         return Proposals(draws, lambda one: one.text, functions)
 
+    ratio = None if base is None else proposal_ratio(base, model, options, batch_size)
     drawing = Drawing(
         proposals=Proposals(
             _draws(model, seed, 0, batch_size, proposing), lambda one: one.text, functions
@@ -155,6 +162,7 @@ def sample(
         rng=np.random.default_rng([seed, 0, 2]),
         total_variation=total_variation,
         steered=steered,
+        log_ratio=None if ratio is None else lambda texts: ratio([one.tokens for one in texts]),
     )
     texts = [one for batch in drawing.texts() for one, _ in batch]
     assert drawing.control is not None

@@ -16,8 +16,9 @@ class GDC(KDCE):
     Here w(x) = exp(λ·φ(x)) / Z is the weight of the text under a control, p = a·w. The mean over a
     is the k-DCE of p, which bounds the cross entropy E_p[-log π(x)] of the trained model π. Its
     minimum over π is that of the forward divergence KL(p‖π), as in the paper, which has the
-    likelihood of an autoregressive model in place of k-DCE. The proposal stays a. The rows of the
-    data bring their weights (``sample.py --method weigh``).
+    likelihood of an autoregressive model in place of k-DCE. The rows of the data bring their
+    weights (``sample.py --method weigh``). If another model than a has drawn them (``--base``), it
+    is the starting model, and the weight is p over its law.
     """
 
     weighted: ClassVar[bool] = True

@@ -137,6 +137,35 @@ def test_the_scale_of_a_feature_does_not_matter(scale):
     assert tilted(control.weights, law, feature) @ feature[:, 0] == pytest.approx(wanted, rel=1e-9)
 
 
+def test_draws_of_another_law_determine_the_same_control():
+    """λ, the figures and the picks are those of a, though the draws are of q."""
+    _, law = counted(joint())
+    proposed = tilted(np.array([1.0, -0.5, 2.0]), np.full_like(law, 1 / len(law)))
+    counts, proposed = counted(np.where(law > 0, proposed, 0))
+    seen = counts > 0
+    a = np.where(seen, law, 0)
+    a /= a.sum()
+    moments = np.clip(a @ F_ALL + 0.1, 0.05, 0.95)
+    ratio_K = np.repeat(np.log(a[seen] / proposed[seen]), counts[seen])
+    features_KF = np.repeat(F_ALL, counts, 0)
+    control = solve(features_KF, moments, log_ratio_K=ratio_K)
+    np.testing.assert_allclose(control.weights, exactly(F_ALL, moments, a), atol=1e-6)
+    p = tilted(control.weights, a)
+    assert control.kl == pytest.approx(rel_entr(p, a).sum(), abs=1e-8)
+    np.testing.assert_allclose(control.base, a @ F_ALL, atol=1e-9)
+    found = sedd.control.estimate(control, features_KF, log_ratio_K=ratio_K)
+    np.testing.assert_allclose(found.moments, moments, atol=1e-8)
+    np.testing.assert_allclose(found.base, a @ F_ALL, atol=1e-9)
+    assert found.kl == pytest.approx(rel_entr(p, a).sum(), abs=1e-8)
+    assert found.proposal_kl == pytest.approx(rel_entr(p, proposed).sum(), abs=1e-8)
+    # The control: without the ratio, λ would be that of another law.
+    assert abs(solve(features_KF, moments).weights - control.weights).max() > 0.1
+    rng = np.random.default_rng(0)
+    picked = sedd.control.resample(control, features_KF, 20_000, rng, ratio_K)
+    state_K = np.repeat(np.arange(len(law)), counts)
+    assert oracle.chi_square_p(np.bincount(state_K[picked], minlength=len(law)), p) > 1e-4
+
+
 # ---------------------------------------------------------------- mistakes
 
 A = np.array([0, 0, 1, 1, 0, 1.0])

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
@@ -10,6 +12,7 @@ from tiny_run import call
 
 import sedd
 from sedd.errors import UserError
+from sedd.evaluation.ordered import nats_over_orders
 
 LENGTH = 12
 CODE = '''
@@ -98,6 +101,65 @@ def test_a_text_is_that_of_its_seed(place, tmp_path):
     assert lines(one) == lines(other)[:5]
     draw(place, f"--seed {lines(one)[3]['seed']} --num 64 --output {again}")
     assert lines(again)[0]["tokens"] == lines(one)[3]["tokens"]
+
+
+@pytest.fixture(scope="module")
+def proposer(tmp_path_factory, place):
+    """A model with other weights, and the law of the first as the one that is controlled."""
+    top = tmp_path_factory.mktemp("proposer")
+    tiny_run.make_run(top / "run", tiny_run.config("radd", length=LENGTH), seed=5)
+    return top / "run"
+
+
+def test_another_model_proposes(place, model, proposer, tmp_path, monkeypatch):
+    """The weights are a(x)·exp(λ·φ(x)) / (q(x)·Z), with likelihoods of the order of the sampler."""
+    monkeypatch.undo()
+    proposing = sedd.load(proposer)
+    out = tmp_path / "out.jsonl"
+    flags = f"{EARLY} --method weigh --base {place / 'run'} --sampler ordered --output {out}"
+    flags = flags.format(f=place / "f.py").split()
+    result = call("sample", "--checkpoint", proposer, "--batch-size", 64, *flags)
+    assert result.code == 0, result.err
+    assert "KL to the proposals" in result.out
+    found = lines(out)
+    assert len(found) == 256
+    tokens = jnp.asarray([line["tokens"] for line in found[:16]])
+    keys_B, scored = jax.random.split(jax.random.key(0), 16), jnp.ones(tokens.shape, bool)
+    nats = [
+        nats_over_orders(each.denoiser, keys_B, tokens, scored, order="forward")
+        for each in (model, proposing)
+    ]
+    features = np.array([list(line["features"].values()) for line in found[:16]])
+    drawn = sedd.control.sample(
+        proposing,
+        features={"early": lambda texts: [float(text[:1] < "n") for text in texts]},
+        moments={"early": 0.8},
+        **{"method": "weigh", "pool": 64, "base": model, "sampler": "ordered"},
+    )
+    assert np.mean(drawn.weights) == pytest.approx(1)
+    exponent = np.log([line["weight"] for line in found[:16]]) + np.asarray(nats[0] - nats[1])
+    # What is left is linear in the features: λ·φ - log Z.
+    design = np.column_stack([features, np.ones(16)])
+    fitted = design @ np.linalg.lstsq(design, exponent, rcond=None)[0]
+    np.testing.assert_allclose(fitted, exponent, atol=1e-4)
+    assert np.std(np.asarray(nats[0] - nats[1])) > 0.1  # or the test could not fail
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--sampler ordered --method reject", "--method resample or weigh, since the ratio"),
+        ("--method weigh", "give --sampler ordered in a fixed --order"),
+        ("--sampler ordered --order random --method weigh", "give --sampler ordered in a fixed"),
+        ("--sampler ordered --steps 3 --method weigh", "without --steps"),
+        ("--sampler ordered --method weigh --prompt a", "--prompt: with --base"),
+        ("--sampler ordered --method weigh --temperature .5", "--temperature: with --base"),
+    ],
+)
+def test_the_law_of_proposals_must_be_known(place, more, message):
+    result = draw(place, f"{EARLY} --base {place / 'run'} {more}", code=2)
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1
 
 
 @pytest.mark.nightly
