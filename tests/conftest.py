@@ -38,16 +38,12 @@ install_import_hook([f"sedd.{name}" for name in CHECKED], "beartype.beartype")._
 
 # The files that take longest start first, so that workers end at the same time.
 LONGEST = (
-    *(
-        "test_device_campaign",
-        "test_compile_check",
-        "test_sampling",
-        "test_sample_command",
-        "test_searches",
-    ),
-    *("test_end_to_end", "test_loop", "test_conditional_laws", "test_spans", "test_multiprocess"),
-    *("test_event_jump", "test_tau_leaping", "test_step", "test_model", "test_benchmarks"),
-    *("test_conformance", "test_noise", "test_kills", "test_known_entropy", "test_bound"),
+    *("test_device_campaign", "test_compile_check", "test_kills", "test_sample_command"),
+    *("test_docs", "test_searches", "test_conformance", "test_sampling", "test_event_jump"),
+    *("test_loop", "test_conditional_laws", "test_bad_input", "test_spans", "test_watermark"),
+    *("test_two_stream", "test_zero_order", "test_mesh", "test_reshape", "test_protocols"),
+    *("test_end_to_end", "test_model", "test_marginals", "test_decode", "test_multiprocess"),
+    *("test_blocks", "test_step", "test_bound", "test_ddit", "test_tau_leaping"),
 )
 
 

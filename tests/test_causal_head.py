@@ -285,6 +285,7 @@ def trained(tmp_path_factory, text, trunk):
     return workdir, outcome
 
 
+@pytest.mark.nightly
 def test_a_run_trains_the_head_only_and_prints_its_gain(trained, trunk):
     workdir, outcome = trained
     model, before = sedd.load(workdir), sedd.load(trunk)
@@ -315,6 +316,7 @@ def test_samples_and_bounds_are_those_of_the_trunk(trained, trunk):
     assert results[0].nats_per_token == results[1].nats_per_token
 
 
+@pytest.mark.nightly
 def test_the_head_verifies_drafts_of_its_trunk(trained):
     """A second round on the same hidden states takes no call."""
     model = sedd.load(trained[0])
@@ -392,6 +394,7 @@ def test_the_benchmark_prints_a_row_for_each_fraction(trained, monkeypatch, caps
         assert row["difference"] == pytest.approx(row["trunk"] - row["head"])
 
 
+@pytest.mark.nightly
 def test_no_published_layout_holds_it(trained, tmp_path):
     outcome = tiny_run.call("export", "--checkpoint", trained[0], "--output", tmp_path / "out")
     assert outcome.code == 2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiers import daily, nightly
+from tiers import daily
 
 import sedd
 from sedd.configuration.components import build
@@ -149,6 +149,7 @@ def adapted(tmp_path_factory, text, base):
     return workdir, outcome
 
 
+@pytest.mark.nightly
 def test_a_run_trains_the_adapters_only_and_loads_as_any_other(adapted, base):
     workdir, outcome = adapted
     model, before = sedd.load(workdir), sedd.load(base)
@@ -178,6 +179,7 @@ def test_a_run_with_adapters_is_resumed(adapted, tmp_path, text, base):
     ]
 
 
+@pytest.mark.nightly
 def test_export_merges(adapted, tmp_path):
     model = sedd.load(adapted[0])
     outcome = tiny_run.call("export", "--checkpoint", adapted[0], "--output", tmp_path / "out")
@@ -189,7 +191,8 @@ def test_export_merges(adapted, tmp_path):
     np.testing.assert_allclose(exported.log_conditional(x_BL), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rank", [4, nightly(0)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("rank", [4, 0])
 def test_a_run_starts_from_adapters_of_another(adapted, tmp_path, text, rank):
     """Equal ones go on, others are merged: in both cases the first model is that of the source."""
     outcome = train(

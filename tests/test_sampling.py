@@ -279,6 +279,7 @@ def test_requests_of_sixteen_settings_share_a_program(model, options):
     assert not same_B[:4].any()  # the control
 
 
+@pytest.mark.nightly
 def test_guidance_is_that_of_each_request(model):
     """A weight of 0 beside others: as without, and one call for one."""
     clamp = from_infill(model.tokenizer, "ab{mask:6}", 8)

@@ -65,6 +65,7 @@ def test_several_devices_draw_the_same(place, model):
     assert [piece.text for piece in ours] == [piece.text for piece in theirs]
 
 
+@pytest.mark.nightly
 def test_a_model_without_blocks_streams_if_it_is_asked_to(tmp_path):
     tiny_run.make_run(tmp_path / "radd", tiny_run.config("radd"))
     radd = sedd.load(tmp_path / "radd")
@@ -128,6 +129,7 @@ def call(place, name, *flags):
     return tiny_run.call(name, "--checkpoint", place / "runs" / "block", *flags)
 
 
+@pytest.mark.nightly
 def test_a_block_model_is_trained_evaluated_and_sampled(place):
     outcome = tiny_run.call(
         *("train", "--workdir", place / "trained", *tiny_run.TINY, "--training.steps", 2),

@@ -330,6 +330,7 @@ def test_resampling_draws_from_the_weighted_pool():
     assert oracle.chi_square_p(np.bincount(picked, minlength=500), np.ones(500)) < 1e-4
 
 
+@pytest.mark.nightly
 def test_particles_tend_to_the_law():
     """Nearer with 16 particles than with 2 by more than 3σ, for a rare pair of properties."""
     control = exact_control((0, 1), (0.9, 0.9))

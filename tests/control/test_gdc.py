@@ -195,6 +195,7 @@ def test_a_pool_is_written_with_its_weights(place):
     assert abs(early.mean() - 0.8) > 0.1  # without the weights
 
 
+@pytest.mark.nightly
 def test_a_run_comes_nearer_to_the_controlled_law(place):
     flags = ("--objective", "gdc", "--data.corpus", place / "pool.jsonl")
     result = train(place, "gdc", *flags)

@@ -15,6 +15,7 @@ import oracle
 import pytest
 from published_configs import CONFIGS, MEANING, PARAMETERS
 from safetensors.numpy import load_file, save_file
+from tiers import nightly
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -487,20 +488,20 @@ def as_llada(config):
     ("reference", "family", "attention"),
     [
         ("llama", "LLaDA", "full"),
-        ("llama", "Llama", "causal"),
-        ("llama-small", "iLLaDA", "full"),
+        nightly("llama", "Llama", "causal"),
+        nightly("llama-small", "iLLaDA", "full"),
         ("llama3", "A2D-Llama", "full"),
-        ("llama3-small", "Llama", "causal"),
+        nightly("llama3-small", "Llama", "causal"),
         ("qwen2", "Dream", "full"),
-        ("qwen2-small", "A2D-Qwen2", "full"),
-        ("qwen2", "Fast-dLLM v2", "block"),
-        ("qwen2-small", "Qwen2", "causal"),
+        nightly("qwen2-small", "A2D-Qwen2", "full"),
+        nightly("qwen2", "Fast-dLLM v2", "block"),
+        nightly("qwen2-small", "Qwen2", "causal"),
         ("qwen3", "SDAR", "block"),
-        ("qwen3-small", "DreamReasoner", "block"),
-        ("qwen3", "A2D-Qwen3", "full"),
-        ("qwen3-small", "Qwen3", "causal"),
+        nightly("qwen3-small", "DreamReasoner", "block"),
+        nightly("qwen3", "A2D-Qwen3", "full"),
+        nightly("qwen3-small", "Qwen3", "causal"),
         ("ministral3", "Nemotron", "block"),
-        ("ministral3-small", "Nemotron", "causal"),
+        nightly("ministral3-small", "Nemotron", "causal"),
     ],
 )
 def test_the_logits_are_those_of_transformers(reference, family, attention, tmp_path):

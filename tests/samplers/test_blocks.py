@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import f32, i32, keys
-from tiers import daily, nightly
+from tiers import nightly
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
@@ -244,7 +244,8 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("name", daily(INNER, ["tweedie"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", INNER)
 def test_the_cache_changes_no_token(name):
     tokens_BL, fixed_BL, attend = requests()
     model = denoiser(4, attend=attend)

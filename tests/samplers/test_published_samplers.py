@@ -156,7 +156,8 @@ def test_llada_in_blocks(steps, block):
     assert calls == steps * FREE // block
 
 
-@pytest.mark.parametrize("temperature", [nightly(0), nightly(0.6), 1.5])
+@pytest.mark.nightly
+@pytest.mark.parametrize("temperature", [0, 0.6, 1.5])
 def test_llada_at_any_temperature(temperature):
     """The confidence is that of the model without temperature; with it the tokens differ."""
     options = {"steps": 5, "counts": "early"}

@@ -322,6 +322,7 @@ def test_a_score_steers_every_inner_sampler(name):
         assert (frames_TBL[1:] == frames_TBL[:-1])[shown].all()
 
 
+@pytest.mark.nightly
 def test_clamped_tokens_stay_and_condition_the_rest():
     samples = draw(particle(zeros, 16), fixed=TWO_FREE)
     held = np.asarray(TWO_FREE) >= 0

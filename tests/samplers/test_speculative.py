@@ -368,7 +368,7 @@ def within_three_sigma(values_B, work, entry):
     return abs(np.mean(values_B) - mean) <= 3 * spread + 1e-5
 
 
-@pytest.mark.parametrize("name", daily(DRAWN, ["stale", "ngram"]))
+@pytest.mark.parametrize("name", daily(DRAWN, ["stale"]))
 def test_draws_follow_the_law(name):
     """And take the calls and rows of the chain; the log probability is that of the law."""
     sampler = DRAWN[name]

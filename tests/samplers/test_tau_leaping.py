@@ -213,6 +213,7 @@ def test_calls_and_trace(kind, rule):
         assert same.all()
 
 
+@pytest.mark.nightly
 def test_the_trace_changes_no_draw():
     sampler = Tweedie(schedule=LogLinear(), steps=8)
     plain, traced = (

@@ -336,6 +336,7 @@ def test_greedy_tokens_are_the_most_likely_and_a_request_alone_draws_the_same(dr
         assert alone.calls_B[0] == together.calls_B[b]
 
 
+@pytest.mark.nightly
 def test_coupled_draws_do_not_depend_on_the_drafts():
     samplers = [
         speculative(coupled=True, draft=draft, lookahead=k, order="random")

@@ -105,6 +105,7 @@ def test_a_causal_head_is_the_same_on_two_devices_and_its_trunk_never_changes(mo
     np.testing.assert_allclose(losses[2, 2], losses[1, None], rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_adapters_are_the_same_on_two_devices_and_all_else_never_changes(monkeypatch):
     monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
     start, _ = setup(SGD, network=ADAPTED)

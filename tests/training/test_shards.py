@@ -11,6 +11,7 @@ import pytest
 from orbax.checkpoint._src.serialization import serialization
 from test_checkpoint import at, flip
 from test_multiprocess import finish, start_two
+from tiers import nightly
 from training_toy import ADAMW, Toy, ToyBatches, setup, to_host
 
 from sedd.errors import UserError
@@ -97,7 +98,7 @@ def test_every_layout_reads_what_every_other_has_written(written, runners, abstr
         jax.tree.map(np.testing.assert_array_equal, params, state.ema_params)
 
 
-@pytest.mark.parametrize("layout", ["four", "parts"])
+@pytest.mark.parametrize("layout", [nightly("four"), "parts"])
 def test_steps_do_not_change_a_save_in_the_background(
     tmp_path, monkeypatch, runners, abstract, state, layout
 ):
