@@ -217,7 +217,8 @@ class Frontier:
             "tokens. Sharper texts have fewer nats and a lower entropy, so that models are "
             "compared at equal entropy, that of real text, by linear interpolation between "
             "temperatures. A dash stands where a curve does not reach it. Errors are standard "
-            f"errors over {len(self.points[0].nats_S)} texts of each setting."
+            f"errors over {len(self.points[0].nats_S)} texts of each setting; the entropy of real "
+            "text counts as known."
         )
         return Section(
             title="Quality against entropy",
