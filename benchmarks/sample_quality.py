@@ -39,12 +39,12 @@ SWEEPS = {  # label: (sampler, the varied option, its values, other options)
     "token_confidence": ("token_confidence", "steps", (8, 16, 32, 64, None), {}),
     "remdm": ("remdm", "steps", (16, 32, 64, 128, 256), {}),
 }
-DRAWN = {"inner": sedd.samplers.options("tweedie", steps=64)}
+DRAWN = {"inner": sedd.samplers.options("tweedie", steps=32)}
 GIBBS = {**DRAWN, "positions": "random", "correction_temperature": 1.0}
 REVISED = {  # for models whose visible tokens may be wrong
-    "tweedie": ("tweedie", "steps", (16, 32, 64, 128, 256), {}),
-    "self_correct": ("self_correct", "steps", (8, 16, 32, 64, 128), DRAWN),
-    "self_correct, Gibbs": ("self_correct", "steps", (32, 64, 128), GIBBS),
+    "tweedie": ("tweedie", "steps", (32, 128), {}),
+    "self_correct": ("self_correct", "steps", (32, 128), DRAWN),
+    "self_correct, Gibbs": ("self_correct", "steps", (128,), GIBBS),
 }
 
 

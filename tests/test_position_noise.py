@@ -17,8 +17,9 @@ from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions
 from sedd.configuration.position_weights import measure_weights, read_weights
 from sedd.data.packing import Packed
-from sedd.errors import FieldError
+from sedd.errors import FieldError, UserError
 from sedd.evaluation.monte_carlo import resolve, sequence_nats
+from sedd.evaluation.price_draws import measure_price
 from sedd.objectives.score_entropy import ScoreEntropy
 from sedd.objectives.t_dce import TDCE
 from sedd.samplers.event_jump import EventJump
@@ -120,6 +121,11 @@ def test_objectives_have_the_mean_of_the_formula(kind):
         nats_B = np.asarray(losses(keys(1, DRAWS), jnp.full(DRAWS, u)), np.float64)
         z = (nats_B.mean() - mean_loss(x0_L, 1e-3 + 0.999 * u)) / (nats_B.std() / math.sqrt(DRAWS))
         assert abs(z) < 4.5
+
+
+def test_the_price_of_parallelism_is_of_uniform_orders():
+    with pytest.raises(UserError, match="uniformly random orders, and the schedule by_position"):
+        measure_price(DENOISER, SCHEDULE, jax.random.key(0), [], model="m", length=L, draws=4)
 
 
 @functools.partial(jax.jit, static_argnames="schedule")

@@ -97,10 +97,15 @@ def measure_price(
 
     Raises:
         FieldError: if ``draws`` is below 2.
-        UserError: if the model is not a time-independent absorbing one, or a position is not
-            scored.
+        UserError: if the model is not a time-independent absorbing one, a position is not scored,
+            or positions differ in their noise.
     """
     check_model(denoiser)
+    if schedule.by_position:
+        raise UserError(
+            "the price of parallelism is that of uniformly random orders, and the schedule "
+            "by_position of this model draws others"
+        )
     if draws < 2:
         raise FieldError("draws", f"must be at least 2, got {draws}")
     known_J = levels(length, draws)

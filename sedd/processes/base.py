@@ -204,7 +204,7 @@ class Interpolating(Process):
 
     A token is untouched with probability e^-σ. Otherwise its state is drawn from a distribution
     over states that may change with σ, but is the same for all tokens. Row a of P_σ is therefore
-    e^-σ·1[y = a] + b_y(σ). arXiv:2503.04482, section 3.
+    e^-σ·1[y = a] + b_y(σ). arXiv:2503.04482.
     """
 
     @abstractmethod

@@ -25,7 +25,7 @@ class Hybrid(Interpolating):
     uniform token have the weights 1 - τ, τ and c = B·(τ(1 - τ))^(gamma/2), over their sum 1 + c. B
     is such that a position is uniform noise with probability ``uniform`` at τ = 1/2. The noise
     begins with uniform tokens and ends with masks. τ follows from σ by exp(-σ) = (1 - τ)/(1 + c),
-    so that every schedule serves. arXiv:2503.04482, section 3.3.
+    so that every schedule serves. arXiv:2503.04482.
 
     The mask is the last state, with id N. A mask is noise like any other: it may become a token.
 
@@ -235,7 +235,7 @@ class Hybrid(Interpolating):
 
         u is the rate of jumps into x and q the probability of x given x0. The score entropy of the
         parameterization mean is u/q·(KL(q‖p) + r - log r - 1), where p is the model's distribution
-        of the noisy token, and r the ratio of q and p at x. arXiv:2503.04482, theorem 3.5.
+        of the noisy token, and r the ratio of q and p at x. arXiv:2503.04482.
         """
         sigma = along(sigma, x)
         log_rate = self._column(x, *self._log_rate(sigma))
@@ -244,7 +244,7 @@ class Hybrid(Interpolating):
     def dynamic_weight(self, x, x0, sigma):
         """GIDD's training weight: 2 at a mask, 1 at a wrong token, B/N·√((1 - a)/a) at x0.
 
-        a is exp(-σ). ``gamma`` must be set, which gives B. arXiv:2503.04482, equation 11.
+        a is exp(-σ). ``gamma`` must be set, which gives B. arXiv:2503.04482.
         """
         assert self.gamma is not None
         sigma = along(sigma, x)

@@ -1,6 +1,6 @@
 """Self-correction: changes one token at a time in a drawn text, where the model disagrees with it.
 
-arXiv:2503.04482, section 5.3.
+arXiv:2503.04482.
 """
 
 from dataclasses import dataclass, replace

@@ -23,7 +23,7 @@ class ByPosition(LogLinear):
     sum of the weights of all masked positions. Positions with large weights tend to come first, and
     equal weights are the uniformly random orders of ``log_linear``. The bound of t-DCE is the
     expected NLL over these orders. It is a bound for any weights, and another one for each. The
-    same idea for values instead of positions is in arXiv:2406.04329, section 6.
+    same idea for values instead of positions is in arXiv:2406.04329.
 
     ``sigma`` and ``rate`` are those of a position of weight 1.
     """
