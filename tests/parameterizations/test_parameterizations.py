@@ -10,6 +10,7 @@ from sedd.errors import FieldError
 from sedd.networks.base import Attend
 from sedd.parameterizations.autoregressive import Autoregressive
 from sedd.parameterizations.conditional import Conditional
+from sedd.parameterizations.mean import Mean
 from sedd.parameterizations.score import Score
 from sedd.processes.absorbing import Absorbing
 from sedd.processes.uniform import Uniform
@@ -86,6 +87,17 @@ def test_conditional_score_is_log_c_minus_log_expm1():
     exact = log_c - np.log(np.expm1(np.asarray(SIGMA, np.float64)))[..., None]
     masked = np.asarray(X) == MASK
     np.testing.assert_allclose(np.asarray(got)[..., :N][masked], exact[masked], rtol=1e-5)
+
+
+def test_mean_on_an_absorbing_process_is_the_conditional():
+    """At masks, where alone the score matters; t-DSE is therefore one loss for both."""
+    masked = np.asarray(X) == MASK
+    got, exact = (make(process=ABSORBING).log_score(RAW, X, SIGMA) for make in (Mean, Conditional))
+    np.testing.assert_allclose(
+        np.asarray(got)[masked][:, :N], np.asarray(exact)[masked][:, :N], rtol=1e-5, atol=1e-5
+    )
+    log_probs = Mean(process=ABSORBING).log_conditional(RAW, X)
+    np.testing.assert_array_equal(log_probs, Conditional(process=ABSORBING).log_conditional(RAW, X))
 
 
 def test_the_mask_column_of_the_raw_output_is_not_read():

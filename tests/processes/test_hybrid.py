@@ -193,22 +193,24 @@ def test_the_ends_of_the_mixture_are_absorbing_and_uniform(other):
 )
 def test_the_mean_parameterization_has_the_published_loss(process):
     """u_z/q_z·(KL(q‖p) + r - log r - 1), r = q_z/p_z, of UDLM, Duo and GIDD, from x_θ itself."""
-    rng, sigma = np.random.default_rng(3), 0.8
+    rng = np.random.default_rng(3)
     n, size = process.num_tokens, process.num_states
     raw, z = rng.standard_normal((40, size)), rng.integers(0, size, 40)
     x0 = rng.integers(0, n, 40)
     z[:10] = x0[:10]
-    sigma_R = f32(np.full(40, sigma))
-    log_score = Mean(process=process).log_score(f32(raw), i32(z), sigma_R)
-    got = process.score_entropy(log_score, i32(z), i32(x0), sigma_R)
+    with jax.enable_x64(True):
+        sigma, states = jnp.float64(0.8), jnp.arange(size)
+        sigma_R = jnp.full(40, sigma)
+        log_score = Mean(process=process).log_score(jnp.asarray(raw), jnp.asarray(z), sigma_R)
+        got = process.score_entropy(log_score, jnp.asarray(z), jnp.asarray(x0), sigma_R)
+        row = np.asarray(process.transition(states, sigma))
+        rate = process.reverse_rate(jnp.zeros((size, size)), states, sigma)
+        into = -np.diag(rate) / (size - 1)  # of jumps into each state
     x_theta = np.exp(raw[:, :n]) / np.exp(raw[:, :n]).sum(-1, keepdims=True)
-    row = np.asarray(process.transition(jnp.arange(size), f32(sigma)), np.float64)
     q, p = row[x0], np.pad(x_theta, ((0, 0), (0, size - n))) @ row
-    ones = jnp.zeros((size, size))
-    into = -np.diag(process.reverse_rate(ones, jnp.arange(size), f32(sigma))) / (size - 1)
     q_z, p_z = q[np.arange(40), z], p[np.arange(40), z]
     kl, r = (q * np.log(q / p)).sum(-1), q_z / p_z
-    np.testing.assert_allclose(got, into[z] / q_z * (kl + r - np.log(r) - 1), rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(got, into[z] / q_z * (kl + r - np.log(r) - 1), rtol=1e-5)
 
 
 def test_weightings_are_those_of_the_paper():
