@@ -11,10 +11,15 @@ first row is held-out text, whose figures good samples should have. The columns:
 - ``entropy``: of the frequencies of a sample's own characters, in nats, averaged over samples. It
   is low for repetitive text.
 
+A model whose visible tokens may be wrong (uniform or hybrid noise, with the parameterization mean)
+gets another table: the texts of ``self_correct`` before, during and after the revision, and their
+change in nats with its error over texts.
+
     python benchmarks/sample_quality.py --checkpoint runs/quickstart --plot docs/images/quality.png
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -39,13 +44,12 @@ SWEEPS = {  # label: (sampler, the varied option, its values, other options)
     "token_confidence": ("token_confidence", "steps", (8, 16, 32, 64, None), {}),
     "remdm": ("remdm", "steps", (16, 32, 64, 128, 256), {}),
 }
-DRAWN = {"inner": sedd.samplers.options("tweedie", steps=32)}
-GIBBS = {**DRAWN, "positions": "random", "correction_temperature": 1.0}
-REVISED = {  # for models whose visible tokens may be wrong
-    "tweedie": ("tweedie", "steps", (32, 128), {}),
-    "self_correct": ("self_correct", "steps", (32, 128), DRAWN),
-    "self_correct, Gibbs": ("self_correct", "steps", (128,), GIBBS),
+REVISIONS = {  # label: options of self_correct, for models whose visible tokens may be wrong
+    "likeliest": {},
+    "random": {"positions": "random", "correction_temperature": 1.0},
 }
+NatsOf = Callable[[np.ndarray], np.ndarray]  # tokens [S, L] -> judged nats per token [S]
+FRAMES = (0, 8, 32, 64, 128)  # calls of the revision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,14 +105,29 @@ def main(settings: Settings) -> None:
             "entropy": entropies(real),
         }
     ]
-    sweeps = SWEEPS if model.process.absorbing else REVISED
-    for label, (sampler, what, values, options) in sweeps.items():
+    if model.process.absorbing:
+        results += swept(model, nats_of, settings)
+    else:
+        results += revised(model, nats_of, settings)
+    columns = dict.fromkeys(name for row in results for name in row)
+    results = [{name: row.get(name) for name in columns} for row in results]
+    about = {"judge": f"{settings.order}-gram", "samples": settings.num, "length": model.length}
+    report("sample quality", results, **about)
+    if settings.plot is not None:
+        plot(results, settings.plot)
+        print(f"wrote {settings.plot}")
+
+
+def swept(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
+    """A row for every sampler at every setting."""
+    rows = []
+    for label, (sampler, what, values, options) in SWEEPS.items():
         for value in values:
             key = jax.random.key(settings.seed)
             options = options | {what: value}
             drawn = sedd.sample(model, key, num=settings.num, sampler=sampler, **options)
             nats = nats_of(drawn.tokens)
-            results.append(
+            rows.append(
                 {
                     "sampler": label,
                     "setting": f"{what} {'none' if value is None else value}",
@@ -118,11 +137,46 @@ def main(settings: Settings) -> None:
                     "entropy": entropies(drawn.tokens),
                 }
             )
-    about = {"judge": f"{settings.order}-gram", "samples": settings.num, "length": model.length}
-    report("sample quality", results, **about)
-    if settings.plot is not None:
-        plot(results, settings.plot)
-        print(f"wrote {settings.plot}")
+    return rows
+
+
+def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
+    """Texts of 32 steps of tweedie, and the same texts after some calls of self_correct.
+
+    ``change`` is the mean difference of a text to itself before, and ``± change`` its error.
+    """
+    rows, inner = [], sedd.samplers.options("tweedie", steps=32)
+    for label, options in REVISIONS.items():
+        drawn = sedd.sample(
+            model,
+            jax.random.key(settings.seed),
+            num=settings.num,
+            sampler="self_correct",
+            inner=inner,
+            steps=FRAMES[-1],
+            trace=True,
+            **options,
+        )
+        assert drawn.trace is not None
+        before = nats_of(drawn.trace[0])
+        for calls in FRAMES:
+            tokens = drawn.trace[min(calls, len(drawn.trace) - 1)]
+            nats, entropy = nats_of(tokens), np.array([entropies(row[None]) for row in tokens])
+            rows.append(
+                {
+                    "sampler": f"self_correct, {label}",
+                    "setting": f"{calls} calls",
+                    "calls": float(np.minimum(drawn.calls, 33 + calls).mean()),
+                    "nats/char": float(nats.mean()),
+                    "± s.e.": _error(nats),
+                    "entropy": float(entropy.mean()),
+                    "± entropy": _error(entropy),
+                    "change": float((nats - before).mean()),
+                    "± change": _error(nats - before),
+                    "changed": float((tokens != drawn.trace[0]).mean()),
+                }
+            )
+    return rows
 
 
 def _error(values: np.ndarray) -> float:
