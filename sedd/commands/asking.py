@@ -368,7 +368,8 @@ def notes(
     """Yield warnings about the samples to come: approximations, sizes and likely mistakes."""
     if sampler.caveat:
         yield sampler.caveat
-    if not model.process.absorbing and survey.given:
+    gibbs = getattr(sampler, "positions", None) == "random"  # it tends to the conditional
+    if not model.process.absorbing and survey.given and not gibbs:
         kind = type(model.process).__name__.lower()
         yield (
             f"given text is approximate on a {kind} process: the model reads given tokens as noisy "

@@ -42,7 +42,7 @@ class Conditional(Parameterization):
 
     def __post_init__(self):
         if not self.process.absorbing:
-            raise ValueError("it needs an absorbing process; score works on any")
+            raise ValueError("it needs an absorbing process; score and mean work on any")
         if self.normalise not in get_args(Normalise):
             raise FieldError("normalise", f"must be real or all, got {self.normalise!r}")
 

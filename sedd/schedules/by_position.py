@@ -80,7 +80,9 @@ def numbers(text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise FieldError("weights", f"must be {EXPECTED}, got {text[:60]!r}") from None
+        raise FieldError(
+            "weights", f"must be {EXPECTED}, or a file of them, got {text[:60]!r}"
+        ) from None
     for place, value in enumerate(found):
         if not (0 < value < math.inf):
             raise FieldError("weights", f"must be {EXPECTED}, got {value} at position {place}")

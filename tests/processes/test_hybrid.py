@@ -433,7 +433,7 @@ def test_mistakes_are_named():
             hybrid(share, gamma)
     with pytest.raises(FieldError, match=r"gamma must be in \(0, 2\].*got 0"):
         hybrid(0.1, 0.0)
-    with pytest.raises(ValueError, match="needs an absorbing process; score"):
+    with pytest.raises(ValueError, match="needs an absorbing process; score and mean"):
         Conditional(process=hybrid(0.1, None))
     common = {"schedule": SCHEDULE, "parameterization": Mean(process=hybrid(0.1, None))}
     with pytest.raises(FieldError, match="weighting dynamic needs the process hybrid with gamma"):
