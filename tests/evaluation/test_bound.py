@@ -571,7 +571,7 @@ def long_score_world(kind, noise):
         joint /= joint.sum()
         denoiser = oracle.Denoiser(
             params={"joint": oracle.f32(joint)},
-            network=oracle.ExactScoreNetwork(num_states=N, time_conditioned=True),
+            network=oracle.ExactScoreNetwork(num_states=N, time_conditioned=True, kind="uniform"),
             parameterization=oracle.Score(process=oracle.Uniform(num_tokens=N)),
         )
         index = oracle.neighbours(states, N)
