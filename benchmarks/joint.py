@@ -20,11 +20,11 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from report import report, save_plot, start
-from sample_quality import Judge
 
 import sedd
 from sedd.configuration.build import pack_split
 from sedd.data.packing import unigram_entropy
+from sedd.evaluation.ngram_judge import NgramJudge
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -65,8 +65,12 @@ def main(settings: Settings) -> None:
         count = packed.num_rows if count is None else min(count, packed.num_rows)
         return packed.rows(np.linspace(0, packed.num_rows - 1, count).astype(int))[0]
 
-    tokens = rows("train", None).ravel().astype(np.int64)
-    judge = Judge(tokens, model.process.num_tokens, settings.order)
+    judge = NgramJudge.of(
+        rows("train", None).ravel(),
+        model.process.num_tokens,
+        settings.order,
+        encode=tokenizer.encode_batch,
+    )
     results = [figures("held-out text", None, rows("validation", 512), judge)]
     draws = {"independent": {}}
     draws |= {f"independent, temperature {t}": {"temperature": t} for t in settings.temperatures}
@@ -93,9 +97,10 @@ def main(settings: Settings) -> None:
         print(f"wrote {settings.plot}")
 
 
-def figures(label: str, calls: float | None, tokens_SL: np.ndarray, judge: Judge) -> dict:
+def figures(label: str, calls: float | None, tokens_SL: np.ndarray, judge: NgramJudge) -> dict:
     """A row of the table."""
-    nats, entropy = judge.nats(tokens_SL), [unigram_entropy(np.bincount(row)) for row in tokens_SL]
+    nats = np.array([judge.nats(ids_L).mean() for ids_L in tokens_SL])
+    entropy = [unigram_entropy(np.bincount(ids_L)) for ids_L in tokens_SL]
     row = {"draws": label, "calls": calls}
     for name, values in (("nats", nats), ("entropy", np.array(entropy))):
         error = values.std(ddof=1) / len(values) ** 0.5

@@ -20,7 +20,8 @@ from sedd.configuration.config import Config, DataOptions
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.block_levels import BlockDraws, least_variance, narrowed
-from sedd.evaluation.monte_carlo import resolve, sequence_nats
+from sedd.evaluation.estimators import resolve
+from sedd.evaluation.monte_carlo import sequence_nats
 from sedd.evaluation.ordered import ordered_nats
 from sedd.evaluation.protocols import Protocol
 from sedd.evaluation.scoring import choose_estimate

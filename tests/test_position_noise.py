@@ -18,7 +18,8 @@ from sedd.configuration.config import Config, DataOptions
 from sedd.configuration.position_weights import measure_weights, read_weights
 from sedd.data.packing import Packed
 from sedd.errors import FieldError, UserError
-from sedd.evaluation.monte_carlo import resolve, sequence_nats
+from sedd.evaluation.estimators import resolve
+from sedd.evaluation.monte_carlo import sequence_nats
 from sedd.evaluation.price_draws import measure_price
 from sedd.objectives.score_entropy import ScoreEntropy
 from sedd.objectives.t_dce import TDCE

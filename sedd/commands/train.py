@@ -49,10 +49,10 @@ from sedd.evaluating import text_counter
 from sedd.evaluation.block_levels import least_variance
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.energy import free_energy
+from sedd.evaluation.estimators import REPLICATES, is_exact, resolve
 from sedd.evaluation.joint_heads import joint_nats
 from sedd.evaluation.marginals import log_marginals
 from sedd.evaluation.measured import mean_of
-from sedd.evaluation.monte_carlo import REPLICATES, is_exact, resolve
 from sedd.files import check_writable, only_writer, write_text, write_whole
 from sedd.model import TRAIN_COUNTS, read_config
 from sedd.networks.mesh import device_mesh

@@ -24,7 +24,7 @@ from sedd.configuration.components import COMPONENTS, Options, options, options_
 from sedd.data.answer_rows import Padding
 from sedd.data.records import Answers
 from sedd.errors import FieldError, UserError, did_you_mean, fields_within, first_line
-from sedd.evaluation.monte_carlo import check_draws
+from sedd.evaluation.estimators import check_draws
 from sedd.training.loop import Cadence
 from sedd.training.optimizer import OptimizerOptions
 

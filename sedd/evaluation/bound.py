@@ -17,16 +17,9 @@ import jax
 import numpy as np
 
 from sedd.denoiser import Denoiser
+from sedd.evaluation.estimators import REPLICATES, Estimator, is_exact, label_of, resolve
 from sedd.evaluation.measured import ratio_of
-from sedd.evaluation.monte_carlo import (
-    REPLICATES,
-    Estimator,
-    MonteCarlo,
-    SequenceNats,
-    is_exact,
-    label_of,
-    resolve,
-)
+from sedd.evaluation.monte_carlo import MonteCarlo, SequenceNats
 from sedd.networks.base import Attend
 from sedd.networks.mesh import Placement, device_mesh, on_host
 from sedd.schedules import NoiseSchedule

@@ -26,14 +26,8 @@ from sedd.arrays import bucket
 from sedd.denoiser import Denoiser, all_positions
 from sedd.errors import FieldError
 from sedd.evaluation.bound import keyed_estimates
-from sedd.evaluation.monte_carlo import (
-    REPLICATES,
-    Estimator,
-    MonteCarlo,
-    check_draws,
-    is_exact,
-    resolve,
-)
+from sedd.evaluation.estimators import REPLICATES, Estimator, check_draws, is_exact, resolve
+from sedd.evaluation.monte_carlo import MonteCarlo
 from sedd.evaluation.ordered import follow_order
 from sedd.networks.base import Attend
 from sedd.schedules import NoiseSchedule

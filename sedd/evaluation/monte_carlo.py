@@ -22,14 +22,13 @@ does. ``sedd.evaluation.bound`` sums up a corpus from these estimates.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from sedd.arrays import at
 from sedd.denoiser import Denoiser
-from sedd.errors import FieldError
+from sedd.evaluation.estimators import REPLICATES, Estimator, check_draws, resolve
 from sedd.evaluation.ordered import Order, nats_over_orders
 from sedd.evaluation.stratified import level, tile, toward_few_masks
 from sedd.objectives.autoregressive import Autoregressive
@@ -43,10 +42,8 @@ from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key
 
-Estimator = Literal["auto", "k_dce", "t_dce", "score_entropy", "exact", "ordered"]
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 are spread evenly, however many there are
 TINY = 1e-30  # below every noise level that is drawn, so that its weight is finite
-REPLICATES = 4  # independent estimates of each sequence's bound; their spread is the draws' error
 
 
 @jax.tree_util.register_dataclass
@@ -330,62 +327,6 @@ def _reconstruction(denoiser, schedule, keys_B, x0_BL, scored_BL, t_min) -> Floa
 
     unknown_BL = scored_BL & process.can_move(xt_BL)
     return denoiser.map_rows(unknown_BL, nats, sigma_B.dtype).sum(-1)
-
-
-def resolve(
-    estimator: Estimator, denoiser: Denoiser, schedule: NoiseSchedule | None = None
-) -> Estimator:
-    """Return the estimator that "auto" stands for, or the named one if the model has it.
-
-    With a schedule whose positions differ in their noise, "auto" stands for t_dce where it would
-    stand for k_dce.
-
-    Autoregressive models have only "exact"; any other name is replaced by it.
-
-    Raises:
-        ValueError: if the model does not have the estimator.
-    """
-    if denoiser.causal:
-        return "exact"
-    if denoiser.block is not None and estimator == "score_entropy":
-        raise ValueError("estimator score_entropy does not know blocks: use k_dce")
-    if denoiser.block == 1 and estimator in ("auto", "exact"):
-        return "exact"
-    if estimator == "exact":
-        raise ValueError("estimator exact needs an autoregressive model, or blocks of one position")
-    any_order = denoiser.process.absorbing and denoiser.time_independent
-    if estimator == "t_dce" and denoiser.block is not None:
-        raise ValueError("estimator t_dce does not know blocks: use k_dce")
-    if estimator in ("k_dce", "t_dce", "ordered") and not any_order:
-        raise ValueError(f"estimator {estimator} needs a time-independent absorbing model")
-    if estimator == "auto" and denoiser.any_subset:
-        return "ordered"
-    if estimator == "auto" and any_order:
-        return "t_dce" if schedule is not None and schedule.by_position else "k_dce"
-    if estimator == "auto":
-        return "score_entropy"
-    return estimator
-
-
-def is_exact(estimator: Estimator, orders: int = 1) -> bool:
-    """Whether a resolved estimator gives the likelihood of one order, without a Monte-Carlo error.
-
-    The order may be a random one, drawn for each sequence.
-    """
-    return estimator == "exact" or (estimator == "ordered" and orders == 1)
-
-
-def label_of(estimator: Estimator, order: Order = "forward", orders: int = 1) -> str:
-    """The name of a resolved estimator in tables: "k_dce", "forward order", "8 random orders"."""
-    if estimator != "ordered":
-        return estimator
-    return f"{order} order" if orders == 1 else f"{orders} {order} orders"
-
-
-def check_draws(draws: int) -> None:
-    """Raise FieldError unless ``draws`` is a positive multiple of the number of replicates."""
-    if draws < REPLICATES or draws % REPLICATES:
-        raise FieldError("draws", f"must be a positive multiple of {REPLICATES}, got {draws}")
 
 
 @dataclass(frozen=True, kw_only=True)

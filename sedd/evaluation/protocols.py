@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sedd.errors import UserError, did_you_mean
-from sedd.evaluation.monte_carlo import Estimator, check_draws
+from sedd.evaluation.estimators import Estimator, check_draws
 
 # The data sets of the published zero-shot tables.
 ZEROSHOT = ("lambada", "wikitext2", "ptb", "wikitext103", "lm1b", "ag_news", "pubmed", "arxiv")

@@ -15,8 +15,9 @@ from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.evaluation.bound import BoundResult, score_sequences, summarise
 from sedd.evaluation.datasets import DataSet
+from sedd.evaluation.estimators import is_exact, label_of, resolve
 from sedd.evaluation.journal import Journal
-from sedd.evaluation.monte_carlo import MonteCarlo, SequenceNats, is_exact, label_of, resolve
+from sedd.evaluation.monte_carlo import MonteCarlo, SequenceNats
 from sedd.evaluation.ordered import Order
 from sedd.evaluation.protocols import Protocol, describe
 from sedd.networks.mesh import from_first

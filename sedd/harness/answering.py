@@ -27,7 +27,7 @@ from sedd.evaluation.continuations import (
     number_of,
     score_continuations,
 )
-from sedd.evaluation.monte_carlo import check_draws, is_exact
+from sedd.evaluation.estimators import check_draws, is_exact
 from sedd.evaluation.scoring import Track
 from sedd.model import Model
 from sedd.samplers.base import Sampler, SamplerOptions

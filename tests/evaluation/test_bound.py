@@ -15,11 +15,8 @@ from scipy import integrate, special, stats
 from tiers import daily, nightly
 
 from sedd.evaluation.bound import Scored, evaluate_bound, score_sequences, summarise
-from sedd.evaluation.monte_carlo import (
-    MonteCarlo,
-    resolve,
-    sequence_nats,
-)
+from sedd.evaluation.estimators import resolve
+from sedd.evaluation.monte_carlo import MonteCarlo, sequence_nats
 from sedd.evaluation.stratified import level, tile, toward_few_masks
 from sedd.networks.mesh import Placement, device_mesh
 from sedd.schedules import Geometric, LogLinear

@@ -12,7 +12,8 @@ import pytest
 import tiny_run
 
 import sedd
-from sedd.commands.evaluate_report import judge_of, read_samples
+from sedd.commands.evaluate_judges import judge_of
+from sedd.commands.evaluate_report import read_samples
 from sedd.errors import UserError
 from sedd.evaluation.price import Price
 
