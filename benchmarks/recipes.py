@@ -42,7 +42,6 @@ from sedd.data.loader import Batches
 from sedd.evaluating import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.training.optimizer import OptimizerOptions
-from sedd.training.state import init_state
 
 SIZES = {  # hidden_dim, num_layers, num_heads: about 1M and 6M parameters with 4,096 tokens
     "small": (96, 4, 4),
@@ -264,7 +263,7 @@ def trained(config: Config, data, steps: int):
     parts = build_parts(config, data.tokenizer.num_tokens)
     step = build_step(config, parts)
     parallel = build_parallel(config, step)
-    state = parallel.init(partial(init_state, step.network, step.optimizer, config.seed))
+    state = parallel.init(partial(step.first_state, config.seed))
     batches = Batches(data.train, batch_size=config.training.batch_size, seed=config.seed)
     times = []
     for batch in islice(batches, steps):

@@ -34,7 +34,7 @@ from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.parallel import FullySharded
-from sedd.training.state import TrainState, first_not_finite, init_state
+from sedd.training.state import TrainState, first_not_finite
 from sedd.training.storage import quiet_orbax
 
 
@@ -84,7 +84,7 @@ def measure(settings: Settings, directory: Path, port: int, process: int) -> dic
     )
     step = build_step(config, build_parts(config, settings.num_tokens))
     parallel = FullySharded(step)
-    make_state = partial(init_state, step.network, step.optimizer, config.seed)
+    make_state = partial(step.first_state, config.seed)
     update = jax.jit(changed, donate_argnums=0, out_shardings=parallel.shardings)
     state = jax.block_until_ready(update(parallel.init(make_state)))
     checkpoints = Checkpoints(directory)

@@ -34,7 +34,6 @@ from sedd.training import loop
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.loop import Cadence, Run, train
 from sedd.training.metrics import read_metrics
-from sedd.training.state import init_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def measure_run(config: Config, settings: Settings, workdir: Path) -> None:
     data = build_data(config)
     parts = build_parts(config, data.tokenizer.num_tokens)
     step = build_step(config, parts)
-    make_state = partial(init_state, step.network, step.optimizer, config.seed)
+    make_state = partial(step.first_state, config.seed)
     parallel = build_parallel(config, step)
     state = parallel.init(make_state)
     checkpoints = Checkpoints(workdir / "checkpoints")
