@@ -24,7 +24,7 @@ import numpy as np
 from report import report, start
 
 import sedd
-from sedd.configuration.build import ValidationRows, pack_split
+from sedd.configuration.build_data import ValidationRows, pack_split
 from sedd.evaluation.monte_carlo import sequence_nats
 from sedd.evaluation.stratified import level, tile, toward_few_masks
 from sedd.samplers.noise import random_rank

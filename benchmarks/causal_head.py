@@ -16,7 +16,7 @@ import jax
 from report import report, start
 
 import sedd
-from sedd.configuration.build import ValidationRows, build_data
+from sedd.configuration.build_data import ValidationRows, build_data
 from sedd.evaluation.joint_heads import joint_nats
 from sedd.objectives.hmm import Hmm
 from sedd.objectives.self_speculative import SelfSpeculative

@@ -29,13 +29,8 @@ import numpy as np
 from report import report, start
 
 import sedd
-from sedd.configuration.build import (
-    ValidationRows,
-    build_data,
-    build_parallel,
-    build_parts,
-    build_step,
-)
+from sedd.configuration.build import build_parallel, build_parts, build_step
+from sedd.configuration.build_data import ValidationRows, build_data
 from sedd.configuration.components import options, values
 from sedd.configuration.config import Config, DataOptions, EvaluationOptions, TrainingOptions
 from sedd.data.loader import Batches

@@ -28,7 +28,7 @@ import numpy as np
 from report import report, save_plot, start
 
 import sedd
-from sedd.configuration.build import pack_split
+from sedd.configuration.build_data import pack_split
 from sedd.data.packing import unigram_entropy
 from sedd.evaluation.ngram_judge import NgramJudge
 

@@ -32,7 +32,7 @@ from report import report, start
 from scipy.optimize import isotonic_regression
 
 import sedd
-from sedd.configuration.build import build_data
+from sedd.configuration.build_data import build_data
 from sedd.evaluation.diversity import measure_diversity
 
 QUICKSTART = [

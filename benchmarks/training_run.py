@@ -26,7 +26,8 @@ import jax
 import numpy as np
 from report import report, start
 
-from sedd.configuration.build import build_data, build_parallel, build_parts, build_step
+from sedd.configuration.build import build_parallel, build_parts, build_step
+from sedd.configuration.build_data import build_data
 from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions, TrainingOptions
 from sedd.data.loader import Batches

@@ -10,7 +10,8 @@ import numpy as np
 
 from sedd.commands.evaluate_flags import EvaluateCommand
 from sedd.commands.frontier_flags import TEMPERATURES
-from sedd.configuration.build import build_sampler, default_sampler, pack_split
+from sedd.configuration.build import build_sampler, default_sampler
+from sedd.configuration.build_data import pack_split
 from sedd.errors import UserError
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.frontier import Frontier, JudgedPoint

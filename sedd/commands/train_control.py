@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 import sedd
-from sedd.configuration.build import Data, Parts, ValidationRows
+from sedd.configuration.build import Parts
+from sedd.configuration.build_data import Data, ValidationRows
 from sedd.configuration.config import Config
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.bound import evaluate_bound

@@ -18,15 +18,14 @@ from sedd.commands.cli import note
 from sedd.commands.train_control import check_weights
 from sedd.commands.train_from import first_params, lora_of, source_of, trains_a_part
 from sedd.configuration.build import (
-    Data,
     Parts,
-    build_data,
     build_parallel,
     build_parts,
     build_step,
     check_padding,
     check_whole_rows,
 )
+from sedd.configuration.build_data import Data, build_data
 from sedd.configuration.components import maker
 from sedd.configuration.config import Config, differences
 from sedd.configuration.position_weights import measure_weights, weights_of, with_weights

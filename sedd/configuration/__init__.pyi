@@ -1,9 +1,9 @@
-from .build import Data as Data
 from .build import Parts as Parts
-from .build import build_data as build_data
 from .build import build_parts as build_parts
 from .build import build_sampler as build_sampler
 from .build import build_step as build_step
+from .build_data import Data as Data
+from .build_data import build_data as build_data
 from .components import Options as Options
 from .components import build as build
 from .components import options as options
