@@ -380,6 +380,7 @@ class Denoiser:
         function: Callable[[Rows], Array],
         dtype,
         shape: tuple[int, ...] = (),
+        copies: int = 1,
     ) -> Shaped[Array, "B L *s"]:
         """Compute one value for each selected position, in chunks of rows; the others are 0.
 
@@ -390,6 +391,7 @@ class Denoiser:
                 ``sedd.networks.rows.CHUNK_BYTES``.
             dtype: type of the result.
             shape: the shape of a row's value, by default one number.
+            copies: 2 for a function that holds more than four arrays [R, V] at once.
         """
         batch, length = select_BL.shape
 
@@ -398,7 +400,7 @@ class Denoiser:
             return values_M.at[index_R].set(function(rows).astype(dtype), mode="drop")
 
         # A watermark in the conditionals reads the two neighbours of each row as well.
-        copies = 1 if self.watermark is None or self.watermark.replaces_noise else 2
+        copies *= 1 if self.watermark is None or self.watermark.replaces_noise else 2
         sizes = row_sizes(batch, length, copies * self.network.num_states)
         zeros_M = jnp.zeros((batch * length, *shape), dtype)
         values_M = over_chunks(select_BL.reshape(-1), sizes, body, zeros_M)

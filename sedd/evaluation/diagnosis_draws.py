@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from sedd.arrays import at
 from sedd.denoiser import Denoiser
 from sedd.evaluation.stratified import tile
+from sedd.networks.base import read_out
 from sedd.networks.rows import Rows
 from sedd.samplers.noise import fold, tokens_at
 from sedd.types import Array, Bool, Float, Int, Key
@@ -99,24 +100,22 @@ def readings(
     """
     length = x0_BL.shape[1]
     call = _Call.of(denoiser, jnp.where(masked_BL, denoiser.mask_id, x0_BL), sigma_B)
-    *of_positions, apart_BL = jnp.unstack(
-        _predictions(call, x0_BL, masked_BL, log_unigram_N), axis=-1
-    )
     right_BL = masked_BL & (segment_BL == jnp.roll(segment_BL, 1, 1)) & (jnp.arange(length) > 0)
     pair_BL = masked_BL & jnp.roll(right_BL, -1, 1)  # at the left one of two masked neighbours
+    apart_BL = denoiser.map_rows(
+        pair_BL,
+        lambda rows: _total_variation(call.probs(rows), call.right_probs(rows)),
+        jnp.float32,
+        copies=2,
+    )
     one_BL, dependence_BL = _dependence(call, keys_B, pair_BL, sigma_B)
     # The drawn pair stands for all pairs of its sequence.
     weight_BL = one_BL * pair_BL.sum(1, keepdims=True).astype(jnp.float32)
-    of_pairs = (
-        pair_BL.astype(jnp.float32),
-        apart_BL * pair_BL,
-        weight_BL,
-        weight_BL * dependence_BL,
-    )
+    of_pairs = (pair_BL.astype(jnp.float32), apart_BL, weight_BL, weight_BL * dependence_BL)
     distance_BL = nearest_revealed(~masked_BL & (segment_BL > 0), segment_BL)
     nearer_BL = jnp.minimum(distance_BL, jnp.roll(distance_BL, -1, 1))
     sums = (
-        _sums(distance_BL, masked_BL, jnp.stack(of_positions, -1)),
+        _sums(distance_BL, masked_BL, _predictions(call, x0_BL, masked_BL, log_unigram_N)),
         _sums(nearer_BL, pair_BL, jnp.stack(of_pairs, -1)),
     )
     return jnp.concatenate(sums, -1)
@@ -124,7 +123,7 @@ def readings(
 
 @dataclass(frozen=True)
 class _Call:
-    """A network call and its predictions, normalised over real tokens."""
+    """A network call and its predictions at masked positions, normalised over real tokens."""
 
     denoiser: Denoiser
     x_BL: Int[Array, "B L"]
@@ -135,14 +134,18 @@ class _Call:
         return cls(denoiser, x_BL, denoiser.hidden(x_BL, sigma_B))
 
     def log_probs(self, rows: Rows) -> Float[Array, "R N"]:
-        log_conditional_RN = self.denoiser.log_conditional_rows(self.hidden, self.x_BL, rows)
-        return jax.nn.log_softmax(log_conditional_RN)
+        head = self.denoiser.network.head(self.denoiser.params)
+        raw_RV = read_out(rows.pick(self.hidden[0]), *head)
+        return jax.nn.log_softmax(self.denoiser.parameterization.masked_logits(raw_RV))
+
+    def probs(self, rows: Rows) -> Float[Array, "R N"]:
+        return jnp.exp(self.log_probs(rows))
 
     def right_probs(self, rows: Rows) -> Float[Array, "R N"]:
         """The probabilities at the right neighbour of each row."""
         last = self.x_BL.shape[1] - 1
         right = replace(rows, position_R=jnp.minimum(rows.position_R + 1, last))
-        return jnp.exp(self.log_probs(right))
+        return self.probs(right)
 
 
 def _predictions(
@@ -151,7 +154,7 @@ def _predictions(
     masked_BL: Bool[Array, "B L"],
     log_unigram_N: Float[Array, " N"],
 ) -> Float[Array, "B L Q"]:
-    """``POSITIONS``, and the total variation from the right neighbour, at masked positions."""
+    """``POSITIONS`` at masked positions."""
 
     def read(rows: Rows):
         log_p_RN = call.log_probs(rows)
@@ -161,11 +164,10 @@ def _predictions(
         columns = (
             *(jnp.ones_like(kl_R), entropy_R, -at(log_p_RN, token_R), top_R == token_R),
             *(kl_R, top_R == log_unigram_N.argmax()),
-            _total_variation(p_RN, call.right_probs(rows)),
         )
         return jnp.stack([column.astype(jnp.float32) for column in columns], -1)
 
-    return call.denoiser.map_rows(masked_BL, read, jnp.float32, (len(POSITIONS) + 1,))
+    return call.denoiser.map_rows(masked_BL, read, jnp.float32, (len(POSITIONS),), copies=2)
 
 
 def _dependence(
@@ -188,13 +190,13 @@ def _dependence(
     def left_token(rows: Rows):
         return tokens_at(fold(keys_B, 1), rows, call.log_probs(rows))
 
-    left_BL = call.denoiser.map_rows(one_BL, left_token, call.x_BL.dtype)
+    left_BL = call.denoiser.map_rows(one_BL, left_token, call.x_BL.dtype, copies=2)
     given = _Call.of(call.denoiser, jnp.where(one_BL, left_BL, call.x_BL), sigma_B)
 
     def read(rows: Rows):
         return _total_variation(call.right_probs(rows), given.right_probs(rows))
 
-    return one_BL, call.denoiser.map_rows(one_BL, read, jnp.float32)
+    return one_BL, call.denoiser.map_rows(one_BL, read, jnp.float32, copies=2)
 
 
 def nearest_revealed(
