@@ -1,6 +1,6 @@
 """Samples of few network calls, with tokens drawn independently and jointly, under a judge.
 
-The judge is the n-gram model of ``sample_quality``, of tokens here, counted on the training split.
+The judge is an n-gram model of tokens (``NgramJudge``), counted on the training split.
 It prefers repetitive text, so that the entropy of the samples stands beside it: a setting is better
 only where one of the two is better and the other is no worse. The columns:
 
@@ -15,6 +15,7 @@ only where one of the two is better and the other is no worse. The columns:
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib as mpl
@@ -72,13 +73,16 @@ def main(settings: Settings) -> None:
         encode=tokenizer.encode_batch,
     )
     results = [figures("held-out text", None, rows("validation", 512), judge)]
-    draws = {"independent": {}}
+    draws: dict[str, dict[str, Any]] = {"independent": {}}
     draws |= {f"independent, temperature {t}": {"temperature": t} for t in settings.temperatures}
     draws |= {
         f"window {settings.window}, below {below}": {"window": settings.window, "below": below}
         for below in settings.below
     }
     for label, options in draws.items():
+        # A temperature for each sequence, also of 1: settings then share their programs.
+        temperature = [options.get("temperature", 1.0)] * settings.num
+        given: dict[str, Any] = {**options, "temperature": temperature}
         for calls in settings.calls:
             key = jax.random.key(settings.seed)
             drawn = sedd.sample(
@@ -88,7 +92,7 @@ def main(settings: Settings) -> None:
                 sampler="ordered",
                 order="random",
                 steps=calls,
-                **options,
+                **given,
             )
             results.append(figures(label, float(drawn.calls.mean()), drawn.tokens, judge))
     report("joint", results, judge=f"{settings.order}-gram", samples=settings.num)
@@ -99,10 +103,10 @@ def main(settings: Settings) -> None:
 
 def figures(label: str, calls: float | None, tokens_SL: np.ndarray, judge: NgramJudge) -> dict:
     """A row of the table."""
-    nats = np.array([judge.nats(ids_L).mean() for ids_L in tokens_SL])
+    nats = [judge.nats(ids_L).mean() for ids_L in tokens_SL]
     entropy = [unigram_entropy(np.bincount(ids_L)) for ids_L in tokens_SL]
     row = {"draws": label, "calls": calls}
-    for name, values in (("nats", nats), ("entropy", np.array(entropy))):
+    for name, values in (("nats", np.array(nats)), ("entropy", np.array(entropy))):
         error = values.std(ddof=1) / len(values) ** 0.5
         row |= {name: float(values.mean()), f"± {name}": float(error)}
     return row
