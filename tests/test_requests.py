@@ -14,7 +14,7 @@ import tokenizers
 
 import sedd
 from sedd.commands.answers import Answer, Answering, Asked
-from sedd.commands.asking import Survey
+from sedd.commands.survey import Survey
 from sedd.constraints.clamp import Clamp, from_infill, from_prompt
 from sedd.constraints.spans import spans_of
 from sedd.data.tokenizers import Bytes, Pretrained

@@ -26,12 +26,13 @@ from rich.text import Text
 
 import sedd
 from sedd.commands.answers import Answer, Answering
-from sedd.commands.asking import TRACED, Asking, Survey, check_guidance, notes
+from sedd.commands.asking import Asking
 from sedd.commands.cli import console, errors, fail, note
 from sedd.commands.controlled import Controlled, report
 from sedd.commands.devices import is_first
 from sedd.commands.sample_flags import SampleCommand, joint_of, read_command, reshape_numbers
 from sedd.commands.sampler_flags import flat, sampler_options
+from sedd.commands.survey import TRACED, Survey, check_guidance, notes
 from sedd.commands.trace import TraceRow, write_trace
 from sedd.errors import UserError, printable
 from sedd.files import is_stdout, open_stream

@@ -151,7 +151,7 @@ class FullySharded:
             _state_specs(abstract, param_specs),
             is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
         )
-        self._rows = NamedSharding(self.mesh, PartitionSpec(None, BOTH))
+        self._rows, same = NamedSharding(self.mesh, PartitionSpec(None, BOTH)), PartitionSpec()
 
         def trained(tree):
             return step.network.trainable(tree) if abstract.teacher else {}
@@ -172,16 +172,10 @@ class FullySharded:
         mapped = jax.shard_map(
             totals,
             mesh=self.mesh,
-            in_specs=(
-                param_specs,
-                trained(param_specs),
-                PartitionSpec(),
-                PartitionSpec(),
-                self._rows.spec,
-            ),
+            in_specs=(param_specs, trained(param_specs), same, same, self._rows.spec),
             out_specs={
                 "grads": step.network.trainable(param_specs),
-                **dict.fromkeys(("nats", "terms", "tokens", "read"), PartitionSpec()),
+                **dict.fromkeys(("nats", "terms", "tokens", "read"), same),
             },
             check_vma=False,  # gradients are taken inside, and ``sum_over_devices`` sums them
         )
@@ -190,7 +184,7 @@ class FullySharded:
             totals = mapped(state.params, state.teacher, state.key, state.step, batch)
             return step.update(state, totals)
 
-        whole = NamedSharding(self.mesh, PartitionSpec())
+        whole = NamedSharding(self.mesh, same)
         self.run = jax.jit(run, donate_argnums=0, out_shardings=(self.shardings, whole))
 
     def init(self, make: Callable[[], TrainState]) -> TrainState:
