@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
 
 import jax
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import tiny_run
 from oracle import L, N, f32, i32, keys
 
+from sedd.commands.train_start import check_same_run
 from sedd.configuration.build import build_parts
 from sedd.configuration.components import options
 from sedd.configuration.config import Config, DataOptions
@@ -233,6 +236,16 @@ def test_weights_of_a_corpus():
     got = build_parts(measured, 5).schedule.powers(4)
     np.testing.assert_allclose(got, [0.05, 0.8, 1.6, 1.6], rtol=0.02)
     assert measure_weights(config("1,1,1,1"), [packed]) == config("1,1,1,1")
+
+
+def test_a_resumed_run_keeps_the_weights_that_were_measured(tmp_path):
+    """The command says ``corpus`` again; other numbers are another configuration."""
+    (tmp_path / "config.json").write_text(json.dumps(config("2,.5,1,3").to_json()))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_run.TOKENIZER.to_json()))
+    resumed, _ = check_same_run(tmp_path, config("corpus"))
+    assert resumed.schedule == config("2,.5,1,3").schedule
+    with pytest.raises(UserError, match=r"another configuration: .*schedule\.weights"):
+        check_same_run(tmp_path, config("2,.5,1,4"))
 
 
 @pytest.mark.parametrize(

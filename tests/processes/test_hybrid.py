@@ -12,6 +12,7 @@ import pytest
 from oracle import f32, i32
 from scipy import optimize
 from scipy.linalg import expm
+from tiers import daily, nightly
 
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.monte_carlo import sequence_nats
@@ -34,7 +35,7 @@ SCHEDULE = LogLinear()
 SIGMA, RATE = oracle.SCHEDULES["log_linear"]
 T_MIN = 0.03
 MIXTURES = [(0.3, None), (0.2, 1.0), (0.4, 0.5), (0.1, 2.0)]
-mixtures = pytest.mark.parametrize(("uniform", "gamma"), MIXTURES)
+mixtures = pytest.mark.parametrize(("uniform", "gamma"), daily(MIXTURES, MIXTURES[:2]))
 
 
 def hybrid(uniform, gamma, num_tokens=N):
@@ -327,7 +328,7 @@ def estimates(denoiser, keys_B, x0_BL, draws):
     return sequence_nats(denoiser, SCHEDULE, keys_B, x0_BL, x0_BL >= 0, draws=draws, t_min=T_MIN)
 
 
-@pytest.mark.parametrize(("uniform", "gamma"), MIXTURES[:2])
+@pytest.mark.parametrize(("uniform", "gamma"), daily(MIXTURES[:2], MIXTURES[1:2]))
 def test_the_bound_of_any_network_is_above_its_likelihood(uniform, gamma):
     """And the estimate has it as its mean; for the exact network it is the likelihood itself."""
     for denoiser, tight in (
@@ -392,7 +393,7 @@ def drawn(sampler, denoiser, keys_B, tokens_BL):
     return sampler(denoiser, keys_B, tokens_BL, tokens_BL < 0).tokens_BL
 
 
-@pytest.mark.parametrize("rule", [Euler, Tweedie])
+@pytest.mark.parametrize("rule", [nightly(Euler), Tweedie])
 def test_samplers_have_their_finite_step_law_under_a_moving_mixture(rule):
     """The constant mixture is among the processes of test_tau_leaping."""
     uniform, gamma = 0.3, 1.0
