@@ -14,9 +14,10 @@ EVERY = [(family, name) for family in COMPONENTS.values() for name in makers(fam
 
 
 def test_every_family_has_its_components():
-    assert set(makers("processes")) == {"absorbing", "uniform"}
+    assert set(makers("processes")) == {"absorbing", "uniform", "hybrid"}
     assert {"euler", "tweedie"} <= set(makers("samplers"))
-    assert {"log_linear", "geometric", "cosine", "polynomial"} == set(makers("schedules"))
+    schedules = {"log_linear", "geometric", "cosine", "polynomial", "by_position"}
+    assert schedules == set(makers("schedules"))
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sedd.configuration.components import makers
-from sedd.schedules import Cosine, Geometric, LogLinear, Polynomial
+from sedd.schedules import ByPosition, Cosine, Geometric, LogLinear, Polynomial
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "sedd.npz")
 CLAMP = 1e-4
@@ -21,6 +21,7 @@ def clamped(alpha):
 
 EXACT = {  # name: (schedule, α(t) = exp(-σ(t)) in float64)
     "log_linear": (LogLinear(), lambda t: 1 - (1 - 1e-3) * t),
+    "by_position": (ByPosition(), lambda t: 1 - (1 - 1e-3) * t),  # of a position of weight 1
     "geometric": (Geometric(), lambda t: np.exp(-(1e-4 ** (1 - t)) * 20.0**t)),
     "cosine": (Cosine(), lambda t: clamped(1 - np.cos(np.pi / 2 * (1 - t)))),
     "polynomial": (Polynomial(), lambda t: clamped(1 - t**2)),
