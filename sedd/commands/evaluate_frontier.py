@@ -19,6 +19,7 @@ from sedd.evaluation.judges import Scorer
 from sedd.evaluation.ngram_judge import NgramJudge
 from sedd.evaluation.report import Section
 from sedd.model import Model, load
+from sedd.parameterizations.mean import Mean
 from sedd.progress import track
 from sedd.sampling.whole import sample
 
@@ -68,11 +69,12 @@ class FrontierTask:
         for each in models.values():
             for steps in flags.step_counts:
                 _sampler(each, steps).check(each.denoiser)
-            if not each.process.absorbing:
+            mean = isinstance(each.denoiser.parameterization, Mean)
+            if not (each.process.absorbing or mean):
                 if sweep not in (None, (1.0,)):
                     raise UserError(
-                        f"--temperatures {flags.temperatures}: {each.source} has no temperature, "
-                        "which needs an absorbing process"
+                        f"--temperatures {flags.temperatures}: {each.source} has no temperature: "
+                        "off the absorbing process it needs the parameterization mean"
                     )
                 sweep = (1.0,)
         return cls(command=command, models=models, judge=judge, temperatures=sweep or TEMPERATURES)

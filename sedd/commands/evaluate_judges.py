@@ -16,7 +16,7 @@ from sedd.model import Model, load
 
 
 def offline_judge(command: EvaluateCommand, model: Model) -> Scorer:
-    """The judge of ``--frontier`` if ``--judge`` names no model: n-grams, or else smollm2.
+    """The judge of ``--frontier``: n-grams for ``--judge ngram``, smollm2 without ``--judge``.
 
     Raises:
         UserError: it cannot be loaded.

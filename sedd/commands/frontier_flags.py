@@ -23,7 +23,7 @@ class FrontierFlags:
     steps: Annotated[str | None, unset("INT,…")] = None
     """With --frontier: the steps of the sampler; by default 1,2,4,8,16,32,64."""
     temperatures: Annotated[str | None, unset("FLOAT,…")] = None
-    """With --frontier: the temperatures; by default 0.6,0.7,0.8,0.9,1,1.1, and 1 alone on a process
+    """With --frontier: the temperatures; by default 0.6,0.7,0.8,0.9,1,1.1, and 1 alone for a model
     that has none."""
     texts: int = 128
     """With --frontier: texts of each setting, and real texts."""

@@ -147,7 +147,7 @@ def notes(
             )
         if survey.reused is not None and scheme.kind == "gumbel":
             yield (
-                f"--requests {command.requests}: seed, the nonce of the watermark, and given text "
+                f"--requests {command.requests}: seed (the nonce of the watermark) and given text "
                 f"of {survey.reused!r} stand in several lines: these texts share their noise, and "
                 "are no separate evidence of the watermark"
             )

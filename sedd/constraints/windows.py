@@ -34,7 +34,7 @@ class Windows:
     Attributes:
         width: W, positions of a window; the first one begins at position 0.
         below_B: the largest share of masked positions of each sequence, in (0, 1]. A hidden Markov
-            model knows nothing of a text of which little is visible, while the network does.
+            model knows which tokens go together, but not what the text is about.
     """
 
     width: int = field(metadata={"static": True})

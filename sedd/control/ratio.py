@@ -57,7 +57,7 @@ class LogRatio:
         self._order, self._batch_size = sampler.order, batch_size
 
     def __call__(self, texts: Sequence[np.ndarray]) -> np.ndarray:
-        """Compute the ratios [K] of the tokens [L] of each text."""
+        """Compute log a(x)/q(x) of each text, [K], from its tokens [L]."""
         tokens_KL = np.stack(texts)
         ratios = []
         for first in range(0, len(tokens_KL), self._batch_size):

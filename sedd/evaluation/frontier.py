@@ -242,7 +242,7 @@ class Frontier:
         return Table(title="All settings", columns=columns, rows=rows)
 
     def figure(self):
-        """Plot judged nats against entropy: a colour a number of steps, dashes for ``against``."""
+        """Plot nats against entropy: one colour for a number of steps, dashes for ``against``."""
         from matplotlib import colormaps
         from matplotlib.figure import Figure
 

@@ -27,8 +27,8 @@ class HiddenMarkov(NamedTuple):
     """The probabilities of an HMM with H states over N tokens.
 
     Attributes:
-        transition_ZH: probabilities of the next state, a row for each state and a last one, Z = H +
-            1, for the first state.
+        transition_ZH: probabilities of the next state: a row for each state before it, and a last
+            row for the start, so that Z = H + 1.
         emission_HN: probabilities of the token in each state.
     """
 

@@ -10,7 +10,7 @@ is a joint distribution of the masked tokens M of a window, from which tokens ar
 dynamic programming (``sedd.constraints.windows``), without a further network call. The objective
 ``hmm`` trains ω with the trunk and its conditionals fixed.
 
-If all emissions were uniform, p̂ would be the product of the c_i. Otherwise its marginals are not
+If p_ω were uniform over texts, p̂ would be the product of the c_i. Otherwise its marginals are not
 c_i: p_ω knows token frequencies, and c_i knows them already. Training ω under p̂, and not as a
 language model of its own, makes the marginals right on average, since the expected emissions under
 p̂ are then those of the data.

@@ -224,7 +224,7 @@ class Objective(ABC):
         return corrupted
 
     def ends_round(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
-        """Whether the student's averages become the teacher after ``step`` steps."""
+        """Whether the student's averaged weights become the teacher after ``step`` steps."""
         return False
 
     def rows(self, length: int) -> int:

@@ -21,9 +21,9 @@ LEAST_TIME = 1e-3  # at time 0 nothing is corrupted
 class SelfDistill(Objective):
     """The divergence of the student at time t from its teacher at less noise, at each position.
 
-    The student starts as a copy of the teacher (--teacher). In round r the teacher's step is dt =
-    2^r / ``teacher_steps``. At the end of a round the student's averages become the teacher, so
-    that each round halves the number of steps from noise to text.
+    The student starts as a copy of the teacher (--teacher). In round r = 0, 1, … the teacher's
+    step is dt = 2^r / ``teacher_steps``. At the end of a round the student's averaged weights
+    become the teacher, so that each round halves the number of steps from noise to text.
 
     On an absorbing process the teacher takes two steps from xt, t to t - 2·dt. The target at a
     masked position is the teacher's distribution in the step that reveals it, and in the second

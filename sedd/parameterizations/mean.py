@@ -24,8 +24,8 @@ class Mean(Parameterization):
 
     **x_θ is a leave-one-out prediction**: the best one is p(x0_i | the noisy tokens at all other
     positions), and the noisy token at i itself has no part in it. The posterior p(x0_i | xt), from
-    which the last step of a sampler draws, is x_θ·Pr(xt_i | x0_i), normalised. Temperature, top-k
-    and top-p act on x_θ. At a mask the two are the same.
+    which the last step of a sampler draws, is x_θ·Pr(xt_i | x0_i), normalised; at a mask the two
+    are the same. Temperature, top-k and top-p act on x_θ.
 
     Raises ``ValueError`` unless the process is ``Interpolating``, as absorbing, uniform and hybrid
     are.

@@ -30,7 +30,7 @@ from sedd.types import Array, Bool, Float, Int, Key
 class Process(ABC):
     """A forward process over ``num_tokens`` real tokens and, unless ``mask_id`` is None, a mask.
 
-    ``absorbing`` states that xt is always the clean token or the mask. A visible token is then
+    ``absorbing`` is True if xt is always the clean token or the mask. A visible token is then
     certain, and only masked positions remain to be drawn. Objectives, samplers and bounds that rely
     on this property test ``absorbing``, never ``mask_id``: a process may have a mask and at the
     same time visible tokens that are wrong.

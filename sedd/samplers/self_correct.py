@@ -30,13 +30,13 @@ class SelfCorrect(SteppedSampler):
 
     - likeliest: a token is drawn from x_θ at every position, at ``correction_temperature``. Of the
       positions whose draw differs from their token, the one whose draw has the highest x_θ takes
-      it. A text ends when for ``patience`` calls no larger share of its tokens than before was the
-      most likely one under x_θ. This sharpens texts: its law is not the model's, and has no
-      formula.
+      it. A text ends when for ``patience`` calls the share of its tokens that are the likeliest
+      under x_θ has not risen above its best. This sharpens texts: its law is not the model's, and
+      has no formula.
     - random: a uniformly random position takes a token from x_θ at ``correction_temperature``, in
       each of ``steps`` calls. At temperature 1 this is a Gibbs sampler: as ``t`` falls to 0, where
       x_θ is p(x0_i | all other tokens), every step leaves the model's joint distribution as it is,
-      and that given the fixed tokens.
+      also the one given the fixed tokens.
 
     The trace begins with the text of ``inner``.
     """

@@ -29,9 +29,10 @@ class ByPosition(LogLinear):
     """
 
     weights: str = ""
-    """The weights of positions 0, 1, …: numbers above 0, separated by commas; in training also a
-    file of numbers, or corpus, which measures the entropy of the tokens at each position. The saved
-    configuration holds the numbers. Later positions have the weight 1; empty means 1 for all."""
+    """The weights of positions 0, 1, …: numbers above 0, separated by commas, or in training a file
+    of them, one for each position of a row; or corpus, which measures the entropy of the tokens
+    there. The saved configuration holds the numbers. Positions behind them, in longer texts, have
+    the weight 1; empty means 1 for all."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -179,7 +179,10 @@ PADDED = ("--price", 4, "--cut", "whole", "--max-sequences", 9999)  # the last r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--judge", "smollm2"), "--judge smollm2 takes --samples FILE.jsonl, which is missing"),
+        (
+            ("--judge", "smollm2"),
+            "--judge smollm2 takes --samples FILE.jsonl or --frontier, which is missing",
+        ),
         (("--consistency", 0), "consistency must be at least 1, got 0"),
         (("--samples", "none.jsonl"), "--samples none.jsonl: No such file"),
         (("--price",), "--price needs"),

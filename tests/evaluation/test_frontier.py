@@ -188,7 +188,7 @@ def test_a_process_without_temperature_has_one_point(place):
         (
             "uniform",
             (*FRONTIER, "--judge", "ngram", "--temperatures", "0.5,1"),
-            "has no temperature, which needs an absorbing process",
+            "has no temperature: off the absorbing process it needs",
         ),
         ("student", ("--judge", "ngram"), "takes --samples FILE.jsonl or --frontier"),
         (
