@@ -8,6 +8,7 @@ sampler has to know them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from sedd.parameterizations.base import Parameterization
 from sedd.parameterizations.block import Block
 from sedd.processes.base import Process
 from sedd.reshape import Reshape
-from sedd.types import Array, Bool, Float, Int, Keys, Params, Shaped
+from sedd.types import Array, Bool, Float, Int, Key, Keys, Params, Shaped
 from sedd.watermark.base import Watermark
 
 
@@ -50,6 +51,9 @@ class Denoiser:
         windows: draws the tokens that are revealed in one call jointly, through ``propose`` too, by
             the hidden Markov model of the network.
         watermark: replaces the noise with which tokens are drawn, or changes the conditionals.
+        latent_keys_B: a key for each sequence, for networks that take a latent; without keys it is
+            the latent 0. The number of masks is folded in, so that each call that reveals
+            something has a latent of its own.
         called: the hidden states of the current tokens, if the caller has made the network call
             already, with a memory; ``hidden`` then returns them.
     """
@@ -63,6 +67,7 @@ class Denoiser:
     constraint: Constraint | None = None
     windows: Windows | None = None
     watermark: Watermark | None = None
+    latent_keys_B: Key[Array, " B"] | None = None
     called: tuple[Float[Array, "B L D"], ...] | None = None
 
     @property
@@ -194,7 +199,21 @@ class Denoiser:
         if self.guided and self.given_BL is not None:
             each.append(jnp.where(self.given_BL, self.mask_id, x_BL))
         calls = [self.parameterization.inputs(tokens_BL, self.attend) for tokens_BL in each]
-        return tuple(call.hidden(self.network, self.params, sigma=sigma) for call in calls)
+        latent_BZ = self._latent(x_BL)
+        return tuple(
+            call.hidden(self.network, self.params, sigma=sigma, latent_BZ=latent_BZ)
+            for call in calls
+        )
+
+    def _latent(self, x_BL: Int[Array, "B L"]) -> Float[Array, "B Z"] | None:
+        """The latent of each sequence for a call on these tokens; None for the latent 0."""
+        if self.latent_keys_B is None:
+            return None
+        masks_B = (x_BL == self.mask_id).sum(1)
+        keys_B = jax.vmap(jax.random.fold_in)(self.latent_keys_B, masks_B)
+        network: Any = self.network  # one that takes a latent
+        shape = (network.latents,)
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
 
     def log_marginal(self, x_BL: Int[Array, "B L"]) -> Float[Array, " B"]:
         """Approximate the log probability of the visible tokens, with all others summed out.
@@ -642,6 +661,11 @@ class Denoiser:
         )
         reshape = None if self.reshape is None else self.reshape.repeat(count)
         windows = None if self.windows is None else self.windows.repeat(count)
+        latent_keys_B = self.latent_keys_B
+        if latent_keys_B is not None:
+            copy_B = jnp.tile(jnp.arange(count), len(latent_keys_B))
+            repeated_B = jnp.repeat(latent_keys_B, count, 0)
+            latent_keys_B = jax.vmap(jax.random.fold_in)(repeated_B, copy_B)
         watermark = None if self.watermark is None else self.watermark.repeat(count)
         return replace(
             self,
@@ -649,6 +673,7 @@ class Denoiser:
             given_BL=given_BL,
             constraint=constraint,
             windows=windows,
+            latent_keys_B=latent_keys_B,
             reshape=reshape,
             watermark=watermark,
         )

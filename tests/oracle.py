@@ -250,7 +250,8 @@ class ConstantNetwork(_Direct):
     def hidden(
         self, params, tokens_BL, *, positions_BL=None, attend=None, sigma_B=None, keys_B=None
     ):
-        return jnp.broadcast_to(params, (len(tokens_BL), *params.shape[1:]))
+        repeated = jnp.tile(params, (-(-len(tokens_BL) // len(params)), 1, 1))
+        return repeated[: len(tokens_BL)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +273,18 @@ class WithMarginalHead(ConstantNetwork):
     def log_marginal(self, params, hidden_BLD, tokens_BL):
         own_BL = jnp.take_along_axis(hidden_BLD, tokens_BL[..., None], -1)[..., 0]
         return jnp.where(tokens_BL < self.num_states - 1, own_BL, 0.0).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithLatent(ConstantNetwork):
+    """The same, with a latent of two numbers that is added to the first two raw outputs."""
+
+    has_latent = True
+    latents = 2
+
+    def hidden(self, params, tokens_BL, *, latent_BZ=None, **options):
+        raw_BLV = super().hidden(params, tokens_BL, **options)
+        return raw_BLV if latent_BZ is None else raw_BLV.at[..., :2].add(latent_BZ[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,6 +206,7 @@ def test_tokenising_that_is_killed_ends_in_the_same_bytes(capsys, megabytes, kil
         assert undisturbed["memory, MB"] < 1000
 
 
+@pytest.mark.nightly
 def test_joint_draws_are_judged_beside_independent_ones(tmp_path, capsys):
     joint = importlib.import_module("joint")
     (tmp_path / "text.txt").write_text(tiny_run.text(400))

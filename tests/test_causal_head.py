@@ -295,8 +295,8 @@ def test_a_run_trains_the_head_only_and_prints_its_gain(trained, trunk):
     assert outcome.out.startswith(f"{total:,} parameters ({count:,} of them trained) · ")
     [start] = [i for i, line in enumerate(outcome.out.splitlines()) if "masked token" in line]
     causal, both, difference, *_ = outcome.out.splitlines()[start + 1 :]
-    assert causal.endswith("by the head")
-    assert "by the trunk" in both
+    assert causal.endswith("jointly")
+    assert "independently" in both
     assert float(both.split()[0]) - float(causal.split()[0]) == pytest.approx(
         float(difference.removeprefix("  difference: ").split()[0]), abs=2e-4
     )

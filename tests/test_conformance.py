@@ -250,6 +250,7 @@ def test_objective(name):
             (objective.trains_causal_head, oracle.WithCausalHead),
             (objective.trains_marginal_head, oracle.WithMarginalHead),
             (objective.trains_hmm_head, oracle.WithHmmHead),
+            (objective.trains_latent, oracle.WithLatent),
         ):
             kind = network if trains else kind
         network = kind(num_states=process.num_states, time_conditioned=not reading.time_independent)

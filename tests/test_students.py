@@ -76,7 +76,10 @@ def test_a_uniform_student(tmp_path, text):
     ("flags", "message"),
     [
         (STUDENT, "--objective self_distill has no teacher: name a trained model by --teacher"),
-        (("--teacher", "RUN"), "a teacher goes with --objective self_distill, got lambda_dce"),
+        (
+            ("--teacher", "RUN"),
+            "a teacher goes with --objective self_distill or latent_distill, got lambda_dce",
+        ),
         (("--teacher", "nowhere", *STUDENT), "--teacher nowhere: "),
         (
             ("--teacher", "RUN", "--init-from", "RUN", *STUDENT),

@@ -17,6 +17,7 @@ import numpy as np
 
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.spans import Rule, Shape, Span
+from sedd.constraints.windows import Joint
 from sedd.data.packing import unigram_entropy
 from sedd.model import Model
 from sedd.requests import Request
@@ -24,7 +25,7 @@ from sedd.reshape import LogitProcessor
 from sedd.samplers.base import Sampler
 from sedd.samplers.best_of_n import BestOfN
 from sedd.sampling.arguments import reshape_of
-from sedd.sampling.batch import Joint, Marking, draw
+from sedd.sampling.batch import Marking, draw
 from sedd.watermark.scheme import Scheme, runs_of
 
 WINDOW = 8  # batches' worth of requests that are sorted by program at a time

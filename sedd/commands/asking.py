@@ -142,7 +142,7 @@ class Asking:
             watermark = self.scheme.batch(np.zeros(1), np.zeros((1, 1), bool))
         windows = None
         if (joint := joint_of(self.command)) is not None:
-            joint.check(self.model)
+            joint.check(self.model.denoiser.network, self.model.source)
             windows = joint.windows(1)
         denoiser = dataclasses.replace(
             self.model.denoiser, reshape=reshape, watermark=watermark, windows=windows

@@ -75,6 +75,11 @@ def main(arguments: Sequence[str]) -> int:
             "the bound is that of the trunk: no likelihood is known of what the HMM head draws "
             "(--window)"
         )
+    if model.denoiser.network.has_latent:
+        note(
+            "the bound is that of the network without a latent: no likelihood is known of what it "
+            "draws with one"
+        )
     with Activity("reading the samples and the judge"):
         comparisons = Comparisons.of(command, model)
     with Activity("reading the data"):

@@ -32,6 +32,7 @@ from sedd.commands.watermark_flags import WatermarkFlags
 from sedd.configuration.build import default_sampler_of, takers
 from sedd.configuration.components import Options
 from sedd.configuration.user_function import load_function
+from sedd.constraints.windows import BELOW, Joint
 from sedd.errors import UserError
 from sedd.evaluation.price import Price
 from sedd.files import check_writable
@@ -42,7 +43,6 @@ from sedd.samplers.planned import Profile
 from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.verifier import SELF, self_likelihood
 from sedd.sampling.arguments import NUMBERS, reshape_of
-from sedd.sampling.batch import BELOW, Joint
 
 TITLE = "Draw text from a trained model: after a prompt, into gaps, or as an answer."
 

@@ -174,7 +174,7 @@ def run_of(
     if isinstance(parts.objective, Marginal):
         unit = "loss in nats², validation in nats per token"
     elif parts.objective.teacher_calls:
-        unit = "nats per token; the loss is a divergence from the teacher"
+        unit = "nats per token; the loss is that against the teacher"
     return Run(
         workdir=workdir,
         parallel=prepared.parallel,
@@ -307,8 +307,8 @@ def figures_of_head(last: dict[str, Any]) -> str | None:
     if (gain := last.get("validation_gain")) is not None:
         return (
             "nats per masked token, ± standard error\n"
-            f"  {nats:.4f} ± {error:.4f} by the head\n"
-            f"  {nats + gain:.4f} by the trunk, which predicts the tokens of a call independently\n"
+            f"  {nats:.4f} ± {error:.4f} of the tokens of a call jointly\n"
+            f"  {nats + gain:.4f} of each token independently\n"
             f"  difference: {gain:.4f} ± {last['validation_gain_error']:.4f}"
         )
     if (bias := last.get("validation_bias")) is not None:

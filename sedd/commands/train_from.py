@@ -100,7 +100,8 @@ def started_from(arguments: Sequence[str], recipe: Config, *, named: bool) -> Co
 def _adds_a_head(recipe: Config) -> bool:
     """Whether the network of a recipe is a trunk with a further head."""
     network = maker("networks", recipe.network.name)
-    return network.has_causal_head or network.has_marginal_head or network.has_hmm_head
+    heads = network.has_causal_head, network.has_marginal_head, network.has_hmm_head
+    return any(heads) or network.has_latent
 
 
 def first_network(recipe: Options, source: Options, *, named: bool, adapters: bool) -> Options:
@@ -260,7 +261,7 @@ def first_params(where: str, source: sedd.Model, network: Network, *, convert: b
         params = params | {"unigram": {"log_prob": log_unigram(source)}}
     if isinstance(network, HmmHead) and "hmm" not in params:
         params = params | {"hmm": jax.jit(network.first_hmm)(params, log_unigram(source))}
-    heads = ("causal", "adapters", "marginal")
+    heads = ("causal", "adapters", "marginal", "latent")
     new = [name for name in heads if name in expected and name not in params]
     expected = {name: tree for name, tree in expected.items() if name not in new}
     here = kinds_of(expected)

@@ -35,6 +35,7 @@ from sedd.errors import FieldError, UserError
 from sedd.model import Model, read_config, read_tokenizer
 from sedd.networks.base import Network
 from sedd.objectives.base import Objective
+from sedd.objectives.latent_distill import LatentDistill
 from sedd.objectives.self_distill import SelfDistill
 from sedd.progress import Activity
 from sedd.schedules.by_position import CORPUS
@@ -146,7 +147,7 @@ def check_needs_no_model(config: Config) -> None:
         UserError: the configuration converts or distils a trained model, or trains a part of one.
         FieldError: it trains adapters.
     """
-    if maker("objectives", config.objective.name) is SelfDistill:
+    if maker("objectives", config.objective.name) in (SelfDistill, LatentDistill):
         raise UserError(
             f"--objective {config.objective.name} has no teacher: name a trained model by --teacher"
         )
@@ -172,21 +173,22 @@ def check_student(config: Config, objective: Objective) -> None:
     Raises:
         FieldError: they are not.
     """
-    if not isinstance(objective, SelfDistill):
+    if not objective.teacher_calls:
         if config.teacher is not None:
             raise FieldError(
                 "teacher",
-                f"is {config.teacher}: a teacher goes with --objective self_distill, got "
-                f"{config.objective.name}",
+                f"is {config.teacher}: a teacher goes with --objective self_distill or "
+                f"latent_distill, got {config.objective.name}",
             )
         return
-    steps = objective.rounds * objective.round_steps
-    if config.training.steps != steps:
-        raise FieldError(
-            "training.steps",
-            f"is {config.training.steps}, and must be --objective.rounds × --objective.round-steps "
-            f"= {objective.rounds} × {objective.round_steps} = {steps}",
-        )
+    if isinstance(objective, SelfDistill):
+        steps = objective.rounds * objective.round_steps
+        if config.training.steps != steps:
+            raise FieldError(
+                "training.steps",
+                f"is {config.training.steps}, and must be --objective.rounds × "
+                f"--objective.round-steps = {objective.rounds} × {objective.round_steps} = {steps}",
+            )
     if config.init_from is not None:
         raise FieldError("init_from", f"is {config.init_from}: name the model by --teacher instead")
 

@@ -23,6 +23,7 @@ from sedd.evaluation.measured import mean_of
 from sedd.objectives.block import Block
 from sedd.objectives.energy import Energy
 from sedd.objectives.hmm import Hmm
+from sedd.objectives.latent_distill import LatentDistill
 from sedd.objectives.marginal import Marginal
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.types import Params
@@ -42,7 +43,7 @@ def validator(config: Config, parts: Parts, tokenizer: Tokenizer, held_out: Vali
     """
     if parts.objective.weighted:
         return control_validator(config, parts, held_out)
-    if isinstance(parts.objective, SelfSpeculative | Hmm):
+    if isinstance(parts.objective, SelfSpeculative | Hmm | LatentDistill):
         return partial(validate_joint_head, config, parts, parts.objective, held_out)
     if isinstance(parts.objective, Marginal):
         return partial(validate_marginal_head, config, parts, held_out)
@@ -89,11 +90,11 @@ def levels_of_blocks(
 def validate_joint_head(
     config: Config,
     parts: Parts,
-    objective: SelfSpeculative | Hmm,
+    objective: SelfSpeculative | Hmm | LatentDistill,
     held_out: ValidationRows,
     params: Params,
 ) -> dict[str, Any]:
-    """The figures of a causal or HMM head: nats per masked token, and how many fewer than alone.
+    """The nats per masked token of tokens predicted jointly, and how many fewer than independently.
 
     Arguments are those of ``validator``, and the averaged parameters.
     """

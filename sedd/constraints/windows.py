@@ -11,15 +11,19 @@ the others are summed out, since nobody sees them. Windows are independent of ea
 """
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sedd.arrays import position_keys
 from sedd.errors import FieldError
+from sedd.networks.base import Network
 from sedd.networks.hidden_markov import HiddenMarkov, unwindowed, windows
 from sedd.networks.rows import Rows
 from sedd.types import Array, Bool, Float, Int, Key, Keys
+
+BELOW = 0.7  # the largest share of masked tokens, if a user names none
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +92,30 @@ class Windows:
     def repeat(self, count: int) -> "Windows":
         """The windows of a batch in which each sequence is repeated ``count`` times in a row."""
         return replace(self, below_B=jnp.repeat(self.below_B, count, 0))
+
+
+class Joint(NamedTuple):
+    """The numbers of a user for ``Windows``."""
+
+    window: int
+    """Tokens of a window, at least 2."""
+    below: float = BELOW
+    """The largest share of masked tokens of a sequence, in (0, 1]."""
+
+    def check(self, network: Network, source: str) -> None:
+        """Raise FieldError if a number is out of its range, or the network has no HMM head."""
+        if not 0 < self.below <= 1:
+            raise FieldError("below", f"must be in (0, 1], got {self.below}")
+        if not network.has_hmm_head:
+            raise FieldError(
+                "window",
+                f"is {self.window}, and {source} has no HMM head to draw windows by: train one on "
+                "it with --network hmm_head --objective hmm --init-from",
+            )
+
+    def windows(self, rows: int) -> Windows:
+        """The windows of a batch of so many sequences."""
+        return Windows(width=self.window, below_B=jnp.full(rows, self.below, jnp.float32))
 
 
 def check_window(width: int, length: int) -> None:

@@ -1,7 +1,8 @@
-"""What a head gains that predicts the tokens of a call jointly: nats jointly, and of each alone.
+"""What a model gains that predicts the tokens of a call jointly: nats jointly, and of each alone.
 
 A causal head predicts the masked tokens of a network call one after the other, in a random order; a
-hidden Markov model predicts those of a window together. The trunk predicts each of them
+hidden Markov model predicts those of a window together, and a network with a latent all of them,
+given a common latent. The trunk, or the network without a latent, predicts each of them
 independently. Both are measured on the same draws.
 """
 
@@ -17,6 +18,7 @@ from sedd.denoiser import Denoiser
 from sedd.evaluation.bound import estimates
 from sedd.evaluation.measured import Measured, ratio_of
 from sedd.objectives.hmm import Hmm
+from sedd.objectives.latent_distill import LatentDistill
 from sedd.objectives.self_speculative import SelfSpeculative
 from sedd.schedules import LogLinear
 from sedd.types import Array, Key
@@ -36,19 +38,19 @@ class JointNats(NamedTuple):
 
 def joint_nats(
     denoiser: Denoiser,
-    objective: SelfSpeculative | Hmm,
+    objective: SelfSpeculative | Hmm | LatentDistill,
     key: Key[Array, ""],
     batches: Iterable[tuple[np.ndarray, ...]],
     *,
     draws: int = 16,
     masked: float | None = None,
 ) -> JointNats:
-    """Measure a network with a causal or an HMM head on a corpus.
+    """Measure a network that predicts the tokens of a call jointly on a corpus.
 
     It takes ``draws`` calls of the trunk for each sequence.
 
     Args:
-        denoiser: the model; its network has a head that the objective trains.
+        denoiser: the model; its network is one that the objective trains.
         objective: draws the masks, and the orders of a causal head.
         key: the key of sequence i is ``fold_in(key, i)``.
         batches: pairs of tokens x0_BL and of scored_BL.
@@ -74,7 +76,7 @@ class JointDraws:
     A call returns the nats of each sequence as means over draws, [B, 2]: joint, trunk.
     """
 
-    objective: SelfSpeculative | Hmm
+    objective: SelfSpeculative | Hmm | LatentDistill
     draws: int
     masked: float | None
 

@@ -7,6 +7,7 @@ from .ddit import DDiT as DDiT
 from .decoder import Decoder as Decoder
 from .hidden_markov import HiddenMarkov as HiddenMarkov
 from .hmm_head import HmmHead as HmmHead
+from .latent import Latent as Latent
 from .lora import Lora as Lora
 from .lora import merged as merged
 from .marginal_head import MarginalHead as MarginalHead

@@ -134,6 +134,8 @@ class Network(ABC):
     has_marginal_head: ClassVar[bool] = False
     # Whether there is an ``hmm``, with the parameters ``hmm``.
     has_hmm_head: ClassVar[bool] = False
+    # Whether ``hidden`` takes a latent, ``latent_BZ`` with ``latents`` numbers for each sequence.
+    has_latent: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, key: Key[Array, ""]) -> Params:

@@ -137,11 +137,12 @@ class Transformer(Network):
         attend: Attend | None = None,
         sigma_B: Float[Array, "..."] | None = None,
         keys_B: Key[Array, " B"] | None = None,
+        added_BLD: Float[Array, "B L D"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last norm, in the compute type; see ``Network.hidden``.
 
         The dropout of a sequence depends only on its own key in ``keys_B``, not on the rest of the
-        batch.
+        batch. ``added_BLD`` is added to the embeddings of the tokens, by the network ``latent``.
         """
         if self.time_conditioned and sigma_B is None:
             raise ValueError("this network is conditioned on the time: sigma_B is required")
@@ -150,7 +151,8 @@ class Transformer(Network):
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
         trunk = self._bound(params)
-        hidden_BLD, _ = trunk(tokens_BL, positions_BL, attend, sigma_B, keys_B, None, None)
+        added = () if added_BLD is None else (added_BLD,)
+        hidden_BLD, _ = trunk(tokens_BL, positions_BL, attend, sigma_B, keys_B, None, None, *added)
         return hidden_BLD
 
     def _bound(self, params: Params) -> Any:

@@ -117,12 +117,16 @@ class _Trunk(nn.Module):
     net: DDiT
 
     @nn.compact
-    def __call__(self, tokens_BL, positions_BL, attend, sigma_B, keys_B, past, slot_BL):
+    def __call__(
+        self, tokens_BL, positions_BL, attend, sigma_B, keys_B, past, slot_BL, added_BLD=None
+    ):
         net = self.net
         embed = nn.Embed(
             net.num_states, net.hidden_dim, embedding_init=uniform(net.hidden_dim), name="embed"
         )
         x_BLD = embed(tokens_BL)
+        if added_BLD is not None:
+            x_BLD = x_BLD + added_BLD
         condition_B1C = None
         if net.time_conditioned:
             sigma_map = _SigmaMap(net.condition_dim, name="sigma_map")

@@ -8,6 +8,7 @@ from .energy import Energy as Energy
 from .hmm import Hmm as Hmm
 from .k_dce import KDCE as KDCE
 from .lambda_dce import LambdaDCE as LambdaDCE
+from .latent_distill import LatentDistill as LatentDistill
 from .marginal import Marginal as Marginal
 from .mdlm import MDLM as MDLM
 from .score_entropy import ScoreEntropy as ScoreEntropy

@@ -59,7 +59,11 @@ class Corrupted:
             of 0..L-1, in which the visible positions come first. None for all other objectives.
         attend: the segments of rows with padding or several texts; positions of different segments
             do not see each other. None if all positions see each other.
-        keys_B: keys of what ``energy`` draws from the model; None for all other objectives.
+        keys_B: keys of what ``energy`` draws from the model, and ``latent_distill`` from its
+            teacher and of its latents; None for all other objectives.
+        drawn_BL: the text that the teacher of ``latent_distill`` has drawn; None before it was
+            called (``Objective.taught``), and for all other objectives.
+        latent_BZ: a latent of each sequence, for a network that takes one; None is the latent 0.
         lesson: what the teacher of ``self_distill`` predicts; None for all other objectives.
     """
 
@@ -70,6 +74,8 @@ class Corrupted:
     attend: Attend | None = None
     keys_B: Key[Array, " B"] | None = None
     lesson: Lesson | None = None
+    drawn_BL: Int[Array, "B L"] | None = None
+    latent_BZ: Float[Array, "B Z"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,8 @@ class Objective(ABC):
     """Whether the objective trains networks with a marginal head, and only these."""
     trains_hmm_head: ClassVar[bool] = False
     """Whether the objective trains networks with an HMM head, and only these."""
+    trains_latent: ClassVar[bool] = False
+    """Whether the objective trains networks that take a latent, and only these."""
 
     @property
     def teacher_calls(self) -> int:
@@ -136,6 +144,10 @@ class Objective(ABC):
                 )
             if has and not trains:
                 raise UserError(f"does not train the {kind} head of the network: use {objective}")
+        if self.trains_latent and not network.has_latent:
+            raise UserError("trains a network with a latent, and this one has none: use latent")
+        if network.has_latent and not self.trains_latent:
+            raise UserError("does not train the latent of the network: use latent_distill")
 
     @property
     def process(self):
@@ -282,7 +294,9 @@ class Objective(ABC):
         xt_BL, sigma = corrupted.xt_BL, corrupted.sigma
         noise = sigma if network.time_conditioned else None
         inputs = self._inputs(corrupted, x0_BL)
-        hidden_BLD = inputs.hidden(network, params, sigma=noise, keys_B=keys_B)
+        hidden_BLD = inputs.hidden(
+            network, params, sigma=noise, keys_B=keys_B, latent_BZ=corrupted.latent_BZ
+        )
         leaves = [x0_BL, xt_BL]
         if sigma is not None:
             leaves.append(jnp.broadcast_to(along(sigma, xt_BL), x0_BL.shape))

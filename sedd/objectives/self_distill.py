@@ -12,6 +12,7 @@ from sedd.networks.base import Network, read_out
 from sedd.networks.rows import over_chunks, row_sizes
 from sedd.objectives.base import Corrupted, Lesson, Objective
 from sedd.objectives.divergences import Divergence, f_divergence
+from sedd.parameterizations.base import Parameterization
 from sedd.types import Array, Bool, Float, Int, Key, Params
 
 LEAST_TIME = 1e-3  # at time 0 nothing is corrupted
@@ -144,17 +145,7 @@ class SelfDistill(Objective):
             lambda key, p: jax.random.bernoulli(key, p, (length,), mode="high")
         )(keys_B, share_B)
         token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, 1)
-        hidden_MD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
-
-        def chunk(index_R, safe_R, tokens_M):
-            raw_RV = read_out(hidden_MD[safe_R], *head)
-            keys_R = position_keys(token_keys_B, safe_R // length, safe_R % length)
-            tokens_R = jax.vmap(categorical)(keys_R, self.parameterization.masked_logits(raw_RV))
-            return tokens_M.at[index_R].set(tokens_R.astype(tokens_M.dtype), mode="drop")
-
-        sizes = row_sizes(len(xt_BL), length, head[0].shape[1])
-        x_M = over_chunks(drawn_BL.reshape(-1), sizes, chunk, xt_BL.reshape(-1))
-        return x_M.reshape(xt_BL.shape)
+        return drawn_at(drawn_BL, token_keys_B, xt_BL, hidden_BLD, head, self.parameterization)
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R, *lesson):
         """The divergence at single positions; ``lesson`` has those of ``_rows``, and the head."""
@@ -188,6 +179,29 @@ class SelfDistill(Objective):
         sigma_BL = jnp.broadcast_to(lesson.sigma_B[:, None], x0_BL.shape)
         more = taught_MD, jnp.ravel(lesson.x_BL), jnp.ravel(sigma_BL)
         return hidden_MD, head, weight_M, (*leaves, *more), lesson.head
+
+
+def drawn_at(
+    select_BL: Bool[Array, "B L"],
+    keys_B: Key[Array, " B"],
+    x_BL: Int[Array, "B L"],
+    hidden_BLD: Float[Array, "B L D"],
+    head: tuple[Array, Array],
+    parameterization: Parameterization,
+) -> Int[Array, "B L"]:
+    """Draw the selected positions, which are masked, independently of each other, in chunks."""
+    length = x_BL.shape[1]
+    hidden_MD = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
+
+    def chunk(index_R, safe_R, tokens_M):
+        raw_RV = read_out(hidden_MD[safe_R], *head)
+        keys_R = position_keys(keys_B, safe_R // length, safe_R % length)
+        tokens_R = jax.vmap(categorical)(keys_R, parameterization.masked_logits(raw_RV))
+        return tokens_M.at[index_R].set(tokens_R.astype(tokens_M.dtype), mode="drop")
+
+    sizes = row_sizes(len(x_BL), length, head[0].shape[1])
+    x_M = over_chunks(select_BL.reshape(-1), sizes, chunk, x_BL.reshape(-1))
+    return x_M.reshape(x_BL.shape)
 
 
 def revealed_share(

@@ -39,6 +39,7 @@ class Inputs:
         *,
         sigma: Float[Array, "..."] | None = None,
         keys_B: Key[Array, " B"] | None = None,
+        latent_BZ: Float[Array, "B Z"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Call the network, and return the hidden states of the predictions.
 
@@ -47,7 +48,9 @@ class Inputs:
             params: its parameters.
             sigma: total noise, [B] or [B, L], for a network that is conditioned on it.
             keys_B: one key a sequence, which turn on dropout.
+            latent_BZ: a latent of each sequence, for a network that takes one.
         """
+        latent = {} if latent_BZ is None else {"latent_BZ": latent_BZ}
         hidden_BMD = network.hidden(
             params,
             self.tokens_BM,
@@ -55,6 +58,7 @@ class Inputs:
             attend=self.attend,
             sigma_B=sigma,
             keys_B=keys_B,
+            **latent,
         )
         return self.read(hidden_BMD)
 

@@ -52,6 +52,8 @@ class Sampler(ABC):
 
     needs_absorbing: ClassVar[bool] = False
     needs_time_independent: ClassVar[bool] = False
+    # Whether the law is right with a network that takes a new latent in every call.
+    takes_latent: ClassVar[bool] = True
     caveat: ClassVar[str] = ""  # a warning for users, if the law is biased at any number of steps
     default_inner: ClassVar[str] = "event_jump"  # of a sampler that wraps another one
 
@@ -120,15 +122,7 @@ class Sampler(ABC):
                 "planned, confidence and entropy_bounded take it, also within best_of_n and "
                 "semi_autoregressive)"
             )
-        if denoiser.windows is not None:
-            for given, what, flag in (
-                (denoiser.constraint, "constraints", "--regex and --json-schema"),
-                (denoiser.watermark, "watermarks", "--watermark"),
-            ):
-                if given is not None:
-                    raise UserError(
-                        f"windows drawn by an HMM head take no {what}: leave out --window or {flag}"
-                    )
+        self._check_joint(name, denoiser)
         if denoiser.process.absorbing:
             return
         reshape = denoiser.reshape
@@ -146,6 +140,24 @@ class Sampler(ABC):
                 "constraints act on the conditional of clean tokens, which exists on the absorbing "
                 "process only; this model is of another process"
             )
+
+    def _check_joint(self, name: str, denoiser: Denoiser) -> None:
+        """The part of ``check`` about tokens of a call that are not independent."""
+        if denoiser.network.has_latent and not self.takes_latent:
+            raise UserError(
+                f"sampler {name!r} compares distributions or noise of several calls, which have "
+                "different latents here (event_jump, ordered, confidence and others draw from this "
+                "model)"
+            )
+        if denoiser.windows is not None:
+            for given, what, flag in (
+                (denoiser.constraint, "constraints", "--regex and --json-schema"),
+                (denoiser.watermark, "watermarks", "--watermark"),
+            ):
+                if given is not None:
+                    raise UserError(
+                        f"windows drawn by an HMM head take no {what}: leave out --window or {flag}"
+                    )
 
     @abstractmethod
     def __call__(

@@ -64,6 +64,7 @@ class Speculative(SteppedSampler):
 
     needs_absorbing: ClassVar[bool] = True
     needs_time_independent: ClassVar[bool] = True
+    takes_latent: ClassVar[bool] = False
 
     draft: Draft = "stale"
     """How a round drafts. stale: from the hidden states of the last verification, which lack the

@@ -5,6 +5,7 @@ arXiv:2501.09732, section 3.2; as a Markov chain, Metropolis-Hastings.
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,8 @@ class ZeroOrder(Search):
     of the parts. The pivot after the last round is returned. Its law tends to the tilted one as
     ``rounds`` grow; greedy search is the limit of an infinite tilt.
     """
+
+    takes_latent: ClassVar[bool] = False
 
     neighbours: int = 4
     """Sequences drawn in each round."""

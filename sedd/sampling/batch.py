@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from sedd.arrays import NAN, bucket
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.spans import Rule, Shape, Span, batch_spans
-from sedd.constraints.windows import Windows, check_window
+from sedd.constraints.windows import Joint, check_window
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.model import Model
@@ -25,10 +25,13 @@ from sedd.networks.base import Attend
 from sedd.networks.mesh import BOTH, SEQUENCES, Placement, on_host
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, Samples, layers
+from sedd.samplers.noise import fold
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import NO_NUMBERS, verifier_error
 from sedd.types import Array, Bool, Int, Key
 from sedd.watermark.scheme import Scheme, drawn_positions, scored_positions
+
+LATENT = 2**31 - 7  # folded into a key for the latents of its calls; larger than any position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,36 +84,6 @@ class Marking(NamedTuple):
 
     scheme: Scheme
     nonce_B: np.ndarray
-
-
-BELOW = 0.7
-
-
-class Joint(NamedTuple):
-    """Draw the tokens of a call jointly by an HMM head; see ``sedd.constraints.windows``.
-
-    Raises FieldError if ``below`` is out of its range.
-    """
-
-    window: int
-    """Tokens of a window, at least 2."""
-    below: float = BELOW
-    """The largest share of masked tokens of a sequence, in (0, 1]."""
-
-    def check(self, model: Model) -> None:
-        """Raise FieldError if a number is out of its range, or the model has no HMM head."""
-        if not 0 < self.below <= 1:
-            raise FieldError("below", f"must be in (0, 1], got {self.below}")
-        if not model.denoiser.network.has_hmm_head:
-            raise FieldError(
-                "window",
-                f"is {self.window}, and {model.source} has no HMM head to draw windows by: train "
-                "one on it with --network hmm_head --objective hmm --init-from",
-            )
-
-    def windows(self, rows: int) -> Windows:
-        """The windows of a batch."""
-        return Windows(width=self.window, below_B=jnp.full(rows, self.below, jnp.float32))
 
 
 @partial(jax.jit, static_argnames=("sampler", "placement", "trace"))
@@ -239,9 +212,9 @@ def prepare(
         for row, sequence in zip(drawn_BL, row_of_B, strict=True):
             row[: lengths[sequence]] = drawn_positions(clamps[sequence], spans[sequence])
         watermark = marking.scheme.batch(marking.nonce_B[row_of_B], drawn_BL)
-    windows = None
+    windows, network = None, model.denoiser.network
     if joint is not None:
-        joint.check(model)
+        joint.check(network, model.source)
         check_window(joint.window, min(lengths))
         windows = joint.windows(len(row_of_B))
     denoiser = replace(
@@ -253,6 +226,7 @@ def prepare(
         if any(spans)
         else None,
         windows=windows,
+        latent_keys_B=fold(keys_B[row_of_B], LATENT) if network.has_latent else None,
         watermark=watermark,
     )
     sampler.check(denoiser)

@@ -5,11 +5,12 @@ from typing import Any, get_args
 
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.spans import Given, Rule
+from sedd.constraints.windows import BELOW, Joint
 from sedd.errors import FieldError
 from sedd.model import Model
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.sampling.arguments import Scoring, ask, marking_of
-from sedd.sampling.batch import BELOW, Joint, SampleResult, draw
+from sedd.sampling.batch import SampleResult, draw
 from sedd.types import Array, Key
 from sedd.watermark.scheme import Scheme
 
