@@ -127,6 +127,13 @@ def forward(
     return jax.lax.scan(guarded, first, positions)[1]
 
 
+def fold(keys_B: Keys, number: Int[Array, "..."] | int) -> Keys:
+    """Fold a number into each key: one number for each sequence, or the same for all."""
+    number_B = jnp.broadcast_to(along(jnp.asarray(number), keys_B), keys_B.shape)
+    folded = jax.vmap(jax.random.fold_in)(keys_B.reshape(-1), number_B.reshape(-1))
+    return folded.reshape(keys_B.shape)
+
+
 def position_keys(
     keys_B: Keys, sequence_R: Int[Array, " R"], position_R: Int[Array, " R"]
 ) -> Key[Array, " R"]:

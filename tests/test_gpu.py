@@ -14,7 +14,7 @@ import oracle
 import pytest
 from scipy import stats
 
-from sedd.arrays import categorical
+from sedd.arrays import categorical, fold
 from sedd.denoiser import Denoiser
 from sedd.networks.attention import attention, choose, is_kept, keep
 from sedd.networks.base import Attend
@@ -22,7 +22,7 @@ from sedd.networks.rows import Rows
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.samplers.event_jump import EventJump
-from sedd.samplers.noise import coins, fold, random_rank, tokens_at
+from sedd.samplers.noise import coins, random_rank, tokens_at
 from sedd.schedules import LogLinear
 
 pytestmark = pytest.mark.gpu

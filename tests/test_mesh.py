@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from tiers import daily, nightly
+from tiers import daily
 from tiny_run import make_run
 
 import sedd
@@ -124,7 +124,8 @@ def start(command, *arguments):
     return outputs[0][0]
 
 
-@pytest.mark.parametrize("command", ["evaluate", nightly("sample")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
 def test_two_processes_with_parts_give_what_one_device_gives(run, tmp_path, command):
     (tmp_path / "text.txt").write_text(tiny_run.text(60))
     words, output = {

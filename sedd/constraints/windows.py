@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import position_keys
+from sedd.arrays import fold, position_keys
 from sedd.errors import FieldError
 from sedd.networks.base import Network
 from sedd.networks.hidden_markov import HiddenMarkov, unwindowed, windows
@@ -132,7 +132,7 @@ def token_keys(keys_B: Keys, rows: Rows) -> Key[Array, " R"]:
 def _row_keys(keys_B: Keys, rows: Rows, number: int) -> Key[Array, " R"]:
     """A key for each row, with its position and a number folded in."""
     keys_R = position_keys(keys_B, rows.sequence_R, rows.position_R)
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_R, number)
+    return fold(keys_R, number)
 
 
 def mixed_rows(

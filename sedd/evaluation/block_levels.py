@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser
 from sedd.evaluation.bound import estimates
 from sedd.objectives.block import Block
@@ -95,7 +96,7 @@ class BlockDraws:
             return cut(values_BL, block, 0).sum(-1).reshape(batch, -1)
 
         def draw(number):
-            draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+            draw_keys_B = fold(keys_B, number)
             u_B = (jax.vmap(jax.random.uniform)(keys_B) + number) / self.draws
             level_BN = self.objective.levels(draw_keys_B, u_B, x0_BL.shape[1])
             corrupted = self.objective.corrupt(draw_keys_B, u_B, x0_BL, scored_BL)

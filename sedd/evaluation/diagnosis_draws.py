@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import at
+from sedd.arrays import at, fold
 from sedd.denoiser import Denoiser
 from sedd.evaluation.stratified import tile
 from sedd.networks.base import read_out
 from sedd.networks.rows import Rows
-from sedd.samplers.noise import fold, tokens_at
+from sedd.samplers.noise import tokens_at
 from sedd.types import Array, Bool, Float, Int, Key
 
 POSITIONS = ("count", "entropy", "nats", "accuracy", "kl_unigram", "commonest_top1")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser
 from sedd.evaluation.bound import estimates
 from sedd.evaluation.measured import Measured, ratio_of
@@ -82,7 +83,7 @@ class JointDraws:
 
     def __call__(self, denoiser, schedule, keys_B, x0_BL, scored_BL):
         def draw(number):
-            draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+            draw_keys_B = fold(keys_B, number)
             if self.masked is None:  # stratified
                 u_B = (jax.vmap(jax.random.uniform)(keys_B) + number) / self.draws
             else:  # just below the fraction: u gives floor(u·L) + 1 masks

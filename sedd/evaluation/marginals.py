@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.evaluation.bound import estimates
 from sedd.evaluation.measured import Measured, ratio_of
 from sedd.evaluation.ordered import nats_over_orders
 from sedd.evaluation.report import Section, Table, plain_axes
-from sedd.samplers.noise import fold
 from sedd.schedules import LogLinear
 from sedd.types import Array, Key
 

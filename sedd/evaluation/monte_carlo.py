@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import at
+from sedd.arrays import at, fold
 from sedd.denoiser import Denoiser
 from sedd.evaluation.estimators import REPLICATES, Estimator, check_draws, resolve
 from sedd.evaluation.ordered import Order, nats_over_orders
@@ -207,7 +207,7 @@ class _Diffusion:
             if absorbing:
                 corrupted, begin_R = self._mask(u_R, density_R, place_RW, begin_R)
             else:
-                keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw_key_B, k)
+                keys_B = fold(draw_key_B, k)
                 corrupted = self._corrupt(u_R, keys_B)
             nats_BL = self.objective.nats(
                 self.denoiser.network, self.denoiser.params, corrupted, self.x0_BL

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import at
+from sedd.arrays import at, fold
 from sedd.denoiser import Denoiser, all_positions
 from sedd.samplers.noise import random_rank
 from sedd.types import Array, Bool, Float, Int, Key
@@ -49,9 +49,7 @@ def nats_over_orders(
 
     if orders == 1:
         return nats(keys_B)
-    nats_KB = jax.lax.map(
-        lambda k: nats(jax.vmap(jax.random.fold_in, (0, None))(keys_B, k)), jnp.arange(orders)
-    )
+    nats_KB = jax.lax.map(lambda k: nats(fold(keys_B, k)), jnp.arange(orders))
     return math.log(orders) - jax.nn.logsumexp(-nats_KB, axis=0)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.bound import estimates
@@ -20,7 +21,7 @@ from sedd.evaluation.price import Price
 from sedd.evaluation.stratified import tile
 from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
-from sedd.samplers.noise import fold, random_rank
+from sedd.samplers.noise import random_rank
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
 

@@ -30,8 +30,6 @@ class Latent(DDiT):
 
     has_latent = True
 
-    has_latent = True
-
     latents: int = 16
     """Numbers of a latent, which is drawn once for each sequence and network call."""
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import along
+from sedd.arrays import along, fold
 from sedd.errors import UserError
 from sedd.networks.base import Attend, Network
 from sedd.objectives.rows import row_nats, summed_nats
@@ -212,7 +212,7 @@ class Objective(ABC):
             here_BL = segment_BL == number
             one = self.corrupt_at(
                 step,
-                jax.vmap(jax.random.fold_in, (0, None))(keys_B, number),
+                fold(keys_B, number),
                 (u_B + number * GOLDEN) % 1.0,
                 x0_BL,
                 scored_BL & here_BL,

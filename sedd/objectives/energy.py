@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import at, categorical
+from sedd.arrays import at, categorical, fold
 from sedd.errors import FieldError, UserError
 from sedd.networks.base import Network, read_out
 from sedd.objectives.base import Corrupted, DenoisingCrossEntropy
-from sedd.types import Array, Float, Int, Key, Params
+from sedd.types import Array, Float, Int, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,10 @@ class Energy(DenoisingCrossEntropy):
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
         length = x0_BL.shape[1]
-        draw_BL = jax.vmap(lambda key: jax.random.permutation(key, length))(_fold(keys_B, 0))
+        draw_BL = jax.vmap(lambda key: jax.random.permutation(key, length))(fold(keys_B, 0))
         order_BL = jnp.argsort(jnp.where(scored_BL, length + draw_BL, draw_BL), -1)
         masked = self._masked(scored_BL, x0_BL, 1.0, rank_BL=jnp.argsort(order_BL, -1))
-        return replace(masked, keys_B=_fold(keys_B, 1))
+        return replace(masked, keys_B=fold(keys_B, 1))
 
     def nats(self, network, params, corrupted, x0_BL, **kwargs):
         """Return the loss of each sequence, spread evenly over its scored positions, [B, L].
@@ -112,7 +112,7 @@ class Energy(DenoisingCrossEntropy):
         def reveal(known, carry):
             x_BL, log_p_B = carry
             _, log_probs_BN, here_BL = self._call(network, params, corrupted, x_BL, known)
-            token_B = jax.vmap(categorical)(_fold(keys_B, known), log_probs_BN)
+            token_B = jax.vmap(categorical)(fold(keys_B, known), log_probs_BN)
             drawn_BL = here_BL & scored_BL
             log_p_B = log_p_B + jnp.where(drawn_BL.any(1), at(log_probs_BN, token_B), 0.0)
             return jnp.where(drawn_BL, token_B[:, None], x_BL), log_p_B
@@ -143,11 +143,6 @@ class Energy(DenoisingCrossEntropy):
         hidden_BD = jnp.where(here_BL[..., None], hidden_BLD, 0).sum(1)
         logits_BN = self.parameterization.masked_logits(read_out(hidden_BD, *network.head(params)))
         return hidden_BLD, jax.nn.log_softmax(logits_BN, -1), here_BL
-
-
-def _fold(keys_B: Key[Array, " B"], number: Int[Array, ""] | int) -> Key[Array, " B"]:
-    """Fold the same number into each key."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
 
 
 make = Energy

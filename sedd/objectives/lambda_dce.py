@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import fold
 from sedd.errors import FieldError
 from sedd.objectives.base import Corrupted, DenoisingCrossEntropy
 from sedd.objectives.rows import row_nats
@@ -65,7 +66,7 @@ class LambdaDCE(DenoisingCrossEntropy):
         if self.complementary:
             corrupted, x0_BL = self._with_complement(corrupted, x0_BL)
             if keys_B is not None:
-                others_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, 1)
+                others_B = fold(keys_B, 1)
                 keys_B = jnp.concatenate([keys_B, others_B])
         return super()._rows(network, params, corrupted, x0_BL, keys_B=keys_B)
 

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import fold
 from sedd.errors import FieldError
 from sedd.networks.base import Network
 from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
 from sedd.objectives.rows import row_nats, summed_nats
 from sedd.objectives.self_distill import drawn_at
-from sedd.types import Array, Float, Int, Key, Params
+from sedd.types import Array, Float, Int, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ class LatentDistill(KDCE):
         return self.calls
 
     def corrupt(self, keys_B, u_B, x0_BL, scored_BL):
-        corrupted = super().corrupt(_fold(keys_B, 0), u_B, x0_BL, scored_BL)
-        return replace(corrupted, keys_B=_fold(keys_B, 1))
+        corrupted = super().corrupt(fold(keys_B, 0), u_B, x0_BL, scored_BL)
+        return replace(corrupted, keys_B=fold(keys_B, 1))
 
     def taught(self, network: Network, params: Params, corrupted: Corrupted) -> Corrupted:
         """Complete xt by the teacher, with the latent 0: the result has ``drawn_BL``."""
@@ -66,11 +67,11 @@ class LatentDistill(KDCE):
         length = xt_BL.shape[1]
         masked_BL = corrupted.weight_BL > 0
         draw_BL = jax.vmap(lambda key: jax.random.permutation(key, length))(
-            _fold(corrupted.keys_B, 0)
+            fold(corrupted.keys_B, 0)
         )
         rank_BL = jnp.argsort(jnp.argsort(jnp.where(masked_BL, draw_BL, length + draw_BL), -1), -1)
         call_BL = rank_BL * self.calls // jnp.maximum(masked_BL.sum(-1, keepdims=True), 1)
-        token_keys_B = _fold(corrupted.keys_B, 1)
+        token_keys_B = fold(corrupted.keys_B, 1)
 
         def reveal(call, x_BL):
             hidden_BLD = self.parameterization.inputs(x_BL).hidden(network, params)
@@ -120,10 +121,10 @@ class LatentDistill(KDCE):
         assert corrupted.keys_B is not None  # ``corrupt`` returns it
         target_BL = x0_BL
         if corrupted.drawn_BL is not None:
-            coin_B = jax.vmap(jax.random.uniform)(_fold(corrupted.keys_B, 2)) < self.data
+            coin_B = jax.vmap(jax.random.uniform)(fold(corrupted.keys_B, 2)) < self.data
             target_BL = jnp.where(coin_B[:, None], x0_BL, corrupted.drawn_BL)
         shape = (self.samples, network.latents)
-        noise_BSZ = jax.vmap(lambda key: jax.random.normal(key, shape))(_fold(corrupted.keys_B, 3))
+        noise_BSZ = jax.vmap(lambda key: jax.random.normal(key, shape))(fold(corrupted.keys_B, 3))
         latent_MZ = jnp.moveaxis(noise_BSZ, 1, 0).reshape(-1, shape[1])
         repeated = replace(
             corrupted,
@@ -152,11 +153,6 @@ def _spread(corrupted: Corrupted, nats_B: Float[Array, " B"]) -> Float[Array, "B
     """Spread the nats of each text evenly over its masked positions, with their weights."""
     count_B = (corrupted.weight_BL > 0).sum(-1)
     return corrupted.weight_BL * (nats_B / jnp.maximum(count_B, 1))[:, None]
-
-
-def _fold(keys_B: Key[Array, " B"], number: int) -> Key[Array, " B"]:
-    """Fold the same number into each key."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
 
 
 make = LatentDistill

@@ -6,7 +6,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import categorical, position_keys
+from sedd.arrays import categorical, fold, position_keys
 from sedd.errors import FieldError
 from sedd.networks.base import Network, read_out
 from sedd.networks.rows import over_chunks, row_sizes
@@ -100,7 +100,7 @@ class SelfDistill(Objective):
             # The same keys: a position is touched at t if it is touched earlier, by the same token.
             x_BL = self.process.corrupt(keys_B, x0_BL, earlier_sigma_B)
             x_BL = jnp.where(scored_BL, x_BL, x0_BL)
-        path_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, 1)
+        path_keys_B = fold(keys_B, 1)
         counts_BL = scored_BL & self.process.can_move(xt_BL)
         return Corrupted(
             xt_BL=xt_BL,
@@ -144,7 +144,7 @@ class SelfDistill(Objective):
         drawn_BL = counts_BL & jax.vmap(
             lambda key, p: jax.random.bernoulli(key, p, (length,), mode="high")
         )(keys_B, share_B)
-        token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, 1)
+        token_keys_B = fold(keys_B, 1)
         return drawn_at(drawn_BL, token_keys_B, xt_BL, hidden_BLD, head, self.parameterization)
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R, *lesson):

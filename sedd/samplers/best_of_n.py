@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
+from sedd.arrays import fold
 from sedd.errors import FieldError
-from sedd.samplers.noise import fold
 from sedd.samplers.search import Search, preference, shown, summed, take
 from sedd.samplers.verifier import verifiers_of
 

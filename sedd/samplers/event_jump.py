@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from sedd.samplers.noise import fold, random_rank, whole
+from sedd.arrays import fold
+from sedd.samplers.noise import random_rank, whole
 from sedd.samplers.reveal import Revealing, check_steps, dense_rank, revealed_share
 from sedd.types import Array, Float
 

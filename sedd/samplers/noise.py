@@ -13,17 +13,10 @@ way.
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import NAN, along, at, categorical, position_keys, put
+from sedd.arrays import NAN, at, categorical, fold, position_keys, put
 from sedd.networks.rows import Rows
 from sedd.types import Array, Bool, Float, Int, Key, Keys
 from sedd.watermark.base import Watermark
-
-
-def fold(keys_B: Keys, number: Int[Array, "..."] | int) -> Keys:
-    """Fold a number into each key: one number for each sequence, or the same for all."""
-    number_B = jnp.broadcast_to(along(jnp.asarray(number), keys_B), keys_B.shape)
-    folded = jax.vmap(jax.random.fold_in)(keys_B.reshape(-1), number_B.reshape(-1))
-    return folded.reshape(keys_B.shape)
 
 
 def whole(keys_B: Keys) -> Key[Array, " B"]:

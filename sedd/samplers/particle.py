@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.samplers.base import Samples, State, SteppedSampler, fill, record
-from sedd.samplers.noise import fold
 from sedd.samplers.reveal import complete
 from sedd.samplers.search import AGAIN, Search, added, either, nothing_like, summed, take
 from sedd.samplers.verifier import Scores

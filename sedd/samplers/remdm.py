@@ -9,12 +9,12 @@ from typing import ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import at
+from sedd.arrays import at, fold
 from sedd.denoiser import Denoiser, all_positions
 from sedd.errors import FieldError
 from sedd.networks.rows import Rows
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import coins, fold
+from sedd.samplers.noise import coins
 from sedd.samplers.reveal import Prediction, masked, revealed_share
 from sedd.types import Array
 

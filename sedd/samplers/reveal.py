@@ -13,11 +13,12 @@ from typing import ClassVar, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.networks.rows import Rows
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import fold, tokens_at, whole
+from sedd.samplers.noise import tokens_at, whole
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Bool, Float, Int, Key, Keys
 

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import along
+from sedd.arrays import along, fold
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.samplers.base import Sampler, Samples
 from sedd.samplers.drafters import zeros_like
-from sedd.samplers.noise import fold
 from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.verifier import Scores, Verifiers, verifiers_of, verify
 from sedd.types import Array, Bool, Float, Int, Key

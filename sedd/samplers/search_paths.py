@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd.arrays import along
+from sedd.arrays import along, fold
 from sedd.denoiser import Denoiser, all_positions
 from sedd.errors import FieldError
 from sedd.networks.rows import Rows
 from sedd.samplers.base import Samples, State, fill, record
-from sedd.samplers.noise import coins, fold
+from sedd.samplers.noise import coins
 from sedd.samplers.reveal import Revealing, complete, masked
 from sedd.samplers.search import MOVES, Search, preference, shown, summed
 from sedd.samplers.verifier import verifiers_of

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 import jax.numpy as jnp
 
-from sedd.arrays import at
+from sedd.arrays import at, fold
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
 from sedd.parameterizations.mean import Mean
 from sedd.samplers.base import Sampler, State, SteppedSampler
-from sedd.samplers.noise import fold, random_rank, tokens_at, whole
+from sedd.samplers.noise import random_rank, tokens_at, whole
 from sedd.types import Array, Bool, Float, Int
 
 Choice = Literal["likeliest", "random"]

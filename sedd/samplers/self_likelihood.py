@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import NAN, at
+from sedd.arrays import NAN, at, fold
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError
-from sedd.samplers.noise import fold, random_rank
+from sedd.samplers.noise import random_rank
 from sedd.types import Array, Bool, Float, Int, Key
 
 

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser, all_positions
 from sedd.errors import FieldError, UserError
 from sedd.networks.base import Memory
 from sedd.parameterizations.conditional import Conditional
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import fold
 from sedd.types import Array, Bool, Int
 
 NEXT_BLOCK = 2**31 - 1  # folded into the keys for the next block; larger than any position

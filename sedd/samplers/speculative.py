@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from sedd.arrays import at
+from sedd.arrays import at, fold
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError, UserError, did_you_mean
 from sedd.networks.rows import Rows
@@ -18,7 +18,7 @@ from sedd.samplers.base import State, SteppedSampler
 from sedd.samplers.by_head import ByHead
 from sedd.samplers.drafters import ByRows, Drafter, Window
 from sedd.samplers.ngram import NGramByRows, NGramTwoStream
-from sedd.samplers.noise import coins, fold, tokens_at, whole
+from sedd.samplers.noise import coins, tokens_at, whole
 from sedd.samplers.orders import check_order, order_ranks
 from sedd.samplers.reveal import masked
 from sedd.samplers.two_stream import TwoStream

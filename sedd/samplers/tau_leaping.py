@@ -12,11 +12,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import fold
 from sedd.errors import FieldError
 from sedd.networks.rows import Rows
 from sedd.processes.base import Process
 from sedd.samplers.base import State, SteppedSampler
-from sedd.samplers.noise import fold, leap, tokens_at, whole
+from sedd.samplers.noise import leap, tokens_at, whole
 from sedd.types import Array, Float, Int
 
 T_MIN = 1e-5  # time at which the last step ends; at t = 0 scores can be infinite

@@ -10,9 +10,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sedd.arrays import fold
 from sedd.errors import FieldError
 from sedd.networks.rows import Rows
-from sedd.samplers.noise import coins, fold
+from sedd.samplers.noise import coins
 from sedd.samplers.search import (
     AGAIN,
     MOVES,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedd.arrays import fold
 from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.config import default_cache_dir
 from sedd.constraints.clamp import Clamp, free
@@ -24,7 +25,6 @@ from sedd.model import Model
 from sedd.requests import Request
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, SamplerOptions
-from sedd.samplers.noise import fold
 from sedd.samplers.self_likelihood import SelfLikelihood
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import TextScorer, as_verifiers

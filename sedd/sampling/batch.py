@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from sedd.arrays import NAN, bucket
+from sedd.arrays import NAN, bucket, fold
 from sedd.constraints.clamp import Clamp
 from sedd.constraints.spans import Rule, Shape, Span, batch_spans
 from sedd.constraints.windows import Joint, check_window
@@ -25,7 +25,6 @@ from sedd.networks.base import Attend
 from sedd.networks.mesh import BOTH, SEQUENCES, Placement, on_host
 from sedd.reshape import Reshape
 from sedd.samplers.base import Sampler, Samples, layers
-from sedd.samplers.noise import fold
 from sedd.samplers.semi_autoregressive import SemiAutoregressive
 from sedd.samplers.verifier import NO_NUMBERS, verifier_error
 from sedd.types import Array, Bool, Int, Key

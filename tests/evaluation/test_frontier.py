@@ -133,6 +133,7 @@ def evaluate(place, *flags, model="student"):
 FRONTIER = ("--frontier", "--steps", "1,4", "--texts", 12)
 
 
+@pytest.mark.nightly
 def test_the_command_draws_two_models(place):
     ran = evaluate(
         *(place, *FRONTIER, "--temperatures", "0.3,1,3", "--judge", "ngram"),

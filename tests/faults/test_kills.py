@@ -17,7 +17,7 @@ from tiny_run import ROOT, TINY, text
 from sedd.training.checkpoint import Checkpoints
 from sedd.training.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # test_loop has one kill and one signal
 
 SCRIPT = Path(__file__).with_name("train_in_parts.py")
 EVERY = 2  # steps between checkpoints: most moments are near one that is being written

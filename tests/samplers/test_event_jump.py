@@ -18,6 +18,7 @@ import pytest
 from oracle import i32, keys
 from tiers import daily, nightly
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser, all_positions
 from sedd.networks.base import Attend, Network
 from sedd.networks.rows import CHUNK_BYTES, COPIES, Rows, row_sizes
@@ -30,7 +31,7 @@ from sedd.samplers.confidence import Confidence
 from sedd.samplers.entropy_bounded import EntropyBounded
 from sedd.samplers.euler import Euler
 from sedd.samplers.event_jump import EventJump
-from sedd.samplers.noise import fold, tokens_at
+from sedd.samplers.noise import tokens_at
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.particle import Particle
 from sedd.samplers.remdm import ReMDM

@@ -15,6 +15,7 @@ import pytest
 from tiers import nightly
 
 import sedd
+from sedd.arrays import fold
 from sedd.configuration.build import build_sampler
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
@@ -22,7 +23,7 @@ from sedd.networks.rows import Rows
 from sedd.parameterizations.conditional import Conditional
 from sedd.processes.absorbing import Absorbing
 from sedd.reshape import Reshape
-from sedd.samplers.noise import fold, tokens_at
+from sedd.samplers.noise import tokens_at
 from sedd.samplers.reveal import spread
 from sedd.schedules import LogLinear
 

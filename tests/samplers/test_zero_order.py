@@ -28,10 +28,10 @@ from test_searches import (
 )
 from tiers import daily, nightly
 
+from sedd.arrays import fold
 from sedd.errors import FieldError
 from sedd.samplers.confidence import Confidence
 from sedd.samplers.event_jump import EventJump
-from sedd.samplers.noise import fold
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.remdm import ReMDM
 from sedd.samplers.semi_autoregressive import SemiAutoregressive

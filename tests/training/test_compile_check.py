@@ -54,7 +54,7 @@ def moved_sizes(text):
 @pytest.mark.parametrize(
     ("parallel", "network", "parameters"),
     [
-        ("pmap", SMALL, 13_312_082),
+        nightly("pmap", SMALL, 13_312_082),
         nightly("fsdp", [*SMALL, *GROUPED], 14_537_856),
         nightly("pmap", [], 162_265_682),
         nightly("fsdp", [], 162_265_682),

@@ -16,6 +16,7 @@ from oracle import L, N, f32, i32
 from scipy import special, stats
 from tiers import daily
 
+from sedd.arrays import fold
 from sedd.denoiser import Denoiser, all_positions
 from sedd.errors import FieldError, UserError
 from sedd.networks.rows import Rows
@@ -26,7 +27,6 @@ from sedd.samplers.confidence import Confidence
 from sedd.samplers.entropy_bounded import EntropyBounded
 from sedd.samplers.euler import Euler
 from sedd.samplers.event_jump import EventJump
-from sedd.samplers.noise import fold
 from sedd.samplers.ordered import Ordered
 from sedd.samplers.particle import Particle
 from sedd.samplers.planned import Planned, Profile
