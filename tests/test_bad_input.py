@@ -256,7 +256,7 @@ LATER = "needs a time-independent model: this one depends on the noise level (eu
 UNMASKED = "needs a model of the absorbing process; in the process of this model visible tokens"
 NEEDS = " needs --verifier FILE.py:FUNCTION, a function from a list of texts to a score each"
 PROCESSOR = "--sampler ordered --logit-processor {place}/code.py"
-WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm, speculative"  # not planned
+WRAPS = "confidence, entropy_bounded, euler, event_jump, ordered, remdm, self_corr"  # not planned
 SAMPLERS = [  # of the options of sampling
     ("--temperature -1", "--temperature must be finite and at least 0, got -1.0"),
     ("--temperature nan", "--temperature must be finite and at least 0, got nan"),

@@ -230,7 +230,10 @@ def test_components_by_name_and_their_own_flags():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--process unifrom", "--process unifrom: .*did you mean 'uniform'.*absorbing, uniform"),
+        (
+            "--process unifrom",
+            "--process unifrom: .*did you mean 'uniform'.*absorbing, hybrid, uniform",
+        ),
         ("--process", "--process needs a value"),
         ("--schedule cosine --schedule.sigma-max 3", "unrecognized option --schedule.sigma-max"),
         ("--steps 3", r"--steps; did you mean --training.steps or --sampler.steps\?"),
