@@ -20,12 +20,10 @@ from typing import Any
 import jax
 import matplotlib as mpl
 import numpy as np
+from judged import NatsOf, entropies, error_of, judge_and_text, mark_held_out
 from report import report, save_plot, start
 
 import sedd
-from sedd.configuration.build_data import pack_split
-from sedd.data.packing import unigram_entropy
-from sedd.evaluation.ngram_judge import NgramJudge
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -56,23 +54,8 @@ class Settings:
 def main(settings: Settings) -> None:
     """Draw every setting with the same keys, score the samples, print and plot the figures."""
     model = sedd.load(settings.checkpoint)
-    if model.tokenizer is None:
-        raise sedd.UserError(f"{settings.checkpoint}: no tokenizer to read the corpus with")
-    data, tokenizer = model.config.data, model.tokenizer
-    cache_dir = Path(data.cache_dir).expanduser()
-
-    def rows(split, count):
-        packed, _ = pack_split(data.corpus, split, tokenizer, data, cache_dir=cache_dir)
-        count = packed.num_rows if count is None else min(count, packed.num_rows)
-        return packed.rows(np.linspace(0, packed.num_rows - 1, count).astype(int))[0]
-
-    judge = NgramJudge.of(
-        rows("train", None).ravel(),
-        model.process.num_tokens,
-        settings.order,
-        encode=tokenizer.encode_batch,
-    )
-    results = [figures("held-out text", None, rows("validation", 512), judge)]
+    nats_of, real = judge_and_text(model, settings.checkpoint, settings.order)
+    results = [figures("held-out text", None, real, nats_of)]
     draws: dict[str, dict[str, Any]] = {"independent": {}}
     draws |= {f"independent, temperature {t}": {"temperature": t} for t in settings.temperatures}
     draws |= {
@@ -94,21 +77,23 @@ def main(settings: Settings) -> None:
                 steps=calls,
                 **given,
             )
-            results.append(figures(label, float(drawn.calls.mean()), drawn.tokens, judge))
+            results.append(figures(label, float(drawn.calls.mean()), drawn.tokens, nats_of))
     report("joint", results, judge=f"{settings.order}-gram", samples=settings.num)
     if settings.plot is not None:
         plot(results, list(draws), settings.plot)
         print(f"wrote {settings.plot}")
 
 
-def figures(label: str, calls: float | None, tokens_SL: np.ndarray, judge: NgramJudge) -> dict:
+def figures(
+    label: str,
+    calls: float | None,
+    tokens_SL: np.ndarray,
+    nats_of: NatsOf,
+) -> dict:
     """A row of the table."""
-    nats = [judge.nats(ids_L).mean() for ids_L in tokens_SL]
-    entropy = [unigram_entropy(np.bincount(ids_L)) for ids_L in tokens_SL]
     row = {"draws": label, "calls": calls}
-    for name, values in (("nats", np.array(nats)), ("entropy", np.array(entropy))):
-        error = values.std(ddof=1) / len(values) ** 0.5
-        row |= {name: float(values.mean()), f"± {name}": float(error)}
+    for name, values in (("nats", nats_of(tokens_SL)), ("entropy", entropies(tokens_SL))):
+        row |= {name: float(values.mean()), f"± {name}": error_of(values)}
     return row
 
 
@@ -129,17 +114,7 @@ def plot(results: list[dict], labels: list[str], path: Path) -> None:
             calls, values, errors = map(np.array, zip(*points, strict=True))
             style = {"marker": "osD^vP"[number % 6], "ms": 4, "lw": 1.4, "color": f"C{number}"}
             axis.errorbar(calls, values, errors, capsize=2, label=label, **style)
-        axis.axhline(results[0][name], color="0.35", lw=1, ls="--")
-        axis.annotate(
-            "held-out text",
-            (1, results[0][name]),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            color="0.35",
-            fontsize=8,
-        )
-        axis.set_xlabel("network calls a sample")
+        mark_held_out(axis, results[0][name])
         axis.set_title(title, loc="left", fontsize=9.5)
     save_plot(figure, axes, path)
 

@@ -19,18 +19,15 @@ change in nats with its error over texts.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import matplotlib as mpl
 import numpy as np
+from judged import NatsOf, entropies, error_of, judge_and_text, mark_held_out
 from report import report, save_plot, start
 
 import sedd
-from sedd.configuration.build_data import pack_split
-from sedd.data.packing import unigram_entropy
-from sedd.evaluation.ngram_judge import NgramJudge
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -48,7 +45,6 @@ REVISIONS = {  # label: options of self_correct, for models whose visible tokens
     "likeliest": {},
     "random": {"positions": "random", "correction_temperature": 1.0},
 }
-NatsOf = Callable[[np.ndarray], np.ndarray]  # tokens [S, L] -> judged nats per token [S]
 FRAMES = (0, 8, 32, 64, 128)  # calls of the revision
 
 
@@ -66,43 +62,18 @@ class Settings:
     """Draw the figures against the network calls, and write the plot to this file."""
 
 
-def entropies(tokens_SL: np.ndarray) -> float:
-    """The entropy of a sequence's own token frequencies in nats, averaged over sequences."""
-    return float(np.mean([unigram_entropy(np.bincount(row)) for row in tokens_SL]))
-
-
 def main(settings: Settings) -> None:
     """Draw with every sampler at every setting, score the samples, print and plot the figures."""
     model = sedd.load(settings.checkpoint)
-    if model.tokenizer is None:
-        raise sedd.UserError(f"{settings.checkpoint}: no tokenizer to read the corpus with")
-    config, tokenizer = model.config.data, model.tokenizer
-    cache_dir = Path(config.cache_dir).expanduser()
-
-    def rows(split, count):
-        packed, _ = pack_split(config.corpus, split, tokenizer, config, cache_dir=cache_dir)
-        count = packed.num_rows if count is None else count
-        return packed.rows(np.linspace(0, packed.num_rows - 1, count).astype(int))[0]
-
-    judge = NgramJudge.of(
-        rows("train", None).ravel(),
-        model.process.num_tokens,
-        settings.order,
-        encode=tokenizer.encode_batch,
-    )
-
-    def nats_of(tokens_SL):  # all tokens count, those at the start with a shorter context
-        return np.array([judge.nats(ids_L).mean() for ids_L in tokens_SL])
-
-    real = rows("validation", 512)
+    nats_of, real = judge_and_text(model, settings.checkpoint, settings.order)
     results = [
         {
             "sampler": "held-out text",
             "setting": "",
             "calls": None,
             "nats/char": float(nats_of(real).mean()),
-            "± s.e.": _error(nats_of(real)),
-            "entropy": entropies(real),
+            "± s.e.": error_of(nats_of(real)),
+            "entropy": float(entropies(real).mean()),
         }
     ]
     if model.process.absorbing:
@@ -133,8 +104,8 @@ def swept(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
                     "setting": f"{what} {'none' if value is None else value}",
                     "calls": float(drawn.calls.mean()),
                     "nats/char": float(nats.mean()),
-                    "± s.e.": _error(nats),
-                    "entropy": entropies(drawn.tokens),
+                    "± s.e.": error_of(nats),
+                    "entropy": float(entropies(drawn.tokens).mean()),
                 }
             )
     return rows
@@ -161,26 +132,22 @@ def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict
         before = nats_of(drawn.trace[0])
         for calls in FRAMES:
             tokens = drawn.trace[min(calls, len(drawn.trace) - 1)]
-            nats, entropy = nats_of(tokens), np.array([entropies(row[None]) for row in tokens])
+            nats, entropy = nats_of(tokens), entropies(tokens)
             rows.append(
                 {
                     "sampler": f"self_correct, {label}",
                     "setting": f"{calls} calls",
                     "calls": float(np.minimum(drawn.calls, 33 + calls).mean()),
                     "nats/char": float(nats.mean()),
-                    "± s.e.": _error(nats),
+                    "± s.e.": error_of(nats),
                     "entropy": float(entropy.mean()),
-                    "± entropy": _error(entropy),
+                    "± entropy": error_of(entropy),
                     "change": float((nats - before).mean()),
-                    "± change": _error(nats - before),
+                    "± change": error_of(nats - before),
                     "changed": float((tokens != drawn.trace[0]).mean()),
                 }
             )
     return rows
-
-
-def _error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -204,17 +171,7 @@ def plot(results: list[dict], path: Path) -> None:
                 axis.fill_between(
                     calls, values - errors, values + errors, color=f"C{i}", alpha=0.12, lw=0
                 )
-        axis.axhline(real[name], color="0.35", lw=1, ls="--")
-        axis.annotate(
-            "held-out text",
-            (1, real[name]),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            color="0.35",
-            fontsize=8,
-        )
-        axis.set_xlabel("network calls a sample")
+        mark_held_out(axis, real[name])
         axis.set_title(title, loc="left", fontsize=9.5)
     save_plot(figure, axes, path)
 

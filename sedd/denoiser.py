@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sedd.arrays import along, categorical
+from sedd.arrays import along, categorical, fold
 from sedd.constraints.base import Constraint, Read
 from sedd.constraints.windows import Windows, mixed_rows, token_keys
 from sedd.networks.base import Attend, Memory, Network, read_out
@@ -210,7 +210,7 @@ class Denoiser:
         if self.latent_keys_B is None:
             return None
         masks_B = (x_BL == self.mask_id).sum(1)
-        keys_B = jax.vmap(jax.random.fold_in)(self.latent_keys_B, masks_B)
+        keys_B = fold(self.latent_keys_B, masks_B)
         network: Any = self.network  # one that takes a latent
         shape = (network.latents,)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
@@ -665,7 +665,7 @@ class Denoiser:
         if latent_keys_B is not None:
             copy_B = jnp.tile(jnp.arange(count), len(latent_keys_B))
             repeated_B = jnp.repeat(latent_keys_B, count, 0)
-            latent_keys_B = jax.vmap(jax.random.fold_in)(repeated_B, copy_B)
+            latent_keys_B = fold(repeated_B, copy_B)
         watermark = None if self.watermark is None else self.watermark.repeat(count)
         return replace(
             self,

@@ -85,9 +85,7 @@ def evaluate(
         >>> result.standard_error < result.nats_per_token
         True
     """
-    for field, value in (("batch_size", batch_size), ("max_sequences", max_sequences)):
-        if value is not None and value < 1:
-            raise FieldError(field, f"must be at least 1, got {value}")
+    _check_sizes(batch_size, max_sequences)
     if isinstance(protocol, str):
         name, protocol = protocol, protocol_named(protocol)
     else:
@@ -95,7 +93,7 @@ def evaluate(
     return score_data_set(
         model.denoiser,
         model.schedule,
-        jax.random.key(key) if isinstance(key, int) else key,
+        _key_of(key),
         _data_set(model, data, protocol, name, scored_BL, split, max_sequences),
         choose_estimate(protocol, model.denoiser, order, orders, schedule=model.schedule),
         protocol=protocol,
@@ -147,15 +145,12 @@ def price(
         >>> 0 < error < nats
         True
     """
-    for field, value in (("batch_size", batch_size), ("max_sequences", max_sequences)):
-        if value is not None and value < 1:
-            raise FieldError(field, f"must be at least 1, got {value}")
-    chosen = protocol_named("default")
-    data = _data_set(model, x0_BL, chosen, "default", None, None, max_sequences)
+    _check_sizes(batch_size, max_sequences)
+    data = _data_set(model, x0_BL, protocol_named("default"), "default", None, None, max_sequences)
     return price_of(
         model,
         data,
-        jax.random.key(key) if isinstance(key, int) else key,
+        _key_of(key),
         draws=draws,
         batch_size=batch_size,
     )
@@ -199,15 +194,14 @@ def diagnose(
         >>> 0 < error < value
         True
     """
-    for field, value in (("batch_size", batch_size), ("max_sequences", max_sequences)):
-        if value is not None and value < 1:
-            raise FieldError(field, f"must be at least 1, got {value}")
-    chosen = protocol_named("default")
-    data = _data_set(model, x0_BL, chosen, "default", scored_BL, None, max_sequences)
+    _check_sizes(batch_size, max_sequences)
+    data = _data_set(
+        model, x0_BL, protocol_named("default"), "default", scored_BL, None, max_sequences
+    )
     return diagnosis_of(
         model,
         data,
-        jax.random.key(key) if isinstance(key, int) else key,
+        _key_of(key),
         rates=rates,
         draws=draws,
         batch_size=batch_size,
@@ -255,13 +249,25 @@ def marginals(
     x_SL, visible_SL = _texts_with_gaps(model, texts)
     return log_marginals(
         model.denoiser,
-        jax.random.key(key) if isinstance(key, int) else key,
+        _key_of(key),
         (
             (x_SL[start : start + batch_size], visible_SL[start : start + batch_size])
             for start in range(0, len(x_SL), batch_size)
         ),
         orders=orders,
     )
+
+
+def _key_of(key: Key[Array, ""] | int) -> Key[Array, ""]:
+    """A key, or that of an integer seed."""
+    return jax.random.key(key) if isinstance(key, int) else key
+
+
+def _check_sizes(batch_size: int, max_sequences: int | None) -> None:
+    """Raise FieldError unless both are at least 1; None is no limit."""
+    for field, value in (("batch_size", batch_size), ("max_sequences", max_sequences)):
+        if value is not None and value < 1:
+            raise FieldError(field, f"must be at least 1, got {value}")
 
 
 def _texts_with_gaps(model: Model, texts: Sequence[str] | Any) -> tuple[np.ndarray, np.ndarray]:

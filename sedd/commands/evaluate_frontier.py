@@ -133,9 +133,8 @@ class FrontierTask:
         # A process without temperatures refuses them, 1 included.
         options: dict[str, Any] = {"temperature": temperature}
         options = {} if self.temperatures == (1.0,) else options
-        texts, calls = [], []
+        sampler, texts, calls = _sampler(model, steps), [], []
         for batch in self._batches(keys_S):
-            sampler = _sampler(model, steps)
             drawn = sample(model, batch, length=length, sampler=sampler, **options)
             texts += drawn.text or []
             calls.append(drawn.calls)

@@ -84,16 +84,16 @@ def estimate(
     log_w_K = np.where(w_K > 0, clipped_K - log_z, 0.0)
     kl, kl_error = _divergence(w_K, log_w_K - np.where(w_K > 0, ratio_K, 0.0))
     proposal_kl, proposal_kl_error = _divergence(w_K, log_w_K)
-    ratio_K = np.exp(ratio_K - ratio_K.max())
-    ratio_K /= ratio_K.mean()
-    base_F = ratio_K @ features_KF / num
+    base_K = np.exp(ratio_K - ratio_K.max())  # weights of the sampler's own law, with mean 1
+    base_K /= base_K.mean()
+    base_F = base_K @ features_KF / num
     bound = control.log_bound if log_beta is None else log_beta
     unit = ((features_KF >= 0) & (features_KF <= 1)).all()
     acceptance = float(np.exp(log_z - bound)) if unit or log_beta is not None else None
     relative = float(w_K.std() / np.sqrt(num))  # error of log Z
     return Estimate(
         base=base_F,
-        base_errors=(ratio_K[:, None] * (features_KF - base_F)).std(0) / np.sqrt(num),
+        base_errors=(base_K[:, None] * (features_KF - base_F)).std(0) / np.sqrt(num),
         moments=moments_F,
         errors=np.sqrt(variance_F),
         variances=(w_K @ apart_KF**2) / num,

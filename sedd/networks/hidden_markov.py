@@ -37,9 +37,7 @@ class HiddenMarkov(NamedTuple):
 
     def log_factors(self, log_probs_RN: Float[Array, "R N"]) -> Float[Array, "R H"]:
         """The log factors of positions whose tokens have weights, such as log conditionals."""
-        top_R1 = log_probs_RN.max(-1, keepdims=True)
-        mixed_RH = jnp.exp(log_probs_RN - top_R1) @ self.emission_HN.T
-        return jnp.log(jnp.maximum(mixed_RH, LEAST)) + top_R1
+        return log_factors(self.emission_HN, log_probs_RN)
 
     def log_factors_of(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b H"]:
         """The log factors of positions with known tokens; ids out of range are clipped."""
@@ -77,6 +75,15 @@ class HiddenMarkov(NamedTuple):
         start = jnp.asarray(len(self.transition_ZH) - 1)
         value_WH = self.suffix_values(factor_WH)[1:, :-1]
         return forward(step, start, (factor_WH, value_WH, noise_WH), len(factor_WH))
+
+
+def log_factors(
+    emission_HN: Float[Array, "H N"], log_probs_RN: Float[Array, "R N"]
+) -> Float[Array, "R H"]:
+    """``HiddenMarkov.log_factors`` by the emissions, which are all that it takes."""
+    top_R1 = log_probs_RN.max(-1, keepdims=True)
+    mixed_RH = jnp.exp(log_probs_RN - top_R1) @ emission_HN.T
+    return jnp.log(jnp.maximum(mixed_RH, LEAST)) + top_R1
 
 
 def windows(values_BL: Array, width: int, fill: float = 0.0) -> Array:

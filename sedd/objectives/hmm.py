@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sedd.errors import FieldError
 from sedd.networks.base import Network, read_out
-from sedd.networks.hidden_markov import HiddenMarkov, unwindowed, windows
+from sedd.networks.hidden_markov import log_factors, unwindowed, windows
 from sedd.networks.rows import over_chunks
 from sedd.objectives.base import Corrupted
 from sedd.objectives.k_dce import KDCE
@@ -106,8 +106,7 @@ def _log_factors(
 
     def chunk(index_R, safe_R, factor_MH):
         log_probs_RN = log_conditional(read_out(hidden_MD[safe_R], *head))
-        hmm = HiddenMarkov(emission_HN, emission_HN)
-        return factor_MH.at[index_R].set(hmm.log_factors(log_probs_RN), mode="drop")
+        return factor_MH.at[index_R].set(log_factors(emission_HN, log_probs_RN), mode="drop")
 
     zeros_MH = jnp.zeros((len(hidden_MD), len(emission_HN)))
     return over_chunks(select_M, sizes, chunk, zeros_MH)
