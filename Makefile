@@ -4,8 +4,10 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 LONG := runs/long
 STEPS ?=
-# Two workers or more; a file's tests run in one worker, so that its fixtures are made once.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=40
+# A worker more than there are cores: some tests wait for other processes. A file's tests run in one
+# worker, so that its fixtures are made once.
+WORKERS ?= $(shell expr 1 + $$(getconf _NPROCESSORS_ONLN))
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40
 
 .PHONY: install quickstart train-long test test-all pytest coverage lint lock clean
 

@@ -1,8 +1,8 @@
 """Autoregression, RADD and SEDD compared: the same network, data, batches and steps.
 
 Each model is trained with the seeds 0 to ``seeds`` - 1 by ``train.py`` with
-``configs/quickstart.py``, and evaluated by ``evaluate.py`` on the same validation sequences. An
-interrupted comparison resumes when the same command is given again. The columns:
+``configs/sotu_radd_small.py``, and evaluated by ``evaluate.py`` on the same validation sequences.
+An interrupted comparison resumes when the same command is given again. The columns:
 
 - ``figure``: "exact NLL" for the autoregressive model and for blocks of one token; "bound" for the
   others, whose NLL is at most the figure.
@@ -38,7 +38,7 @@ from sedd.training.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 SEDD = ["--parameterization", "score", "--objective", "score_entropy", "--sampler", "tweedie"]
 BLOCK = ["--parameterization", "block", "--objective", "block", "--sampler", "semi_autoregressive"]
-MODELS = {  # (name, flags beside those of the quick start, which is radd)
+MODELS = {  # (name, flags beside those of sotu_radd_small)
     "ar": (
         "autoregressive",
         [
@@ -97,7 +97,7 @@ class Settings:
 def training_flags(settings: Settings, name: str, seed: int) -> list[str]:
     """The flags of ``train.py`` for a model, beside those of ``trained``."""
     shared = {
-        "config": ROOT / "configs" / "quickstart.py",
+        "config": ROOT / "configs" / "sotu_radd_small.py",
         "seed": seed,
         "data.corpus": settings.corpus,
         "data.tokenizer": "characters",

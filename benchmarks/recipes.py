@@ -120,6 +120,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "network": ("decoder", MODERN),
         "objective": {"power": 0.5},
     },
+    "muon, decoder, tied, power 0": {
+        **BASE,
+        "network": ("decoder", {**MODERN, "tied": True}),
+        "objective": {"power": 0.0},
+    },
     "muon, dropout 0.1": {**BASE, "network": {"dropout": 0.1}},
 }
 

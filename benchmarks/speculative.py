@@ -1,9 +1,9 @@
 """Speculative decoding beside other samplers: calls, rows, seconds, and the quality of the texts.
 
 Four models of one network are trained on the quick start's text, unless ``workdir`` has them: the
-quick start's diffusion model, a causal head on it, an any-subset model, and an autoregressive
-model. The last is the judge of the texts of the others, which share its tokenizer. Every sampler
-draws ``num`` texts without a prompt. The columns:
+diffusion model of ``sotu_radd_small``, a causal head on it, an any-subset model, and an
+autoregressive model. The last is the judge of the texts of the others, which share its tokenizer.
+Every sampler draws ``num`` texts without a prompt. The columns:
 
 - ``calls``: network calls of a text, on average; ``tokens/call`` and ``rows/token``: tokens of all
   texts by their calls, and rows of the batches of these calls by tokens.
@@ -35,20 +35,20 @@ import sedd
 from sedd.configuration.build_data import build_data
 from sedd.evaluation.diversity import measure_diversity
 
-QUICKSTART = [
-    *("--config", str(ROOT / "configs/quickstart.py")),
+RADD = [
+    *("--config", str(ROOT / "configs/sotu_radd_small.py")),
     *("--training.sample-every", "None"),
 ]
 ORDERED = ["--sampler", "ordered"]
 MODELS = {  # the flags of train.py, beside those of the steps
-    "diffusion": QUICKSTART,
+    "diffusion": RADD,
     "head": ["--config", str(ROOT / "configs/sotu_causal_head.py")],
     "any_subset": [
-        *QUICKSTART,
+        *RADD,
         *("--parameterization", "any_subset", "--objective", "any_subset", *ORDERED),
     ],
     "judge": [
-        *QUICKSTART,
+        *RADD,
         *("--parameterization", "autoregressive", "--objective", "autoregressive"),
         *(*ORDERED, "--sampler.steps", "None"),
     ],

@@ -4,8 +4,8 @@ Both forms have the same network, batch, loss, clipping, optimizer and average o
 float32. Each runs in a process of its own, with its own threads and memory. The processes take one
 step in turn, so that what else the machine does slows all of them.
 
-    python benchmarks/torch_step.py                      # the quick start, and d 256, L 256
-    python benchmarks/torch_step.py --shapes quickstart --steps 40
+    python benchmarks/torch_step.py                      # d 128, L 64, and d 256, L 256
+    python benchmarks/torch_step.py --shapes sotu_radd_small --steps 40
 
 `sedd` has the process settings of the commands: on a CPU, glibc keeps freed memory for the next
 step. `pytorch` has glibc's defaults, and `pytorch, memory kept` the setting of the commands.
@@ -41,15 +41,15 @@ Work = tuple[Callable[[], Any], int]  # a function that runs one step, and the n
 class Settings:
     """What is measured."""
 
-    shapes: tuple[Literal["quickstart", "small"], ...] = ("quickstart", "small")
-    """The recipe `quickstart`, and the shape `small` of train_step.py with AdamW."""
+    shapes: tuple[Literal["sotu_radd_small", "small"], ...] = ("sotu_radd_small", "small")
+    """The recipe `sotu_radd_small`, and the shape `small` of train_step.py with AdamW."""
     steps: int = 20
     """Timed steps of each form, after two that are not."""
 
 
 def setting(shape: str) -> tuple[Config, int]:
     """The configuration of a shape, and its number of tokens."""
-    if shape == "quickstart":
+    if shape == "sotu_radd_small":
         config = load_config(shape)
         return config, int(config.data.tokenizer.removeprefix("bpe:"))
     settings = train_step.Settings(shape=shape)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""A causal head on the model of the quick start; give the trunk by ``--init-from RUN``.
+"""A causal head on a model of ``sotu_radd_small``; give the trunk by ``--init-from RUN``.
 
 The trunk is frozen: it keeps its samples and its bounds, and the head predicts tokens that are
 drawn in one call of the trunk given each other.
@@ -6,7 +6,7 @@ drawn in one call of the trunk given each other.
 
 import dataclasses
 
-import quickstart
+import sotu_radd_small
 
 from sedd.configuration.components import options, values
 from sedd.configuration.config import Config
@@ -15,10 +15,10 @@ from sedd.training.optimizer import OptimizerOptions
 
 def get_config() -> Config:
     """The configuration of this recipe."""
-    trunk = quickstart.get_config()
+    trunk = sotu_radd_small.get_config()
     return dataclasses.replace(
         trunk,
-        aim="no published figure: a causal head (arXiv:2510.03929) on the quick start's model",
+        aim="no published figure: a causal head (arXiv:2510.03929) on sotu_radd_small's model",
         network=options("networks", "causal_head", **values(trunk.network)),
         objective=options("objectives", "self_speculative"),
         optimizer=OptimizerOptions(

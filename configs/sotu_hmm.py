@@ -1,11 +1,11 @@
-"""An HMM head on the model of the quick start; give the trunk by ``--init-from RUN``.
+"""An HMM head on a model of ``sotu_radd_small``; give the trunk by ``--init-from RUN``.
 
 The trunk is frozen: it keeps its bounds, and the head draws the tokens of one call jointly.
 """
 
 import dataclasses
 
-import quickstart
+import sotu_radd_small
 
 from sedd.configuration.components import options, values
 from sedd.configuration.config import Config
@@ -14,10 +14,10 @@ from sedd.training.optimizer import OptimizerOptions
 
 def get_config() -> Config:
     """The configuration of this recipe."""
-    trunk = quickstart.get_config()
+    trunk = sotu_radd_small.get_config()
     return dataclasses.replace(
         trunk,
-        aim="no published figure: an HMM head (arXiv:2603.00045) on the quick start's model",
+        aim="no published figure: an HMM head (arXiv:2603.00045) on sotu_radd_small's model",
         network=options("networks", "hmm_head", states=128, **values(trunk.network)),
         objective=options("objectives", "hmm", window=32),
         optimizer=OptimizerOptions(

@@ -1,11 +1,11 @@
-"""A student of the quick start's model that draws the tokens of a call given a common latent.
+"""A student of a ``sotu_radd_small`` model that draws a call's tokens given a common latent.
 
 Name the teacher by ``--teacher RUN``. Di4C's idea (arXiv:2410.08709), on two CPU cores.
 """
 
 import dataclasses
 
-import quickstart
+import sotu_radd_small
 
 from sedd.configuration.components import options, values
 from sedd.configuration.config import Config
@@ -14,10 +14,10 @@ from sedd.training.optimizer import OptimizerOptions
 
 def get_config() -> Config:
     """The configuration of this recipe."""
-    teacher = quickstart.get_config()
+    teacher = sotu_radd_small.get_config()
     return dataclasses.replace(
         teacher,
-        aim="no published figure: a student with a latent (arXiv:2410.08709) of the quick start's",
+        aim="no published figure: a student with a latent (arXiv:2410.08709)",
         network=options("networks", "latent", latents=16, **values(teacher.network)),
         objective=options("objectives", "latent_distill", calls=8, samples=8),
         optimizer=OptimizerOptions(

@@ -1,11 +1,11 @@
-"""A student of the quick start's model that takes 8 steps; name the teacher by ``--teacher RUN``.
+"""A student of a ``sotu_radd_small`` model with 8 steps; name the teacher by ``--teacher RUN``.
 
 Self-distillation through time, arXiv:2410.21035, in three rounds on two CPU cores.
 """
 
 import dataclasses
 
-import quickstart
+import sotu_radd_small
 
 from sedd.configuration.components import options
 from sedd.configuration.config import Config
@@ -14,10 +14,10 @@ from sedd.training.optimizer import OptimizerOptions
 
 def get_config() -> Config:
     """The configuration of this recipe."""
-    teacher = quickstart.get_config()
+    teacher = sotu_radd_small.get_config()
     return dataclasses.replace(
         teacher,
-        aim="no published figure: an 8-step student (arXiv:2410.21035) of the quick start's model",
+        aim="no published figure: an 8-step student (arXiv:2410.21035) of sotu_radd_small's model",
         objective=options(
             "objectives", "self_distill", rounds=3, round_steps=200, teacher_steps=64
         ),

@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("source", ["radd", "published"])
+@pytest.mark.parametrize("source", [nightly("radd"), "published"])
 def test_it_starts_from_the_parameters_of_radd(place, source):
     begun = jax.tree.leaves(sedd.load(place / f"from_{source}").denoiser.params)
     there = jax.tree.leaves(sedd.load(place / "radd").denoiser.params)
@@ -59,7 +59,8 @@ def test_samples_are_drawn_from_left_to_right(place):
     assert [line["calls"] for line in lines] == [12 - 3] * 2
 
 
-@pytest.mark.parametrize("draft", ["self", nightly("stale"), nightly("ngram")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("draft", ["self", "stale", "ngram"])
 def test_speculative_samples_from_the_command(place, draft):
     """In one row a call; guidance is refused."""
     output = place / "speculative.jsonl"

@@ -397,6 +397,7 @@ def test_scaling_reads_what_devices_hold_and_send(monkeypatch, capsys):
     assert fsdp["inputs MB"] < pmap["inputs MB"] / 2
 
 
+@pytest.mark.nightly
 def test_recipes_are_compared_and_finished_runs_are_kept(tmp_path, capsys):
     """A second call trains the missing seed only; the first recipe differs from itself by 0."""
     recipes = importlib.import_module("recipes")

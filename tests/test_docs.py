@@ -139,6 +139,7 @@ PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
 RUNNING = [(page, block) for page, block in PYTHON if not any(w in block for w in DOWNLOADS)]
 # Blocks of many programs, whose calls other tests make too.
 LONG = ("date.most_likely", "result.text, result.tokens", "found.verifier_calls", "sedd.price(")
+LONG_PAGES = ("block_diffusion", "diagnostics", "joint", "parallel_decoding")
 ELSEWHERE = [entry for entry in PYTHON if entry not in RUNNING]
 
 
@@ -180,7 +181,12 @@ SMALLER = {
 
 @pytest.mark.parametrize(
     ("page", "block"),
-    [nightly(*one) if any(words in one[1] for words in LONG) else one for one in RUNNING],
+    [
+        nightly(*one)
+        if Path(one[0]).stem in LONG_PAGES or any(words in one[1] for words in LONG)
+        else one
+        for one in RUNNING
+    ],
 )
 def test_a_block_runs(place, names, monkeypatch, page, block):
     monkeypatch.chdir(place)

@@ -91,6 +91,7 @@ def test_what_a_run_leaves(place, trained, kind):
     assert json.loads((run / "tokenizer.json").read_text())["kind"] == "characters"
 
 
+@pytest.mark.nightly
 def test_a_complete_run_says_so_and_more_steps_go_on(place, trained):
     trained("radd")
     run = place / "radd"

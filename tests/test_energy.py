@@ -162,7 +162,7 @@ def test_an_ising_grid_against_exact_answers():
         dropout=0.0,
         freeze=False,
     )
-    objective = objective_on(2, ising, consistency=0.3)
+    objective = objective_on(2, ising)
     objective.check(network)
     options = OptimizerOptions(
         learning_rate=3e-3,

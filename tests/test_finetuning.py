@@ -88,7 +88,7 @@ def cross_entropy(xt_BL, x0_BL, segment_BL):
     ("padding", "by_text"),
     daily(
         [*((name, False) for name in PADDINGS), ("none", True), ("eos", True)],
-        [("none", True), ("eos", False)],
+        [("none", True)],
     ),
 )
 def test_the_loss_of_a_padding(rows, padding, by_text):

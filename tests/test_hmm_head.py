@@ -156,7 +156,7 @@ def test_far_factors_stay_finite():
     "kind",
     daily(
         [EventJump, Ordered, Confidence, TokenConfidence, ReMDM, Tweedie],
-        [EventJump, TokenConfidence, Tweedie],
+        [EventJump],
     ),
 )
 def test_one_call_draws_the_joint_law(kind):
@@ -201,7 +201,7 @@ def three_and_one():
     return law / law.sum()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", daily(SETTINGS, ["two windows", "only below the share"]))
 def test_settings(name):
     width, below, sampler, law = SETTINGS[name]
     windows = Windows(width=width, below_B=jnp.full(DRAWS, below))
@@ -372,6 +372,7 @@ def trained(tmp_path_factory, text, trunk):
     return workdir, outcome
 
 
+@pytest.mark.nightly
 def test_a_run_trains_the_hmm_only_and_prints_its_gain(trained, trunk):
     workdir, outcome = trained
     params, before = (sedd.load(run).denoiser.params for run in (workdir, trunk))
@@ -395,6 +396,7 @@ def test_bounds_are_those_of_the_trunk_and_evaluate_says_so(trained, trunk, text
     assert figures[trained[0]] == figures[trunk] != []
 
 
+@pytest.mark.nightly
 def test_sample_draws_windows_and_requests_keep_their_noise(trained, tmp_path):
     model = sedd.load(trained[0])
     drawing = functools.partial(sedd.sample, model, sampler="ordered", order="random", steps=2)

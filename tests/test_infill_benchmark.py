@@ -133,6 +133,7 @@ def test_stories_end_to_end(infill, checkpoint, tmp_path, capsys):
     assert "flatters the figures" in out
 
 
+@pytest.mark.nightly
 def test_tasks_end_to_end(infill, checkpoint, tmp_path, capsys):
     """The drawn lines are put into the programs, and what passes is counted."""
     tasks = [{**TASK, "task_id": str(i)} for i in range(3)]

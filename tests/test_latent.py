@@ -135,6 +135,7 @@ def test_the_teacher_draws_the_law_of_its_calls(calls):
     assert oracle.chi_square_p(counts, wrong) < 1e-6
 
 
+@pytest.mark.nightly
 def test_one_call_draws_equal_tokens_which_no_product_can():
     """x1 = x2 uniform over 3 tokens, distilled from two calls of an exact teacher.
 
@@ -227,6 +228,7 @@ def trained(tmp_path_factory, text, trunk):
     return workdir, outcome
 
 
+@pytest.mark.nightly
 def test_a_run_prints_what_the_latent_gains_and_draws_by_it(trained, text):
     assert "nats per masked token" in trained[1].out
     assert "perplexity" not in trained[1].out

@@ -315,6 +315,7 @@ def head(tmp_path_factory, text, trunk):
     return workdir, outcome
 
 
+@pytest.mark.nightly
 def test_a_run_trains_the_head_only(head, trunk):
     workdir, outcome = head
     model, before = sedd.load(workdir), sedd.load(trunk)

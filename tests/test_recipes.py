@@ -27,7 +27,7 @@ PARAMETERS = {
     "owt_block_small": 162_265_682,
 }
 
-EACH_DAY = ("quickstart", "owt_ar_small")
+EACH_DAY = ("quickstart",)
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 

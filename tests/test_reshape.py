@@ -259,6 +259,7 @@ def test_a_score_keeps_its_total():
         np.testing.assert_array_equal(got[~masked], plain[~masked])
 
 
+@pytest.mark.nightly
 def test_tweedie_reveals_when_it_would_have():
     sampler = Tweedie(schedule=SCHEDULE, steps=8)
     plain, cold = (
@@ -409,6 +410,7 @@ def test_some_positions_are_read_as_all_are():
         assert (picked == 0).any()  # some are visible
 
 
+@pytest.mark.nightly
 def test_some_positions_are_exactly_those_in_float64():
     rng = np.random.default_rng(4)
     with jax.enable_x64(True):

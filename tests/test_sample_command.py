@@ -110,6 +110,7 @@ def vowels(text):
 # ------------------------------------------------------- autoregressive models
 
 
+@pytest.mark.nightly
 def test_an_autoregressive_run_brings_its_sampler(place, tmp_path):
     lines = [{"prompt": "the "}, {"suffix": "."}, {"infill": "a {mask:3}"}]
     lines = "".join(json.dumps(line) + "\n" for line in lines)

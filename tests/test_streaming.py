@@ -156,6 +156,7 @@ def test_a_block_model_is_trained_evaluated_and_sampled(place):
     assert figures["standard_error_draws"] > 0
 
 
+@pytest.mark.nightly
 def test_long_texts_from_the_command_line(place):
     output = place / "samples.jsonl"
     outcome = call(

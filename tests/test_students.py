@@ -32,6 +32,7 @@ def student(tmp_path_factory, trunk, text):
     return workdir, second
 
 
+@pytest.mark.nightly
 def test_a_student_is_an_ordinary_model_that_starts_as_its_teacher(student, trunk):
     workdir, outcome = student
     config = read_config(workdir)

@@ -86,7 +86,7 @@ def test_its_step_is_ours(torch, name):
     params = jax.tree.map(jnp.asarray, published.params)
     x0, xt = (jnp.asarray(batch[key], jnp.int32) for key in ("x0", "xt"))
     weight = jnp.where(xt == 97, 1 / batch["lambda"][:, None], 0.0)
-    objective = build_parts(load_config("quickstart"), 97).objective
+    objective = build_parts(load_config("sotu_radd_small"), 97).objective
     corrupted = Corrupted(xt_BL=xt, weight_BL=weight)
 
     @jax.jit
@@ -140,7 +140,7 @@ def test_its_step_is_ours(torch, name):
 @pytest.mark.nightly
 def test_the_forms_run_in_turn_with_as_many_parameters(torch, capsys):
     torch_step = importlib.import_module("torch_step")
-    torch_step.main(torch_step.Settings(shapes=("quickstart",), steps=1))
+    torch_step.main(torch_step.Settings(shapes=("sotu_radd_small",), steps=1))
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
     assert [row["form"] for row in rows] == list(torch_step.FORMS)
     assert {row["parameters"] for row in rows} == {1_844_225}

@@ -24,6 +24,7 @@ def begun(tmp_path_factory, text):
     return workdir, outcome
 
 
+@pytest.mark.nightly
 def test_the_last_lines_compare_with_frequencies_and_a_trigram_model(begun):
     _, outcome = begun
     lines = outcome.out.splitlines()
@@ -81,12 +82,12 @@ def test_a_run_that_was_killed_before_its_plot_is_not_complete(begun):
 @pytest.mark.parametrize(
     ("recipe", "flags", "sampler", "steps"),
     [
-        ("quickstart", "--parameterization score", "tweedie", 64),
+        ("sotu_radd_small", "--parameterization score", "tweedie", 64),
         ("lm1b_radd", "--parameterization score --process uniform", "tweedie", 128),
         ("text8_sedd", "--parameterization conditional", "event_jump", None),
         ("quickstart", "--parameterization autoregressive", "ordered", None),
         ("owt_ar_small", "--parameterization score", "tweedie", 128),
-        ("quickstart", "--parameterization score --sampler remdm", "remdm", 64),
+        ("sotu_radd_small", "--parameterization score --sampler remdm", "remdm", 64),
         ("quickstart", "--parameterization conditional", "event_jump", 64),
     ],
 )

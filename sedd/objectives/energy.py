@@ -21,8 +21,10 @@ class Energy(DenoisingCrossEntropy):
     model, token by token in a uniformly random order σ; positions that are not scored are given.
     The loss is F = log p(x | σ) + E(x), whose mean is KL - log Z. Its gradient is estimated by
     REINFORCE, (F - mean of F in the other sequences)·∇ log p(x | σ), over the whole path, which is
-    unbiased. To it is added ``consistency`` times the loss of ``marginal`` on the same path, which
-    trains the marginal head f, and the trunk by f, but not the conditionals.
+    unbiased. To it is added ``consistency`` times the sum over the states of the same path, without
+    the first one, of (f - log p of the path so far)² / (number of drawn tokens), which trains the
+    marginal head f, and the trunk by f, but not the conditionals. The number of tokens makes the
+    states equal: the error of f grows with it.
 
     A text of L tokens takes 2L network calls, half of them with a backward pass.
     arXiv:2310.12920. The paper draws by block Gibbs, from a persistent chain, and puts f in the
@@ -40,7 +42,7 @@ class Energy(DenoisingCrossEntropy):
     function: str = ""
     """The unnormalised log probability, as file.py:name: a function of JAX from tokens [B, L] to
     numbers [B]."""
-    consistency: float = 1.0
+    consistency: float = 2.0
     """Weight of the consistency of the marginal head with the conditionals."""
 
     def __post_init__(self):
@@ -76,13 +78,14 @@ class Energy(DenoisingCrossEntropy):
         log_c_SB = jnp.where(known_S1 >= first_B, log_c_SB, 0.0)
         others_B = (free_B.sum() - free_B) / max(len(free_B) - 1, 1)
         score_B = (free_B - others_B) * log_c_SB.sum(0)
-        # f minus the log probability of the path up to each state.
-        residual_SB = value_SB - jax.lax.stop_gradient(jnp.cumsum(log_c_SB, 0) - log_c_SB)
-        inside_SB = known_S1 >= first_B
-        mean_B = jnp.where(inside_SB, residual_SB, 0.0).sum(0) / (count_B + 1)
-        square_B = jnp.where(inside_SB, jnp.square(residual_SB - mean_B), 0.0).sum(0)
+        # f minus the log probability of the path, both from the given tokens on.
+        path_SB = jax.lax.stop_gradient(jnp.cumsum(log_c_SB, 0) - log_c_SB)
+        error_SB = value_SB - jnp.take_along_axis(value_SB, first_B[None], 0) - path_SB
+        drawn_SB = known_S1 - first_B  # the number of drawn tokens; negative before the first state
+        each_SB = jnp.square(error_SB) / jnp.maximum(drawn_SB, 1)
+        square_B = jnp.where(drawn_SB > 0, each_SB, 0.0).sum(0)
         total_B = free_B + score_B - jax.lax.stop_gradient(score_B)
-        total_B = total_B + self.consistency * 2 * square_B
+        total_B = total_B + self.consistency * square_B
         each_B = total_B / jnp.maximum(count_B, 1)
         return jnp.where(scored_BL, each_B[:, None], 0.0)
 

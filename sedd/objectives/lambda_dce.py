@@ -27,8 +27,8 @@ class LambdaDCE(DenoisingCrossEntropy):
     """
 
     power: float = 1.0
-    """The weight is λ^-power: 1 for the bound, and 0 for the same weight at every masked
-    position."""
+    """The weight is (2 - power) λ^-power, 1 on average over the positions: power 1 for the bound,
+    and 0 for the same weight at every masked position."""
     complementary: bool = False
     """Whether each sequence is seen twice, with a mask and with the complement of it. Every token
     is then predicted once, and a step has twice the rows (arXiv:2505.16839)."""
@@ -44,13 +44,16 @@ class LambdaDCE(DenoisingCrossEntropy):
         masked_BL = jax.vmap(
             lambda key, p: jax.random.bernoulli(key, p, x0_BL.shape[1:], mode="high")
         )(keys_B, lambda_B)
-        corrupted = self._masked(scored_BL & masked_BL, x0_BL, lambda_B**-self.power)
+        corrupted = self._masked(scored_BL & masked_BL, x0_BL, self._weight(lambda_B))
         if not self.complementary:
             return corrupted
         # Positions that are not masked here have the weight of the complement, where they are.
-        weight_B = jnp.maximum(u_B, LEAST) ** -self.power
+        weight_B = self._weight(jnp.maximum(u_B, LEAST))
         other_BL = jnp.where(scored_BL & ~masked_BL, weight_B[:, None], 0.0)
         return replace(corrupted, weight_BL=(corrupted.weight_BL + other_BL) / 2)
+
+    def _weight(self, share_B):
+        return (2 - self.power) * share_B**-self.power
 
     def rows(self, length):
         return 2 * length if self.complementary else length

@@ -111,6 +111,7 @@ def proposer(tmp_path_factory, place):
     return top / "run"
 
 
+@pytest.mark.nightly
 def test_another_model_proposes(place, model, proposer, tmp_path, monkeypatch):
     """The weights are a(x)·exp(λ·φ(x)) / (q(x)·Z), with likelihoods of the order of the sampler."""
     monkeypatch.undo()

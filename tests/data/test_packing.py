@@ -311,6 +311,7 @@ def build_at_once(cache, barrier, results):
     results.put(packed(cache).tokens.tolist())
 
 
+@pytest.mark.nightly
 def test_processes_that_build_at_once_agree(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()

@@ -641,6 +641,7 @@ def test_the_error_over_draws_covers(world):
     assert wrong <= 0.1  # not 0: where tails are long, a few errors are as large as that
 
 
+@pytest.mark.nightly
 @covered
 def test_the_error_over_sequences_covers(world):
     """For the population that the sequences come from, here uniform over all 729."""

@@ -12,6 +12,7 @@ import oracle
 import pytest
 from oracle import L, N, f32, i32
 from scipy import special
+from tiers import nightly
 
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.diagnosis import FIGURES, LEAST_TEXTS, NUMBER_OF, measure_predictions
@@ -176,7 +177,7 @@ def test_bins_of_distances():
 # ---------------------------------------------------------------- readings
 
 
-@pytest.mark.parametrize("name", ["random", "score"])
+@pytest.mark.parametrize("name", ["random", nightly("score")])
 def test_every_text_and_mask_is_read_as_by_hand(name):
     shape = (len(CLEAN), len(MASKS), L)
     x0_BL = np.broadcast_to(CLEAN[:, None], shape).reshape(-1, L)
@@ -238,7 +239,7 @@ def test_given_tokens_are_near_and_other_segments_are_not():
 # ---------------------------------------------------------------- means and their errors
 
 
-@pytest.mark.parametrize("name", ["random", "score"])
+@pytest.mark.parametrize("name", [nightly("random"), "score"])
 def test_means_are_those_of_all_texts_and_masks(name):
     found = measured(name)
     assert (found.num_sequences, found.repeats) == (4000, 2)

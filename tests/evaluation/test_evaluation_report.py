@@ -69,6 +69,7 @@ def test_everything_on_one_page_and_in_json(place):
         assert printed in ran.out
 
 
+@pytest.mark.nightly
 def test_the_price_in_json_is_the_profile_of_planned(place, tmp_path):
     """The file of the test above."""
     if not (place / "r.json").exists():
@@ -95,6 +96,7 @@ def test_the_price_in_json_is_the_profile_of_planned(place, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text())["calls"] == 5
 
 
+@pytest.mark.nightly
 def test_a_diagnosis_has_the_price_too_or_says_why_not(place, tmp_path):
     """By the programs of the test above."""
     flags = ("--diagnose", 0.5, 0.9, "--json", tmp_path / "d.json")

@@ -147,7 +147,7 @@ def figures_of(case, data):
     ("kind", "name"),
     daily(
         itertools.product(["radd", "sedd"], PROTOCOLS),
-        [("radd", name) for name in PROTOCOLS if name not in ("default", "sedd")]
+        [("radd", name) for name in PROTOCOLS if name not in ("default", "sedd", "mdlm")]
         + [("sedd", "sedd")],
     ),
 )

@@ -48,6 +48,7 @@ def rejections(documents, distances, *, cheat=0.0):
     return np.array(found), sum(min(holm(p)) <= ALPHA for p in found)
 
 
+@pytest.mark.nightly
 def test_real_against_real_is_rejected_as_often_as_the_level_allows(pieces):
     documents = measure([piece[: len(piece) // 2] for piece in pieces[:20]])
     p, rejected = rejections(documents, distances_of(documents))

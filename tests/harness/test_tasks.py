@@ -83,6 +83,7 @@ def run(tmp_path_factory):
     return tiny_run.make_run(directory, tiny_run.config("radd", length=LENGTH))
 
 
+@pytest.mark.nightly
 def test_the_command_evaluates_three_tasks(run, tasks, tmp_path):
     files = {"--json": tmp_path / "results.json", "--records": tmp_path / "records.jsonl"}
     outcome = tiny_run.call(

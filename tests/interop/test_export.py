@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_load_published import NUM_TOKENS, TOKENIZER, edit, with_tokenizer
 from test_published import GOLDEN
+from tiers import daily
 
 import sedd
 from sedd.configuration.components import options
@@ -54,7 +55,7 @@ CONFIGS = {
 LAYOUTS = {"sedd": "SEDD", "uniform": "SEDD", "radd": "RADD", "mdlm": "MDLM"}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=daily(CONFIGS, ["uniform", "radd"]))
 def run(request, tmp_path_factory):
     """A run of each kind, with two checkpoints, and its name."""
     directory = tmp_path_factory.mktemp(request.param)

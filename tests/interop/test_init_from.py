@@ -10,7 +10,6 @@ import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
 from test_layouts import MASK, ROWS, TOKENS, checkpoint, rewrite, tiny_config, tokenizer_files
-from tiers import nightly
 
 import sedd
 from sedd.commands.train_from import started_from
@@ -97,6 +96,7 @@ def test_a_published_model_needs_no_recipe_and_its_weights_stay(adapted, llada):
     assert all(leaf.any() for leaf in jax.tree.leaves(adapters))
 
 
+@pytest.mark.nightly
 def test_a_run_is_exported_in_the_layout_that_it_started_from(adapted, llada, tmp_path):
     outcome = tiny_run.call("export", "--checkpoint", adapted, "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
@@ -112,6 +112,7 @@ def test_a_run_is_exported_in_the_layout_that_it_started_from(adapted, llada, tm
     assert changed == {name for name in before if re.search("_proj|attn_out|blocks.*ff_out", name)}
 
 
+@pytest.mark.nightly
 def test_adapters_go_out_and_in_by_the_names_of_peft(adapted, llada, tmp_path, text):
     out = tmp_path / "out"
     outcome = tiny_run.call("export", "--checkpoint", adapted, "--output", out, "--adapters")
@@ -182,7 +183,8 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
         load_adapters(tmp_path / "out", names, {"query": (2, 6, 7)})
 
 
-@pytest.mark.parametrize("convert", [nightly("full"), "block:1"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("convert", ["full", "block:1"])
 def test_an_autoregressive_model_is_converted(qwen, tmp_path, text, convert):
     """Without training, causal attention gives its own conditionals, one row earlier.
 

@@ -194,6 +194,7 @@ def test_what_a_block_keeps_for_its_backward_pass(net, remat):
     assert wide == (1 if remat else 12 if net.time_conditioned else 10)
 
 
+@pytest.mark.nightly
 def test_remat_has_the_same_gradients():
     def grads(net):
         def loss(params):

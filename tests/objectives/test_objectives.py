@@ -88,10 +88,11 @@ def exact_lambda_dce(scored=ALL):
 
 
 def exact_power(power):
-    """E λ^-power Σ_masked -log c; the complement of a mask has the same law."""
+    """(2 - power) E λ^-power Σ_masked -log c; the complement of a mask has the same law."""
     size, nats = maskings()
     some = size > 0
-    return (special.beta(size[some] + 1 - power, L - size[some] + 1) * nats[some]).sum()
+    beta = special.beta(size[some] + 1 - power, L - size[some] + 1)
+    return (2 - power) * (beta * nats[some]).sum()
 
 
 def exact_k_dce(scored=ALL):

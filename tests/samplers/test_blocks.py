@@ -285,6 +285,7 @@ def test_samplers_with_other_calls_see_the_whole_text(inner):
     )
 
 
+@pytest.mark.nightly
 def test_one_program_for_all_blocks_and_texts():
     """Its network calls are traced once for each number of rows, however many blocks there are."""
     sampler, traces = blocks(), []
@@ -307,6 +308,7 @@ def test_one_program_for_all_blocks_and_texts():
     assert len(traces) == 2  # one a length
 
 
+@pytest.mark.nightly
 def test_a_sequence_does_not_depend_on_its_batch():
     tokens_BL, fixed_BL, attend = requests()
     batched = run(blocks(), denoiser(4, attend=attend), 7, tokens_BL, fixed_BL)
@@ -356,8 +358,9 @@ def small(block):
     return Denoiser(params=random_params(network), network=network, parameterization=kind)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("fixed", [oracle.NOTHING_FIXED, (1, -1, -1, 2)], ids=["free", "given"])
-@pytest.mark.parametrize("block", [nightly(1), 2, nightly(3)])
+@pytest.mark.parametrize("block", [1, 2, 3])
 def test_draws_follow_the_product_of_the_laws_of_blocks(block, fixed):
     """20,000 draws; χ² at 1e-4. Blocks of one position are autoregression."""
     model = small(block)

@@ -238,7 +238,7 @@ def samplers():
 
 
 SAMPLERS = samplers()
-EACH_DAY = ["event_jump", "particle"]
+EACH_DAY = ["event_jump"]
 LENGTHS = [4, 16, 4, 3]
 KEYS = keys(4, 4)
 
@@ -303,7 +303,8 @@ def test_nor_with_a_network_that_rounds(name):
         assert_requests_are_their_own(SAMPLERS[name], mixing(RADD))
 
 
-@pytest.mark.parametrize(("kind", "name"), [nightly("sedd", "cap"), ("uniform", "tweedie")])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("kind", "name"), [("sedd", "cap"), ("uniform", "tweedie")])
 def test_nor_with_a_model_that_depends_on_the_noise_level(kind, name):
     with jax.enable_x64(True):
         assert_requests_are_their_own(SAMPLERS[name], mixing(READINGS[kind]))
@@ -552,7 +553,8 @@ def test_chunks_fit_into_their_bytes(batch, length, num_states, sizes):
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("kind", daily([EventJump, Tweedie, ReMDM, Confidence], [ReMDM]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", [EventJump, Tweedie, ReMDM, Confidence])
 def test_memory_does_not_grow_with_the_steps(kind):
     """What the compiled program holds besides its arguments and its result."""
     args = (exact(RADD), keys(14, 5), *random_clamps(6, 5, 24))

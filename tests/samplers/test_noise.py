@@ -151,6 +151,7 @@ class Unigram(oracle.ConstantNetwork):
         return params[None], jnp.zeros(self.num_states)
 
 
+@pytest.mark.nightly
 def test_many_steps_do_not_cut_the_tail():
     """1024 draws over 1024 steps: ranks above 10,000, and the first, have their mass."""
     probs = zipf()
@@ -170,6 +171,7 @@ def test_many_steps_do_not_cut_the_tail():
     assert stats.binomtest(int((drawn == 0).sum()), drawn.size, probs[0]).pvalue > 1e-4
 
 
+@pytest.mark.nightly
 def test_control_one_stage_float32_has_no_tail():
     """In one draw the mask, of probability 1 - 1/1024, competes with tokens of c/1024.
 

@@ -124,6 +124,7 @@ def price(model):
     return sedd.price(model, x0_BL, 0, draws=12, batch_size=16)
 
 
+@pytest.mark.nightly
 def test_a_price_or_its_file_is_the_profile(model, price, tmp_path):
     price.save(tmp_path / "price.json")
     options = {"num": 2, "sampler": "planned", "calls": 5}

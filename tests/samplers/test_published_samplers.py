@@ -148,7 +148,8 @@ def sdar(draw, *, threshold, block, temperature):
 # ---------------------------------------------------------------- the table of docs/sampling.md
 
 
-@pytest.mark.parametrize(("steps", "block"), [nightly(3, 8), nightly(4, 8), (3, 4)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("steps", "block"), [(3, 8), (4, 8), (3, 4)])
 def test_llada_in_blocks(steps, block):
     """Blocks of 4 are SDAR's, whose ``low_confidence_static`` is this program."""
     inner = sedd.samplers.options("token_confidence", steps=steps, counts="early")

@@ -72,6 +72,7 @@ def test_given_tokens_condition_the_rest():
     assert oracle.chi_square_p(counts, joint()) < 1e-4  # control
 
 
+@pytest.mark.nightly
 def test_what_is_searched_traced_and_counted():
     """Scores above those of as many whole draws, at fewer calls; the trace is a line of descent."""
     sampler = search_paths(distinct, **HALVES)

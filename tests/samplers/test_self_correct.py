@@ -118,6 +118,7 @@ def test_gibbs_repairs_few_steps_of_tweedie():
     assert now < 0.02 < 0.1 < before
 
 
+@pytest.mark.nightly
 def test_gibbs_given_some_tokens():
     """Given positions stay, and the free ones tend to their conditional."""
     fixed = np.array([False, True, False, True])
@@ -180,6 +181,7 @@ def test_it_stops_where_nothing_improves():
 # ---------------------------------------------------------------- temperature, mistakes
 
 
+@pytest.mark.nightly
 def test_temperature_acts_on_the_leave_one_out_prediction():
     """At temperature .5 the log score is that of x_θ squared; also at visible tokens."""
     x_BL, sigma_B = i32(world().states[::5]), jnp.full(len(world().states[::5]), 0.8)

@@ -415,13 +415,14 @@ def test_reshaped_and_guided_conditionals():
     assert within_three_sigma(samples.rows_B / 2, work, 1)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "options",
     [
-        nightly({"lookahead": 3, "order": "random"}),
+        {"lookahead": 3, "order": "random"},
         {"lookahead": 2, "order": "2,0", "draft": "stale", "bonus": True},
-        nightly({"lookahead": 3, "draft": "ngram"}),
-        nightly({"lookahead": 4, "bonus": True}),
+        {"lookahead": 3, "draft": "ngram"},
+        {"lookahead": 4, "bonus": True},
     ],
 )
 def test_coupled_draws_are_those_of_ordered(options):

@@ -107,7 +107,7 @@ def product_law(cond, fixed, order):
         nightly({"draft": "self", "lookahead": 2, "bonus": True}),
         nightly({"draft": "stale", "lookahead": 2, "order": "random"}),
         {"draft": "stale", "lookahead": 3, "bonus": True},
-        {"draft": "ngram", "lookahead": 3, "order": "random"},
+        nightly({"draft": "ngram", "lookahead": 3, "order": "random"}),
         nightly({"draft": "ngram", "lookahead": 2}),
     ],
     ids=lambda options: " ".join(map(str, options.values())),
@@ -308,7 +308,8 @@ def test_the_memory_gives_the_likelihood_of_one_pass(draft):
     assert TRACES.count(sampler) == 1
 
 
-@pytest.mark.parametrize("draft", ["self", nightly("ngram")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("draft", ["self", "ngram"])
 def test_greedy_tokens_are_the_most_likely_and_a_request_alone_draws_the_same(draft):
     """Each token has the largest conditional of the full pass, which no other token has."""
     fixed_BL = jnp.asarray(FIXED_BL | ~REAL_BL)

@@ -202,6 +202,7 @@ CHAINS = 20_000
 TILT = 2.0
 
 
+@pytest.mark.nightly
 def test_particles_alone_do_not_reach_the_tilted_law():
     """The control of the next test, and of the sweeps of particle."""
     counts = counts_of(draw_chains(particle(distinct, 2, JUMP)))

@@ -58,6 +58,7 @@ class PartlyFrozen(Toy):
         return {name: params[name] for name in ("mix", "head")}
 
 
+@pytest.mark.nightly
 def test_frozen_parameters_have_no_gradient_no_state_and_never_change(monkeypatch):
     monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)  # arrays of a toy's size are split too
     start, _ = setup(SGD)

@@ -419,6 +419,7 @@ def test_sigterm_ends_the_command_with_a_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").latest_good() == step
 
 
+@pytest.mark.nightly
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     """The limit on the size of a file stands for a full disk: it refuses writes in the same way."""
     # The limit would cut the files of the compilation cache, too.

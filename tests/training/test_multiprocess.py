@@ -106,7 +106,8 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").latest_good() == step
 
 
-@pytest.mark.parametrize("dies", [0, nightly(1)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("dies", [0, 1])
 def test_the_death_of_one_process_ends_the_other(tmp_path, dies):
     processes = start(tmp_path, 1_000_000, 0)
     try:

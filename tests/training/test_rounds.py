@@ -63,6 +63,7 @@ def test_a_skipped_step_at_the_end_of_a_round_still_ends_it():
     assert jax.tree.all(jax.tree.map(np.array_equal, state.teacher, average))
 
 
+@pytest.mark.nightly
 def test_devices_change_nothing_but_rounding(monkeypatch):
     monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)  # arrays of a toy's size are split too
     runs = {

@@ -168,6 +168,7 @@ def test_a_flipped_byte_in_any_shard_is_named_and_an_older_step_used(
         assert {f"{tree}/mix[{i}:{i + 16}, :]" for i in (0, 16, 32, 48)} <= named
 
 
+@pytest.mark.nightly
 def test_two_processes_read_and_write_every_layout(tmp_path, runners, abstract, written, state):
     """And they agree on damage that only one of them can see."""
     for name in ("one", "four", "parts"):

@@ -65,6 +65,7 @@ def tiny_parts(monkeypatch):
     monkeypatch.setattr(mesh, "LEAST_SPLIT", 16)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("tiny_parts")
 def test_losses_are_the_same_with_a_part_of_the_state_on_each_device(on_one_device):
     one, one_state = on_one_device
@@ -92,10 +93,11 @@ def test_accumulated_gradients_are_those_of_the_large_batch(on_one_device, devic
         np.testing.assert_allclose(many[name], one[name][:40], rtol=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("tiny_parts")
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [nightly(DDiT, {"dropout": 0.1}), (Decoder, {"num_kv_heads": 1, "tied": True})],
+    [(DDiT, {"dropout": 0.1}), (Decoder, {"num_kv_heads": 1, "tied": True})],
 )
 def test_the_transformer_is_the_same_on_four_devices(kind, options):
     network = kind(

@@ -100,6 +100,7 @@ def test_texts_without_marks_are_found_by_a_search(place, tmp_path):
     assert min(one["p_value"] for one in unsearched) > 1e-3
 
 
+@pytest.mark.nightly
 def test_constrained_tokens_carry_nothing(place, tmp_path):
     requests = write(
         tmp_path / "in.jsonl", {"infill": "a{mask:8}b{mask:6}", "regex": [None, "c{6}"]}
@@ -111,6 +112,7 @@ def test_constrained_tokens_carry_nothing(place, tmp_path):
     assert one["scored"] == 8
 
 
+@pytest.mark.nightly
 def test_green_texts_are_found(place):
     outcome, lines = sample(place, "--num 4 --sampler event_jump --length 96", kind="green")
     assert "green changes the distribution of the samples: by at most 2 nats" in outcome.err

@@ -207,6 +207,7 @@ def test_control_of_one_secret_and_nonce_the_law_is_another():
     assert oracle.chi_square_p(counts(LAWS["first_hitting"][0], one), joint()) < 1e-4
 
 
+@pytest.mark.nightly
 def test_rare_tokens_are_drawn_as_often_as_they_should():
     probs = np.array([0.9, 0.09, 0.0099, 9e-5, 1e-5])
     watermark = many_secrets()
