@@ -274,7 +274,7 @@ def test_an_error_of_a_field_shows_its_flag(field, where, line, capsys, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        ("--network.dropout 1", "network.dropout"),
+        ("--network ddit --network.dropout 1", "network.dropout"),
         ("--network.hidden-dim 3", "network.hidden_dim"),
         ("--schedule.eps 0", "schedule.eps"),
         ("--sampler.steps 0", "sampler.steps"),
