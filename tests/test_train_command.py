@@ -116,6 +116,15 @@ def test_init_from_names_the_option_that_differs(begun, tmp_path, text, flags, m
     assert message in outcome.errors[0]
 
 
+def test_init_from_names_a_network_of_another_kind(begun, tmp_path, text):
+    workdir, _ = begun
+    flags = ("--network", "decoder", "--data.corpus", text, "--init-from", workdir)
+    outcome = tiny_run.call("train", "--workdir", tmp_path / "new", *tiny_run.RECIPE, *flags)
+    assert outcome.code == 2
+    [line] = outcome.errors
+    assert "its network is ddit, and --network is decoder, which has other parameters" in line
+
+
 @pytest.mark.parametrize(
     ("flags", "kept"),
     [

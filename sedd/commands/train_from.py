@@ -152,9 +152,10 @@ def source_of(config: Config) -> sedd.Model:
     """Load the model of ``--init-from`` or ``--teacher``: a run or a published checkpoint.
 
     Raises:
-        UserError: it cannot be loaded, its tokenizer is another one, its network differs in an
-            option that changes the parameters, or its output is read at another row. A frozen trunk
-            must also have the same parameterization, and a teacher process and length as well.
+        UserError: it cannot be loaded, its tokenizer is another one, its network is of another kind
+            or differs in an option that changes the parameters, or its output is read at another
+            row. A frozen trunk must also have the same parameterization, and a teacher process and
+            length as well.
     """
     where = config.start_flag
     assert config.start is not None
@@ -182,6 +183,12 @@ def source_of(config: Config) -> sedd.Model:
         check_reading(where, reading, needed)
     if config.teacher is not None:
         check_teacher(source.config, config)
+    kinds = [maker("networks", each.network.name) for each in (source.config, config)]
+    if not (issubclass(kinds[0], kinds[1]) or issubclass(kinds[1], kinds[0])):
+        raise UserError(
+            f"{where}: its network is {source.config.network.name}, and --network is "
+            f"{config.network.name}, which has other parameters; start from a model of that kind"
+        )
     here = values(config.network)
     other = [
         f"its network.{name} is {value} and --network.{name.replace('_', '-')} is {here[name]}"
