@@ -13,13 +13,15 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 
 install: $(VENV)/.installed
 
-# --no-deps: the lock is complete, and of the embedded corpus only the files are used.
+# --no-deps: the lock is complete, and of the embedded corpus only the files are used. Modules are
+# compiled on all cores; those that are no valid Python, such as templates, are skipped.
 $(VENV)/.installed: requirements/cpu.txt requirements/embedded.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14) and \
 	  f"Python 3.11, 3.12 or 3.13 is needed, {sys.version.split()[0]} was found: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
-	  -r requirements/cpu.txt -r requirements/embedded.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+	  --require-hashes -r requirements/cpu.txt -r requirements/embedded.txt
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

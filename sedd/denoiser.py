@@ -458,8 +458,9 @@ class Denoiser:
     ) -> Float[Array, "R N"]:
         """log x_θ of some rows, the prediction of the parameterization mean for the clean tokens.
 
-        It is a leave-one-out prediction: the token at the row's position has no part in the best
-        one. Visible positions have a prediction as well. ``reshape`` is applied, without guidance.
+        It is a leave-one-out prediction: training aims at p(x0_i | the tokens at all other
+        positions), in which the token at position i has no part. Visible positions have a
+        prediction as well. ``reshape`` is applied, without guidance.
         """
         raw_RV = read_out(rows.pick(hidden[0]), *self.network.head(self.params))
         log_probs_RN = self.parameterization.log_probs(raw_RV)

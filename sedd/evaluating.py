@@ -50,14 +50,16 @@ def evaluate(
             file, a folder, or ``NAME=FILE``, which reads the known data set NAME from FILE.
         key: a key, or an integer seed. The draws of a sequence depend on this key and on the
             sequence's number in the data, not on ``batch_size`` or the number of devices.
-        protocol: a ``Protocol`` or the name of one; ``dataclasses.replace`` changes fields of a
-            named one. If ``data`` is token ids, all fields but ``estimator``, ``outer_terms``,
-            ``t_min`` and ``draws`` are ignored.
+        protocol: a ``Protocol``, or the name of one of ``sedd.evaluation.PROTOCOLS``: "default"
+            cuts text as in training, "sedd" and "mdlm" are the zero-shot tables of these papers,
+            "text8" and "lm1b" the settings of these data sets. ``dataclasses.replace`` changes
+            fields of a named one. If ``data`` is token ids, all fields but ``estimator``,
+            ``outer_terms``, ``t_min`` and ``draws`` are ignored.
         scored_BL: which token ids are scored, [S, L]; the others are conditioned on. Default: all.
         order: "forward", "backward" or "random": compute the exact likelihood of the tokens
             revealed in this order instead of a bound. Needs a time-independent absorbing model that
-            is not autoregressive. It takes a network call for each token, or one in all for an
-            any-subset model.
+            is not autoregressive; a block model takes "forward" only. It takes a network call for
+            each token, or one in all for an any-subset model.
         orders: K, only with the order "random": compute -log of the mean likelihood over K random
             orders. In expectation this is an upper bound on -log of the mean over all orders; it
             falls as K grows.
@@ -131,8 +133,9 @@ def price(
         batch_size: sequences in a batch, over all devices.
 
     Raises:
-        UserError: if the model is autoregressive, depends on the noise level or is of another
-            process, or the data cannot be read or have padding.
+        UserError: if the model is autoregressive, a block model, depends on the noise level, is of
+            another process or was trained with weights of positions (``by_position``), or the data
+            cannot be read or have padding.
         FieldError: if a number is out of its range.
 
     Example:
@@ -175,8 +178,9 @@ def diagnose(
         model: an absorbing model, from ``load``.
         x0_BL: token ids [S, L], or a corpus as ``evaluate`` takes it.
         key: a key, or an integer seed.
-        rates: probabilities that a position is masked.
-        draws: the most network calls for each sequence, two for each mask.
+        rates: distinct probabilities in (0, 1) with which a position is masked.
+        draws: the most network calls for each sequence: two for each masking of the text, with
+            equally many maskings for each rate; at least 2·``len(rates)``.
         scored_BL: which token ids are masked, [S, L]; the others are given. Default: all.
         max_sequences: measure at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.

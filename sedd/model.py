@@ -269,7 +269,7 @@ def load(
     path = _directory(source)
     if (path / peft.CONFIG).is_file():
         _refuse({"--step": step}, f"{source} holds adapters, without steps")
-        return _from_adapters(path, source, dtype, mask_id, normalise, mesh)
+        return _from_adapters(path, source, dtype, mask_id, normalise, block, mesh)
     if find_config(path) is not None:
         _refuse({"--step": step}, f"checkpoint {source} is a published one, without steps")
         published = load_published(path, dtype=dtype, mask_id=mask_id, mesh=mesh)
@@ -344,10 +344,18 @@ def _from_adapters(
     dtype: Literal["float32", "bfloat16"] | None,
     mask_id: int | None,
     normalise: Normalise | None,
+    block: int | None,
     mesh: Mesh | None,
 ) -> Model:
     """The model of a directory of PEFT: its base model, a published one, with the adapters."""
-    base = load(peft.base_of(path), dtype=dtype, mask_id=mask_id, normalise=normalise, mesh=mesh)
+    base = load(
+        peft.base_of(path),
+        dtype=dtype,
+        mask_id=mask_id,
+        normalise=normalise,
+        block=block,
+        mesh=mesh,
+    )
     layout, params = base.layout, base.denoiser.params
     if layout is None or layout.constant_sigma is not None:
         what = "a run" if layout is None else f"of {layout.name}, whose gates are folded"

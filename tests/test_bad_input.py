@@ -655,6 +655,7 @@ def test_a_full_disk_during_a_save(place, tmp_path):
     assert Checkpoints(workdir / "checkpoints").latest_good() is None
 
 
+@pytest.mark.nightly
 def test_debug_shows_where(place):
     result = subprocess.run(
         [sys.executable, "sample.py", "--checkpoint", str(place / "none"), "--debug"],

@@ -22,6 +22,7 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+@pytest.mark.nightly
 def test_sampling_prints_a_table_and_a_line(capsys):
     sampling = importlib.import_module("sampling")
     shape = {"length": 6, "batch": 2, "steps": 3, "hidden_dim": 8, "num_layers": 1, "num_heads": 1}

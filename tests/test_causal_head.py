@@ -185,7 +185,8 @@ def test_the_loss_is_the_formula(freeze):
     """Against numpy on the outputs of the network; a trunk that is trained adds its own loss."""
     net, params = dataclasses.replace(NET, freeze=freeze), random_params()
     keys_B = jax.random.split(jax.random.key(0), B)
-    c = OBJECTIVE.corrupt(keys_B, jnp.array([0.5, 0.3, 0.9]), TOKENS, jnp.asarray(SCORED))
+    u_B = jnp.array([0.5, 0.3, 0.9])
+    c = jax.jit(OBJECTIVE.corrupt)(keys_B, u_B, TOKENS, jnp.asarray(SCORED))
     h_BLD = hidden(params, c.xt_BL)
     readings = [causal_hidden(params, h_BLD, TOKENS, np.argsort(np.asarray(c.rank_BL), 1)), h_BLD]
     kernel, bias = (np.asarray(x, np.float64) for x in NET.head(params))
@@ -197,10 +198,13 @@ def test_the_loss_is_the_formula(freeze):
         each.append(np.where(np.asarray(c.xt_BL) == N, np.asarray(c.weight_BL) * nats_BL, 0))
     expected_BL = each[0] if freeze else each[0] + each[1]
     assert 0 < (expected_BL > 0).sum() < SCORED.sum()
-    np.testing.assert_allclose(OBJECTIVE.nats(net, params, c, TOKENS), expected_BL, rtol=1e-5)
-    total = OBJECTIVE.summed_nats(net, params, c, TOKENS)
-    np.testing.assert_allclose(np.asarray(total), expected_BL.sum(), rtol=1e-5)
-    np.testing.assert_allclose(OBJECTIVE.both_nats(net, params, c, TOKENS), each, rtol=1e-5)
+    nats, summed, both = (
+        jax.jit(one, static_argnums=0)(net, params, c, TOKENS)
+        for one in (OBJECTIVE.nats, OBJECTIVE.summed_nats, OBJECTIVE.both_nats)
+    )
+    np.testing.assert_allclose(nats, expected_BL, rtol=1e-5)
+    np.testing.assert_allclose(summed, expected_BL.sum(), rtol=1e-5)
+    np.testing.assert_allclose(both, each, rtol=1e-5)
 
 
 def test_a_new_head_has_the_nats_of_the_trunk_and_they_are_k_dce():

@@ -138,7 +138,11 @@ DOWNLOADS = ("hf://", "hugging_face_judge", "load_smollm2")
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
 RUNNING = [(page, block) for page, block in PYTHON if not any(w in block for w in DOWNLOADS)]
 # Blocks of many programs, whose calls other tests make too.
-LONG = ("date.most_likely", "result.text, result.tokens", "found.verifier_calls", "sedd.price(")
+LONG = (
+    *("date.most_likely", "result.text, result.tokens", "found.verifier_calls", "sedd.price("),
+    *("result.data.num_dropped", "result = train(run", "device_mesh(fsdp=1)", "drawn.estimate.kl"),
+    *("harness.score(", "found.agreement()", "sedd.watermark.detect("),
+)
 LONG_PAGES = ("block_diffusion", "diagnostics", "joint", "parallel_decoding")
 ELSEWHERE = [entry for entry in PYTHON if entry not in RUNNING]
 

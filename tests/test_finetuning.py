@@ -318,6 +318,7 @@ def test_what_training_on_records_refuses(chats, flags, says):
     assert says in told.errors[0]
 
 
+@pytest.mark.nightly
 def test_conversations_by_a_template(tmp_path):
     """Messages, the tokenizer of a model's directory, and answers by ``messages``."""
     turns = [user("hi"), answer("yo")]

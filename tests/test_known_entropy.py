@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiers import daily
 
 from sedd.configuration.components import build
 from sedd.denoiser import Denoiser
@@ -60,11 +59,9 @@ MODELS = {
 }
 
 
-EVERY_TIME = "lambda-dce"  # `make test-all` trains the others as well
-
-
+@pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.parametrize("name", daily(MODELS, [EVERY_TIME]))
+@pytest.mark.parametrize("name", MODELS)
 def test_the_bound_is_above_the_entropy_and_within_5_percent_after_training(name):
     process_name, parameterization_name, objective_name, options = MODELS[name]
     process = build("processes", process_name, num_tokens=3)

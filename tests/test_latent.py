@@ -13,6 +13,7 @@ import pytest
 import tiny_run
 from oracle import N, f32, i32, keys
 from scipy import stats
+from tiers import nightly
 
 import sedd
 from sedd.denoiser import Denoiser
@@ -77,7 +78,7 @@ def test_loss_and_gradient_are_those_of_the_formula():
     x0 = i32(np.random.default_rng(0).integers(0, N, (5, 4)))
     drawn = i32(np.random.default_rng(1).integers(0, N, (5, 4)))
     scored = jnp.ones((5, 4), bool).at[2, 1].set(False)
-    corrupted = objective.corrupt(keys(0, 5), jnp.linspace(0.1, 0.9, 5), x0, scored)
+    corrupted = jax.jit(objective.corrupt)(keys(0, 5), jnp.linspace(0.1, 0.9, 5), x0, scored)
     assert (np.asarray(corrupted.xt_BL)[2, 1] == np.asarray(x0)[2, 1]).all()
     corrupted = replace(corrupted, drawn_BL=drawn)
     masked_BL, weight_BL = corrupted.weight_BL > 0, corrupted.weight_BL
@@ -107,12 +108,12 @@ def test_loss_and_gradient_are_those_of_the_formula():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got_gradient, gradient
     )
-    nats_BL = objective.nats(NET, params(), corrupted, x0)
+    nats_BL = jax.jit(objective.nats, static_argnums=0)(NET, params(), corrupted, x0)
     np.testing.assert_allclose(nats_BL.sum(), value, rtol=1e-5)
     assert (np.asarray(nats_BL)[~np.asarray(masked_BL)] == 0).all()
 
 
-@pytest.mark.parametrize("calls", [1, 4])
+@pytest.mark.parametrize("calls", [nightly(1), 4])
 def test_the_teacher_draws_the_law_of_its_calls(calls):
     """Four calls on four positions are exact, one call is independent."""
     exact = oracle.Oracle("absorbing", seed=3)
@@ -151,15 +152,19 @@ def test_one_call_draws_equal_tokens_which_no_product_can():
     teacher = oracle.TableNetwork(num_states=N + 1, time_conditioned=False)
     objective = LatentDistill(**FITS, calls=2, samples=16, data=0.0)
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 5e-3, 20, 1500), b2=0.99)
-    x0 = jnp.zeros((64, 2), jnp.int32)
+    batch = 256
+    x0 = jnp.zeros((batch, 2), jnp.int32)
 
     def step(carry, key):
         student, state = carry
         corrupted = objective.corrupt(
-            jax.random.split(key, 64), (jnp.arange(64) + 0.5) / 64, x0, jnp.ones((64, 2), bool)
+            jax.random.split(key, batch),
+            (jnp.arange(batch) + 0.5) / batch,
+            x0,
+            jnp.ones((batch, 2), bool),
         )
         corrupted = objective.taught(teacher, {"table": f32(table)}, corrupted)
-        gradient = jax.grad(lambda p: objective.summed_nats(NET, p, corrupted, x0) / 64)(student)
+        gradient = jax.grad(lambda p: objective.summed_nats(NET, p, corrupted, x0) / batch)(student)
         updates, state = optimizer.update(gradient, state, student)
         return (optax.apply_updates(student, updates), state), None
 
@@ -172,7 +177,7 @@ def test_one_call_draws_equal_tokens_which_no_product_can():
     latent_BZ = f32(np.array(list(itertools.product(quantile, quantile))))
     each = np.exp(log_probs(student, jnp.tile(pair, (len(latent_BZ), 1)), latent_BZ))
     law = np.einsum("ea,eb->ab", each[:, 0], each[:, 1]) / len(latent_BZ)
-    assert oracle.total_variation(law, np.eye(N) / N) < 0.03  # 0.012 and 0.021 by two seeds
+    assert oracle.total_variation(law, np.eye(N) / N) < 0.02  # SEEDS
     product = np.multiply.outer(law.sum(1), law.sum(0))
     assert oracle.total_variation(product, np.eye(N) / N) > 0.5  # control: what one latent can do
 

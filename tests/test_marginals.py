@@ -308,16 +308,17 @@ def train(workdir, text, *flags):
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory, text, trunk):
-    workdir = tmp_path_factory.mktemp("runs") / "head"
-    outcome = train(workdir, text, "--init-from", trunk)
-    assert outcome.code == 0, outcome.err
-    return workdir, outcome
+def head(tmp_path_factory, text):
+    """A model with a head, with random weights."""
+    config = tiny_run.config("marginal", corpus=str(text))
+    return tiny_run.make_run(tmp_path_factory.mktemp("runs") / "head", config)
 
 
 @pytest.mark.nightly
-def test_a_run_trains_the_head_only(head, trunk):
-    workdir, outcome = head
+def test_a_run_trains_the_head_only(tmp_path, text, trunk):
+    workdir = tmp_path / "head"
+    outcome = train(workdir, text, "--init-from", trunk)
+    assert outcome.code == 0, outcome.err
     model, before = sedd.load(workdir), sedd.load(trunk)
     params = model.denoiser.params
     assert "of them trained" in outcome.out
@@ -333,7 +334,7 @@ def test_a_run_trains_the_head_only(head, trunk):
 
 def evaluate(head, text, *flags):
     return tiny_run.call(
-        *("evaluate", "--checkpoint", head[0], "--data", text),
+        *("evaluate", "--checkpoint", head, "--data", text),
         *("--max-sequences", 6, "--draws", 4, *flags),
     )
 
@@ -352,7 +353,7 @@ def test_marginals_of_a_file(head, text, tmp_path):
         identity["value"]["value"] - identity["bound"]["value"]
     )
     # The same from Python, from token ids, and from the network itself.
-    model = sedd.load(head[0])
+    model = sedd.load(head)
     texts = [one["text"] for one in figures["texts"]]
     found = sedd.marginals(model, texts, orders=2)
     np.testing.assert_allclose(
@@ -371,7 +372,7 @@ def test_marginals_of_a_file(head, text, tmp_path):
 
 def test_log_probs_of_orders_are_those_of_the_visible_tokens(head):
     """With one visible token there is one order, and its likelihood is c of all masks."""
-    model = sedd.load(head[0])
+    model = sedd.load(head)
     x_BL = np.full((1, 12), model.process.mask_id)
     log_probs_N = np.asarray(model.log_conditional(x_BL))[0, 5]
     x_BL[0, 5] = 3
@@ -421,9 +422,9 @@ def test_mistakes_are_one_line(head, trunk, text, tmp_path):
     file.write_text("the {mask:4}")
     padded = ("--data.no-wrap", "--init-from", trunk)
     for outcome, message in (
-        (evaluate([trunk], text, "--marginals", file), "the network DDiT has no marginal head: tr"),
+        (evaluate(trunk, text, "--marginals", file), "the network DDiT has no marginal head: tr"),
         (
-            evaluate([trunk], text, "--marginal-check", 2),
+            evaluate(trunk, text, "--marginal-check", 2),
             "--marginal-check: the network DDiT has n",
         ),
         (evaluate(head, text, "--marginal-check", 0), "marginal_check must be at least 1, got 0"),
@@ -438,8 +439,8 @@ def test_mistakes_are_one_line(head, trunk, text, tmp_path):
         [line] = outcome.errors
         assert message in line
     with pytest.raises(UserError, match=r"texts\[1\]: infill text with its gaps"):
-        sedd.marginals(sedd.load(head[0]), ["the", "the {mask:9}"])
+        sedd.marginals(sedd.load(head), ["the", "the {mask:9}"])
     with pytest.raises(UserError, match=r"token ids \[S, 12\], got an array of shape \(1, 3\)"):
-        sedd.marginals(sedd.load(head[0]), np.zeros((1, 3), int))
+        sedd.marginals(sedd.load(head), np.zeros((1, 3), int))
     with pytest.raises(UserError, match="DDiT has no marginal head"):
         sedd.marginals(sedd.load(trunk), ["the"])

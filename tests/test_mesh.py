@@ -46,6 +46,19 @@ CASES = {  # kind of model: devices that share a copy, samplers
     "radd": (
         2,
         [
+            (
+                "best_of_n",
+                {
+                    "n": 2,
+                    "inner": sedd.samplers.options("ordered", steps=2),
+                    "verifier": longest_first,
+                },
+            )
+        ],
+    ),
+    "radd, further samplers": (
+        2,
+        [
             ("speculative", {"order": "random", "bonus": True}),
             ("particle", {"particles": 2, "resample_every": 2, "verifier": longest_first}),
         ],
@@ -57,7 +70,7 @@ CASES = {  # kind of model: devices that share a copy, samplers
 
 @pytest.mark.parametrize("kind", daily(CASES, ["radd"]))
 def test_parts_and_copies_give_what_one_device_gives(kind, tmp_path):
-    path = make_run(tmp_path, tiny_run.config(kind))
+    path = make_run(tmp_path, tiny_run.config(kind.partition(",")[0]))
     fsdp, samplers = CASES[kind]
     one, many = sedd.load(path), sedd.load(path, mesh=device_mesh(fsdp=fsdp))
     assert many.digest == one.digest

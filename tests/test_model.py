@@ -103,7 +103,8 @@ def test_load_refuses(runs, tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as caught:
         sedd.load(run)
     assert str(run) in str(caught.value)
-    tiny_run.collect_failed_reads()
+    if "checkpoint" in message or "another configuration" in message:  # others read no array
+        tiny_run.collect_failed_reads()
 
 
 def edit(path, **changes):
@@ -205,7 +206,7 @@ def test_given_tokens_are_kept(model, sampler):
         assert result.text[row] == model.tokenizer.decode(last)
 
 
-@pytest.mark.parametrize("model", [nightly("radd"), "sedd", nightly("uniform")], indirect=True)
+@pytest.mark.nightly
 def test_a_sequence_depends_on_its_key_alone(model):
     """Not on the others of its batch, nor on how far that is padded."""
     keys = jax.random.split(jax.random.key(1), 3)
@@ -215,6 +216,7 @@ def test_a_sequence_depends_on_its_key_alone(model):
     np.testing.assert_array_equal(alone, together[2, :9])
 
 
+@pytest.mark.nightly
 def test_sample_defaults(runs):
     model = sedd.load(runs["radd"])
     result = sedd.sample(model, jax.random.key(0), num=2, steps=2)

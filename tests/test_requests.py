@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_run
 import tokenizers
+from tiers import nightly
 
 import sedd
 from sedd.commands.answers import Answer, Answering, Asked
@@ -20,6 +21,7 @@ from sedd.constraints.spans import spans_of
 from sedd.data.tokenizers import Bytes, Pretrained
 from sedd.errors import UserError
 from sedd.requests import FIELD_TYPES, Request, RequestFile
+from sedd.samplers.ordered import Ordered
 from sedd.samplers.tweedie import Tweedie
 from sedd.sampling.arguments import NUMBERS
 
@@ -190,8 +192,8 @@ def model(tmp_path_factory):
     return sedd.load(tiny_run.make_run(directory, tiny_run.config()))
 
 
-def asked_of(model, request, steps=4, **numbers):
-    sampler = Tweedie(schedule=model.schedule, steps=steps)
+def asked_of(model, request, steps=4, kind: Any = Tweedie, **numbers):
+    sampler = kind(schedule=model.schedule, steps=steps)
     clamp = request.clamp(model.tokenizer, model.length)
     return Asked(request, clamp, [], sampler, {**NUMBERS, **numbers})
 
@@ -282,7 +284,8 @@ def test_batches_of_a_file_share_the_program_of_their_constraints(model, monkeyp
     assert compiled(None) > 1
 
 
-def test_answers_do_not_depend_on_the_batch(model):
+@pytest.mark.parametrize("kind", [Ordered, nightly(Tweedie)])
+def test_answers_do_not_depend_on_the_batch(model, kind):
     """Together, and in another order in a batch and a rest of one."""
     requests = [  # each size of batch and length is a program
         Request(id=0, prompt="ab", suffix="xy", length=9, seed=3),
@@ -290,7 +293,7 @@ def test_answers_do_not_depend_on_the_batch(model):
         Request(id=2, infill="a{mask:4}b{mask:2}y", seed=2**32 - 1),
         Request(id=3, length=12, seed=4),
     ]
-    asked = [asked_of(model, request) for request in requests]
+    asked = [asked_of(model, request, kind=kind) for request in requests]
 
     def tokens(asked, batch_size):
         batches = answering(model, asked, batch_size).answers(asked)

@@ -38,7 +38,7 @@ FLAGS = {  # of every sampler, so that each does some of its own
     "remdm": "--steps 6 --eta 0.5",
     "semi_autoregressive": "--block 4 --inner confidence --inner.by max_probability",
     "speculative": "--draft batch --lookahead 3 --bonus --order random",
-    "best_of_n": "--n 2 --inner tweedie --inner.steps 2 --verifier {code}:vowels",
+    "best_of_n": "--n 2 --inner ordered --inner.steps 2 --verifier {code}:vowels",
     "particle": "--particles 2 --tilt 2 --resample-every 2 --verifier {code}:vowels",
     "search_paths": "--paths 1 --branches 2 --inner.steps 2 --verifier {code}:vowels",
     "zero_order": "--neighbours 2 --rounds 2 --rho 0.3 --inner.steps 3 --verifier {code}:vowels",
@@ -156,8 +156,17 @@ def test_a_regex_of_the_command_line(place, tmp_path):
     assert "(cat|dog)s?" in page.read_text()
 
 
-@pytest.mark.parametrize("schema", ['{"enum":[true]}', '  {"const": true}', '{"const":\ntrue}'])
-def test_a_schema_may_be_inline(place, tmp_path, schema):
+INLINE = ['{"enum":[true]}', '  {"const": true}', '{"const":\ntrue}']
+
+
+@pytest.mark.parametrize("schema", INLINE)
+def test_a_schema_may_be_inline(schema):
+    assert read_schema(schema) == json.loads(schema)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("schema", INLINE)
+def test_an_inline_schema_of_the_command_line(place, tmp_path, schema):
     (line,) = answers(place, tmp_path, "--sampler ordered --length 4", "--json-schema", schema)
     assert line["text"] == "true"
 
@@ -285,7 +294,9 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("sampler", ["tweedie", nightly("entropy_bounded"), nightly("best_of_n")])
+@pytest.mark.parametrize(
+    "sampler", daily(["event_jump", "tweedie", "entropy_bounded", "best_of_n"], ["event_jump"])
+)
 def test_requests_of_every_kind(place, tmp_path, sampler):
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(map(json.dumps, KINDS)))
@@ -364,7 +375,9 @@ def test_the_best_is_picked(place, tmp_path, inner):
         assert min(map(vowels, candidates)) < line["score"]
 
 
-@pytest.mark.parametrize("sampler", [nightly("tweedie --steps 3"), "confidence"])
+@pytest.mark.parametrize(
+    "sampler", [nightly("tweedie --steps 3"), nightly("confidence"), "event_jump --steps 2"]
+)
 def test_a_logit_processor(place, tmp_path, sampler):
     """It bans all tokens from 5 on, by -inf, and any sampler ends."""
     flags = f"--sampler {sampler} --prompt the"
@@ -519,7 +532,7 @@ def test_a_verifier_that_fails_late(place, tmp_path):
     result = draw(
         *(
             place,
-            "--sampler best_of_n --n 2 --inner tweedie --inner.steps 2 --num 3 --batch-size 2 "
+            "--sampler best_of_n --n 2 --inner ordered --inner.steps 2 --num 3 --batch-size 2 "
             "--devices 1",
         ),
         *("--verifier", f"{place}/code.py:only_once"),

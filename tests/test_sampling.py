@@ -643,7 +643,8 @@ def test_a_result_is_without_padding(model):
     assert result.times is None
 
 
-@pytest.mark.parametrize("name", daily(["event_jump", "tweedie", "confidence"], ["event_jump"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["event_jump", "tweedie", "confidence"])
 def test_what_is_given_whole_takes_no_call(model, name):
     clamps = [from_prompt(model.tokenizer, n, prompt="abcdefghijkl"[:n]) for n in (12, 5)]
     options, _ = FRAMES[name]

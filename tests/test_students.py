@@ -46,6 +46,7 @@ def test_a_student_is_an_ordinary_model_that_starts_as_its_teacher(student, trun
     assert sedd.sample(taught, jax.random.key(0), steps=2).calls.max() <= 2
 
 
+@pytest.mark.nightly
 def test_validation_is_the_bound_and_not_the_loss(student):
     """The loss of a copy of the teacher is close to 0; the bound is that of the data."""
     workdir, outcome = student

@@ -112,9 +112,14 @@ def make_run(
     params = jax.jit(parts.network.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)
     noise = np.random.default_rng(seed)
-    leaves = [leaf + 0.1 * noise.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    # In numpy, and the state by one program: a program for each operation and shape takes longer.
+    leaves = [
+        np.asarray(leaf) + 0.1 * noise.standard_normal(leaf.shape).astype(leaf.dtype)
+        for leaf in leaves
+    ]
     optimizer = make_optimizer(config.optimizer, config.training.steps)
-    state = init_state(parts.network, optimizer, 0, params=treedef.unflatten(leaves))
+    start = jax.jit(lambda params: init_state(parts.network, optimizer, 0, params=params))
+    state = start(treedef.unflatten(leaves))
     checkpoints = Checkpoints(directory / "checkpoints")
     for step in steps:
         state = dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))

@@ -264,11 +264,7 @@ def first_params(where: str, source: sedd.Model, network: Network, *, convert: b
     if lora_of(source.denoiser.network) != lora_of(network):
         _, params = merged(source.denoiser.network, params)
     expected = jax.eval_shape(network.init, jax.random.key(0))
-    if "unigram" in expected and "unigram" not in params:
-        params = params | {"unigram": {"log_prob": log_unigram(source)}}
-    if isinstance(network, HmmHead) and "hmm" not in params:
-        params = params | {"hmm": jax.jit(network.first_hmm)(params, log_unigram(source))}
-    heads = ("causal", "adapters", "marginal", "latent")
+    heads = ("causal", "adapters", "marginal", "unigram", "hmm", "latent")
     new = [name for name in heads if name in expected and name not in params]
     expected = {name: tree for name, tree in expected.items() if name not in new}
     here = kinds_of(expected)
@@ -277,6 +273,10 @@ def first_params(where: str, source: sedd.Model, network: Network, *, convert: b
     }  # types may differ
     require_same(where, there, here)
     params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, expected)
+    if "unigram" in new:
+        params = params | {"unigram": {"log_prob": log_unigram(source)}}
+    if isinstance(network, HmmHead) and "hmm" in new:
+        params = params | {"hmm": jax.jit(network.first_hmm)(params, log_unigram(source))}
     return with_mask(params, source.process.num_tokens) if convert else params
 
 

@@ -87,8 +87,9 @@ class DataOptions:
     with --data.no-wrap each document starts a sequence of its own, which is padded."""
     padding: Padding | None = None
     """How rows are filled if the corpus is of messages, or of prompts with completions: eos (the
-    default) and rainbow fill a row behind its text with tokens that are learned; the value none
-    packs several texts into a row as segments; unified joins all and learns prompts too."""
+    default) fills a row behind its text with ends of a document, and rainbow with seven spare
+    special tokens of the tokenizer in turns; both are learned. The value none packs several texts
+    into a row as segments; unified joins all and learns prompts too."""
     answers: Answers = "all"
     """Which answers of a conversation are learned: all, or the last one only."""
     cache_dir: str = field(default_factory=default_cache_dir)

@@ -37,13 +37,14 @@ class Estimate:
     """log Z, of min(exp(λ·φ), β) with quasi-rejection."""
     log_partition_error: float
     kl: float
-    """KL divergence from the law to the sampler's own, in nats."""
+    """KL(law ‖ the sampler's own law), in nats."""
     kl_error: float
     proposal_kl: float
-    """KL divergence from the law to that of the draws, in nats; ``kl`` if the sampler drew them."""
+    """KL(law ‖ law of the draws), in nats; equal to ``kl`` if the sampler drew them."""
     proposal_kl_error: float
     acceptance: float | None
-    """Share of proposals that rejection accepts; None if it needs a bound that does not exist."""
+    """Share of the sampler's own draws that rejection accepts, Z/β. Without ``log_beta`` the
+    features give the bound β; the share is None if one of them is not in [0, 1]."""
     acceptance_error: float | None
     num: int
     """Number of draws, K."""

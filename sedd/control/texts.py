@@ -57,7 +57,7 @@ class ControlledTexts:
     log_beta: float | None
     """log β of ``qrs``; None for other methods."""
     moments: np.ndarray
-    """Mean of each feature over the texts, [F]."""
+    """Mean of each feature over the texts, [F]; of ``weigh`` by their ``weights``."""
     errors: np.ndarray
     """Standard errors of ``moments`` about the wanted ones, with that of λ, [F]."""
     distinct: int

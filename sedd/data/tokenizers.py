@@ -103,8 +103,9 @@ class Tokenizer(ABC):
         """Encode a text of ``sedd.data.chat``, in which special tokens are recognised.
 
         Args:
-            text: the text. The names of special tokens in it become their ids, unless ``HIDDEN``
-                is behind their first character.
+            text: the text. The names of special tokens in it become their ids. With ``HIDDEN``,
+                the character U+FDD0, behind its first character a name is ordinary text; the
+                character is removed, and two of them are one ordinary character.
             given: the start and end of each given stretch in characters, ascending. The text is
                 encoded piece by piece between these places, so that no token is given in part.
 

@@ -51,8 +51,8 @@ class BoundResult:
         num_sequences: evaluated sequences.
         num_tokens: scored tokens.
         draws: noise levels, or random orders, for each sequence; 0 if the figures are exact.
-        estimator: "k_dce", "score_entropy" or "exact"; for orders of the tokens, for example
-            "forward order" or "8 random orders".
+        estimator: "k_dce", "t_dce", "score_entropy" or "exact"; for orders of the tokens, for
+            example "forward order" or "8 random orders".
         is_bound: whether the figures are an upper bound; False for an exact likelihood.
         exact: whether the figures are the negative log likelihood itself.
         num_characters: of the scored text; None if the tokenizer does not tell.

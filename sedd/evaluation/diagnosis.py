@@ -85,7 +85,12 @@ class Diagnosis:
         """Return a mean over masked positions, and its standard error over sequences.
 
         Args:
-            figure: one of ``FIGURES``.
+            figure: ``entropy`` (of the prediction, nats), ``nats`` (-log p of the true token),
+                ``accuracy``, ``kl_unigram`` (KL divergence of the prediction from the token
+                frequencies, nats) or ``commonest_top1`` (share of positions at which the commonest
+                token is the likeliest). Of pairs of masked neighbours: ``neighbour_tv`` (total
+                variation between their two predictions) or ``pair_tv`` (total variation between
+                p(a)·p(b | a) and p(a)·p(b)).
             rate: one of the mask rates; None for all of them together.
             distance: a distance, whose bin is taken; 0 for positions without a revealed token, None
                 for all positions. That of a pair of neighbours is the smaller one of the two.

@@ -338,9 +338,10 @@ class MonteCarlo:
     Args:
         draws: noise levels for each sequence; a multiple of 4, else ``FieldError``.
         t_min: the smallest time of a score entropy, in (0, 1).
-        estimator: "k_dce", "score_entropy", "exact", or "ordered" (the exact NLL in one order).
-            "auto" is exact for autoregressive models and blocks of one position, ordered for
-            any-subset models, k_dce for other time-independent absorbing ones, score_entropy else.
+        estimator: "k_dce", "t_dce", "score_entropy", "exact", or "ordered" (the exact NLL in one
+            order). "auto" is exact for autoregressive models and blocks of one position, ordered
+            for any-subset models, k_dce for other time-independent absorbing ones (t_dce if the
+            schedule has weights of positions), score_entropy else.
         order: "forward", "backward" or "random", for the estimator ordered.
         orders: number of random orders over which the estimator ordered averages the likelihood.
     """

@@ -55,7 +55,7 @@ class NgramJudge:
 
     @property
     def first_token(self) -> str:
-        """The first tokens of a text are scored with a shorter context."""
+        """How the first token of a text is treated: it is scored, with a shorter context."""
         return "scored"
 
     def judge(self, texts: Sequence[str]) -> Judgement:

@@ -86,7 +86,9 @@ class Harness:
 
     Args:
         model: from ``sedd.load``; it needs a tokenizer.
-        likelihood: see ``sedd.evaluation.continuations``; autoregressive models are scored exactly.
+        likelihood: ``bound``, by Monte Carlo, or ``ordered``, the exact likelihood from left to
+            right, for time-independent absorbing models. Autoregressive models take ``bound`` and
+            are scored exactly.
         draws: network calls for each bound; a multiple of 4.
         seed: the seed of all draws.
         batch_size: sequences in a batch, over all devices.
@@ -99,7 +101,8 @@ class Harness:
         track: wraps batches to show progress; see ``sedd.evaluation.scoring.Track``.
 
     Raises:
-        FieldError: if a value is out of range, or the model has no likelihood of an order.
+        FieldError: if a value is out of range, or ``likelihood`` is ordered and the model is not a
+            time-independent absorbing one.
         UserError: if the model has no tokenizer, or the sampler cannot draw from it.
     """
 
@@ -163,7 +166,13 @@ class Harness:
         return self.tokenizer.encode_batch([text])[0].tolist()
 
     def score(self, pairs: Sequence[Pair]) -> ContinuationScores:
-        """Score continuations, given as token ids with their contexts.
+        """Score continuations given their contexts, in nats.
+
+        Args:
+            pairs: the token ids of a context, which may be empty, and those of its continuation.
+
+        Returns:
+            -log p of each continuation or a bound on it, with errors, in the order of the pairs.
 
         Raises:
             UserError: if a pair is too long, or a continuation is empty.
@@ -201,7 +210,7 @@ class Harness:
         return pairs
 
     def answer(self, questions: Sequence[Question]) -> list[Drawn]:
-        """Draw an answer to each question.
+        """Draw an answer to each question, in their order.
 
         Questions with the same context, in one call, have different noise.
 

@@ -185,8 +185,8 @@ def evaluate_tasks(
 
     Returns:
         lm-eval's results, and a record of each request (see ``language_model``). In the results
-        each metric METRIC of a task that compares likelihoods also has METRIC_mc_stderr, its
-        Monte-Carlo error. The entry ``sedd`` sums up the records of each task.
+        each metric METRIC of a task that compares likelihoods also has its Monte-Carlo error, with
+        the key ``METRIC_mc_stderr,none``. The entry ``sedd`` sums up the records of each task.
 
     Raises:
         UserError: if lm-eval is not installed, there is no such task, its data cannot be read, it

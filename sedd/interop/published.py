@@ -63,10 +63,10 @@ class Published:
     """A published checkpoint in the terms of this package.
 
     Args:
-        network: the network. Its compute type is float32 for SEDD, RADD and MDLM, and that of the
-            published parameters for other models.
-        params: its parameters, on the devices. Those of SEDD, RADD and MDLM are float32; others
-            have the published type.
+        network: the network. Its compute type is float32 for SEDD, RADD and MDLM; for other models
+            bfloat16 if the published embedding is, else float32.
+        params: its parameters, on the devices. Those of SEDD, RADD and MDLM are float32, and those
+            of other models bfloat16 or float32 in the same way.
         layout: the layout, with the description of the model.
         tokenizer: the tokenizer in its directory, with the ids that tokens have here, or None.
     """

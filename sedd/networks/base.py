@@ -139,7 +139,7 @@ class Network(ABC):
 
     @abstractmethod
     def init(self, key: Key[Array, ""]) -> Params:
-        """Draw fresh float32 parameters."""
+        """Draw fresh parameters, float32 unless the network has a ``param_dtype``."""
 
     @abstractmethod
     def hidden(

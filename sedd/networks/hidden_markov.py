@@ -36,7 +36,10 @@ class HiddenMarkov(NamedTuple):
     emission_HN: Float[Array, "H N"]
 
     def log_factors(self, log_probs_RN: Float[Array, "R N"]) -> Float[Array, "R H"]:
-        """The log factors of positions whose tokens have weights, such as log conditionals."""
+        """log Σ_v B(v | z)·c(v) of R positions, for each state z, from the log weights log c(v).
+
+        The weights c(v) of a position's tokens are, for example, a model's conditionals.
+        """
         return log_factors(self.emission_HN, log_probs_RN)
 
     def log_factors_of(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b H"]:
@@ -44,7 +47,11 @@ class HiddenMarkov(NamedTuple):
         return jnp.log(jnp.maximum(self.emission_HN.T.at[tokens].get(mode="clip"), LEAST))
 
     def suffix_values(self, factor_WH: Float[Array, "W H"]) -> Float[Array, "W1 Z"]:
-        """The log values v_i(z) of a stretch with these log factors, [W + 1, H + 1]."""
+        """Sum the weights of a stretch from each position on, given the state before it.
+
+        Entry (i, z) is the log of the total weight of positions i, i + 1, … if the state before i
+        is z. The last column, z = H, is the start; the last row is 0.
+        """
 
         def step(value_Z, factor_H):
             ahead_H = factor_H + value_Z[:-1]

@@ -55,8 +55,9 @@ class Corrupted:
         weight_BL: the weight of each position's loss; 0 where the position has no loss.
         sigma: total noise, [B] or [B, L]; None if the objective has no time.
         rank_BL: the order of generation. For ``any_subset`` it is 0 in the prompt, and 1, 2, … at
-            the generated positions. For ``self_speculative`` and ``marginal`` it is a permutation
-            of 0..L-1, in which the visible positions come first. None for all other objectives.
+            the generated positions. For ``self_speculative``, ``marginal`` and ``energy`` it is a
+            permutation of 0..L-1, in which the visible positions come first. None for all other
+            objectives.
         attend: the segments of rows with padding or several texts; positions of different segments
             do not see each other. None if all positions see each other.
         keys_B: keys of what ``energy`` draws from the model, and ``latent_distill`` from its

@@ -40,8 +40,8 @@ class Energy(DenoisingCrossEntropy):
 
     log_prob: Callable[[Array], Array]
     function: str = ""
-    """The unnormalised log probability, as file.py:name: a function of JAX from tokens [B, L] to
-    numbers [B]."""
+    """For configurations: ``log_prob`` as file.py:name, a function of JAX from tokens [B, L] to
+    numbers [B]. The objective itself calls ``log_prob`` only."""
     consistency: float = 2.0
     """Weight of the consistency of the marginal head with the conditionals."""
 

@@ -20,4 +20,5 @@ from .semi_autoregressive import SemiAutoregressive as SemiAutoregressive
 from .speculative import Speculative as Speculative
 from .token_confidence import TokenConfidence as TokenConfidence
 from .tweedie import Tweedie as Tweedie
+from .verifier import text_verifier as text_verifier
 from .zero_order import ZeroOrder as ZeroOrder

@@ -213,7 +213,8 @@ def options(name: str, /, **values: Any) -> SamplerOptions:
     """Name a sampler and set its options, for ``sedd.sample`` or as the ``inner`` of another.
 
     Args:
-        name: the name of the sampler.
+        name: the name of the sampler, which is that of its module: ``event_jump`` for the class
+            ``EventJump``, ``remdm`` for ``ReMDM``.
         values: its options. They are checked when the sampler is built.
 
     Example:

@@ -53,6 +53,7 @@ class Planned(Revealing):
     """
 
     profile: Profile
+    """What the model's tokens cost, given how many are known: ``sedd.price(…).profile``."""
     calls: int | None = None
     """Network calls over which the positions are spread; by default one position a call."""
 

@@ -35,7 +35,8 @@ class Search(Sampler):
 
     inner: Sampler
     verifier: Verifiers
-    """Scores tokens; ``text_verifier`` makes one from a function on texts."""
+    """Scores the candidates: a function on tokens (``text_verifier`` makes one from a function on
+    texts), ``SelfLikelihood``, or a tuple of these, an ensemble."""
 
     def __post_init__(self):
         if isinstance(self.inner, Search):

@@ -37,7 +37,7 @@ class SelfLikelihood:
             raise FieldError("draws", f"must be at least 1, got {self.draws}")
 
     def check(self, denoiser: Denoiser) -> None:
-        """Raise UserError if the model has no k-DCE over all positions."""
+        """Raise UserError unless the model is time-independent, absorbing and no block model."""
         if denoiser.process.absorbing and denoiser.time_independent and denoiser.block is None:
             return
         raise UserError(

@@ -57,8 +57,8 @@ def sample(
         length: tokens in a sequence, the given ones included; by default the training length, or
             with ``infill`` the length of the text. Not with ``clamp``, which has its own length.
         sampler: a name, ``sedd.samplers.options(name, …)`` or a sampler. Default: event_jump;
-            tweedie for a time-dependent model; ordered for an autoregressive or any-subset one;
-            semi_autoregressive for a block model.
+            tweedie for a model that depends on the noise level or is not of the absorbing process;
+            ordered for an autoregressive or any-subset one; semi_autoregressive for a block model.
         prompt: text at the start.
         suffix: text at the end.
         infill: text with gaps: ``{mask:12}`` leaves 12 tokens free, ``{mask}`` one.

@@ -28,10 +28,11 @@ class Detection:
     """Probability that a text made without the secret gets such a result, at most 1. If several
     nonces, candidates or offsets were tried, the least p-value times their number (Bonferroni)."""
     statistic: float
-    """gumbel: the sum of -log(1 - u) over the scored tokens, 1 a token without a watermark.
-    green: the number of green tokens."""
+    """gumbel: the sum of -log(1 - u) over the scored tokens (u as in ``detect``); on average 1 for
+    a token without a watermark. green: how many of the distinct pairs are green."""
     scored: int
-    """Number of tokens that were counted, n."""
+    """gumbel: number of tokens that were counted, n. green: number of distinct pairs of a green
+    list and a token, without the first token of the text."""
     tests: int = 1
     """Number of p-values of which the least was taken."""
     nonce: int | None = None
@@ -55,16 +56,19 @@ def detect(
 ) -> Detection:
     """Test whether a text was drawn with the watermark of a secret.
 
-    Of n tokens, ``gumbel`` sums S = Σ -log(1 - u), which without the secret follows the Gamma
-    distribution of shape n; its upper tail is the p-value. ``green`` counts the green tokens among
-    the distinct pairs of a green list and a token; the upper tail is binomial.
+    Of n tokens, ``gumbel`` sums S = Σ -log(1 - u), where u in (0, 1) is the number that the secret,
+    the nonce and the candidate give to the token at its position. A watermarked token has a large
+    u. Without the secret, S follows the Gamma distribution of shape n; its upper tail is the
+    p-value. ``green`` counts the green tokens among the distinct pairs of a green list and a token;
+    the upper tail is binomial.
 
     Args:
         tokens: the token ids of the text.
         secret: the secret.
         kind: the kind of watermark.
-        nonces: nonces to try: a list, or a number R for 0..R-1. Like the next two arguments, it
-            serves ``gumbel`` only.
+        nonces: nonces to try: a list, such as the nonces that texts were drawn with, or a number R
+            for 0..R-1. Those that ``sedd.sample`` draws by default are random numbers below 2³²,
+            which only a list finds. Like the next two arguments, it serves ``gumbel`` only.
         candidates: candidates of each nonce to try: n for texts of best_of_n, which draws n.
         offsets: how many positions the text may be shifted to either side, 0 for none.
         scored: tokens to count, by default all. Given and constrained ones should be left out.

@@ -426,10 +426,9 @@ def batches(x0_SL, size, scored_SL=None):
 DENOISER = oracle.table_denoiser(TABLE, N)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
-    "denoiser",
-    [nightly(DENOISER), oracle.Oracle("uniform").score_denoiser()],
-    ids=["k_dce", "score"],
+    "denoiser", [DENOISER, oracle.Oracle("uniform").score_denoiser()], ids=["k_dce", "score"]
 )
 def test_the_batch_size_changes_nothing(denoiser):
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from tiers import nightly
 
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
@@ -135,7 +136,7 @@ def test_scores_do_not_depend_on_the_batches_but_on_the_seed():
     np.testing.assert_allclose(other.nats_S[here.exact_S], here.nats_S[here.exact_S], rtol=1e-6)
 
 
-@pytest.mark.parametrize("likelihood", ["ordered", "bound"])
+@pytest.mark.parametrize("likelihood", ["ordered", nightly("bound")])
 def test_greedy_decoding_is_from_left_to_right(likelihood):
     denoiser = denoiser_of("conditional")
     # The likeliest continuation of a context, found token by token, and others.

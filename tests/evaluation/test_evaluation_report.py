@@ -14,6 +14,7 @@ import tiny_run
 import sedd
 from sedd.commands.evaluate_judges import judge_of
 from sedd.commands.evaluate_report import read_samples
+from sedd.denoiser import Denoiser
 from sedd.errors import UserError
 from sedd.evaluation.price import Price
 
@@ -168,11 +169,13 @@ def test_features_have_seen_the_last_token(place):
     judge, model = judge_of(str(place / "ar")), sedd.load(place / "ar")
     texts = ["the cat sat", "the cat sad", "the", "x" * model.length]  # the last without padding
     found = judge.features(texts)
+    hidden = jax.jit(Denoiser.hidden)
     assert np.abs(found[0] - found[1]).max() > 0.01
     for text, feature in zip(texts, found, strict=True):
         [ids] = model.text_reader.tokenizer.encode_batch([text])
         x_1L = jnp.asarray([[*ids, 1]])  # whatever follows
-        np.testing.assert_allclose(model.denoiser.hidden(x_1L)[0][0, len(ids)], feature, atol=1e-5)
+        seen_D = hidden(model.denoiser, x_1L)[0][0, len(ids)]
+        np.testing.assert_allclose(seen_D, feature, atol=1e-5)
 
 
 PADDED = ("--price", 4, "--cut", "whole", "--max-sequences", 9999)  # the last row is padded

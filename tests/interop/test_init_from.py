@@ -154,9 +154,11 @@ def test_adapters_go_out_and_in_by_the_names_of_peft(adapted, llada, tmp_path, t
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save must be \[\], got \['lm_head'\]"),
     ],
 )
-def test_adapters_of_another_kind_are_refused(adapted, tmp_path, change, message):
+def test_adapters_of_another_kind_are_refused(llada, tmp_path, change, message):
     out = tmp_path / "out"
-    tiny_run.call("export", "--checkpoint", adapted, "--output", out, "--adapters")
+    names = {"trunk/blocks/query/kernel": "layers.{}.q_proj.weight"}
+    adapters = {"query": {"a": np.ones((2, 16, 3)), "b": np.ones((2, 3, 16))}}
+    save_adapters(out, names, Lora(rank=3), {"blocks": adapters}, base=str(llada))
     rewrite(out / CONFIG, lambda config: config.update(change))
     with pytest.raises(UserError, match=message):
         sedd.load(out)

@@ -270,7 +270,7 @@ def test_t_dse_is_t_dce_pointwise(name):
     np.testing.assert_array_equal(corrupted.xt_BL, same.xt_BL)
     assert int((same.xt_BL == MASK).sum()) > 100
     a, b = (
-        o.nats(DENOISER.network, DENOISER.params, c, x0_BL)
+        jax.jit(o.nats, static_argnums=0)(DENOISER.network, DENOISER.params, c, x0_BL)
         for o, c in ((entropy, corrupted), (cross, same))
     )
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
@@ -334,7 +334,8 @@ def test_finite_at_the_ends(name, schedule):
         nats_BL = objective.row_nats(raw_BLV, x0_BL, corrupted.xt_BL, sigma_BL)
         return (nats_BL * corrupted.weight_BL).sum()
 
-    value, gradient = jax.value_and_grad(loss)(jax.random.normal(jax.random.key(0), (12, L, size)))
+    raw_BLV = jax.random.normal(jax.random.key(0), (12, L, size))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(raw_BLV)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 

@@ -266,17 +266,21 @@ def wrong(uniform, gamma):
     return oracle.mean_denoiser(hybrid(uniform, gamma), JOINT, shift)
 
 
+@jax.jit
+def score(denoiser, sigma):
+    return denoiser.log_score(i32(STATES), jnp.full(len(STATES), sigma))
+
+
 def model_law(denoiser, uniform, gamma, steps=120):
     """[N, N]: the reverse process from the bound's prior, by matrix exponentials."""
     times = T_MIN ** np.linspace(0, 1, steps + 1)
-    middle, x_SL = np.sqrt(times[1:] * times[:-1]), i32(STATES)
-    score = jax.jit(lambda s: denoiser.log_score(x_SL, jnp.full(len(STATES), s)))
+    middle = np.sqrt(times[1:] * times[:-1])
     to = oracle.neighbours(STATES, V)
     b = noise(SIGMA(1.0), uniform, gamma)
     one = np.append(b[:N] + np.exp(-SIGMA(1.0)) / N, b[N])
     law = np.outer(one, one).ravel()
     for t, length in zip(middle, times[:-1] - times[1:], strict=True):
-        away = np.exp(np.asarray(score(f32(SIGMA(t))), np.float64))
+        away = np.exp(np.asarray(score(denoiser, f32(SIGMA(t))), np.float64))
         away *= (RATE(t) * rates(SIGMA(t), uniform, gamma))[STATES][..., None]
         generator = np.zeros((V**L, V**L))
         np.add.at(generator, (np.arange(V**L)[:, None, None], to), away)
@@ -287,6 +291,7 @@ def model_law(denoiser, uniform, gamma, steps=120):
     return np.einsum("s,sa,sb->ab", law, clean[:, 0, :N], clean[:, 1, :N])
 
 
+@jax.jit
 def last_step(denoiser):
     sigma_S = f32(np.full(len(STATES), SIGMA(T_MIN)))
     return denoiser.process.denoise(denoiser.log_score(i32(STATES), sigma_S), i32(STATES), sigma_S)
@@ -296,7 +301,6 @@ def exact_bound(denoiser, uniform, gamma):
     """([4], [4], [4]): prior, diffusion and reconstruction of every text, by quadrature."""
     nodes, weights = np.polynomial.legendre.leggauss(32)
     low, high = np.log(SIGMA(T_MIN)), np.log(SIGMA(1.0))
-    score = jax.jit(lambda s: denoiser.log_score(i32(STATES), jnp.full(len(STATES), s)))
 
     def mean(nats_SLN, sigma):
         """E over q(xt | x0) of the nats of both positions."""
@@ -307,7 +311,7 @@ def exact_bound(denoiser, uniform, gamma):
     diffusion = np.zeros(len(CLEAN))
     for node, weight in zip(nodes, weights, strict=True):
         sigma = np.exp(low + (high - low) * (node + 1) / 2)
-        log_score = np.asarray(score(f32(sigma)), np.float64).reshape(-1, V)
+        log_score = np.asarray(score(denoiser, f32(sigma)), np.float64).reshape(-1, V)
         nats = [
             definition(log_score, STATES.ravel(), np.full(STATES.size, y), sigma, uniform, gamma)
             for y in range(N)
@@ -328,7 +332,7 @@ def estimates(denoiser, keys_B, x0_BL, draws):
     return sequence_nats(denoiser, SCHEDULE, keys_B, x0_BL, x0_BL >= 0, draws=draws, t_min=T_MIN)
 
 
-@pytest.mark.parametrize(("uniform", "gamma"), daily(MIXTURES[:2], MIXTURES[1:2]))
+@pytest.mark.parametrize(("uniform", "gamma"), daily(MIXTURES[:2], MIXTURES[:1]))
 def test_the_bound_of_any_network_is_above_its_likelihood(uniform, gamma):
     """And the estimate has it as its mean; for the exact network it is the likelihood itself."""
     for denoiser, tight in (

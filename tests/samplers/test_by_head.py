@@ -230,6 +230,7 @@ def test_a_new_head_draws_groups_independently():
         assert (samples.calls_B == 2).all()
 
 
+@pytest.mark.nightly
 def test_a_request_alone_draws_what_it_draws_in_a_batch():
     fixed_BL = np.array([NOTHING_FIXED, GIVEN, (0, 1, 2, 0), NOTHING_FIXED] * 2)
     batch = oracle.draw(TWICE, denoiser(0), 8, seed=1, fixed=fixed_BL, trace=False)
@@ -249,6 +250,7 @@ def test_a_request_alone_draws_what_it_draws_in_a_batch():
         assert alone.calls_B[0] == batch.calls_B[row]
 
 
+@pytest.mark.nightly
 def test_a_logit_processor_sees_the_drafts_before_each_position():
     """Tokens must rise by 1, modulo 3, after the first: nothing else is accepted."""
 

@@ -118,7 +118,7 @@ class ExactNetwork(oracle.ConstantNetwork):
 def mixing(reading, dtype=jnp.float64):
     process = reading.process
     network = Mixing(num_states=process.num_states, time_conditioned=not reading.time_independent)
-    params = network.init(jax.random.key(7), dtype)
+    params = jax.jit(network.init, static_argnums=1)(jax.random.key(7), dtype)
     return Denoiser(params=params, network=network, parameterization=reading)
 
 
@@ -159,7 +159,8 @@ def draw_everywhere(denoiser, keys_B, x_BL):
 
 def step_by_step(sampler, denoiser, keys_B, tokens_BL, fixed_BL):
     """Every interval in turn, a network call each; the keys are those of ``EventJump.start``."""
-    interval_BL = np.asarray(sampler.intervals(fold(keys_B, 0), tokens_BL.shape[1]))
+    intervals = jax.jit(sampler.intervals, static_argnums=1)
+    interval_BL = np.asarray(intervals(fold(keys_B, 0), tokens_BL.shape[1]))
     fixed_BL = np.asarray(fixed_BL)
     x_BL = np.where(fixed_BL, tokens_BL, N).astype(np.int32)
     for k in range(sampler.steps):

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import tiny_run
 from oracle import NOTHING_FIXED, L
-from tiers import nightly
+from tiers import daily
 
 import sedd
 from sedd.errors import FieldError, UserError
@@ -68,10 +68,10 @@ def drawn(profile, calls, fixed):
 
 @pytest.mark.parametrize(
     ("profile", "calls", "fixed", "sizes"),
-    [
-        (nightly if case == (FLAT_END, 3, GIVEN) else pytest.param)(*case, sizes)
-        for case, sizes in PLANS.items()
-    ],
+    daily(
+        [(*case, sizes) for case, sizes in PLANS.items()],
+        [(FLAT_END, 3, NOTHING_FIXED, (1, 1, 2)), (STEEP, 1, GIVEN, (3,))],
+    ),
 )
 def test_draws_follow_the_law_of_their_groups(profile, calls, fixed, sizes):
     samples = drawn(profile, calls, fixed)

@@ -106,7 +106,7 @@ def product_law(cond, fixed, order):
         {"draft": "self", "lookahead": 3, "order": "random"},
         nightly({"draft": "self", "lookahead": 2, "bonus": True}),
         nightly({"draft": "stale", "lookahead": 2, "order": "random"}),
-        {"draft": "stale", "lookahead": 3, "bonus": True},
+        nightly({"draft": "stale", "lookahead": 3, "bonus": True}),
         nightly({"draft": "ngram", "lookahead": 3, "order": "random"}),
         nightly({"draft": "ngram", "lookahead": 2}),
     ],
@@ -200,6 +200,7 @@ def test_a_drafter_asks_for_the_positions_that_it_should(drafter):
         assert int(again.calls_B[s]) == (len(later) > 0 and not ready)
 
 
+@pytest.mark.nightly
 def test_reshaped_draws_within_blocks():
     """Blocks start the sampler anew in different rounds, with the blocks before as the prompt."""
     inner = speculative(draft="self", lookahead=2)

@@ -106,7 +106,7 @@ def law_of(name):
 # ---------------------------------------------------------------- neighbours
 
 
-@pytest.mark.parametrize("name", daily(INNER, ["tweedie_uniform"]))
+@pytest.mark.parametrize("name", daily(INNER, ["event_jump"]))
 def test_a_neighbour_follows_the_inner_law_and_is_near(name):
     """The pivot is what the sampler draws without versions; neighbours share most of its tokens."""
     tokens_BJL, plain_BL = drawn_neighbours(name, 0.3)

@@ -403,6 +403,7 @@ def start(*arguments, **environment):
     )
 
 
+@pytest.mark.nightly
 def test_sigterm_ends_the_command_with_a_checkpoint(tmp_path):
     process = start(tmp_path, 10**7)
     deadline = time.monotonic() + 120

@@ -260,7 +260,9 @@ ANY_ORDER = [
 ]
 
 
-@pytest.mark.parametrize("sampler", ANY_ORDER, ids=lambda sampler: type(sampler).__name__)
+@pytest.mark.parametrize(
+    "sampler", daily(ANY_ORDER, ANY_ORDER[::3]), ids=lambda sampler: type(sampler).__name__
+)
 def test_on_independent_positions_every_sampler_draws_the_same_tokens(sampler):
     watermark = gumbel(4)
     rows = Rows.at(jnp.broadcast_to(jnp.arange(40), (4, 40)))
@@ -270,6 +272,7 @@ def test_on_independent_positions_every_sampler_draws_the_same_tokens(sampler):
     np.testing.assert_array_equal(drawn.tokens_BL, once_BL)
 
 
+@pytest.mark.nightly
 def test_event_jump_draws_what_all_steps_draw():
     batch, sampler = 64, LAWS["event_jump"][0]
     exact = world().conditional_denoiser()
