@@ -34,7 +34,7 @@ from sedd.configuration.build_data import ValidationRows, build_data
 from sedd.configuration.components import options, values
 from sedd.configuration.config import Config, DataOptions, EvaluationOptions, TrainingOptions
 from sedd.data.loader import Batches
-from sedd.evaluating import text_counter
+from sedd.evaluating.bound import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.training.optimizer import OptimizerOptions
 

@@ -5,6 +5,7 @@ from . import watermark as watermark
 from .errors import UserError as UserError
 from .evaluating import diagnose as diagnose
 from .evaluating import evaluate as evaluate
+from .evaluating import frontier as frontier
 from .evaluating import marginals as marginals
 from .evaluating import price as price
 from .model import Model as Model

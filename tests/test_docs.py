@@ -105,6 +105,8 @@ def place(tmp_path_factory):
             "hmm": "hmm",
         }.items():
             make_run(top / "runs" / name, tiny_run.config(kind, corpus=str(top / "my.txt")))
+    for name in ("radd_small", "student"):
+        (top / "runs" / name).symlink_to("quickstart")
     tiny_run.profile_of(sedd.load(top / "runs/quickstart")).save(top / "price.json")
     return top
 
@@ -179,6 +181,8 @@ SMALLER = {
     'load_config("quickstart")': "tiny",
     "steps=100": "steps=2",
     "pairs=64": "pairs=4",
+    "steps=[8, 64]": "steps=[2]",
+    "texts=64": "texts=8",
     "draws=128": "draws=4",
 }
 

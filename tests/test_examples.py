@@ -20,6 +20,8 @@ ENTRY_POINTS = {
         sedd.sample,
         sedd.evaluate,
         sedd.price,
+        sedd.diagnose,
+        sedd.frontier,
         sedd.marginals,
         sedd.stream,
         sedd.samplers.options,
@@ -39,7 +41,9 @@ ENTRY_POINTS = {
 def place(tmp_path_factory):
     """The files that the examples name: a run, its export, and a text."""
     place = tmp_path_factory.mktemp("examples")
-    run = tiny_run.make_run(place / "runs" / "quickstart", tiny_run.config("radd"))
+    (place / "training.txt").write_text(tiny_run.text(400))
+    config = tiny_run.config("radd", corpus=str(place / "training.txt"))
+    run = tiny_run.make_run(place / "runs" / "quickstart", config)
     for kind in ("block", "marginal"):
         tiny_run.make_run(place / "runs" / kind, tiny_run.config(kind))
     exported = tiny_run.call("export", "--checkpoint", run, "--output", place / "exports" / "radd")

@@ -23,7 +23,7 @@ BESIDE = {  # inside a level: what a family may still import
     "denoiser": {"constraints", "parameterizations", "reshape", "watermark"},
     "reshape": {"parameterizations"},
     "model": {"configuration"},
-    "evaluating": {"model"},
+    "evaluating": {"configuration", "model", "sampling"},
     "sampling": {"configuration", "model", "requests"},
     "control": {"model", "sampling"},
     "harness": {"configuration", "model", "sampling"},

@@ -14,7 +14,7 @@ import sedd
 from sedd.constraints.clamp import free, from_infill, from_prompt
 from sedd.data.tokenizers import BytePairs, Bytes, Pretrained
 from sedd.errors import UserError
-from sedd.evaluating import text_counter
+from sedd.evaluating.bound import text_counter
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.protocols import Protocol
 from sedd.evaluation.tables import detail_table

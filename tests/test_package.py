@@ -76,9 +76,9 @@ def test_an_installed_package_trains_samples_and_evaluates(wheel, tmp_path):
         return result.stdout
 
     assert "--training.steps INT" in sedd("train", "--config", "quickstart", "--help")
-    tiny = [argument for argument in tiny_run.TINY if argument not in tiny_run.RECIPE]
     sedd(
-        *("train", "--config", "quickstart", "--workdir", "run", *tiny),
+        *("train", "--config", "quickstart", "--workdir", "run", "--data.length", "12"),
+        *("--network.hidden-dim", "16", "--network.num-layers", "1", "--network.num-heads", "2"),
         *("--data.corpus", "text.txt", "--data.tokenizer", "bytes", "--training.steps", "2"),
     )
     assert sedd("sample", "--checkpoint", "run", "--steps", "2")

@@ -72,9 +72,12 @@ def test_a_model_without_blocks_streams_if_it_is_asked_to(tmp_path):
     with pytest.raises(FieldError, match=r"must be semi_autoregressive, .* got event_jump"):
         sedd.stream(radd, 0)
     options = {"sampler": "semi_autoregressive", "block": 5, "prompt": "the"}
-    whole, pieces = sedd.sample(radd, 0, **options), list(sedd.stream(radd, 0, **options))
-    assert "".join(piece.text[0] for piece in pieces) == whole.text[0]
-    assert [len(piece.tokens[0]) for piece in pieces] == [8, 4]
+    for guided in ({}, {"guidance": 1.0}):
+        whole = sedd.sample(radd, 0, **options, **guided)
+        pieces = list(sedd.stream(radd, 0, **options, **guided))
+        assert "".join(piece.text[0] for piece in pieces) == whole.text[0]
+        assert [len(piece.tokens[0]) for piece in pieces] == [8, 4]
+        np.testing.assert_array_equal(pieces[-1].calls, whole.calls)
 
 
 @dataclasses.dataclass

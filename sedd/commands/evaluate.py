@@ -30,7 +30,7 @@ from sedd.commands.devices import is_first
 from sedd.commands.evaluate_flags import EvaluateCommand, read_command
 from sedd.commands.evaluate_report import Comparisons, write_report
 from sedd.errors import FieldError, UserError
-from sedd.evaluating import text_counter
+from sedd.evaluating.bound import text_counter
 from sedd.evaluation.datasets import DataSet, open_all
 from sedd.evaluation.journal import Journal
 from sedd.evaluation.protocols import ZEROSHOT, check_fit

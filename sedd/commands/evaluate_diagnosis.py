@@ -6,7 +6,7 @@ import jax
 
 from sedd.commands.evaluate_flags import EvaluateCommand
 from sedd.errors import FieldError, UserError
-from sedd.evaluating import diagnosis_of
+from sedd.evaluating.diagnosis import diagnosis_of
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.diagnosis import RATES, check_conditionals, repeats_of
 from sedd.evaluation.diagnosis_report import diagnosis_section

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd.commands.evaluate_flags import EvaluateCommand
-from sedd.commands.evaluate_frontier import ngram_judge
 from sedd.errors import UserError, did_you_mean
+from sedd.evaluating.frontier import ngram_judge
 from sedd.evaluation.estimators import REPLICATES
 from sedd.evaluation.judges import Judge, Scorer, WindowJudge, hugging_face_judge
 from sedd.evaluation.monte_carlo import sequence_nats
@@ -22,7 +22,10 @@ def offline_judge(command: EvaluateCommand, model: Model) -> Scorer:
         UserError: it cannot be loaded.
     """
     if command.judge == "ngram":
-        return ngram_judge(model)
+        try:
+            return ngram_judge(model)
+        except UserError as error:
+            raise UserError(f"--judge ngram: {error}") from error
     try:
         return judge_of("smollm2")
     except UserError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sedd.commands.evaluate_flags import EvaluateCommand
 from sedd.errors import UserError
-from sedd.evaluating import visible_tokens
+from sedd.evaluating.marginals import visible_tokens
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.marginals import (
     LevelIdentity,

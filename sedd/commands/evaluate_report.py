@@ -31,7 +31,8 @@ from sedd.commands.evaluate_frontier import FrontierTask
 from sedd.commands.evaluate_judges import judge_of, offline_judge
 from sedd.commands.evaluate_marginals import RankedTexts
 from sedd.errors import UserError
-from sedd.evaluating import price_of
+from sedd.evaluating.inputs import texts_of
+from sedd.evaluating.price import price_of
 from sedd.evaluation.consistency import consistency, draw_pairs
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.generative_perplexity import generative_perplexity
@@ -151,8 +152,7 @@ class Comparisons:
         if self.marginals is not None:
             sections.append(self.marginals.section(data, result, figures))
         if self.frontier is not None:
-            real = real_texts(self.model, data, self.command.frontier.texts)
-            sections.append(self.frontier.section(data, real, figures))
+            sections.append(self.frontier.section(data, figures))
         with Activity("comparing samples and conditionals"):
             if self.samples is not None:
                 try:
@@ -171,7 +171,7 @@ class Comparisons:
         self, samples: list[str], data: DataSet, figures: dict[str, Any]
     ) -> list[Section]:
         """Compare the samples with as many real texts, also by the judge; adds to ``figures``."""
-        real = real_texts(self.model, data, len(samples))
+        real = texts_of(self.model, data, len(samples))
         compared = compare(samples, real, seed=self.command.seed)
         figures["samples"] = {"file": str(self.command.samples), **compared.to_json()}
         sections = [compared.section()]
@@ -275,19 +275,6 @@ def read_samples(path: Path) -> list[str]:
             raise UserError(f'--samples {path}, line {number}: "text" must be a string')
         texts.append(text)
     return texts
-
-
-def real_texts(model: Model, data: DataSet, number: int) -> list[str]:
-    """Decode ``number`` evaluated rows, evenly spread over the data set.
-
-    There are fewer if the data set has fewer. A text has the length of a row, and most statistics
-    depend on the length: the samples should have the same.
-    """
-    tokenizer = model.text_reader.tokenizer
-    x0_BL, scored_BL = data.spread(number)
-    return [
-        tokenizer.decode(x0_L[scored_L]) for x0_L, scored_L in zip(x0_BL, scored_BL, strict=True)
-    ]
 
 
 def write_report(

@@ -6,9 +6,7 @@ from typing import Annotated
 
 from sedd.commands.cli import unset
 from sedd.errors import UserError
-
-STEPS = (1, 2, 4, 8, 16, 32, 64)
-TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+from sedd.evaluating.frontier import STEPS, TEXTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +23,7 @@ class FrontierFlags:
     temperatures: Annotated[str | None, unset("FLOAT,…")] = None
     """With --frontier: the temperatures; by default 0.6,0.7,0.8,0.9,1,1.1, and 1 alone for a model
     that has none."""
-    texts: int = 128
+    texts: int = TEXTS
     """With --frontier: texts of each setting, and real texts."""
 
     @property

@@ -12,7 +12,7 @@ from sedd.configuration.build import Parts
 from sedd.configuration.build_data import ValidationRows
 from sedd.configuration.config import Config
 from sedd.data.tokenizers import Tokenizer
-from sedd.evaluating import text_counter
+from sedd.evaluating.bound import text_counter
 from sedd.evaluation.block_levels import least_variance
 from sedd.evaluation.bound import evaluate_bound
 from sedd.evaluation.energy import free_energy

@@ -43,8 +43,9 @@ class Estimate:
     """KL(law ‖ law of the draws), in nats; equal to ``kl`` if the sampler drew them."""
     proposal_kl_error: float
     acceptance: float | None
-    """Share of the sampler's own draws that rejection accepts, Z/β. Without ``log_beta`` the
-    features give the bound β; the share is None if one of them is not in [0, 1]."""
+    """Share of the sampler's own draws that rejection accepts, Z/β. Without ``log_beta``, β is
+    exp(``Control.log_bound``), which holds for features in [0, 1]; the share is None if a feature
+    of these draws is not."""
     acceptance_error: float | None
     num: int
     """Number of draws, K."""

@@ -66,7 +66,8 @@ class ControlledTexts:
     """w(x) of each text of ``weigh``, [B], p(x)/a(x) with mean 1; None for other methods. With a
     ``base`` it is p over the law of the model that proposes."""
     proposals: int
-    """Draws of the sampler in all, both pools included."""
+    """Draws of the sampler's own law in all, both pools included. Of ``particle`` these are the two
+    pools; the steered draws are not counted."""
 
 
 def sample(
@@ -105,8 +106,9 @@ def sample(
         total_variation: the largest total variation between ``qrs`` and p, as the first pool
             estimates it.
         base: the model whose law a is controlled, if ``model`` is only to propose texts, for
-            ``resample`` and ``weigh``. Needs ``sampler="ordered"`` with one position a call, the
-            law of which is known, and no given text.
+            ``resample`` and ``weigh``. Needs two time-independent absorbing models of the same
+            tokens and ``sampler="ordered"``, one position a call in a fixed order, the law of
+            which is known, and takes no options but ``order`` and ``length``.
         options: arguments of ``sedd.sample`` that are the same for all texts: sampler and its
             options, length, prompt, infill, regex, temperature and so on. With ``particle``:
             ``inner``, ``particles`` and ``resample_every``.

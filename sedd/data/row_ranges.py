@@ -58,7 +58,7 @@ class Cut:
         Args:
             ends: position after each document, its end included, [documents].
             total: number of tokens.
-            eos: tokens that mark the end of a document, 0 or 1.
+            eos: how many tokens mark the end of each document: 1, or 0 for none.
 
         Returns:
             First token and size of each row, and begin and end of each range of dropped tokens.

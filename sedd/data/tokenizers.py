@@ -103,9 +103,9 @@ class Tokenizer(ABC):
         """Encode a text of ``sedd.data.chat``, in which special tokens are recognised.
 
         Args:
-            text: the text. The names of special tokens in it become their ids. With ``HIDDEN``,
-                the character U+FDD0, behind its first character a name is ordinary text; the
-                character is removed, and two of them are one ordinary character.
+            text: the text. The names of special tokens in it become their ids. A name with
+                ``HIDDEN`` (the character U+FDD0) after its first character is ordinary text. A
+                single ``HIDDEN`` is removed, and two in a row stand for one.
             given: the start and end of each given stretch in characters, ascending. The text is
                 encoded piece by piece between these places, so that no token is given in part.
 

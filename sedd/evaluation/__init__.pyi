@@ -4,6 +4,7 @@ from .datasets import DataSet as DataSet
 from .diagnosis import Diagnosis as Diagnosis
 from .frontier import Frontier as Frontier
 from .frontier import JudgedPoint as JudgedPoint
+from .judges import hugging_face_judge as hugging_face_judge
 from .marginals import Marginals as Marginals
 from .monte_carlo import MonteCarlo as MonteCarlo
 from .ngram_judge import NgramJudge as NgramJudge

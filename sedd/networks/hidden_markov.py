@@ -47,7 +47,7 @@ class HiddenMarkov(NamedTuple):
         return jnp.log(jnp.maximum(self.emission_HN.T.at[tokens].get(mode="clip"), LEAST))
 
     def suffix_values(self, factor_WH: Float[Array, "W H"]) -> Float[Array, "W1 Z"]:
-        """Sum the weights of a stretch from each position on, given the state before it.
+        """Sum the weights of a stretch with the log factors ``factor_WH`` from each position on.
 
         Entry (i, z) is the log of the total weight of positions i, i + 1, … if the state before i
         is z. The last column, z = H, is the start; the last row is 0.
@@ -62,7 +62,9 @@ class HiddenMarkov(NamedTuple):
         return backward(step, last_Z, factor_WH, len(factor_WH))
 
     def log_partition(self, factor_WH: Float[Array, "W H"]) -> Float[Array, ""]:
-        """The log of the total weight of a stretch: log p(x) if all of its tokens are known.
+        """The log of the total weight of a stretch with the log factors ``factor_WH``.
+
+        It is log p(x) if all tokens are known.
 
         Its gradient is the posterior probability of each state at each position.
         """

@@ -51,7 +51,7 @@ class Hmm(KDCE):
         return self.both_nats(network, params, corrupted, x0_BL)[0]
 
     def summed_nats(self, network, params, corrupted, x0_BL, **kwargs):
-        """Return the sum of ``nats`` over the batch; differentiable in ω."""
+        """Return the sum of ``nats`` over the batch; differentiable in the head's parameters."""
         return self.nats(network, params, corrupted, x0_BL).sum()
 
     def both_nats(

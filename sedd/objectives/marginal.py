@@ -14,7 +14,7 @@ from sedd.types import Array, Float, Int, Params
 
 @dataclass(frozen=True, kw_only=True)
 class Marginal(DenoisingCrossEntropy):
-    """The mean squared difference of f and the conditionals c along a part of a random path.
+    """The squared difference of the marginal head f and the conditionals c along a random path.
 
     A path reveals the tokens of a text in a uniformly random order σ. Its states are x_S for S the
     first 0, 1, …, L positions of σ, and one step of it is log c(x_σ(d+1) | x_σ(1), …, x_σ(d)). If f

@@ -148,7 +148,11 @@ class SelfDistill(Objective):
         return drawn_at(drawn_BL, token_keys_B, xt_BL, hidden_BLD, head, self.parameterization)
 
     def row_nats(self, raw_RV, x0_R, xt_R, sigma_R, *lesson):
-        """The divergence at single positions; ``lesson`` has those of ``_rows``, and the head."""
+        """The divergence at single positions.
+
+        ``lesson`` has the teacher's hidden states, tokens and total noise there, and the kernel
+        and the bias of its output layer.
+        """
         hidden_RD, x_R, teacher_sigma_R, kernel_DV, bias_V = lesson
         teacher_RV = read_out(hidden_RD, kernel_DV, bias_V)
         teacher_RN = self._log_clean(teacher_RV, x_R, teacher_sigma_R)

@@ -144,15 +144,16 @@ class ZeroOrder(Search):
     def versions(
         self, keys_B: Key[Array, " B"], version_BP: Int[Array, "B P"], tick: Int[Array, ""]
     ) -> Int[Array, "R P"]:
-        """The versions of the neighbours' noise, row b·K + j for neighbour j of request b.
+        """Number the versions of the neighbours' noise; row b·K + j is neighbour j of request b.
 
+        Where two texts have equal numbers they have equal noise; 0 is the request's own.
         Column 0 is the noise of the sequence as a whole, column 1 + i that of position i. Going
         from the pivot to a neighbour is two moves, to the centre and from there, each of which
         takes a new version with probability 1 - √(1 - rho).
 
         Args:
             keys_B: the keys of the round.
-            version_BP: the versions of the pivot's noise.
+            version_BP: the numbers of the pivot; all are 0 at the start.
             tick: the number of the round, from 0.
         """
         batch, count = len(keys_B), self.neighbours

@@ -35,7 +35,7 @@ class Piece:
     done: np.ndarray
     """Which sequences are finished, [B]."""
     calls: np.ndarray
-    """Network calls of each sequence so far, [B]."""
+    """Network calls of each sequence so far, [B]; they include the second calls of guidance."""
 
 
 def stream(
@@ -103,6 +103,7 @@ def _pieces(tokenizer: Tokenizer | None, asked: Asked, prepared: Prepared) -> It
     assert isinstance(sampler, SemiAutoregressive)
     denoiser, given, placement = prepared
     params, bare = denoiser.params, replace(denoiser, params={})
+    calls_each = np.asarray(denoiser.calls_each)
     static = {"sampler": sampler, "placement": placement}
     rows = (bare, *given)
     if placement is not None:
@@ -123,7 +124,7 @@ def _pieces(tokenizer: Tokenizer | None, asked: Asked, prepared: Prepared) -> It
             tokens=[tokens for tokens, _ in new],
             text=None if tokenizer is None else [text for _, text in new],
             done=~active_B[: len(clamps)],
-            calls=calls_B[: len(clamps)],
+            calls=(calls_B * calls_each)[: len(clamps)],
         )
 
 

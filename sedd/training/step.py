@@ -162,7 +162,8 @@ class Step:
         The metrics are ``loss`` (nats per scored token: its mean over all scored tokens, or with
         ``by_text`` the mean over texts of each text's mean), ``grad_norm`` (before clipping),
         ``tokens`` and ``read``. With ``skip_nonfinite`` there is also ``skipped``: 1 if loss or
-        gradient is not finite. Such an update changes only ``step``.
+        gradient is not finite. Such an update changes only ``step``, and the teacher if the step
+        ends a round.
         """
         grads = jax.tree.map(lambda g: g / self.batch_size, totals["grads"])
         trained = self.network.trainable(state.params)
