@@ -16,7 +16,7 @@ class UserError(ValueError):
     """A user's mistake. The message is one line: the wrong value, and what would be right.
 
     The commands print the message as ``error: …`` and exit with code 2. The Python interface raises
-    it.
+    it. A ``FieldError``, of one argument or option, is a ``UserError`` too.
     """
 
 

@@ -177,7 +177,7 @@ def test_one_call_draws_equal_tokens_which_no_product_can():
     latent_BZ = f32(np.array(list(itertools.product(quantile, quantile))))
     each = np.exp(log_probs(student, jnp.tile(pair, (len(latent_BZ), 1)), latent_BZ))
     law = np.einsum("ea,eb->ab", each[:, 0], each[:, 1]) / len(latent_BZ)
-    assert oracle.total_variation(law, np.eye(N) / N) < 0.02  # SEEDS
+    assert oracle.total_variation(law, np.eye(N) / N) < 0.02  # 0.012 to 0.019 by four seeds
     product = np.multiply.outer(law.sum(1), law.sum(0))
     assert oracle.total_variation(product, np.eye(N) / N) > 0.5  # control: what one latent can do
 

@@ -195,10 +195,11 @@ class Config:
     """Start from the averaged (EMA) weights of a run's newest checkpoint, or of a published one (a
     directory or hf://OWNER/NAME)."""
     teacher: str | None = None
-    """The model that --objective self_distill distils, and from whose averaged weights its student
-    starts: a run or a published checkpoint, as for --init-from."""
+    """The model that --objective self_distill or latent_distill distils, and from whose averaged
+    weights its student starts: a run or a published checkpoint, as for --init-from."""
     mask_id: int | None = None
-    """Id of the mask in the own vocabulary of --init-from, if its files do not state it."""
+    """Id of the mask in the own vocabulary of --init-from or --teacher, if its files do not state
+    it."""
     convert: str | None = None
     """Make a diffusion model of the autoregressive one of --init-from: full (all positions see each
     other), or block:SIZE (blocks from left to right)."""

@@ -172,10 +172,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self) -> list[bytes | None]:
-        """The bytes of each id, None for special tokens.
+        """The bytes of each id; None for an id that is no text, such as a special token.
 
-        The bytes of the ids of a text, joined, are the text in UTF-8. Constraints and counts of
-        characters need this. Raises UserError for a tokenizer that changes the text.
+        The bytes of the ids of a text, joined, are the text in UTF-8, unless one of them is None.
+        Constraints and counts of characters need this. Raises UserError for a tokenizer that
+        changes the text.
         """
 
     @abstractmethod
@@ -451,6 +452,7 @@ class Pretrained(Tokenizer):
     def token_bytes(self) -> list[bytes | None]:
         """The bytes of each id; UserError if the tokenizer is not byte-level or changes texts.
 
+        They are None for every added token of the file, special or not, and for ids without one.
         Some tokenizers bring texts into Unicode's normal form C. The bytes are those of this form.
         """
         data = json.loads(self.source)

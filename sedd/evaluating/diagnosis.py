@@ -37,7 +37,8 @@ def diagnose(
         rates: distinct probabilities in (0, 1) with which a position is masked.
         draws: the most network calls for each sequence: two for each masking of the text, with
             equally many maskings for each rate; at least 2·``len(rates)``.
-        scored_BL: which token ids are masked, [S, L]; the others are given. Default: all.
+        scored_BL: which positions may be masked, [S, L], only with token ids; the others are always
+            given. Default: all.
         max_sequences: measure at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 

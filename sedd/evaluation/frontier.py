@@ -169,11 +169,13 @@ class Frontier:
         return sorted(found, key=lambda point: point.temperature)
 
     def comparison(self) -> list[dict[str, Any]]:
-        """Compare at the entropy of real text, for each number of steps.
+        """Compare at the entropy of real text: a dictionary for each number of steps.
 
-        ``nats`` is that of the model, ``against`` that of the other model with as many steps, and
-        ``above`` and ``above_most`` how much the model lies above the other model with as many
-        steps, and with the most. None where a curve does not reach the entropy.
+        ``steps`` and ``calls`` are numbers, all others values with errors (``Measured``). ``nats``
+        is that of the model. With a second model, ``against`` is that of the other one with as many
+        steps, and ``above`` and ``above_most`` how much the model lies above the other one with as
+        many steps, and with the most. All but ``steps`` are None where a curve does not reach the
+        entropy.
         """
         entropy = self.real.entropy.value
         most = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sedd.errors import FieldError
 from sedd.evaluation.judges import Judgement
 
 
@@ -38,7 +39,22 @@ class NgramJudge:
         order: int,
         encode: Callable[[Sequence[str]], list[np.ndarray]],
     ) -> "NgramJudge":
-        """Count the windows of a training text of N different tokens, up to ``order`` tokens."""
+        """Count the windows of a training text of N different tokens, up to ``order`` tokens.
+
+        Args:
+            tokens: token ids of the training text, [T].
+            num_tokens: N.
+            order: length of the longest window, at least 1; N**order must be below 2**63.
+            encode: returns the ids of each text.
+
+        Raises:
+            FieldError: ``order`` is out of its range.
+        """
+        if order < 1 or num_tokens**order >= 2**63:
+            raise FieldError(
+                "order",
+                f"must be at least 1, with {num_tokens}**order below 2**63, got {order}",
+            )
         windows = _windows(tokens.astype(np.int64), num_tokens, order)
         tables = tuple(np.unique(each, return_counts=True) for each in windows)
         return cls(encode=encode, num_tokens=num_tokens, tables=tables)

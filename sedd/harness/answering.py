@@ -89,7 +89,7 @@ class Harness:
         likelihood: ``bound``, by Monte Carlo, or ``ordered``, the exact likelihood from left to
             right, for time-independent absorbing models. Autoregressive models take ``bound`` and
             are scored exactly.
-        draws: network calls for each bound; a multiple of 4.
+        draws: noise levels for each bound; a multiple of 4.
         seed: the seed of all draws.
         batch_size: sequences in a batch, over all devices.
         max_length: the most tokens of a request, context and answer together; by default the

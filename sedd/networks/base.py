@@ -37,8 +37,9 @@ class Attend:
 
     ``segment_BL`` is the id of each row's segment; queries and keys are then the same rows, or
     the keys are the first of them. A query sees only keys of its own segment. Segments separate
-    padding from text; they also separate packed documents from each other. A query that sees no
-    key has attention output 0. An axis B of length 1 serves all sequences.
+    padding from text; they also separate packed documents from each other. Ids are 1, 2, … for
+    texts; samplers, verifiers and evaluations take positions of segment 0 for padding. A query that
+    sees no key has attention output 0. An axis B of length 1 serves all sequences.
 
     Raises ``ValueError`` unless both ranks are given for the kind ``ranks``, and neither ranks nor
     groups for other kinds.

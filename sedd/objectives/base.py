@@ -241,7 +241,11 @@ class Objective(ABC):
         return False
 
     def rows(self, length: int) -> int:
-        """The number of rows that the network gets for a sequence of this length."""
+        """The rows of a sequence of this length, for counts of FLOPs.
+
+        The copies of ``latent_distill`` with other latents, and the further calls of ``marginal``
+        and ``energy``, are not in it.
+        """
         return length
 
     @abstractmethod

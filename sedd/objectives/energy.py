@@ -23,10 +23,10 @@ class Energy(DenoisingCrossEntropy):
     REINFORCE, (F - mean of F in the other sequences)·∇ log p(x | σ), over the whole path, which is
     unbiased. To it is added ``consistency`` times the sum over the states of the same path, without
     the first one, of (f - log p of the path so far)² / (number of drawn tokens), which trains the
-    marginal head f, and the trunk by f, but not the conditionals. The number of tokens makes the
-    states equal: the error of f grows with it.
+    marginal head f, and the trunk by f, but not the conditionals. Without the division the late
+    states of a path, where the error of f is larger, would count most.
 
-    A text of L tokens takes 2L network calls, half of them with a backward pass.
+    A text of L tokens takes 2L + 1 network calls, L + 1 of them with a backward pass.
     arXiv:2310.12920. The paper draws by block Gibbs, from a persistent chain, and puts f in the
     place of log p, which saves calls where L is large.
 

@@ -201,7 +201,11 @@ class SamplerOptions:
     values: Mapping[str, Any]
 
     def updated(self, changes: Mapping[str, Any]) -> "SamplerOptions":
-        """Return a copy with some options changed; a mapping for ``inner`` changes its options."""
+        """Return a copy with some options changed.
+
+        A mapping for ``inner`` changes its options if it is a ``SamplerOptions``; any other value
+        replaces it.
+        """
         values = {**self.values, **changes}
         inner = self.values.get("inner")
         if isinstance(inner, SamplerOptions) and isinstance(values["inner"], Mapping):

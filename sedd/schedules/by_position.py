@@ -48,7 +48,7 @@ class ByPosition(LogLinear):
         return jnp.asarray([*given, *[1.0] * (length - len(given))], float)
 
     def check_length(self, length: int) -> None:
-        """Raise FieldError unless there is a weight for each position of a training row."""
+        """Raise FieldError if there are weights, but not one for each position of a row."""
         count = len(numbers(self.weights))
         if count not in (0, length):
             raise FieldError(

@@ -7,6 +7,7 @@ import pytest
 import tiny_run
 
 from sedd.data.packing import unigram_entropy
+from sedd.errors import FieldError
 from sedd.evaluation.frontier import Frontier, JudgedPoint, at_entropy
 from sedd.evaluation.ngram_judge import NgramJudge
 
@@ -85,6 +86,8 @@ def test_a_point_is_what_the_judge_and_the_counts_say():
     assert unigram_entropy(np.array([2, 2])) == pytest.approx(np.log(2))
     with pytest.raises(ValueError, match="scores no token of these 1 texts"):
         JudgedPoint.of([""], judge)
+    with pytest.raises(FieldError, match=r"with 50257\*\*order below 2\*\*63, got 5"):
+        NgramJudge.of(np.array([0]), 50257, 5, encode=judge.encode)
 
 
 def test_the_comparison_is_at_the_entropy_of_real_text():
