@@ -60,8 +60,9 @@ def frontier(
         batch_size: texts that are drawn together.
 
     Raises:
-        UserError: the sampler has no steps, a model has no tokenizer, or the data or the training
-            text cannot be read or have fewer than 2 rows.
+        UserError: the sampler has no steps, a model has no tokenizer, the data or the training text
+            cannot be read, the data have fewer than 2 rows, or the judge scores no token of some
+            texts.
         FieldError: a value is out of its range, or the second model has another tokenizer or
             length.
 

@@ -74,8 +74,9 @@ class JudgedPoint:
         return mean_of(self.entropy_S)
 
     def shares(self) -> tuple[np.ndarray, np.ndarray]:
-        """What each text adds to the errors of ``nats`` and ``entropy``, both [S]; their means are
-        0.
+        """The deviation of each text from ``nats`` and ``entropy``, to first order, both [S].
+
+        Their means are 0. A standard error is their standard deviation (ddof 1) over √S.
         """
         nats_S = (self.nats_S - self.nats.value * self.tokens_S) / self.tokens_S.mean()
         return nats_S, self.entropy_S - self.entropy.value

@@ -65,8 +65,8 @@ class Published:
     Args:
         network: the network. Its compute type is float32 for SEDD, RADD and MDLM; for other models
             bfloat16 if the published embedding is, else float32.
-        params: its parameters, on the devices. Those of SEDD, RADD and MDLM are float32, and those
-            of other models bfloat16 or float32 in the same way.
+        params: its parameters, on the devices. Those of SEDD, RADD and MDLM are float32; of other
+            models each is bfloat16 if all of its published tensors are, else float32.
         layout: the layout, with the description of the model.
         tokenizer: the tokenizer in its directory, with the ids that tokens have here, or None.
     """

@@ -59,7 +59,8 @@ class MarginalHead(DDiT):
     def init(self, key: Key[Array, ""]) -> Params:
         """Draw fresh float32 parameters; those of the trunk are ``DDiT.init`` with this key.
 
-        The frequencies of tokens are equal: ``train_from`` replaces them by those of the trunk.
+        The frequencies of tokens are equal. A run that adds the head to a trunk (--init-from)
+        replaces them by the trunk's mean prediction for a text of masks.
         """
         tokens = self.num_states - 1
         return super().init(key) | {

@@ -83,7 +83,8 @@ class AnySubset(DenoisingCrossEntropy):
     def num_queries(self, length: int) -> int:
         """Query rows of the network for sequences of this length: ⌈largest rate · length⌉.
 
-        The number is rounded up to an even one, which cuDNN's attention needs under a mask.
+        The number is rounded up to an even one, which cuDNN's attention needs under a mask, but is
+        at most ``length``.
         """
         # Rounding must not add a row: 0.29 · 100 is 28.999999999999996 or 29.000000000000004.
         count = math.ceil(max(self.max_rate, self.start_rate or 0) * length - 1e-6)

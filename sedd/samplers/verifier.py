@@ -1,7 +1,8 @@
 """Verifiers: what the samplers that search score texts by.
 
-A verifier is a user's function on texts, or the model itself (``SelfLikelihood``); several are an
-ensemble.
+Users give a function on texts, or the model itself (``SelfLikelihood``), or several of these, an
+ensemble. Samplers hold a ``Verifier``, a function on tokens, which ``text_verifier`` makes of a
+function on texts.
 
 A search runs inside one compiled program, which calls the user's function on the host. No exception
 can leave such a program. A failure is therefore signalled by scores of nan, which end the search;

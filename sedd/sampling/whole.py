@@ -87,7 +87,8 @@ def sample(
             their watermark; by default the nonces are random numbers of the keys.
         window: draw the tokens of one call jointly, within windows of this many positions, by the
             HMM head of the model; by default each token is drawn from its own conditional.
-        below: with ``window``, the largest share of masked tokens at which they are drawn jointly.
+        below: with ``window``: a call draws jointly only if at most this share of the sequence is
+            masked, in (0, 1]; otherwise it draws each token from its own conditional.
         options: options of the sampler (``steps=128``; for planned, ``profile`` is the result of
             ``sedd.price`` or a file of it), and of ``sedd.reshape.Reshape``: ``temperature``,
             ``top_k``, ``top_p``, ``guidance`` (one number, or one a sequence) and
