@@ -114,8 +114,8 @@ def sample(
             ``inner``, ``particles`` and ``resample_every``.
 
     Raises:
-        UserError: a feature fails, the moments cannot be met, an argument is wrong, or an option has
-            a list with a value for each text.
+        UserError: a feature fails, the moments cannot be met, an argument is wrong, or an option
+            has a list with a value for each text.
 
     Example:
         >>> import sedd
