@@ -19,18 +19,20 @@ from sedd.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierTask:
-    """The models, the judge and the temperatures of ``--frontier``, checked.
+    """The models, the judge and the settings of ``--frontier``, checked.
 
     Args:
         command: the flags.
         models: the evaluated model, and that of ``--against`` if it is given, by their names.
         judge: scores the texts.
+        steps: the numbers of steps.
         temperatures: the temperatures to draw at.
     """
 
     command: EvaluateCommand
     models: dict[str, Model]
     judge: Scorer
+    steps: tuple[int, ...]
     temperatures: tuple[float, ...]
 
     @classmethod
@@ -50,10 +52,12 @@ class FrontierTask:
                 raise UserError(f"--against {flags.against}: {error}") from error
         with _flags_named(command):
             models = named_models(model, other)
-            temperatures = check_settings(
-                models, flags.step_counts, flags.temperature_list, flags.texts
+            steps, temperatures = check_settings(
+                models, flags.step_counts, flags.temperature_list, flags.num_texts
             )
-        return cls(command=command, models=models, judge=judge, temperatures=temperatures)
+        return cls(
+            command=command, models=models, judge=judge, steps=steps, temperatures=temperatures
+        )
 
     def check(self, data: DataSet) -> None:
         """Raise UserError if there are fewer than 2 rows of real text."""
@@ -70,16 +74,15 @@ class FrontierTask:
         Raises:
             UserError: the judge scores no token of some texts.
         """
-        flags = self.command.frontier
         with _flags_named(self.command):
             found = frontier_of(
                 self.models,
                 data,
                 jax.random.key(self.command.seed),
                 judge=self.judge,
-                steps=flags.step_counts,
+                steps=self.steps,
                 temperatures=self.temperatures,
-                texts=flags.texts,
+                texts=self.command.frontier.num_texts,
                 batch_size=self.command.batch_size,
                 track=track,
             )

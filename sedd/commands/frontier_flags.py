@@ -23,8 +23,13 @@ class FrontierFlags:
     temperatures: Annotated[str | None, unset("FLOAT,…")] = None
     """With --frontier: the temperatures; by default 0.6,0.7,0.8,0.9,1,1.1, and 1 alone for a model
     that has none."""
-    texts: int = TEXTS
-    """With --frontier: texts of each setting, and real texts."""
+    texts: Annotated[int | None, unset("INT")] = None
+    """With --frontier: texts of each setting, and real texts; by default 128."""
+
+    @property
+    def num_texts(self) -> int:
+        """The number of texts of each setting."""
+        return TEXTS if self.texts is None else self.texts
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -74,10 +79,10 @@ def check_frontier(flags: FrontierFlags) -> None:
         UserError: a flag needs --frontier, or is out of its range.
     """
     if not flags.frontier:
-        for name in ("against", "steps", "temperatures"):
+        for name in ("against", "steps", "temperatures", "texts"):
             if getattr(flags, name) is not None:
                 raise UserError(f"--{name} {getattr(flags, name)}: it is a flag of --frontier")
         return
     _ = flags.step_counts, flags.temperature_list
-    if flags.texts < 2:
+    if flags.num_texts < 2:
         raise UserError(f"--texts must be at least 2, got {flags.texts}")

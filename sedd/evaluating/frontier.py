@@ -1,7 +1,8 @@
 """``sedd.frontier``: judged quality against entropy, of a model and of a second one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.build_data import pack_split
-from sedd.errors import FieldError, UserError
+from sedd.errors import FieldError, UserError, mistakes_in
 from sedd.evaluating.inputs import check_sizes, data_set_of, key_of, texts_of
 from sedd.evaluation.datasets import DataSet
 from sedd.evaluation.frontier import Frontier, JudgedPoint
@@ -36,8 +37,8 @@ def frontier(
     *,
     judge: Scorer | Literal["ngram"] = "ngram",
     against: Model | None = None,
-    steps: Sequence[int] = STEPS,
-    temperatures: Sequence[float] | None = None,
+    steps: Iterable[int] = STEPS,
+    temperatures: Iterable[float] | None = None,
     texts: int = TEXTS,
     batch_size: int = 32,
 ) -> Frontier:
@@ -78,13 +79,22 @@ def frontier(
     """
     check_sizes(batch_size, None)
     models = named_models(model, against)
-    temperatures = check_settings(models, steps, temperatures, texts)
+    steps, temperatures = check_settings(models, steps, temperatures, texts)
+    if judge == "ngram":
+        with mistakes_in("judge"):
+            judge = ngram_judge(model)
+    if not isinstance(judge, Scorer):
+        raise FieldError(
+            "judge",
+            f'must be "ngram" or a judge, such as sedd.evaluation.hugging_face_judge("gpt2-large"),'
+            f" got {judge!r:.60}",
+        )
     real = data_set_of(model, data, protocol("default"), "default", None, None, None)
     return frontier_of(
         models,
         real,
         key_of(key),
-        judge=ngram_judge(model) if judge == "ngram" else judge,
+        judge=judge,
         steps=steps,
         temperatures=temperatures,
         texts=texts,
@@ -96,41 +106,48 @@ def named_models(model: Model, against: Model | None) -> dict[str, Model]:
     """The models by their names: the last part of their source if that tells them apart.
 
     Raises:
+        UserError: a model has no tokenizer.
         FieldError: they have another tokenizer or length.
     """
     models = {Path(model.source).name: model}
+    _ = model.text_reader  # without a tokenizer there is none
     if against is not None:
+        with mistakes_in("against"):
+            _ = against.text_reader
         mine, theirs = (each.config.data for each in (model, against))
         for field in ("tokenizer", "length"):
             here, there = getattr(mine, field), getattr(theirs, field)
             if here != there:
                 raise FieldError("against", f": its {field} is {there}, and here it is {here}")
-        name = Path(against.source).name
-        models[name if name not in models else against.source] = against
+        name, source = Path(against.source).name, against.source
+        if name in models:
+            name = source if source not in models else f"{source}, step {against.step}"
+        models[name] = against
     return models
 
 
 def check_settings(
     models: dict[str, Model],
-    steps: Sequence[int],
-    temperatures: Sequence[float] | None,
+    steps: Iterable[int],
+    temperatures: Iterable[float] | None,
     texts: int,
-) -> tuple[float, ...]:
-    """Check that all models can draw with every setting; return the temperatures, ascending.
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Check that all models can draw with every setting; return steps and temperatures, ascending.
 
     Raises:
         UserError: a model has no sampler with steps.
         FieldError: a value is out of its range, or a model has no temperature.
     """
-    if not steps or min(steps) < 1:
-        raise FieldError("steps", f"must be numbers of at least 1, got {list(steps)}")
+    counts = _ascending("steps", steps, index, 1, "whole numbers of at least 1, such as [8, 64]")
     if texts < 2:
         raise FieldError("texts", f"must be at least 2, got {texts}")
-    sweep = None if temperatures is None else tuple(sorted({float(each) for each in temperatures}))
-    if sweep is not None and not (sweep and all(0 < value < math.inf for value in sweep)):
-        raise FieldError("temperatures", f"must be numbers above 0, got {list(sweep)}")
+    sweep = None
+    if temperatures is not None:
+        least = math.ulp(0.0)
+        expected = "numbers above 0, such as [0.9, 1]"
+        sweep = _ascending("temperatures", temperatures, float, least, expected)
     for model in models.values():
-        for count in steps:
+        for count in counts:
             _sampler(model, count).check(model.denoiser)
         mean = isinstance(model.denoiser.parameterization, Mean)
         if not (model.process.absorbing or mean):
@@ -141,7 +158,18 @@ def check_settings(
                     "parameterization mean",
                 )
             sweep = (1.0,)
-    return sweep or TEMPERATURES
+    return counts, sweep or TEMPERATURES
+
+
+def _ascending(field: str, values, kind: Callable[[Any], Any], least: float, expected: str):
+    """The distinct values as numbers of a kind; FieldError unless all are finite and not below."""
+    try:
+        found = tuple(sorted({kind(each) for each in values}))
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not all(least <= each < math.inf for each in found):
+        raise FieldError(field, f"must be {expected}, got {values!r:.60}")
+    return found
 
 
 def frontier_of(
@@ -163,8 +191,8 @@ def frontier_of(
         real: real text.
         key: the key of all settings.
         judge: scores the texts.
-        steps: numbers of steps.
-        temperatures: the temperatures, from ``check_settings``.
+        steps: numbers of steps, from ``check_settings``.
+        temperatures: the temperatures, likewise.
         texts: number of texts of each setting; at most as many real texts are judged.
         batch_size: texts that are drawn together.
         track: wraps the settings to show progress.
@@ -177,28 +205,23 @@ def frontier_of(
     settings = [
         {"model": name, "steps": count, "temperature": temperature}
         for name in models
-        for count in sorted(set(steps))
+        for count in steps
         for temperature in temperatures
     ]
     # A process without temperatures refuses them, 1 included.
     tempered = tuple(temperatures) != (1.0,)
     points = []
-    try:
-        reference = JudgedPoint.of(texts_of(next(iter(models.values())), real, texts), judge)
-        shown = settings if track is None else track(settings, "texts", len(settings))
-        for setting in shown:
-            drawn, calls = _draw(
-                models[setting["model"]],
-                _sampler(models[setting["model"]], setting["steps"]),
-                [keys_S[start : start + batch_size] for start in range(0, texts, batch_size)],
-                length=real.length,
-                **({"temperature": setting["temperature"]} if tempered else {}),
-            )
-            points.append(JudgedPoint.of(drawn, judge, calls=calls, **setting))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    reference = JudgedPoint.of(texts_of(next(iter(models.values())), real, texts), judge)
+    shown = settings if track is None else track(settings, "texts of --frontier", len(settings))
+    for setting in shown:
+        drawn, calls = _draw(
+            models[setting["model"]],
+            _sampler(models[setting["model"]], setting["steps"]),
+            [keys_S[start : start + batch_size] for start in range(0, texts, batch_size)],
+            length=real.length,
+            **({"temperature": setting["temperature"]} if tempered else {}),
+        )
+        points.append(JudgedPoint.of(drawn, judge, calls=calls, **setting))
     name, *others = models
     return Frontier(
         judge=judge.name,

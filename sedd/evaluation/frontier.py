@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sedd.data.packing import unigram_entropy
+from sedd.errors import UserError
 from sedd.evaluation.judges import Scorer
 from sedd.evaluation.measured import Measured, mean_of, ratio_of
 from sedd.evaluation.report import Section, Table
@@ -50,11 +51,11 @@ class JudgedPoint:
         """Judge texts; ``setting`` are the fields from ``model`` on.
 
         Raises:
-            ValueError: if the judge scores no token of them.
+            UserError: if the judge scores no token of them.
         """
         judged = judge.judge(texts)
         if not judged.tokens_S.any():
-            raise ValueError(f"{judge.name} scores no token of these {len(texts)} texts")
+            raise UserError(f"{judge.name} scores no token of these {len(texts)} texts")
         counts = (np.unique(ids, return_counts=True)[1] for ids in judge.encode(texts))
         return cls(
             nats_S=judged.nats_S,
@@ -176,7 +177,7 @@ class Frontier:
         is that of the model. With a second model, ``against`` is that of the other one with as many
         steps, and ``above`` and ``above_most`` how much the model lies above the other one with as
         many steps, and with the most. All but ``steps`` are None where a curve does not reach the
-        entropy.
+        entropy; one of a single temperature reaches none.
         """
         entropy = self.real.entropy.value
         most = None
@@ -202,7 +203,8 @@ class Frontier:
             "judge": self.judge,
             "model": self.model,
             "against": self.against,
-            "texts": len(self.real.nats_S),
+            "texts": len(self.points[0].nats_S),
+            "real_texts": len(self.real.nats_S),
             "real": {"entropy": list(self.real.entropy), "nats_per_token": list(self.real.nats)},
             "points": [point.to_json() for point in self.points],
             "at_real_entropy": [

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tiny_run
 
+import sedd
 from sedd.data.packing import unigram_entropy
 from sedd.errors import FieldError
+from sedd.evaluating.frontier import named_models
 from sedd.evaluation.frontier import Frontier, JudgedPoint, at_entropy
 from sedd.evaluation.ngram_judge import NgramJudge
 
@@ -175,6 +177,7 @@ def test_a_process_without_temperature_has_one_point(place):
     [
         ("student", ("--steps", "4"), "--steps 4: it is a flag of --frontier"),
         ("student", ("--against", "RUN"), "it is a flag of --frontier"),
+        ("student", ("--texts", 9), "--texts 9: it is a flag of --frontier"),
         ("student", ("--frontier", "--steps", "1,x"), "--steps 1,x: 'x' is no number of steps"),
         ("student", ("--frontier", "--steps", "0"), "--steps 0: '0' is no number of steps"),
         (
@@ -210,6 +213,32 @@ def test_mistakes_are_one_line(place, model, flags, message):
     assert ran.code == 2
     [line] = ran.errors
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": []}, r"^steps must be whole numbers of at least 1, such as \[8, 64\], got \[\]"),
+        ({"steps": [2.5]}, r"^steps must be whole numbers .* got \[2.5\]"),
+        ({"steps": 8}, "^steps must be whole numbers .* got 8"),
+        ({"temperatures": "0.9,1"}, "^temperatures must be numbers above 0, .* got '0.9,1'"),
+        ({"temperatures": [0.0, 1.0]}, r"^temperatures must be numbers above 0, .* \[0.0, 1.0\]"),
+        ({"texts": 1}, "^texts must be at least 2, got 1"),
+        ({"judge": "gpt2"}, r"^judge must be \"ngram\" or a judge, such as .* got 'gpt2'"),
+    ],
+)
+def test_mistakes_in_python(place, given, message):
+    model = sedd.load(place / "student")
+    with pytest.raises(FieldError, match=message):
+        sedd.frontier(model, place / "text.txt", **given)
+
+
+def test_two_models_of_one_name_are_told_apart(place, monkeypatch):
+    monkeypatch.chdir(place)
+    model = sedd.load("student")
+    assert [*named_models(model, model)] == ["student", f"student, step {model.step}"]
+    other = sedd.load(place / "student")
+    assert [*named_models(model, other)] == ["student", str(place / "student")]
 
 
 def test_without_a_judge_the_line_says_what_to_install(place, monkeypatch):
