@@ -89,7 +89,9 @@ def test_one_step_of_a_shrunken_copy(path):
     rows = {"x0": x0, "scored": np.ones(x0.shape, bool), "index": np.arange(batch)[None]}
     after, metrics = jax.jit(step, static_argnames="axis_name")(state, rows, axis_name=None)
     assert np.isfinite(metrics["loss"])
-    assert 0 < metrics["loss"] < 10 * np.log(num_tokens)
+    assert metrics["loss"] > 0
+    if config.objective.name != "marginal":  # whose loss is in nats², of an untrained trunk here
+        assert metrics["loss"] < 10 * np.log(num_tokens)
     assert metrics["grad_norm"] > 0
     assert metrics["tokens"] == batch * length
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, after.params)
