@@ -89,9 +89,10 @@ def test_one_step_of_a_shrunken_copy(path):
     rows = {"x0": x0, "scored": np.ones(x0.shape, bool), "index": np.arange(batch)[None]}
     after, metrics = jax.jit(step, static_argnames="axis_name")(state, rows, axis_name=None)
     assert np.isfinite(metrics["loss"])
-    assert metrics["loss"] > 0
-    if config.objective.name != "marginal":  # whose loss is in nats², of an untrained trunk here
-        assert metrics["loss"] < 10 * np.log(num_tokens)
+    most = 10 * np.log(num_tokens)
+    if config.objective.name == "marginal":  # squared differences along a path of all tokens
+        most = (length * most) ** 2
+    assert 0 < metrics["loss"] < most
     assert metrics["grad_norm"] > 0
     assert metrics["tokens"] == batch * length
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, after.params)

@@ -507,7 +507,8 @@ def test_nan_ends_as_an_error_that_says_where(model, name):
     broken = replace(model, denoiser=replace(model.denoiser, params=params))
     clamp = from_infill(model.tokenizer, "ab{mask:3}", 5)
     where = "4" if name == "search_paths" else "2"  # which begins with a part of the positions
-    message = f"sequence 0, position {where}: the probabilities are nan: check the parameters"
+    nan = "the probabilities are nan: check the parameters of the model"
+    message = f"sequence 0, position {where}: {nan}"
     options = {**NAN_OPTIONS[name], **profile_if_planned(name, broken, 5)}
     with pytest.raises(UserError, match=message):
         sedd.sample(broken, KEY, num=2, clamp=clamp, sampler=name, **options)
