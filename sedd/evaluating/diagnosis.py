@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from sedd.evaluating.inputs import check_sizes, data_set_of, key_of
-from sedd.evaluation.datasets import DataSet, TokenRows
+from sedd.evaluation.datasets import DataSet, TokenRows, Track
 from sedd.evaluation.diagnosis import RATES, Diagnosis, measure_predictions
 from sedd.evaluation.protocols import protocol
-from sedd.evaluation.scoring import Track
 from sedd.model import Model
 from sedd.types import Array, Key
 
@@ -81,12 +80,10 @@ def diagnosis_of(
 
     ``track`` wraps the batches to show progress.
     """
-    starts = range(0, len(data.chosen), batch_size)
-    batches = (data.rows(start, batch_size) for start in starts)
     return measure_predictions(
         model.denoiser,
         key,
-        batches if track is None else track(batches, f"diagnosis of {data.label}", len(starts)),
+        data.batches(batch_size, what="diagnosis of ", track=track),
         length=data.length,
         counts_N=np.pad(data.counts, (0, model.process.num_tokens - len(data.counts))),
         train_counts_N=model.train_counts,

@@ -13,12 +13,11 @@ from sedd.configuration.build import build_sampler, default_sampler
 from sedd.configuration.build_data import pack_split
 from sedd.errors import FieldError, UserError, mistakes_in
 from sedd.evaluating.inputs import check_sizes, data_set_of, key_of, texts_of
-from sedd.evaluation.datasets import DataSet
+from sedd.evaluation.datasets import DataSet, Track
 from sedd.evaluation.frontier import Frontier, JudgedPoint
 from sedd.evaluation.judges import Scorer
 from sedd.evaluation.ngram_judge import NgramJudge
 from sedd.evaluation.protocols import protocol
-from sedd.evaluation.scoring import Track
 from sedd.model import Model
 from sedd.parameterizations.mean import Mean
 from sedd.sampling.whole import sample

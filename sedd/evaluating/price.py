@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from sedd.evaluating.inputs import check_sizes, data_set_of, key_of
-from sedd.evaluation.datasets import DataSet
+from sedd.evaluation.datasets import DataSet, Track
 from sedd.evaluation.price import Price
 from sedd.evaluation.price_draws import measure_price
 from sedd.evaluation.protocols import protocol
-from sedd.evaluation.scoring import Track
 from sedd.model import Model
 from sedd.types import Array, Key
 
@@ -79,13 +78,11 @@ def price_of(
 
     ``track`` wraps the batches to show progress.
     """
-    starts = range(0, len(data.chosen), batch_size)
-    batches = (data.rows(start, batch_size) for start in starts)
     return measure_price(
         model.denoiser,
         model.schedule,
         key,
-        batches if track is None else track(batches, f"price of {data.label}", len(starts)),
+        data.batches(batch_size, what="price of ", track=track),
         model=model.digest,
         length=data.length,
         draws=draws,

@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,10 @@ class TokenRows:
         return self.x0_SL[indices], self.scored_SL[indices]
 
 
+# Shows progress: takes the batches, a label and the number of batches, and yields the batches.
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSet:
     """The rows of one data set that are evaluated.
@@ -73,6 +77,17 @@ class DataSet:
         Rows of several texts have a third array, segment_BL.
         """
         return self.source.rows(self.chosen[first : first + size])
+
+    def batches(
+        self, size: int, *, first: int = 0, what: str = "", track: Track | None = None
+    ) -> Iterable[Any]:
+        """Return the evaluated rows from ``first`` on, at most ``size`` at a time; see ``rows``.
+
+        ``track`` shows progress, with the label of the data set behind ``what``.
+        """
+        starts = range(first, len(self.chosen), size)
+        batches = (self.rows(start, size) for start in starts)
+        return batches if track is None else track(batches, what + self.label, len(starts))
 
     def spread(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return x0_BL and scored_BL of ``number`` evaluated rows (or all), evenly spread.

@@ -4,7 +4,7 @@
 function over the rows of a data set and sums up the figures.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from sedd.data.baselines import unigram_nats
 from sedd.denoiser import Denoiser
 from sedd.errors import FieldError
 from sedd.evaluation.bound import BoundResult, score_sequences, summarise
-from sedd.evaluation.datasets import DataSet
+from sedd.evaluation.datasets import DataSet, Track
 from sedd.evaluation.estimators import is_exact, label_of, resolve
 from sedd.evaluation.journal import Journal
 from sedd.evaluation.monte_carlo import MonteCarlo, SequenceNats
@@ -23,9 +23,6 @@ from sedd.evaluation.protocols import Protocol, describe
 from sedd.networks.mesh import from_first
 from sedd.schedules import NoiseSchedule
 from sedd.types import Array, Key
-
-# Shows progress: takes the batches, a label and the number of batches, and yields the batches.
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +172,7 @@ def score_data_set(
     done = from_first(None if journal is None else journal.done(data.label))
     scored = [] if done is None else [done]
     first = sum(map(len, scored))
-    starts = range(first, len(data.chosen), batch_size)
-    batches = (data.rows(start, batch_size) for start in starts)
-    batches = batches if track is None else track(batches, data.label, len(starts))
+    batches = data.batches(batch_size, first=first, track=track)
     options = {"first": first, "count_text": count_text}
     for part in score_sequences(denoiser, schedule, key, batches, estimate.compute, **options):
         scored.append(part)

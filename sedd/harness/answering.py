@@ -27,8 +27,8 @@ from sedd.evaluation.continuations import (
     number_of,
     score_continuations,
 )
+from sedd.evaluation.datasets import Track
 from sedd.evaluation.estimators import check_draws, is_exact
-from sedd.evaluation.scoring import Track
 from sedd.model import Model
 from sedd.samplers.base import Sampler, SamplerOptions
 from sedd.sampling.arguments import reshape_of, stopping
@@ -98,7 +98,7 @@ class Harness:
             the default sampler of the model.
         chat: whether contexts are written by the tokenizer's chat template. Names of special tokens
             in them are then special tokens, and an answer ends where the template ends a turn.
-        track: wraps batches to show progress; see ``sedd.evaluation.scoring.Track``.
+        track: wraps batches to show progress; see ``sedd.evaluation.datasets.Track``.
 
     Raises:
         FieldError: if a value is out of range, or ``likelihood`` is ordered and the model is not a
