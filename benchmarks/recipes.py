@@ -93,6 +93,9 @@ MUON = {**FASTER, "name": "muon", "learning_rate": 1e-2}
 TO_ZERO = {**MUON, "schedule": "linear", "final_fraction": 0.0}
 BASE = {"optimizer": MUON, "network": {"dropout": 0.0}}
 MODERN = {"qk_norm": True}
+TIED = {**MODERN, "tied": True}
+NORMED = {**TIED, "embed_norm": True}
+EQUAL = {"objective": {"power": 0.0}}  # the same weight for every masked token
 HALF = {"batch_size": 16}  # sequences are seen twice
 TWICE = {"complementary": True}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -114,16 +117,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "muon, levels not stratified": {**BASE, "training": {"stratified": False}},
     "muon, decoder": {**BASE, "network": ("decoder", MODERN)},
-    "muon, decoder, tied": {**BASE, "network": ("decoder", {**MODERN, "tied": True})},
+    "muon, decoder, tied": {**BASE, "network": ("decoder", TIED)},
     "muon, decoder, power 0.5": {
         **BASE,
         "network": ("decoder", MODERN),
         "objective": {"power": 0.5},
     },
-    "muon, decoder, tied, power 0": {
-        **BASE,
-        "network": ("decoder", {**MODERN, "tied": True}),
-        "objective": {"power": 0.0},
+    "muon, decoder, tied, power 0": {**BASE, **EQUAL, "network": ("decoder", TIED)},
+    "muon, decoder, embed norm, power 0": {**BASE, **EQUAL, "network": ("decoder", NORMED)},
+    "best": {
+        **EQUAL,
+        "optimizer": {**MUON, "learning_rate": 2e-2},
+        "network": ("decoder", {**NORMED, "rope_theta": 100.0}),
     },
     "muon, dropout 0.1": {**BASE, "network": {"dropout": 0.1}},
 }

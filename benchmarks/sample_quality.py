@@ -12,8 +12,9 @@ first row is held-out text, whose figures good samples should have. The columns:
   is low for repetitive text.
 
 A model whose visible tokens may be wrong (uniform or hybrid noise, with the parameterization mean)
-gets another table: the texts of ``self_correct`` before, during and after the revision, and their
-change in nats with its error over texts.
+gets two other tables: the texts of ``self_correct`` before, during and after the revision, and
+their change in nats with its error over texts; and the judged nats of ``self_correct`` and of
+``tweedie`` at the entropy of held-out text, which each reaches at a temperature of its own.
 
     python benchmarks/sample_quality.py --checkpoint runs/quickstart --plot docs/images/quality.png
 """
@@ -28,6 +29,7 @@ from judged import NatsOf, entropies, error_of, judge_and_text, mark_held_out
 from report import report, save_plot, start
 
 import sedd
+from sedd.evaluation.frontier import JudgedPoint, at_entropy
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -46,6 +48,8 @@ REVISIONS = {  # label: options of self_correct, for models whose visible tokens
     "random": {"positions": "random", "correction_temperature": 1.0},
 }
 FRAMES = (0, 8, 32, 64, 128)  # calls of the revision
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
+INNER = 32  # steps of tweedie before a revision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,9 @@ def main(settings: Settings) -> None:
     results = [{name: row.get(name) for name in columns} for row in results]
     about = {"judge": f"{settings.order}-gram", "samples": settings.num, "length": model.length}
     report("sample quality", results, **about)
+    if not model.process.absorbing:
+        rows = at_equal_entropy(model, nats_of, settings, results[0]["entropy"])
+        report("at the entropy of held-out text", rows, **about)
     if settings.plot is not None:
         plot(results, settings.plot)
         print(f"wrote {settings.plot}")
@@ -112,11 +119,11 @@ def swept(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
 
 
 def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
-    """Texts of 32 steps of tweedie, and the same texts after some calls of self_correct.
+    """Texts of ``INNER`` steps of tweedie, and the same texts after some calls of self_correct.
 
     ``change`` is the mean difference of a text to itself before, and ``± change`` its error.
     """
-    rows, inner = [], sedd.samplers.options("tweedie", steps=32)
+    rows, inner = [], sedd.samplers.options("tweedie", steps=INNER)
     for label, options in REVISIONS.items():
         drawn = sedd.sample(
             model,
@@ -137,7 +144,7 @@ def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict
                 {
                     "sampler": f"self_correct, {label}",
                     "setting": f"{calls} calls",
-                    "calls": float(np.minimum(drawn.calls, 33 + calls).mean()),
+                    "calls": float(np.minimum(drawn.calls, INNER + 1 + calls).mean()),
                     "nats/char": float(nats.mean()),
                     "± s.e.": error_of(nats),
                     "entropy": float(entropy.mean()),
@@ -147,6 +154,64 @@ def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict
                     "changed": float((tokens != drawn.trace[0]).mean()),
                 }
             )
+    return rows
+
+
+def at_equal_entropy(
+    model: sedd.Model, nats_of: NatsOf, settings: Settings, entropy: float
+) -> list[dict]:
+    """Interpolate the judged nats of each sampler over its temperatures at an entropy.
+
+    ``to tweedie`` is the difference to as many calls of tweedie; None where the temperatures do not
+    reach the entropy.
+    """
+    revision = {"inner": sedd.samplers.options("tweedie", steps=INNER), "steps": FRAMES[-1]}
+    samplers = {
+        f"tweedie, {INNER} steps": ("tweedie", {"steps": INNER}),
+        f"tweedie, {INNER + FRAMES[-1]} steps": ("tweedie", {"steps": INNER + FRAMES[-1]}),
+        **{
+            f"self_correct, {label}": ("self_correct", {**revision, **options})
+            for label, options in REVISIONS.items()
+        },
+    }
+    found = {}
+    for label, (sampler, options) in samplers.items():
+        curve = []
+        for temperature in TEMPERATURES:
+            key = jax.random.key(settings.seed)
+            drawn = sedd.sample(
+                model,
+                key,
+                num=settings.num,
+                sampler=sampler,
+                temperature=temperature,
+                **options,
+            )
+            length = drawn.tokens.shape[1]
+            curve.append(
+                JudgedPoint(
+                    nats_S=nats_of(drawn.tokens) * length,
+                    tokens_S=np.full(settings.num, length),
+                    entropy_S=entropies(drawn.tokens),
+                    temperature=temperature,
+                    calls=float(drawn.calls.mean()),
+                )
+            )
+        found[label] = at_entropy(curve, entropy)
+    longest = found[f"tweedie, {INNER + FRAMES[-1]} steps"]
+    rows = []
+    for label, point in found.items():
+        difference = point.above(longest) if point and longest else None
+        rows.append(
+            {
+                "sampler": label,
+                "calls": point and point.calls,
+                "nats/char": point and point.nats,
+                "± s.e.": point and point.measured.error,
+                "to tweedie": difference and difference.value,
+                "± of it": difference and difference.error,
+            }
+        )
     return rows
 
 

@@ -19,7 +19,7 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         objective=options("objectives", "lambda_dce", power=0.0),
-        network=dataclasses.replace(base.network, qk_norm=True, tied=True),
+        network=dataclasses.replace(base.network, qk_norm=True, embed_norm=True, tied=True),
         optimizer=OptimizerOptions(
             name="muon",
             learning_rate=1e-3,

@@ -1,13 +1,13 @@
 """Hybrid noise on the US State of the Union addresses: masks and wrong tokens, as in GIDD.
 
 Visible tokens may be wrong, and ``--sampler self_correct`` revises texts (docs/processes.md). Start
-from a model of ``sotu_radd_small`` by ``--init-from RUN``: a few hundred steps then change its
-noise. The network is not told the noise level, so that it has the parameters of that model.
+from a model of the quick start by ``--init-from RUN``: a few hundred steps then change its noise.
+The network is not told the noise level, so that it has the parameters of that model.
 """
 
 import dataclasses
 
-import sotu_radd_small
+import quickstart
 
 from sedd.configuration.components import options
 from sedd.configuration.config import Config
@@ -15,7 +15,7 @@ from sedd.configuration.config import Config
 
 def get_config() -> Config:
     """The configuration of this recipe."""
-    base = sotu_radd_small.get_config()
+    base = quickstart.get_config()
     return dataclasses.replace(
         base,
         aim="no published figure: hybrid noise (arXiv:2503.04482) on 11 MB of text",

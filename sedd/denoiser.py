@@ -188,9 +188,7 @@ class Denoiser:
         """
         if self.called is not None:
             return self.called
-        if self.time_independent:
-            sigma = None
-        elif sigma is None:
+        if sigma is None and not self.time_independent:
             raise ValueError(
                 "sigma is missing: this model depends on the noise level; pass the total noise of "
                 "each sequence, [B] or [B, L], as model.schedule.sigma(t) gives it"
@@ -199,9 +197,9 @@ class Denoiser:
         if self.guided and self.given_BL is not None:
             each.append(jnp.where(self.given_BL, self.mask_id, x_BL))
         calls = [self.parameterization.inputs(tokens_BL, self.attend) for tokens_BL in each]
-        latent_BZ = self._latent(x_BL)
+        latent_BZ, condition = self._latent(x_BL), self.parameterization.condition_of(sigma)
         return tuple(
-            call.hidden(self.network, self.params, sigma=sigma, latent_BZ=latent_BZ)
+            call.hidden(self.network, self.params, sigma=condition, latent_BZ=latent_BZ)
             for call in calls
         )
 

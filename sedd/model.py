@@ -240,8 +240,8 @@ def load(
         step: which checkpoint of a run: a training step, or ``"best"`` for the lowest validation
             bound. Default: the newest one that is complete.
         dtype: the compute type of the network. Default: that of the run, float32 for published
-            SEDD, RADD and MDLM, and the type of the parameters for other published models. The
-            parameters keep their type.
+            SEDD, RADD, MDLM and GIDD, and the type of the parameters for other published models.
+            The parameters keep their type.
         mask_id: id of the mask in a published model's own vocabulary, if its files do not state it.
         normalise: which entries of the raw output the softmax at a mask is over: "real" for the
             tokens, "all" for all rows of the vocabulary, as published samplers compute confidences.
@@ -482,6 +482,9 @@ def published_config(
             "parameterizations", "conditional", time_independent=not timed, shift=what.shift
         )
         objective = "mdlm" if timed else "lambda_dce"
+    elif what.parameterization == "mean":
+        reading = options("parameterizations", "mean", condition=what.condition)
+        objective = "score_entropy"
     elif what.parameterization == "autoregressive":
         reading = options("parameterizations", "autoregressive", first=_first(what, tokenizer))
         objective = "autoregressive"
@@ -496,13 +499,13 @@ def published_config(
             tokenizer=UNKNOWN if tokenizer is None else tokenizer.name,
             length=what.length,
         ),
-        process=options("processes", what.process),
+        process=options("processes", what.process, **what.process_options),
         schedule=options("schedules", schedule.pop("name"), **schedule),
         parameterization=reading,
         network=options("networks", name, **{name: getattr(network, name) for name in fields}),
         objective=options("objectives", objective),
     )
-    if reading.name in ("autoregressive", "block"):  # other models can be drawn by any sampler
+    if reading.name in ("autoregressive", "block", "mean"):  # others can be drawn by any sampler
         sampler = options("samplers", default_sampler_of(config))
         config = dataclasses.replace(config, sampler=sampler)
     return config

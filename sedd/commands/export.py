@@ -5,8 +5,8 @@ whose network, process and schedule are the model's, and writes ``config.json``,
 tokenizer and a model card. Tensors of more than 5 GB are written as several files with an index.
 The published code of the layout and ``sedd.load`` read the result. Options that the layout does not
 hold, such as the dtype of the computation, are printed as notes; a model that no layout can hold is
-refused. A published model that is not of SEDD, RADD or MDLM is written in its own layout, with the
-files of its tokenizer and its configuration as they were; so is a run that was trained from one.
+refused. A published model of the network ``decoder`` is written in its own layout, with the files of
+its tokenizer and its configuration as they were; so is a run that was trained from one.
 
 Adapters are added to the weights. With ``--adapters`` they are written alone, in the files of PEFT.
 """
@@ -25,7 +25,7 @@ from sedd.commands.cli import console, note, parse
 from sedd.configuration.components import Options, values
 from sedd.data.tokenizers import Pretrained, Tokenizer
 from sedd.errors import UserError
-from sedd.interop.folding import with_norm_bias
+from sedd.interop.folding import with_norm_bias, without_embed_norm
 from sedd.interop.hub import SCHEME, TOKENIZER, fetch
 from sedd.interop.layouts.base import Description, Layout, find_config, layout_for, layouts
 from sedd.interop.peft import save_adapters
@@ -35,6 +35,7 @@ from sedd.interop.published import (
     save_published,
 )
 from sedd.model import UNKNOWN, read_config
+from sedd.networks.ddit import DDiT
 from sedd.networks.decoder import Decoder
 from sedd.networks.lora import merged
 from sedd.progress import Activity
@@ -192,6 +193,8 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
     reading: Any = model.config.parameterization
     description = Description(
         process=model.config.process.name,
+        process_options=values(model.config.process),
+        condition=getattr(reading, "condition", "sigma"),
         parameterization=reading.name,
         shift=getattr(reading, "shift", False),
         first=getattr(reading, "first", None),
@@ -214,10 +217,16 @@ def publishable(model: sedd.Model) -> tuple[Layout, Any, list[str]]:
         notes.append(
             "parameterization.normalise is not kept: sedd.load normalises over real tokens"
         )
+    if isinstance(network, Decoder) and network.embed_norm:
+        network, params = without_embed_norm(network, params)
+        notes.append(
+            "network.embed_norm is written as a table of normed embeddings and an output layer of "
+            "its own, which changes results by rounding only"
+        )
     layout = layout_for(network, description)
     if description.mask_id is not None:
         layout = dataclasses.replace(layout, swap=(description.mask_id, description.num_tokens))
-    if layout.name == "RADD" and not network.norm_bias:
+    if layout.name == "RADD" and isinstance(network, DDiT) and not network.norm_bias:
         notes.append("RADD's norms have biases: they are written as 0, which changes no result")
         network, params = with_norm_bias(network, params)
         layout = dataclasses.replace(layout, network=network)

@@ -244,8 +244,9 @@ def build_sampler(
     Args:
         sampler: the name, or the name with its options.
         schedule: the noise schedule of the model.
-        verifier: what a search scores by: a function on tokens (``text_verifier`` makes one from a
-            function on texts), ``SelfLikelihood``, or a tuple of these, an ensemble.
+        verifier: what a search scores by: ``text_verifier(function on texts, tokenizer)``, a
+            function from tokens [R, L] and from which of them are no padding, bool [R, L], to
+            scores [R], ``SelfLikelihood``, or a tuple of these, an ensemble.
         profile: the price profile of planned, or of a search whose inner sampler is planned: a
             ``Price`` or its file.
         values: more options. ``inner`` of a sampler that wraps another one is a name, options or

@@ -16,9 +16,11 @@ POINTS = 65  # of a curve
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Figures of a law, from K draws of the sampler that took no part in λ.
+    """Figures of a law, from K draws that took no part in λ.
 
-    Without ``log_beta`` the law is that of the control, p; with it, that of quasi-rejection.
+    Without ``log_beta`` the law is that of the control, p; with it, that of quasi-rejection. The
+    draws are of the sampler's own law, or of another law if ``estimate`` was given
+    ``log_ratio_K``.
     """
 
     base: np.ndarray
@@ -40,7 +42,7 @@ class Estimate:
     """KL(law ‖ the sampler's own law), in nats."""
     kl_error: float
     proposal_kl: float
-    """KL(law ‖ law of the draws), in nats; equal to ``kl`` if the sampler drew them."""
+    """KL(law ‖ law of the draws), in nats; equal to ``kl`` without ``log_ratio_K``."""
     proposal_kl_error: float
     acceptance: float | None
     """Share of the sampler's own draws that rejection accepts, Z/β. Without ``log_beta``, β is

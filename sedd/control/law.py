@@ -27,8 +27,9 @@ SEPARATED = 1e-5  # distance of a row from a plane above the tolerance of the li
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """The law p(x) = a(x)·exp(λ·φ(x)) / Z with λ from K draws of a; ``solve`` makes it.
+    """The law p(x) = a(x)·exp(λ·φ(x)) / Z with λ from K draws; ``solve`` makes it.
 
+    The draws are of the sampler's own law a, or of another law q and then weighted by a/q.
     Errors are those of λ, which is estimated. ``ess``, ``log_partition``, and ``kl`` are of the
     draws that determined λ, and therefore optimistic: ``estimate`` computes them from others.
     """
@@ -38,7 +39,7 @@ class Control:
     moments: np.ndarray
     """The wanted moments μ, [F]."""
     base: np.ndarray
-    """The mean of each feature among the draws of a, [F]."""
+    """The mean of each feature under a, as the draws estimate it, [F]."""
     weights: np.ndarray
     """λ, [F]; inf for a feature that must be 1, and -inf for one that must be 0."""
     covariance: np.ndarray

@@ -173,11 +173,16 @@ class Frontier:
     def comparison(self) -> list[dict[str, Any]]:
         """Compare at the entropy of real text: a dictionary for each number of steps.
 
-        ``steps`` and ``calls`` are numbers, all others values with errors (``Measured``). ``nats``
-        is that of the model. With a second model, ``against`` is that of the other one with as many
-        steps, and ``above`` and ``above_most`` how much the model lies above the other one with as
-        many steps, and with the most. All but ``steps`` are None where a curve does not reach the
-        entropy; one of a single temperature reaches none.
+        ``steps`` and ``calls`` are numbers, all others nats with errors (``Measured``).
+
+        - ``nats`` and ``calls`` are those of the model;
+        - ``against``, with a second model, are the nats of that one with as many steps;
+        - ``above`` is ``nats`` minus ``against``;
+        - ``above_most`` is ``nats`` minus those of the second model with the largest number of
+          steps.
+
+        An entry is None if one of its curves does not reach the entropy. A curve of a single
+        temperature reaches none.
         """
         entropy = self.real.entropy.value
         most = None

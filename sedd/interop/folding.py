@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd.networks.ddit import DDiT, sigma_features
+from sedd.networks.decoder import Decoder, of_unit_size
 from sedd.types import Params
 
 
@@ -79,3 +80,18 @@ def with_norm_bias(network: DDiT, params: Params) -> tuple[DDiT, Params]:
     blocks = blocks | {name: biased(blocks[name]) for name in ("norm_attention", "norm_mlp")}
     trunk = trunk | {"blocks": blocks, "norm": biased(trunk["norm"])}
     return dataclasses.replace(network, norm_bias=True), params | {"trunk": trunk}
+
+
+def without_embed_norm(network: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """Return an equal network, up to rounding, whose table holds the normed embeddings.
+
+    A tied output layer, which reads the embeddings as they were, becomes one of its own.
+    """
+    if not network.embed_norm:
+        return network, params
+    embedding_VD = params["trunk"]["embed"]["embedding"]
+    normed_VD = of_unit_size(embedding_VD.astype(jnp.float32), network.norm_eps)
+    trunk = params["trunk"] | {"embed": {"embedding": normed_VD.astype(embedding_VD.dtype)}}
+    head = {"head": {"kernel": embedding_VD.T}} if network.tied else {}
+    network = dataclasses.replace(network, embed_norm=False, tied=False)
+    return network, params | {"trunk": trunk} | head

@@ -63,10 +63,10 @@ class Published:
     """A published checkpoint in the terms of this package.
 
     Args:
-        network: the network. Its compute type is float32 for SEDD, RADD and MDLM; for other models
-            bfloat16 if the published embedding is, else float32.
-        params: its parameters, on the devices. Those of SEDD, RADD and MDLM are float32; of other
-            models each is bfloat16 if all of its published tensors are, else float32.
+        network: the network. Its compute type is float32 for the network ``ddit`` (SEDD, RADD, MDLM
+            and GIDD); for other models bfloat16 if the published embedding is, else float32.
+        params: its parameters, on the devices. Those of ``ddit`` are float32; of other models each
+            is bfloat16 if all of its published tensors are, else float32.
         layout: the layout, with the description of the model.
         tokenizer: the tokenizer in its directory, with the ids that tokens have here, or None.
     """
@@ -109,7 +109,7 @@ def describe_published(
 def typed(layout: Layout, tensors: TensorFiles) -> Layout:
     """The layout with the type that the tensors have, whatever the configuration states.
 
-    SEDD's, RADD's and MDLM's parameters are float32 here in any case.
+    The parameters of the network ``ddit`` are float32 here in any case.
     """
     dtype = tensors.dtypes.get(layout.tensors["trunk/embed/embedding"])
     if dtype is None or isinstance(layout.network, DDiT):
@@ -141,8 +141,8 @@ def load_published(
     Args:
         path: a local directory.
         dtype: the compute type of the network, "float32" or "bfloat16". Published code of SEDD,
-            RADD and MDLM computes in bfloat16 on a GPU; the default here is float32. The default of
-            other models is the type of their parameters.
+            RADD, MDLM and GIDD computes in bfloat16 on a GPU; the default here is float32. The
+            default of other models is the type of their parameters.
         mask_id: id of the mask in the model's own vocabulary, if its files do not state it.
         mesh: the devices that hold the parameters; by default the first device.
 

@@ -39,8 +39,8 @@ def settle(
 ) -> tuple[Layout, Tokenizer | None]:
     """Decide where the mask and the unused rows of the vocabulary are, from all that is known.
 
-    The networks of SEDD, RADD and MDLM have the mask last and no unused rows: their layouts are
-    returned unchanged.
+    The networks of SEDD, RADD, MDLM and GIDD have the mask last and no unused rows: their layouts
+    are returned unchanged. The tokenizer of GIDD has the mask among its tokens.
 
     Args:
         layout: the layout as the configuration states it; its network has ``num_states`` rows.
@@ -58,7 +58,15 @@ def settle(
     if isinstance(layout.network, DDiT):
         if mask_id is not None:
             raise UserError(f"--mask-id {mask_id}: {config} has the mask as its last id")
-        return layout, tokenizer
+        mask_id = layout.description.mask_id
+        if mask_id is None or not isinstance(tokenizer, Pretrained):
+            return layout, tokenizer
+        if tokenizer.named_mask not in (None, mask_id):
+            raise UserError(
+                f"{config.parent / 'tokenizer_config.json'}: mask_token is {tokenizer.named_mask}, "
+                f"and {layout.name} has the mask as its last id, {mask_id}"
+            )
+        return layout, tokenizer.with_mask(mask_id)
     network: Any = layout.network
     rows = network.num_states
     size = rows if tokenizer is None else tokenizer.num_tokens

@@ -72,6 +72,8 @@ class Decoder(Transformer):
     """Whether the output of the attention has a bias."""
     qk_norm: bool = False
     """Whether each head of queries and keys is normed before the rotation, as Qwen3's are."""
+    embed_norm: bool = False
+    """Whether each embedding is divided by its root mean square before the first block."""
     tied: bool = False
     """Whether the output layer is the transposed embedding, without parameters of its own."""
     spare_rows: int = 0
@@ -175,6 +177,8 @@ class _Trunk(nn.Module):
             name="embed",
         )
         x_BLD = embed(tokens_BL).astype(jnp.float32)
+        if net.embed_norm:
+            x_BLD = of_unit_size(x_BLD, net.norm_eps)
         rotations = scaled_rotary(positions_BL, net.head_dim, net.rope_theta, net.rope_scaling)
         memory = () if past is None else (past, slot_BL)
         blocks = scanned(
@@ -237,10 +241,13 @@ class _RMSNorm(nn.Module):
     def __call__(self, x):
         net = self.net
         weight = self.param("scale", nn.initializers.ones, x.shape[-1:], net.param_dtype)
-        x = x.astype(jnp.float32)
-        mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
-        x = (x * jax.lax.rsqrt(mean_square + net.norm_eps)).astype(net.dtype)
+        x = of_unit_size(x.astype(jnp.float32), net.norm_eps).astype(net.dtype)
         return x * weight.astype(net.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def of_unit_size(x: Array, eps: float) -> Array:
+    """Divide each vector along the last axis by the root of its mean square plus ``eps``."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
 
 
 make = Decoder

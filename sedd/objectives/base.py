@@ -60,8 +60,8 @@ class Corrupted:
             objectives.
         attend: the segments of rows with padding or several texts; positions of different segments
             do not see each other. None if all positions see each other.
-        keys_B: keys of what ``energy`` draws from the model, and ``latent_distill`` from its
-            teacher and of its latents; None for all other objectives.
+        keys_B: keys of further draws: those of ``energy`` from the model, and those of
+            ``latent_distill`` from its teacher and of latents; None for all other objectives.
         drawn_BL: the text that the teacher of ``latent_distill`` has drawn; None before it was
             called (``Objective.taught``), and for all other objectives.
         latent_BZ: a latent of each sequence, for a network that takes one; None is the latent 0.
@@ -297,10 +297,13 @@ class Objective(ABC):
     ):
         """Run the network, and return the arguments of ``rows.summed_nats`` for all positions."""
         xt_BL, sigma = corrupted.xt_BL, corrupted.sigma
-        noise = sigma if network.time_conditioned else None
         inputs = self._inputs(corrupted, x0_BL)
         hidden_BLD = inputs.hidden(
-            network, params, sigma=noise, keys_B=keys_B, latent_BZ=corrupted.latent_BZ
+            network,
+            params,
+            sigma=self.parameterization.condition_of(sigma),
+            keys_B=keys_B,
+            latent_BZ=corrupted.latent_BZ,
         )
         leaves = [x0_BL, xt_BL]
         if sigma is not None:

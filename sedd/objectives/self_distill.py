@@ -115,8 +115,8 @@ class SelfDistill(Objective):
         assert lesson is not None  # ``corrupt_at`` returns it
 
         def call(x_BL, sigma_B):
-            noise = sigma_B if network.time_conditioned else None
-            return self.parameterization.inputs(x_BL).hidden(network, params, sigma=noise)
+            condition = self.parameterization.condition_of(sigma_B)
+            return self.parameterization.inputs(x_BL).hidden(network, params, sigma=condition)
 
         x_BL = lesson.x_BL
         if not self.process.absorbing:

@@ -46,7 +46,8 @@ class Inputs:
         Args:
             network: the network.
             params: its parameters.
-            sigma: total noise, [B] or [B, L], for a network that is conditioned on it.
+            sigma: the condition, [B] or [B, L], for a network that has one; see
+                ``Parameterization.condition_of``.
             keys_B: one key a sequence, which turn on dropout.
             latent_BZ: a latent of each sequence, for a network that takes one.
         """
@@ -92,6 +93,10 @@ class Parameterization(ABC):
     def inputs(self, x_BL: Int[Array, "B L"], attend: Attend | None = None) -> Inputs:
         """Prepare the network call for tokens x; ``attend`` restricts which positions see which."""
         return Inputs(tokens_BM=x_BL, attend=attend)
+
+    def condition_of(self, sigma: Float[Array, "..."] | None) -> Float[Array, "..."] | None:
+        """What the network is told at total noise σ: σ, or None if ``time_independent``."""
+        return None if self.time_independent else sigma
 
     @abstractmethod
     def log_score(

@@ -5,10 +5,12 @@ Duo, on the hybrid one that of GIDD.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 
 from sedd.arrays import along, at, put
+from sedd.errors import FieldError
 from sedd.parameterizations.base import Parameterization
 from sedd.processes.base import Interpolating
 
@@ -33,6 +35,9 @@ class Mean(Parameterization):
 
     normalised = True
 
+    condition: Literal["sigma", "time"] = "sigma"
+    """What a network that depends on the noise level is told: the total noise σ, or GIDD's time, as
+    its published models are."""
     time_independent: bool = False
     """If True, the network is not conditioned on σ. On an absorbing process nothing is lost by it;
     on others the network has to infer the noise level from the tokens."""
@@ -44,6 +49,14 @@ class Mean(Parameterization):
                 f"it needs a process whose noise does not depend on the token, as absorbing, "
                 f"uniform and hybrid have, got {kind}; score works on any"
             )
+        if self.condition not in ("sigma", "time"):
+            raise FieldError("condition", f"must be sigma or time, got {self.condition!r}")
+
+    def condition_of(self, sigma):
+        if self.condition == "time" and not self.time_independent and sigma is not None:
+            assert isinstance(self.process, Interpolating)
+            return self.process.time(sigma)
+        return super().condition_of(sigma)
 
     def log_score(self, raw, x, sigma):
         sigma = jnp.broadcast_to(along(sigma, x), x.shape)

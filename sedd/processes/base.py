@@ -213,3 +213,11 @@ class Interpolating(Process):
 
         It is -1e6 where b_y is 0, and for the mask of a process without one.
         """
+
+    def time(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """GIDD's time of the process at total noise σ, in [0, 1).
+
+        It is the probability 1 - e^-σ of a touched token, unless the mixture of the noise changes
+        with the time.
+        """
+        return -jnp.expm1(-sigma)

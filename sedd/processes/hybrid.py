@@ -65,6 +65,9 @@ class Hybrid(Interpolating):
             return moved + _log(self.uniform / self.num_tokens), moved + _log(1 - self.uniform)
         return self._log_noise_at(self._logit(sigma))
 
+    def time(self, sigma):
+        return super().time(sigma) if self.gamma is None else jax.nn.sigmoid(self._logit(sigma))
+
     def _log_noise_at(self, logit):
         """``log_noise`` at GIDD's time τ = sigmoid(logit)."""
         log_c = self._log_c(logit)

@@ -25,18 +25,32 @@ from sedd.watermark.base import Watermark
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The result of a sampler."""
+    """The result of a sampler; what it does not compute is None.
+
+    Attributes:
+        tokens_BL: the drawn sequences, with the given tokens.
+        calls_B: network calls that each sequence needed; guidance doubles them.
+        rows_B: a sequence's entries on the batch axis, summed over these calls.
+        trace_TBL: the tokens at the start and after every round, if a trace was asked for.
+        rounds: the number of rounds that were run. Frames of the trace after them repeat the last
+            one.
+        times_T: the diffusion times of the trace's frames, from 1 to 0.
+        log_prob_B: log probability of the drawn tokens.
+        score_B: score of a search's verifier; [B, E] of an ensemble.
+        verifier_calls_B: how many texts a search's verifiers scored.
+        log_partition_B: a search's estimate of log E[exp(tilt·score)].
+    """
 
     tokens_BL: Int[Array, "B L"]
-    calls_B: Int[Array, " B"]  # network calls that each sequence needed; guidance doubles them
-    rows_B: Int[Array, " B"]  # a sequence's entries on the batch axis, summed over these calls
-    trace_TBL: Int[Array, "T B L"] | None = None  # tokens at the start and after every round
-    rounds: Int[Array, ""] | None = None  # rounds run; frames after them repeat the last one
-    times_T: Float[Array, " T"] | None = None  # diffusion times of the trace's frames, 1 to 0
-    log_prob_B: Float[Array, " B"] | None = None  # of the drawn tokens, if the sampler computes it
-    score_B: Float[Array, "B ..."] | None = None  # of a search's verifier; [B, E] of an ensemble
-    verifier_calls_B: Int[Array, " B"] | None = None  # texts that a search's verifiers scored
-    log_partition_B: Float[Array, " B"] | None = None  # estimate of log E[exp(tilt·score)]
+    calls_B: Int[Array, " B"]
+    rows_B: Int[Array, " B"]
+    trace_TBL: Int[Array, "T B L"] | None = None
+    rounds: Int[Array, ""] | None = None
+    times_T: Float[Array, " T"] | None = None
+    log_prob_B: Float[Array, " B"] | None = None
+    score_B: Float[Array, "B ..."] | None = None
+    verifier_calls_B: Int[Array, " B"] | None = None
+    log_partition_B: Float[Array, " B"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,9 @@ class Search(Sampler):
 
     inner: Sampler
     verifier: Verifiers
-    """Scores the candidates: a function on tokens (``text_verifier`` makes one from a function on
-    texts), ``SelfLikelihood``, or a tuple of these, an ensemble."""
+    """Scores the candidates: ``text_verifier(function on texts, tokenizer)``, a function from
+    tokens [R, L] and from which of them are no padding, bool [R, L], to scores [R],
+    ``SelfLikelihood``, or a tuple of these, an ensemble."""
 
     def __post_init__(self):
         if isinstance(self.inner, Search):

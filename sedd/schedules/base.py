@@ -59,7 +59,7 @@ class Clamped(NoiseSchedule):
     """
 
     clamp: float = 1e-4
-    """Smallest share of touched and of untouched tokens, in (0, 0.5)."""
+    """Share of touched tokens at t = 0, and of untouched ones at t = 1, in (0, 0.5)."""
 
     def __post_init__(self):
         if not 0 < self.clamp < 0.5:

@@ -10,7 +10,7 @@ from sedd.schedules.base import Clamped
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Clamped):
-    """exp(-σ) = 1 - cos(π/2·(1 - t)) before the clamp.
+    """1 - exp(-σ), the share of touched tokens, is clamp + (1 - 2·clamp)·sin(π/2·t).
 
     Compared with the log-linear schedule, more of the time is spent at high noise.
     arXiv:2406.04329, section 3.

@@ -8,7 +8,10 @@ from sedd.schedules.base import Clamped
 
 @dataclass(frozen=True, kw_only=True)
 class Polynomial(Clamped):
-    """exp(-σ) = 1 - t^power before the clamp. arXiv:2406.04329, section 3."""
+    """1 - exp(-σ), the share of touched tokens, is clamp + (1 - 2·clamp)·t^power.
+
+    arXiv:2406.04329, section 3.
+    """
 
     power: float = 2.0
     """Exponent, at least 1; above 1, more of the time is spent at low noise."""

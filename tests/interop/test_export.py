@@ -35,12 +35,11 @@ def exported(checkpoint, output, *more):
 
 def timed(**changes):
     """MDLM's kind of model: a conditional that depends on the time."""
-    return dataclasses.replace(
-        tiny_run.config("radd"),
-        parameterization=options("parameterizations", "conditional", time_independent=False),
-        objective=options("objectives", "t_dce"),
-        **changes,
-    )
+    kind = {
+        "parameterization": options("parameterizations", "conditional", time_independent=False),
+        "objective": options("objectives", "t_dce"),
+    }
+    return dataclasses.replace(tiny_run.config("radd"), **(kind | changes))
 
 
 CONFIGS = {
@@ -51,8 +50,13 @@ CONFIGS = {
     ),
     "radd": tiny_run.config("radd"),
     "mdlm": timed(),
+    "gidd": timed(
+        process=options("processes", "hybrid", uniform=0.2, gamma=1.0),
+        parameterization=options("parameterizations", "mean", condition="time"),
+        objective=options("objectives", "score_entropy", weighting="dynamic"),
+    ),
 }
-LAYOUTS = {"sedd": "SEDD", "uniform": "SEDD", "radd": "RADD", "mdlm": "MDLM"}
+LAYOUTS = {"sedd": "SEDD", "uniform": "SEDD", "radd": "RADD", "mdlm": "MDLM", "gidd": "GIDD"}
 
 
 @pytest.fixture(scope="module", params=daily(CONFIGS, ["uniform", "radd"]))
@@ -96,7 +100,7 @@ def test_the_card_says_what_the_model_is(run, tmp_path):
     model = sedd.load(directory)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.denoiser.params))
     assert f"| parameters | {parameters:,} |" in card
-    assert f"| process | {model.config.process.name} |" in card
+    assert f"| process | {model.config.process.name} " in card
     assert "| training step | 4, averaged (EMA) parameters |" in card
     assert "2.1250 ± 0.2500 nats per token" in card
     assert "perplexity at most 7.500" in card
@@ -197,8 +201,8 @@ def test_a_tokenizer_of_hugging_face_is_written_as_theirs(tmp_path):
         ),
         (
             tiny_run.config("ar"),
-            "this model is autoregressive, and has no published layout: BD3-LM, MDLM, RADD or SEDD "
-            "hold other kinds",
+            "this model is autoregressive, and has no published layout: BD3-LM, GIDD, MDLM, RADD "
+            "or SEDD hold other kinds",
         ),
     ],
 )

@@ -137,6 +137,15 @@ def test_a_tied_head_is_the_embedding():
     np.testing.assert_allclose(both["trunk"]["embed"]["embedding"], expected, atol=1e-5)
 
 
+def test_a_norm_of_the_embeddings_is_another_table():
+    params = random_params(NET)
+    table_VD = np.asarray(params["trunk"]["embed"]["embedding"], np.float64)
+    table_VD /= np.sqrt(np.square(table_VD).mean(-1, keepdims=True) + NET.norm_eps)
+    trunk = {**params["trunk"], "embed": {"embedding": table_VD.astype(np.float32)}}
+    normed = raw(dataclasses.replace(NET, embed_norm=True), params, TOKENS)
+    np.testing.assert_allclose(normed, raw(NET, {**params, "trunk": trunk}, TOKENS), atol=1e-5)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_every_parameter_has_a_gradient(remat):
     found = grads(dataclasses.replace(NET, remat=remat), random_params(NET))

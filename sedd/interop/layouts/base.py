@@ -1,6 +1,6 @@
 """Shared by all layouts: find and read configurations, name tensors, choose a layout.
 
-``sedd.interop.layouts.ddit`` has what the layouts of SEDD, RADD and MDLM share, and
+``sedd.interop.layouts.ddit`` has what the layouts of the network ``ddit`` share, and
 ``sedd.interop.layouts.decoder`` what those of large models share.
 """
 
@@ -21,7 +21,8 @@ from sedd.networks.base import Network
 
 CONFIGS = ("config.json", ".hydra/config.yaml")
 MARKS = ("model", "model_type", "architectures")  # every published config.json has one of them
-IGNORED = "rotary_emb.inv_freq"  # a constant among the saved tensors
+# Constants among the saved tensors, by the ends of their names.
+IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 VOCABULARY = ("trunk/embed/embedding", "head/kernel")  # have a row, or a column, for each id
 
 # Classes of published code that are known and not read, and why.
@@ -42,8 +43,8 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # keys of mi
 class Description:
     """A published model without its network, in the terms of this package."""
 
-    process: str  # "absorbing" or "uniform"
-    parameterization: str  # "score", "conditional" or "autoregressive"
+    process: str  # "absorbing", "uniform" or "hybrid"
+    parameterization: str  # "score", "conditional", "mean" or "autoregressive"
     schedule: dict[str, Any]  # its name under "name", and its options
     num_tokens: int  # N, the real tokens, without the mask
     length: int  # tokens in a training sequence
@@ -53,6 +54,8 @@ class Description:
     block: int | None = None  # tokens in a block of a block diffusion model
     first: int | None = None  # published id of the token that opens a text of an autoregressive one
     dtype: str | None = None  # type of the published parameters, if it is known
+    process_options: Mapping[str, Any] = field(default_factory=dict)
+    condition: str = "sigma"  # what a network that is conditioned on the noise is told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""What the layouts of SEDD, RADD and MDLM share: tensor names, and Hydra's nested configuration.
+"""What layouts of the network ``ddit`` share: tensor names, and Hydra's nested configuration.
 
-The three have the same network code, so that their tensors have the same names (``TENSORS``). SEDD
-and RADD also share a nested configuration written by Hydra; the functions ``hydra_…`` read and
+SEDD, RADD, MDLM and GIDD have the same network code, so that their tensors have the same names
+(``TENSORS``). SEDD and RADD also share a nested configuration written by Hydra; the functions ``hydra_…`` read and
 write the keys that both have.
 """
 
@@ -14,9 +14,9 @@ from sedd.networks.ddit import DDiT
 SCHEDULES = {"loglinear": "log_linear", "geometric": "geometric"}  # published name: ours
 PROCESSES = {"absorb": "absorbing", "uniform": "uniform"}  # published name: ours
 LOG_LINEAR_EPS = 1e-3  # constant in the code of SEDD, RADD and MDLM
-MLP_RATIO = 4  # constant in the code of SEDD, RADD and MDLM
+MLP_RATIO = 4  # constant in the code of SEDD, RADD, MDLM and GIDD
 
-# Our parameter: its name in the code of SEDD, RADD and MDLM, with {} for the number of the block.
+# Our parameter: its name in the published code, with {} for the number of the block.
 TENSORS = {
     "trunk/embed/embedding": "vocab_embed.embedding",
     "trunk/sigma_map/in/kernel": "sigma_map.mlp.0.weight",
