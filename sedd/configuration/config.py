@@ -86,10 +86,11 @@ class DataOptions:
     """Join all documents, separated by the end-of-text token, and cut the result into sequences;
     with --data.no-wrap each document starts a sequence of its own, which is padded."""
     padding: Padding | None = None
-    """How rows are filled if the corpus is of messages, or of prompts with completions: eos (the
-    default) fills a row behind its text with ends of a document, and rainbow with seven spare
-    special tokens of the tokenizer in turns; both are learned. The value none packs several texts
-    into a row as segments; unified joins all and learns prompts too."""
+    """How rows are filled if the corpus is of messages, or of prompts with completions. "eos" fills
+    a row behind its text with ends of a document, and "rainbow" with seven spare special tokens of
+    the tokenizer in turns; both are learned. "none" packs several texts into a row, as segments
+    that do not see each other. "unified" joins the texts to one and cuts it into rows, and learns
+    prompts too. Not given, it is "eos"."""
     answers: Answers = "all"
     """Which answers of a conversation are learned: all, or the last one only."""
     cache_dir: str = field(default_factory=default_cache_dir)
@@ -124,8 +125,8 @@ class TrainingOptions:
     """Spread the noise levels of a batch evenly, which makes the loss less noisy; otherwise draw
     each one independently."""
     average: Literal["tokens", "texts"] = "tokens"
-    """What has equal weight in the loss: each scored token, or each text, whose loss is divided by
-    its scored tokens (a row, or with packed records a record)."""
+    """What has equal weight in the loss: each scored token, or each text. A text is a row, or a
+    record where records are packed; its loss is then divided by the number of its scored tokens."""
     log_every: int = 100
     """Steps between records of loss, gradient norm and speed."""
     eval_every: int | None = 10_000

@@ -106,9 +106,9 @@ def sample(
         total_variation: the largest total variation between ``qrs`` and p, as the first pool
             estimates it.
         base: the model whose law a is controlled, if ``model`` is only to propose texts, for
-            ``resample`` and ``weigh``. Needs two time-independent absorbing models of the same
-            tokens and ``sampler="ordered"``, one position a call in a fixed order, the law of
-            which is known, and takes no options but ``order`` and ``length``.
+            ``resample`` and ``weigh``. Both must be time-independent absorbing models of the same
+            tokens, and the sampler must be "ordered" with one position a call in a fixed order,
+            because its law is known. No other options than ``order`` and ``length`` are allowed.
         options: arguments of ``sedd.sample`` that are the same for all texts: sampler and its
             options, length, prompt, infill, regex, temperature and so on. With ``particle``:
             ``inner``, ``particles`` and ``resample_every``.

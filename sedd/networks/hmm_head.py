@@ -76,8 +76,8 @@ class HmmHead(DDiT):
         """Logits of an HMM that changes nothing, with states from which training can start.
 
         Equal states would have equal gradients for ever. Here each state stands for one of the
-        likeliest tokens, and emits tokens the more, the more their columns of the output layer are
-        like that of its own. The emissions are scaled (Sinkhorn's iteration) until each token is
+        likeliest tokens, and prefers to emit tokens that are like it: those whose columns of the
+        output layer are close to its own column. The emissions are scaled (Sinkhorn's iteration) until each token is
         emitted equally often; then p̂ is the product of the trunk's conditionals.
 
         Args:

@@ -15,15 +15,16 @@ from sedd.types import Array, Float, Int, Params
 
 @dataclass(frozen=True, kw_only=True)
 class Energy(DenoisingCrossEntropy):
-    """The divergence KL(p ‖ e^(-E)/Z) of the model's own texts, and the consistency of f with c.
+    """The divergence KL(p ‖ e^(-E)/Z) of the model's own texts, and an error of its marginal head.
 
     -E(x) is a function of the user. There are no data: each sequence of a batch is drawn from the
     model, token by token in a uniformly random order σ; positions that are not scored are given.
     The loss is F = log p(x | σ) + E(x), whose mean is KL - log Z. Its gradient is estimated by
     REINFORCE, (F - mean of F in the other sequences)·∇ log p(x | σ), over the whole path, which is
     unbiased. To it is added ``consistency`` times the sum over the states of the same path, without
-    the first one, of (f - log p of the path so far)² / (number of drawn tokens), which trains the
-    marginal head f, and the trunk by f, but not the conditionals. Without the division the late
+    the first one, of (f - log p of the path so far)² / (number of drawn tokens). Here f is the
+    output of the marginal head, and log p is taken as a constant: the term trains the head and the
+    trunk, and no gradient reaches them through the conditionals. Without the division the late
     states of a path, where the error of f is larger, would count most.
 
     A text of L tokens takes 2L + 1 network calls, L + 1 of them with a backward pass.

@@ -73,9 +73,10 @@ class Marginal(DenoisingCrossEntropy):
         )
 
     def nats(self, network, params, corrupted, x0_BL, **kwargs):
-        """Return the loss of every position, [B, L], in nats²; a position is one step of its path.
+        """Return a share of the loss of a sequence for every position, [B, L], in nats².
 
-        The sum over L is the loss of a sequence.
+        The shares add up to the loss. That of a position is the part of the state in which it is
+        the newest token; it is 0 for positions outside of the window.
         """
         residual_SB = self.residuals(network, params, corrupted, x0_BL)
         rank_BL, steps_B, first_B = _window(corrupted)

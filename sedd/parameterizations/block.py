@@ -68,8 +68,9 @@ class Block(Conditional):
         """2L rows, first of xt and then of x0, with the positions 0..L-1 twice.
 
         A row of xt sees the rows of xt in its block and the rows of x0 in earlier blocks. A row of
-        x0 sees the rows of x0 in its and earlier blocks. Position i is read in the half of xt, with
-        ``shift`` at the first position of a block in that of x0. arXiv:2503.09573, section 3.2.
+        x0 sees the rows of x0 in its and earlier blocks. Position i is read in the half of xt. With
+        ``shift`` it is read one row earlier, and the first position of a block in the half of x0.
+        arXiv:2503.09573, section 3.2.
 
         Args:
             xt_BL: tokens, of which some are masked.

@@ -30,10 +30,11 @@ class ByPosition(LogLinear):
 
     weights: str = ""
     """The weights of positions 0, 1, …: numbers above 0, separated by commas. Positions behind
-    them, in longer texts, have the weight 1; empty means 1 for all. In training this may also be a
-    file of numbers, one for each position of a row, or corpus: the weight of a position is the
-    entropy of its token over the training rows, divided by the mean of all positions, at least
-    0.05. The training command replaces both by the numbers, which the saved configuration holds."""
+    them, in longer texts, have the weight 1; empty means 1 for all. In training this may also be
+    the name of a file with one number for each position of a row, or the word "corpus". Then the
+    weight of a position is the entropy of its token over the training rows, divided by the mean of
+    all positions, at least 0.05. The training command replaces both by the numbers, which the saved
+    configuration holds."""
 
     def __post_init__(self):
         super().__post_init__()
