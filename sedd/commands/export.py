@@ -5,8 +5,8 @@ whose network, process and schedule are the model's, and writes ``config.json``,
 tokenizer and a model card. Tensors of more than 5 GB are written as several files with an index.
 The published code of the layout and ``sedd.load`` read the result. Options that the layout does not
 hold, such as the dtype of the computation, are printed as notes; a model that no layout can hold is
-refused. A published model of the network ``decoder`` is written in its own layout, with the files of
-its tokenizer and its configuration as they were; so is a run that was trained from one.
+refused. A published model of the network ``decoder`` is written in its own layout, with the files
+of its tokenizer and its configuration as they were; so is a run that was trained from one.
 
 Adapters are added to the weights. With ``--adapters`` they are written alone, in the files of PEFT.
 """

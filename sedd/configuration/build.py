@@ -244,9 +244,8 @@ def build_sampler(
     Args:
         sampler: the name, or the name with its options.
         schedule: the noise schedule of the model.
-        verifier: what a search scores by: ``text_verifier(function on texts, tokenizer)``, a
-            function from tokens [R, L] and from which of them are no padding, bool [R, L], to
-            scores [R], ``SelfLikelihood``, or a tuple of these, an ensemble.
+        verifier: what a search scores by, as the field ``verifier`` of searches describes it: for
+            example ``text_verifier(function, tokenizer)``, with a function of texts.
         profile: the price profile of planned, or of a search whose inner sampler is planned: a
             ``Price`` or its file.
         values: more options. ``inner`` of a sampler that wraps another one is a name, options or

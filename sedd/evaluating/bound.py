@@ -49,10 +49,11 @@ def evaluate(
         orders: K, only with the order "random": compute -log of the mean likelihood over K random
             orders. In expectation this is an upper bound on -log of the mean over all orders; it
             falls as K grows.
-        split: split of the corpus. By default the protocol's split of a known data set, and the
-            validation split of the training corpus. For other text: all of it if it has no splits,
-            else the validation or, without one, the test split that it comes with; if it comes with
-            neither, the validation text that is held out of its training split.
+        split: split of the corpus. The default depends on ``data``. For a data set with published
+            figures under the protocol it is the split of these figures; for the corpus that the
+            model was trained on, the validation split. Other text is evaluated whole if it has no
+            splits; else it is its validation split, or its test split, or validation text that is
+            held out of its training split, the first of these that there is.
         max_sequences: evaluate at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 

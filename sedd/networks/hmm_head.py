@@ -77,8 +77,9 @@ class HmmHead(DDiT):
 
         Equal states would have equal gradients for ever. Here each state stands for one of the
         likeliest tokens, and prefers to emit tokens that are like it: those whose columns of the
-        output layer are close to its own column. The emissions are scaled (Sinkhorn's iteration) until each token is
-        emitted equally often; then p̂ is the product of the trunk's conditionals.
+        output layer are close to its own column. All transitions are equally likely, and the
+        emissions are scaled (Sinkhorn's iteration) until each token is emitted equally often; then
+        p̂ is the product of the trunk's conditionals.
 
         Args:
             params: the parameters of the trunk, ``{"trunk": …, "head": …}``.

@@ -125,7 +125,8 @@ class Placement:
         mesh: from ``device_mesh``.
         axes: of each parameter, in the order of ``jax.tree.leaves``, the axis along which it is
             split (``split_axes``).
-        stacked: ``Network.stacked``.
+        stacked: the name of the subtree of parameters with an axis of layers in front, as
+            ``Network.stacked`` of the network has it; None if there is none.
     """
 
     mesh: Mesh

@@ -73,10 +73,9 @@ class Marginal(DenoisingCrossEntropy):
         )
 
     def nats(self, network, params, corrupted, x0_BL, **kwargs):
-        """Return a share of the loss of a sequence for every position, [B, L], in nats².
+        """Return the loss of each sequence, divided among its positions, [B, L], in nats².
 
-        The shares add up to the loss. That of a position is the part of the state in which it is
-        the newest token; it is 0 for positions outside of the window.
+        Only the sum over the positions has a meaning.
         """
         residual_SB = self.residuals(network, params, corrupted, x0_BL)
         rank_BL, steps_B, first_B = _window(corrupted)

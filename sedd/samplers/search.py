@@ -35,9 +35,12 @@ class Search(Sampler):
 
     inner: Sampler
     verifier: Verifiers
-    """Scores the candidates: ``text_verifier(function on texts, tokenizer)``, a function from
-    tokens [R, L] and from which of them are no padding, bool [R, L], to scores [R],
-    ``SelfLikelihood``, or a tuple of these, an ensemble."""
+    """Scores the candidates. One of
+
+    - ``text_verifier(function, tokenizer)``, with a function of texts;
+    - a function of tokens [R, L] and of a bool [R, L], False on padding, that returns scores [R];
+    - ``SelfLikelihood``;
+    - a tuple of these, an ensemble."""
 
     def __post_init__(self):
         if isinstance(self.inner, Search):

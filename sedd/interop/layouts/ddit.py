@@ -1,8 +1,8 @@
 """What layouts of the network ``ddit`` share: tensor names, and Hydra's nested configuration.
 
 SEDD, RADD, MDLM and GIDD have the same network code, so that their tensors have the same names
-(``TENSORS``). SEDD and RADD also share a nested configuration written by Hydra; the functions ``hydra_…`` read and
-write the keys that both have.
+(``TENSORS``). SEDD and RADD also share a nested configuration written by Hydra; the functions
+``hydra_…`` read and write the keys that both have.
 """
 
 from collections.abc import Collection
