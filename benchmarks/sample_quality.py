@@ -1,14 +1,14 @@
-"""The quality of samples of a character model against the number of network calls.
+"""The quality of samples against the number of network calls.
 
-A judge scores the samples: an n-gram model of characters (``NgramJudge``), counted on the training
+A judge scores the samples: an n-gram model of tokens (``NgramJudge``), counted on the training
 split. The judge prefers repetitive text, so the entropy of the samples is printed as well. The
 first row is held-out text, whose figures good samples should have. The columns:
 
 - ``setting``: the option of the sampler that is varied, and its value.
 - ``calls``: network calls of a sample, on average.
-- ``nats/char``: −log p of the samples under the judge, per character; ``± s.e.`` is its standard
-  error over samples.
-- ``entropy``: of the frequencies of a sample's own characters, in nats, averaged over samples. It
+- ``nats/token``: −log p of the samples under the judge, per token; ``± s.e.`` is its standard error
+  over samples.
+- ``entropy``: of the frequencies of a sample's own tokens, in nats, averaged over samples. It
   is low for repetitive text.
 
 A model whose visible tokens may be wrong (uniform or hybrid noise, with the parameterization mean)
@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
             "sampler": "held-out text",
             "setting": "",
             "calls": None,
-            "nats/char": float(nats_of(real).mean()),
+            "nats/token": float(nats_of(real).mean()),
             "± s.e.": error_of(nats_of(real)),
             "entropy": float(entropies(real).mean()),
         }
@@ -110,7 +110,7 @@ def swept(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
                     "sampler": label,
                     "setting": f"{what} {'none' if value is None else value}",
                     "calls": float(drawn.calls.mean()),
-                    "nats/char": float(nats.mean()),
+                    "nats/token": float(nats.mean()),
                     "± s.e.": error_of(nats),
                     "entropy": float(entropies(drawn.tokens).mean()),
                 }
@@ -145,7 +145,7 @@ def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict
                     "sampler": f"self_correct, {label}",
                     "setting": f"{calls} calls",
                     "calls": float(np.minimum(drawn.calls, INNER + 1 + calls).mean()),
-                    "nats/char": float(nats.mean()),
+                    "nats/token": float(nats.mean()),
                     "± s.e.": error_of(nats),
                     "entropy": float(entropy.mean()),
                     "± entropy": error_of(entropy),
@@ -206,7 +206,7 @@ def at_equal_entropy(
             {
                 "sampler": label,
                 "calls": point and point.calls,
-                "nats/char": point and point.nats,
+                "nats/token": point and point.nats,
                 "± s.e.": point and point.measured.error,
                 "to tweedie": difference and difference.value,
                 "± of it": difference and difference.error,
@@ -216,12 +216,12 @@ def at_equal_entropy(
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Plot nats per character and entropy against network calls, with a line for each sampler."""
+    """Plot nats per token and entropy against network calls, with a line for each sampler."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
     real = results[0]
     for axis, name, title in (
-        (axes[0], "nats/char", "judged nats per character (lower is better)"),
+        (axes[0], "nats/token", "judged nats per token (lower is better)"),
         (axes[1], "entropy", "unigram entropy of a sample, nats"),
     ):
         for i, label in enumerate(dict.fromkeys(r["sampler"] for r in results[1:])):
@@ -232,7 +232,7 @@ def plot(results: list[dict], path: Path) -> None:
             axis.plot(
                 calls, values, "-", marker="osD^vPX"[i], ms=4, lw=1.4, color=f"C{i}", label=label
             )
-            if name == "nats/char":
+            if name == "nats/token":
                 axis.fill_between(
                     calls, values - errors, values + errors, color=f"C{i}", alpha=0.12, lw=0
                 )

@@ -30,7 +30,7 @@ class Estimate:
     moments: np.ndarray
     """Mean of each feature under the law, [F]."""
     errors: np.ndarray
-    """Their standard errors, [F], with that of λ."""
+    """Their standard errors, [F]. They contain the error of λ."""
     variances: np.ndarray
     """Variance of each feature of one text under the law, [F]."""
     ess: float

@@ -59,7 +59,7 @@ class ControlledTexts:
     moments: np.ndarray
     """Mean of each feature over the texts, [F]; of ``weigh`` by their ``weights``."""
     errors: np.ndarray
-    """Standard errors of ``moments`` about the wanted ones, with that of λ, [F]."""
+    """Standard errors of ``moments`` about the wanted ones, [F]. They contain the error of λ."""
     distinct: int
     """How many different draws the texts are; fewer than texts with ``resample``."""
     weights: np.ndarray | None

@@ -27,8 +27,8 @@ class LambdaDCE(DenoisingCrossEntropy):
     """
 
     power: float = 1.0
-    """The weight is (2 - power) λ^-power, 1 on average over the positions: power 1 for the bound,
-    and 0 for the same weight at every masked position."""
+    """The weight of a masked position is (2 - power) λ^-power: 1/λ at power 1, for the bound, and 2
+    at power 0. A position, masked or not, then has the weight 1 on average over λ."""
     complementary: bool = False
     """Whether each sequence is seen twice, with a mask and with the complement of it. Every token
     is then predicted once, and a step has twice the rows (arXiv:2505.16839)."""

@@ -40,9 +40,8 @@ class SampleResult:
     tokens: np.ndarray
     """Token ids [B, L]; a shorter sequence is filled up with 0s to the longest, L."""
     calls: np.ndarray
-    """Network calls for each sequence, [B]. They include the second calls of guidance, and with a
-    search the calls of all candidates for the sequence that is returned, and of the verifier
-    self."""
+    """Network calls for each sequence, [B], with the second calls of guidance. With a search they
+    are those of all candidates for the returned sequence, and of the verifier "self"."""
     rows: np.ndarray
     """How many entries each sequence had on the batch axis, summed over these calls, [B]: one a
     call, except where a sampler calls the network with several versions of a sequence."""
