@@ -450,10 +450,12 @@ class Pretrained(Tokenizer):
         return self.backend.decode(self.swapped(ids).tolist(), skip_special_tokens=True)
 
     def token_bytes(self) -> list[bytes | None]:
-        """The bytes of each id; UserError if the tokenizer is not byte-level or changes texts.
+        """The bytes of each id, and None for added tokens, special or not, and ids without a token.
 
-        They are None for every added token of the file, special or not, and for ids without one.
-        Some tokenizers bring texts into Unicode's normal form C. The bytes are those of this form.
+        Some tokenizers bring texts into Unicode's normal form C; the bytes are those of this form.
+
+        Raises:
+            UserError: the tokenizer is not byte-level, or changes texts in another way than this.
         """
         data = json.loads(self.source)
         decoder = (data.get("decoder") or {}).get("type")
