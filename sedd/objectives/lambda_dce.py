@@ -22,8 +22,9 @@ class LambdaDCE(DenoisingCrossEntropy):
     logarithmically at small λ, where few positions are masked and the weight 1/λ is large.
     arXiv:2406.03736, equation 3.8.
 
-    ``power`` and ``complementary`` trade variance against calls. With a power below 1 the mean is
-    no bound on -log p(x0); validation and ``sedd evaluate`` compute the bound all the same.
+    Two options lower the variance. ``complementary`` costs a second call. With a ``power`` below 1
+    the mean is no bound on -log p(x0); validation and ``sedd evaluate`` compute the bound all the
+    same.
     """
 
     power: float = 1.0

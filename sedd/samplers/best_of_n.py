@@ -21,8 +21,8 @@ class BestOfN(Search):
     probability that it scores below s. If all sequences have different scores, the sequence with
     the score s is returned with probability F^n - G^n. As n grows the law concentrates on the best
     sequence that the inner sampler can draw. Among equal scores the first drawn sequence is
-    returned. The network calls of all n are counted. Of several verifiers the mean rank among the n
-    counts.
+    returned. The network calls of all n are counted. With several verifiers, the sequence with the
+    highest mean rank among the n is returned.
     """
 
     n: int = 8

@@ -180,9 +180,10 @@ class Speculative(SteppedSampler):
             )
 
     def check_any_subset(self, denoiser: Denoiser) -> None:
-        """Raise UserError if this sampler cannot draw from an any-subset model.
+        """Raise UserError if this sampler cannot draw from an any-subset model as it is called.
 
-        Within a compiled function the segments cannot be looked at, and are not checked.
+        With such a model it needs another draft than batch, no guidance, and rows of one text each.
+        Within a compiled function the texts of a row cannot be counted, and are not checked.
         """
         if self.draft == "batch":
             raise UserError(
