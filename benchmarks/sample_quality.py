@@ -48,7 +48,7 @@ REVISIONS = {  # label: options of self_correct, for models whose visible tokens
     "random": {"positions": "random", "correction_temperature": 1.0},
 }
 FRAMES = (0, 8, 32, 64, 128)  # calls of the revision
-TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
+TEMPERATURES = (0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
 INNER = 32  # steps of tweedie before a revision
 
 
