@@ -99,8 +99,8 @@ def solve(features_KF, moments_F, names: Sequence[str] | None = None, log_ratio_
 
     Raises:
         UserError: the numbers of features and moments differ, one is not finite, or no weights of
-            the draws have these moments: a feature with another value than its moment in all draws,
-            a moment beyond its values, or moments that contradict each other.
+            the draws have these moments: a feature has the same value in all draws and another
+            moment, a moment is beyond the values of its feature, or moments contradict each other.
 
     Example:
         >>> import numpy as np, sedd

@@ -83,7 +83,12 @@ class Packed:
         return x0_BL.astype(np.int32), np.asarray(offsets_L <= size_B1)
 
     def checked(self, indices: np.ndarray) -> np.ndarray:
-        """Check that there are rows with these numbers, and that their file is whole."""
+        """Return the numbers of rows as an array, and check them.
+
+        Raises:
+            IndexError: there is no row with such a number.
+            UserError: the file of the rows is shorter than it was.
+        """
         indices = np.asarray(indices)
         if indices.size and not (indices.min() >= 0 and indices.max() < self.num_rows):
             raise IndexError(

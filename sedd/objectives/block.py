@@ -17,10 +17,10 @@ class Block(DenoisingCrossEntropy):
 
     Here c(x0) is the model's probability of the clean token at a masked position, given the visible
     tokens of its block and the clean tokens of earlier blocks. One network call of 2L rows has all
-    blocks (``Block.doubled``). The t_b of a row are stratified: the range of levels is cut into as
-    many equal intervals as the row has blocks, and each block gets one of them, in a random order.
-    All t_b of a row lie at the same place within their intervals, and these places are stratified
-    over the rows of a batch. arXiv:2503.09573, equation 8.
+    blocks (``doubled`` of the parameterization). The t_b of a row are stratified: the range of
+    levels is cut into as many equal intervals as the row has blocks, and each block gets one of
+    them, in a random order. All t_b of a row lie at the same place within their intervals, and
+    these places are stratified over the rows of a batch. arXiv:2503.09573, equation 8.
 
     With t_b uniform in (0, 1] the mean over draws is an upper bound on -log p(x0). Other ranges
     (the paper's clipped schedules) lower the variance, and their mean is **not** a bound: it leaves

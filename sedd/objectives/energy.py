@@ -19,13 +19,15 @@ class Energy(DenoisingCrossEntropy):
 
     -E(x) is a function of the user. There are no data: each sequence of a batch is drawn from the
     model, token by token in a uniformly random order σ; positions that are not scored are given.
-    The loss is F = log p(x | σ) + E(x), whose mean is KL - log Z. Its gradient is estimated by
-    REINFORCE, (F - mean of F in the other sequences)·∇ log p(x | σ), over the whole path, which is
-    unbiased. To it is added ``consistency`` times the sum over the states of the same path, without
-    the first one, of (f - log p of the path so far)² / (number of drawn tokens). Here f is the
-    output of the marginal head minus that of the first state, which has the given tokens only. The
-    term trains the head and the trunk by f; log p is a constant in it. Without the division the
-    late states of a path, where the error of f is larger, would count most.
+    The loss has two terms. The first is F = log p(x | σ) + E(x), whose mean is KL - log Z. Its
+    gradient is estimated by REINFORCE, (F - mean of F in the other sequences)·∇ log p(x | σ), over
+    the whole path, which is unbiased.
+
+    The second is ``consistency`` times the sum over the states of the same path, without the first
+    one, of (f - log p of the path so far)² / (number of drawn tokens). Here f is the output of the
+    marginal head minus that of the first state, which has the given tokens only. The term trains
+    the head and the trunk by f; log p is a constant in it. Without the division the late states of
+    a path, where the error of f is larger, would count most.
 
     A text of L tokens takes 2L + 1 network calls, L + 1 of them with a backward pass.
     arXiv:2310.12920. The paper draws by block Gibbs, from a persistent chain, and puts f in the

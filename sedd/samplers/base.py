@@ -217,8 +217,8 @@ class SamplerOptions:
     def updated(self, changes: Mapping[str, Any]) -> "SamplerOptions":
         """Return a copy with some options changed.
 
-        A mapping for ``inner`` changes its options if it is a ``SamplerOptions``; any other value
-        replaces it.
+        A new value replaces the old one. The exception is a mapping for ``inner`` where the old
+        ``inner`` is a ``SamplerOptions``: it changes the options of this one.
         """
         values = {**self.values, **changes}
         inner = self.values.get("inner")

@@ -58,7 +58,8 @@ class EventJump(Revealing):
     def intervals(self, keys_B, length, share: Float[Array, "..."] | float = 0.0):
         """Draw the interval in 0..steps-1 in which each position is revealed, [B, L].
 
-        ``share`` of the positions are revealed before.
+        All positions are revealed after the time at which ``share`` of them are on average; with 0,
+        at any time.
         """
         assert self.steps is not None
         uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)

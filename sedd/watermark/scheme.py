@@ -93,7 +93,7 @@ def read_secret(path: Path) -> bytes:
     """Read a secret from a file; white space around it is not part of it.
 
     Raises:
-        UserError: the file cannot be read, or holds nothing else.
+        UserError: the file cannot be read, or holds nothing but white space.
     """
     try:
         secret = path.read_bytes().strip()
