@@ -13,14 +13,15 @@ first row is held-out text, whose figures good samples should have. The columns:
 
 A model whose visible tokens may be wrong (uniform or hybrid noise, with the parameterization mean)
 gets two other tables: the texts of ``self_correct`` before, during and after the revision, and
-their change in nats with its error over texts; and the judged nats of ``self_correct`` and of
-``tweedie`` at the entropy of held-out text, which each reaches at a temperature of its own.
+their change in nats with its error over texts; and the revised texts beside those of ``tweedie`` at
+the temperature at which it has the same entropy.
 
     python benchmarks/sample_quality.py --checkpoint runs/quickstart --plot docs/images/quality.png
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib as mpl
@@ -48,7 +49,8 @@ REVISIONS = {  # label: options of self_correct, for models whose visible tokens
     "random": {"positions": "random", "correction_temperature": 1.0},
 }
 FRAMES = (0, 8, 32, 64, 128)  # calls of the revision
-TEMPERATURES = (0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of tweedie, for its texts of equal entropy
+STEP = 0.01  # of the entropy, for the slope of a curve
 INNER = 32  # steps of tweedie before a revision
 
 
@@ -89,8 +91,7 @@ def main(settings: Settings) -> None:
     about = {"judge": f"{settings.order}-gram", "samples": settings.num, "length": model.length}
     report("sample quality", results, **about)
     if not model.process.absorbing:
-        rows = at_equal_entropy(model, nats_of, settings, results[0]["entropy"])
-        report("at the entropy of held-out text", rows, **about)
+        report("at equal entropy", at_equal_entropy(model, nats_of, settings), **about)
     if settings.plot is not None:
         plot(results, settings.plot)
         print(f"wrote {settings.plot}")
@@ -158,60 +159,53 @@ def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict
 
 
 def at_equal_entropy(
-    model: sedd.Model, nats_of: NatsOf, settings: Settings, entropy: float
-) -> list[dict]:
-    """Interpolate the judged nats of each sampler over its temperatures at an entropy.
+    model: sedd.Model, nats_of: NatsOf, settings: Settings
+) -> list[dict[str, Any]]:
+    """Compare revised texts with tweedie at the temperature at which it has the same entropy.
 
-    ``to tweedie`` is the difference to as many calls of tweedie; None where the temperatures do not
-    reach the entropy.
+    Tweedie has the calls of both parts. ``difference`` is that of the judged nats of the revised
+    texts to those of tweedie, which are interpolated between temperatures; the error contains that
+    of the entropy. Both are None where no temperature reaches the entropy.
     """
-    revision = {"inner": sedd.samplers.options("tweedie", steps=INNER), "steps": FRAMES[-1]}
-    samplers = {
-        f"tweedie, {INNER} steps": ("tweedie", {"steps": INNER}),
-        f"tweedie, {INNER + FRAMES[-1]} steps": ("tweedie", {"steps": INNER + FRAMES[-1]}),
-        **{
-            f"self_correct, {label}": ("self_correct", {**revision, **options})
-            for label, options in REVISIONS.items()
-        },
-    }
-    found = {}
-    for label, (sampler, options) in samplers.items():
-        curve = []
-        for temperature in TEMPERATURES:
-            key = jax.random.key(settings.seed)
-            drawn = sedd.sample(
-                model,
-                key,
-                num=settings.num,
-                sampler=sampler,
-                temperature=temperature,
-                **options,
-            )
-            length = drawn.tokens.shape[1]
-            curve.append(
-                JudgedPoint(
-                    nats_S=nats_of(drawn.tokens) * length,
-                    tokens_S=np.full(settings.num, length),
-                    entropy_S=entropies(drawn.tokens),
-                    temperature=temperature,
-                    calls=float(drawn.calls.mean()),
-                )
-            )
-        found[label] = at_entropy(curve, entropy)
-    longest = found[f"tweedie, {INNER + FRAMES[-1]} steps"]
-    rows = []
-    for label, point in found.items():
-        difference = point.above(longest) if point and longest else None
-        rows.append(
-            {
-                "sampler": label,
-                "calls": point and point.calls,
-                "nats/token": point and point.nats,
-                "± s.e.": point and point.measured.error,
-                "to tweedie": difference and difference.value,
-                "± of it": difference and difference.error,
-            }
+
+    def judged(sampler, temperature=1.0, **options):
+        key = jax.random.key(settings.seed)
+        drawn = sedd.sample(
+            model, key, num=settings.num, sampler=sampler, temperature=temperature, **options
         )
+        length = drawn.tokens.shape[1]
+        return JudgedPoint(
+            nats_S=nats_of(drawn.tokens) * length,
+            tokens_S=np.full(settings.num, length),
+            entropy_S=entropies(drawn.tokens),
+            temperature=temperature,
+            calls=float(drawn.calls.mean()),
+        )
+
+    inner, steps = sedd.samplers.options("tweedie", steps=INNER), FRAMES[-1]
+    curve = [judged("tweedie", each, steps=INNER + steps) for each in TEMPERATURES]
+    rows = []
+    for label, options in REVISIONS.items():
+        revised = judged("self_correct", inner=inner, steps=steps, **options)
+        entropy = revised.entropy.value
+        near = [at_entropy(curve, entropy + change) for change in (-STEP, 0.0, STEP)]
+        row = {
+            "sampler": f"self_correct, {label}",
+            "calls": revised.calls,
+            "entropy": entropy,
+            "nats/token": revised.nats.value,
+            "± s.e.": revised.nats.error,
+            "tweedie": near[1] and near[1].nats,
+            "difference": None,
+            "± of it": None,
+        }
+        if all(near):
+            low, same, high = (each for each in near if each is not None)
+            slope = (high.nats - low.nats) / (2 * STEP)
+            nats_S, entropy_S = revised.shares()
+            row["difference"] = revised.nats.value - same.nats
+            row["± of it"] = error_of(nats_S - slope * entropy_S - same.share_S)
+        rows.append(row)
     return rows
 
 

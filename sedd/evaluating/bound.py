@@ -51,9 +51,9 @@ def evaluate(
             falls as K grows.
         split: split of the corpus. The default depends on ``data``. For a data set with published
             figures under the protocol it is the split of these figures; for the corpus that the
-            model was trained on, the validation split. Other text is evaluated whole if it has no
-            splits; else it is its validation split, or its test split, or validation text that is
-            held out of its training split, the first of these that there is.
+            model was trained on, the validation split. Of other text all is evaluated if it has no
+            splits; else its validation split, without one its test split, and without that
+            validation text that is held out of its training split.
         max_sequences: evaluate at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 
