@@ -58,8 +58,8 @@ class EventJump(Revealing):
     def intervals(self, keys_B, length, share: Float[Array, "..."] | float = 0.0):
         """Draw the interval in 0..steps-1 in which each position is revealed, [B, L].
 
-        The draws are those of positions that are still masked when ``share`` of all positions is
-        revealed, as it is on average at some time; 0 is the beginning.
+        With a ``share`` above 0 they are drawn for positions that are still masked at the time at
+        which this share of all positions is revealed on average.
         """
         assert self.steps is not None
         uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys_B)
