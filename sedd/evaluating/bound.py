@@ -52,8 +52,8 @@ def evaluate(
         split: split of the corpus. The default depends on ``data``. For a data set with published
             figures under the protocol it is the split of these figures; for the corpus that the
             model was trained on, the validation split. Of other text all is evaluated if it has no
-            splits; else its validation split, without one its test split, and without that
-            validation text that is held out of its training split.
+            splits. If it has splits, the default is the first of these that there is: "validation",
+            "test", or text that is held out of the training split.
         max_sequences: evaluate at most so many sequences, evenly spread.
         batch_size: sequences in a batch, over all devices.
 

@@ -82,7 +82,8 @@ class Drawn:
 class Harness:
     """Answers requests of evaluation tasks from a model.
 
-    What is drawn for a request depends on its tokens and on the seed, not on the other requests.
+    What is drawn for a request depends on its tokens and on the seed, not on other requests. Only
+    questions of one call of ``answer`` with the same context have different noise.
 
     Args:
         model: from ``sedd.load``; it needs a tokenizer.

@@ -27,9 +27,9 @@ class LatentDistill(KDCE):
     many calls, as far as a mixture of products can. The gradient is that of each latent's loss,
     weighted by the latent's posterior probability among the samples.
 
-    The loss is no bound on -log p(x0): every number of masks counts equally, and the text is not
-    that of the corpus. arXiv:2410.08709 (Di4C) distils one step of the teacher at a time, with a
-    control variate; here all calls are distilled at once.
+    The loss is no bound on -log p(x0): y is the teacher's text, and L/M times a joint log
+    probability of M tokens does not add up to that of a text. arXiv:2410.08709 (Di4C) distils one
+    step of the teacher at a time, with a control variate; here all calls are distilled at once.
     """
 
     packs = False

@@ -51,9 +51,10 @@ class SearchPaths(Search):
     position a call), the law is that of ``inner``, because masking positions at random and drawing
     them again leaves it as it is.
 
-    After a remasking event_jump goes on from the time at which as many positions are revealed.
-    Other inner samplers with ``steps`` start anew on the masked positions and spread them over all
-    of their steps, so that their calls reveal fewer positions as the text fills.
+    After a remasking, ``event_jump`` goes on from the time at which it would have as many revealed
+    positions as are left. Other inner samplers with ``steps`` start anew on the masked positions
+    and spread them over all of their steps, so that their calls reveal fewer positions as the text
+    fills.
 
     In the paper the first stage draws ``paths`` sequences without scoring them. Here all places of
     the batch are used from the start.
