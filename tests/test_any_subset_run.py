@@ -110,6 +110,6 @@ def test_no_published_layout_holds_it(place):
     )
     assert outcome.code == 2
     assert outcome.errors == [
-        "error: this model is any_subset, and has no published layout: BD3-LM, MDLM, RADD or SEDD "
-        "hold other kinds"
+        "error: this model is any_subset, and has no published layout: BD3-LM, GIDD, MDLM, RADD or "
+        "SEDD hold other kinds"
     ]

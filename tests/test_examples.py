@@ -59,7 +59,7 @@ def run_example(name, docstring):
     return doctest.DocTestRunner(verbose=False).run(test)
 
 
-@pytest.mark.parametrize("name", daily(ENTRY_POINTS, ENTRY_POINTS.keys() - {"stream"}))
+@pytest.mark.parametrize("name", daily(ENTRY_POINTS, ENTRY_POINTS.keys() - {"stream", "frontier"}))
 def test_the_example_of_an_entry_point(place, monkeypatch, name):
     monkeypatch.chdir(place)
     results = run_example(name, ENTRY_POINTS[name].__doc__)

@@ -397,7 +397,8 @@ def drawn(sampler, denoiser, keys_B, tokens_BL):
     return sampler(denoiser, keys_B, tokens_BL, tokens_BL < 0).tokens_BL
 
 
-@pytest.mark.parametrize("rule", [nightly(Euler), Tweedie])
+@pytest.mark.nightly
+@pytest.mark.parametrize("rule", [Euler, Tweedie])
 def test_samplers_have_their_finite_step_law_under_a_moving_mixture(rule):
     """The constant mixture is among the processes of test_tau_leaping."""
     uniform, gamma = 0.3, 1.0
