@@ -12,7 +12,7 @@ import pytest
 from oracle import f32, i32
 from scipy import optimize
 from scipy.linalg import expm
-from tiers import daily, nightly
+from tiers import daily
 
 from sedd.errors import FieldError, UserError
 from sedd.evaluation.monte_carlo import sequence_nats
