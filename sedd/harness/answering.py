@@ -82,8 +82,9 @@ class Drawn:
 class Harness:
     """Answers requests of evaluation tasks from a model.
 
-    What is drawn for a request depends on its tokens and on the seed, not on other requests. Only
-    questions of one call of ``answer`` with the same context have different noise.
+    What is drawn for a request depends on its tokens and on the seed, not on other requests. There
+    is one exception: questions of one call of ``answer`` that have the same context get different
+    noise, as they would be equal otherwise.
 
     Args:
         model: from ``sedd.load``; it needs a tokenizer.

@@ -150,8 +150,8 @@ class Decoder(Transformer):
     def flops(self, length: int, read: float) -> float:
         """Count the FLOPs of the forward pass of one sequence; arguments as of ``Network.flops``.
 
-        A matrix of w weights counts 2·w for each row. The two products of the attention count 4·L
-        for each channel of all heads, row and layer. Norms, rotations, activations and the softmax
+        A matrix of w weights counts 2·w for each row. The two products of the attention count
+        4·L·num_heads·head_dim for each row and layer. Norms, rotations, activations and the softmax
         do not count. Causal attention counts like full attention.
         """
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -22,7 +22,7 @@ class TrainState:
         step: the number of steps so far; a step whose update was skipped counts.
         params: the parameters.
         opt_state: the optimizer's state, of the trainable parameters.
-        ema_params: the moving averages of the trainable parameters. Frozen ones are their own.
+        ema_params: the moving averages of the trainable parameters; it has no frozen ones.
         key: the key of the run. It never changes: a step folds its number into it.
         teacher: the teacher's values of the trainable parameters, if the objective has a teacher;
             else empty. The teacher shares the frozen parameters.
