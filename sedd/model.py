@@ -182,7 +182,7 @@ class Model:
 
         Example:
             >>> import numpy as np, sedd
-            >>> model = sedd.load("runs/quickstart")
+            >>> model = sedd.load("runs/tiny")
             >>> x_BL = np.zeros((2, 12), np.int32)
             >>> log_score_BLV = model.log_score(x_BL, np.array([0.5, 1.0], np.float32))
             >>> log_score_BLV.shape == (2, 12, model.process.num_states)
@@ -206,7 +206,7 @@ class Model:
 
         Example:
             >>> import jax, numpy as np, sedd
-            >>> model = sedd.load("runs/quickstart")
+            >>> model = sedd.load("runs/tiny")
             >>> x_BL = np.full((1, 12), model.process.mask_id)
             >>> log_probs_BLN = model.log_conditional(x_BL)
             >>> bool(abs(jax.nn.logsumexp(log_probs_BLN, -1)).max() < 1e-5)
@@ -260,7 +260,7 @@ def load(
 
     Example:
         >>> import sedd
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")  # sequences of 12 tokens
         >>> model.length, model.time_independent
         (12, True)
     """

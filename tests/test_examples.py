@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("examples")
     (place / "training.txt").write_text(tiny_run.text(400))
     config = tiny_run.config("radd", corpus=str(place / "training.txt"))
-    run = tiny_run.make_run(place / "runs" / "quickstart", config)
+    run = tiny_run.make_run(place / "runs" / "tiny", config)
     for kind in ("block", "marginal"):
         tiny_run.make_run(place / "runs" / kind, tiny_run.config(kind))
     exported = tiny_run.call("export", "--checkpoint", run, "--output", place / "exports" / "radd")

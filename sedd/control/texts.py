@@ -119,7 +119,7 @@ def sample(
 
     Example:
         >>> import sedd
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")
         >>> def vowel(texts):
         ...     return [text[0] in "aeiou" for text in texts]
         >>> drawn = sedd.control.sample(

@@ -67,7 +67,7 @@ def evaluate(
     Example:
         >>> import sedd
         >>> from sedd.evaluation import Protocol
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")  # sequences of 12 tokens
         >>> result = sedd.evaluate(model, "my.txt", protocol=Protocol(draws=16), max_sequences=8)
         >>> result.is_bound, result.num_sequences, result.num_tokens
         (True, 8, 96)

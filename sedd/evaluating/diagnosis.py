@@ -48,7 +48,7 @@ def diagnose(
 
     Example:
         >>> import sedd
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")
         >>> found = sedd.diagnose(model, "my.txt", rates=[0.5, 0.9], draws=8, max_sequences=32)
         >>> value, error = found.mean("entropy", rate=0.9, distance=2)
         >>> 0 < error < value

@@ -68,7 +68,7 @@ def frontier(
 
     Example:
         >>> import sedd
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")
         >>> found = sedd.frontier(model, "my.txt", steps=[1, 4], temperatures=[0.5, 1], texts=8)
         >>> [point.steps for point in found.points]
         [1, 1, 4, 4]

@@ -46,7 +46,7 @@ def price(
 
     Example:
         >>> import sedd
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")  # sequences of 12 tokens
         >>> price = sedd.price(model, "my.txt", draws=12, max_sequences=32)
         >>> price.nats_by_known.shape, sum(price.plan(4))
         ((12,), 12)

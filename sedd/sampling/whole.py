@@ -102,7 +102,7 @@ def sample(
 
     Example:
         >>> import sedd
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")
         >>> result = sedd.sample(model, 0, num=2, prompt="the ", sampler="event_jump", top_p=0.9)
         >>> [text.startswith("the ") for text in result.text]
         [True, True]

@@ -37,7 +37,7 @@ class Scheme:
 
     Example:
         >>> import sedd
-        >>> model = sedd.load("runs/quickstart")
+        >>> model = sedd.load("runs/tiny")
         >>> scheme = sedd.watermark.Scheme(secret=b"any bytes that nobody guesses")
         >>> result = sedd.sample(model, 0, num=2, watermark=scheme)
         >>> text, nonce = result.tokens[1], int(result.nonces[1])
