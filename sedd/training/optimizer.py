@@ -43,7 +43,8 @@ class OptimizerOptions:
     """Decoupled weight decay, on every parameter."""
     clip_norm: float | None = 1.0
     """A gradient with a larger global norm is scaled down to this norm; None for no clipping. The
-    gradient is that of the nats of a sequence, averaged over the batch, not of nats per token."""
+    gradient is that of the nats of a sequence, averaged over the batch; with --training.average
+    texts, that of the nats per token of a text."""
     ema_decay: float = 0.9999
     """Decay of the averaged parameters (EMA), which are validated and sampled; in step n of the
     run, skipped ones counted, it is at most (1 + n)/(10 + n)."""
