@@ -48,7 +48,11 @@ class EventJump(Revealing):
         return dense_rank(self.intervals(keys_B, free_BL.shape[1]), free_BL)
 
     def resume(self, denoiser, keys_B, x_BL, masked_BL, share_B):
-        """Draw the intervals of masked positions among those after the current time."""
+        """The state of sequences of which the share ``share_B`` is revealed.
+
+        The masked positions are revealed in intervals after the time at which this share is
+        revealed on average; without ``steps``, one by one.
+        """
         state = super().resume(denoiser, keys_B, x_BL, masked_BL, share_B)
         if self.steps is None:
             return state
