@@ -239,7 +239,10 @@ def test_parameterization(name):
 
 @pytest.mark.parametrize(
     "name",
-    daily(sorted(makers("objectives")), set(makers("objectives")) - {"latent_distill", "hmm"}),
+    daily(
+        sorted(makers("objectives")),
+        set(makers("objectives")) - {"latent_distill", "hmm", "self_distill"},
+    ),
 )
 def test_objective(name):
     """Finite nats [B, L] and gradients on random outputs, only where positions are scored."""

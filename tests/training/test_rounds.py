@@ -77,6 +77,7 @@ def test_devices_change_nothing_but_rounding(monkeypatch):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     """Stopped in the middle of a round, also one whose teacher is not the first."""
     common = {
