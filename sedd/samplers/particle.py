@@ -40,7 +40,7 @@ class Crowd(NamedTuple):
 class Particle(Search):
     """Draw from p(x)·exp(tilt·score(x)), normalised, in the limit of many ``particles``.
 
-    Here p is the law of ``inner``, and score is the verifier's.
+    Here p is the law of ``inner``, and score is that of the one verifier.
 
     Each request has ``particles`` sequences that are drawn side by side. Every ``resample_every``
     rounds, each of them is completed by one draw of all its masked positions, and the completion is

@@ -48,8 +48,8 @@ class ZeroOrder(Search):
     lower than it. There is no formula for the law. With several verifiers, the mean ranks among the
     pivot and its neighbours decide.
 
-    With ``tilt`` the pivot is the state of a Markov chain that leaves p(x)·exp(tilt·score(x))
-    exactly invariant, p being the law of ``inner``, for every ``rho`` above 0 and every number of
+    With ``tilt``, and one verifier, the pivot is the state of a Markov chain that leaves
+    p(x)·exp(tilt·score(x)) exactly invariant, p being the law of ``inner``, for every ``rho`` above 0 and every number of
     neighbours. One neighbour is accepted with probability min(1, exp(tilt·(its score - the
     pivot's))). Of several, neighbour j is proposed in proportion to its weight w = exp(tilt·score)
     and accepted with probability min(1, Σ_{i≠pivot} w_i / Σ_{i≠j} w_i), where i runs over the pivot

@@ -79,8 +79,8 @@ def sample(
             ``sedd.constraints.spans.Spans``. At temperature 0, ``joint`` becomes ``most_likely``.
         verifier: for searches (best_of_n, particle, zero_order, search_paths): a function from a
             list of texts to one finite score each, higher is better; ``"self"`` for the likelihood
-            of the text under the model itself (``sedd.samplers.SelfLikelihood``); or a list of
-            such, whose mean ranks count.
+            of the text under the model itself (``sedd.samplers.SelfLikelihood``); or, where the law
+            is not tilted by the score, a list of such, whose mean ranks count.
         trace: also return the tokens after every round.
         watermark: how the texts are watermarked, and by which secret.
         nonces: a number in [0, 2**32) for each sequence. Texts of equal nonces share the noise of
