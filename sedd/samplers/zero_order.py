@@ -49,14 +49,14 @@ class ZeroOrder(Search):
     pivot and its neighbours decide.
 
     With ``tilt``, and one verifier, the pivot is the state of a Markov chain that leaves
-    p(x)·exp(tilt·score(x)) exactly invariant, p being the law of ``inner``, for every ``rho`` above 0 and every number of
-    neighbours. One neighbour is accepted with probability min(1, exp(tilt·(its score - the
-    pivot's))). Of several, neighbour j is proposed in proportion to its weight w = exp(tilt·score)
-    and accepted with probability min(1, Σ_{i≠pivot} w_i / Σ_{i≠j} w_i), where i runs over the pivot
-    and its neighbours. For this to be exact, pivot and neighbours have to be exchangeable: all of
-    them are made from one common centre, whose noise differs from that of each in a smaller share
-    of the parts. The pivot after the last round is returned. Its law tends to the tilted one as
-    ``rounds`` grow; greedy search is the limit of an infinite tilt.
+    p(x)·exp(tilt·score(x)) exactly invariant, p being the law of ``inner``, for every ``rho`` above
+    0 and every number of neighbours. One neighbour is accepted with probability min(1,
+    exp(tilt·(its score - the pivot's))). Of several, neighbour j is proposed in proportion to its
+    weight w = exp(tilt·score) and accepted with probability min(1, Σ_{i≠pivot} w_i / Σ_{i≠j} w_i),
+    where i runs over the pivot and its neighbours. For this to be exact, pivot and neighbours have
+    to be exchangeable: all of them are made from one common centre, whose noise differs from that
+    of each in a smaller share of the parts. The pivot after the last round is returned. Its law
+    tends to the tilted one as ``rounds`` grow; greedy search is the limit of an infinite tilt.
     """
 
     takes_latent: ClassVar[bool] = False
