@@ -82,16 +82,18 @@ def main(settings: Settings) -> None:
             "entropy": float(entropies(real).mean()),
         }
     ]
-    if model.process.absorbing:
-        results += swept(model, nats_of, settings)
+    revisions = {} if model.process.absorbing else drawn_revisions(model, settings)
+    if revisions:
+        results += revised(revisions, nats_of)
     else:
-        results += revised(model, nats_of, settings)
+        results += swept(model, nats_of, settings)
     columns = dict.fromkeys(name for row in results for name in row)
     results = [{name: row.get(name) for name in columns} for row in results]
     about = {"judge": f"{settings.order}-gram", "samples": settings.num, "length": model.length}
     report("sample quality", results, **about)
-    if not model.process.absorbing:
-        report("at equal entropy", at_equal_entropy(model, nats_of, settings), **about)
+    if revisions:
+        rows = at_equal_entropy(model, revisions, nats_of, settings)
+        report("at equal entropy", rows, **about)
     if settings.plot is not None:
         plot(results, settings.plot)
         print(f"wrote {settings.plot}")
@@ -119,14 +121,11 @@ def swept(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
     return rows
 
 
-def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict]:
-    """Texts of ``INNER`` steps of tweedie, and the same texts after some calls of self_correct.
-
-    ``change`` is the mean difference of a text to itself before, and ``± change`` its error.
-    """
-    rows, inner = [], sedd.samplers.options("tweedie", steps=INNER)
-    for label, options in REVISIONS.items():
-        drawn = sedd.sample(
+def drawn_revisions(model: sedd.Model, settings: Settings) -> dict[str, sedd.SampleResult]:
+    """Texts of ``INNER`` steps of tweedie, revised by self_correct, with their traces."""
+    inner = sedd.samplers.options("tweedie", steps=INNER)
+    return {
+        label: sedd.sample(
             model,
             jax.random.key(settings.seed),
             num=settings.num,
@@ -136,6 +135,17 @@ def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict
             trace=True,
             **options,
         )
+        for label, options in REVISIONS.items()
+    }
+
+
+def revised(revisions: dict[str, sedd.SampleResult], nats_of: NatsOf) -> list[dict]:
+    """The texts of tweedie, and the same texts after some calls of self_correct.
+
+    ``change`` is the mean difference of a text to itself before, and ``± change`` its error.
+    """
+    rows = []
+    for label, drawn in revisions.items():
         assert drawn.trace is not None
         before = nats_of(drawn.trace[0])
         for calls in FRAMES:
@@ -159,7 +169,10 @@ def revised(model: sedd.Model, nats_of: NatsOf, settings: Settings) -> list[dict
 
 
 def at_equal_entropy(
-    model: sedd.Model, nats_of: NatsOf, settings: Settings
+    model: sedd.Model,
+    revisions: dict[str, sedd.SampleResult],
+    nats_of: NatsOf,
+    settings: Settings,
 ) -> list[dict[str, Any]]:
     """Compare revised texts with tweedie at the temperature at which it has the same entropy.
 
@@ -168,11 +181,7 @@ def at_equal_entropy(
     of the entropy. Both are None where no temperature reaches the entropy.
     """
 
-    def judged(sampler, temperature=1.0, **options):
-        key = jax.random.key(settings.seed)
-        drawn = sedd.sample(
-            model, key, num=settings.num, sampler=sampler, temperature=temperature, **options
-        )
+    def judged(drawn, temperature=1.0):
         length = drawn.tokens.shape[1]
         return JudgedPoint(
             nats_S=nats_of(drawn.tokens) * length,
@@ -182,11 +191,20 @@ def at_equal_entropy(
             calls=float(drawn.calls.mean()),
         )
 
-    inner, steps = sedd.samplers.options("tweedie", steps=INNER), FRAMES[-1]
-    curve = [judged("tweedie", each, steps=INNER + steps) for each in TEMPERATURES]
+    def tweedie(temperature):
+        return sedd.sample(
+            model,
+            jax.random.key(settings.seed),
+            num=settings.num,
+            sampler="tweedie",
+            steps=INNER + FRAMES[-1],
+            temperature=temperature,
+        )
+
+    curve = [judged(tweedie(each), each) for each in TEMPERATURES]
     rows = []
-    for label, options in REVISIONS.items():
-        revised = judged("self_correct", inner=inner, steps=steps, **options)
+    for label, drawn in revisions.items():
+        revised = judged(drawn)
         entropy = revised.entropy.value
         near = [at_entropy(curve, entropy + change) for change in (-STEP, 0.0, STEP)]
         row = {

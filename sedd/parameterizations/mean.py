@@ -53,10 +53,11 @@ class Mean(Parameterization):
             raise FieldError("condition", f"must be sigma or time, got {self.condition!r}")
 
     def condition_of(self, sigma):
-        if self.condition == "time" and not self.time_independent and sigma is not None:
-            assert isinstance(self.process, Interpolating)
-            return self.process.time(sigma)
-        return super().condition_of(sigma)
+        sigma = super().condition_of(sigma)
+        if sigma is None or self.condition == "sigma":
+            return sigma
+        assert isinstance(self.process, Interpolating)
+        return self.process.time(sigma)
 
     def log_score(self, raw, x, sigma):
         sigma = jnp.broadcast_to(along(sigma, x), x.shape)

@@ -31,7 +31,7 @@ class ByPosition(LogLinear):
     weights: str = ""
     """The weights of positions 0, 1, …: numbers above 0, separated by commas. Positions behind
     them, in longer texts, have the weight 1; empty means 1 for all. In training this may also be
-    the name of a file with one number for each position of a row, or the word "corpus". Then the
+    the name of a file with one number for each position of a row, or the word "corpus". With it the
     weight of a position is the entropy of its token over the training rows, divided by the mean of
     all positions, at least 0.05. The training command replaces both by the numbers, which the saved
     configuration holds."""
